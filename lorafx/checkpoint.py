@@ -1,0 +1,173 @@
+"""Opening a checkpoint folder: which class, are the files whole, what did it not hold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import ArtifactError, UsageError, did_you_mean
+
+#: Task names (those of transformers' pipelines) and the Auto class that opens each.
+TASKS = {
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "multiple-choice": "AutoModelForMultipleChoice",
+    "fill-mask": "AutoModelForMaskedLM",
+    "text-generation": "AutoModelForCausalLM",
+    "text2text-generation": "AutoModelForSeq2SeqLM",
+    "image-classification": "AutoModelForImageClassification",
+    "feature-extraction": "AutoModel",
+}
+
+_LFS = b"version https://git-lfs"
+
+
+def auto_class(task: str) -> Any:
+    """The transformers Auto class for ``task``; UsageError for an unknown one."""
+    import transformers
+
+    if task not in TASKS:
+        raise UsageError(f"unknown task {task!r}{did_you_mean(task, TASKS)}; known: {', '.join(TASKS)}")
+    return getattr(transformers, TASKS[task])
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The folder's ``config.json``; ArtifactError when it is missing or no JSON object."""
+    if not path.is_dir():
+        raise ArtifactError(f"{path}: no such checkpoint folder; give a local folder with config.json and weights")
+    file = path / "config.json"
+    if not file.is_file():
+        raise ArtifactError(f"{path}: no config.json; is this a transformers checkpoint folder?")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{file}: not valid JSON ({error}); fetch the checkpoint again") from None
+    if not isinstance(config, dict):
+        raise ArtifactError(f"{file}: expected a JSON object; fetch the checkpoint again")
+    return config
+
+
+def check_safetensors(file: Path) -> dict[str, Any]:
+    """The header of a safetensors file, after checking that the file is whole. ArtifactError says what is wrong."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        if (start + stream.read(64)).startswith(_LFS):
+            raise ArtifactError(f"{file}: a git-lfs pointer, not the weights; run `git lfs pull` in that folder")
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if length < 2 or length > size - 8:
+            raise ArtifactError(f"{file}: not a whole safetensors file ({size} bytes); fetch it again")
+        stream.seek(8)
+        try:
+            header = json.loads(stream.read(length))
+        except (UnicodeDecodeError, json.JSONDecodeError):
+            raise ArtifactError(f"{file}: corrupted safetensors header; fetch it again") from None
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if end != size:
+        raise ArtifactError(f"{file}: truncated or padded, {size} bytes where its header says {end}; fetch it again")
+    return entries
+
+
+def weight_files(path: Path, *, allow_pickle: bool = False) -> list[Path]:
+    """The folder's weight files, each checked to be whole. Empty when there are none."""
+    files = sorted(path.glob("*.safetensors"))
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [name for name in named if not (path / name).is_file()]
+        if missing:
+            raise ArtifactError(f"{path}: {missing[0]} is named in {index.name} but missing; fetch the checkpoint again")
+        files = [path / name for name in named]
+    for file in files:
+        check_safetensors(file)
+    if files:
+        return files
+    pickles = sorted([*path.glob("pytorch_model*.bin"), *path.glob("model*.bin")])
+    if pickles and not allow_pickle:
+        raise ArtifactError(f"{pickles[0]}: pickled weights; pass --allow-pickle to load them (weights only)")
+    return pickles
+
+
+def file_hash(file: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
+
+
+def _digest(stream: Any) -> str:
+    digest = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def weight_hashes(path: Path) -> dict[str, str]:
+    """sha256 of each weight file of a checkpoint folder, by file name."""
+    return {file.name: file_hash(file) for file in weight_files(path, allow_pickle=True)}
+
+
+def open_model(
+    path: Path, task: str | None, options: Mapping[str, Any], *, meta: bool = False, allow_pickle: bool = False
+) -> tuple[nn.Module, frozenset[str]]:
+    """The eager model of a checkpoint folder, and the names of parameters the folder did not hold.
+
+    Args:
+        task: a key of :data:`TASKS`; None opens the class named in the config
+        options: passed to transformers (``num_labels``, ``dtype``, ``trust_remote_code``, …)
+        meta: build it on the meta device from the config alone; no weight is read
+    """
+    import transformers
+
+    config_json = read_config(path)
+    if task is not None:
+        cls = auto_class(task)
+    else:
+        names = config_json.get("architectures") or []
+        cls = getattr(transformers, names[0], None) if names else transformers.AutoModel
+        if cls is None:
+            cls = transformers.AutoModel
+    try:
+        if meta:
+            return _build_on_meta(cls, path, dict(options)), frozenset()
+        if not weight_files(path, allow_pickle=allow_pickle):
+            raise ArtifactError(f"{path}: no weights (*.safetensors); fetch the checkpoint, or capture with meta=True")
+        model, info = cls.from_pretrained(path, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ArtifactError(f"{path}: transformers cannot open it: {_first_line(error)}") from error
+    return model, frozenset(info["missing_keys"])
+
+
+def _build_on_meta(cls: Any, path: Path, options: dict[str, Any]) -> nn.Module:
+    import transformers
+
+    dtype = options.pop("dtype", None)
+    config = transformers.AutoConfig.from_pretrained(path, **options)
+    dtype = dtype or getattr(config, "dtype", None)
+    default = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(default or previous)
+    try:
+        with torch.device("meta"), transformers.initialization.no_init_weights() if _has_no_init() else nullcontext():
+            return cls.from_config(config) if cls.__name__.startswith("Auto") else cls(config)
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def _has_no_init() -> bool:
+    import transformers
+
+    return hasattr(transformers, "initialization") and hasattr(transformers.initialization, "no_init_weights")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

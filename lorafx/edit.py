@@ -1,0 +1,185 @@
+"""The only hand that changes a graph. It keeps names, roles, fake-tensor metadata and provenance right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from .program import Inserted
+from .tree import drop_tensor, get_tensor, has_tensor, named_tensors, own, put_tensor
+
+if TYPE_CHECKING:
+    from .base import Pass
+    from .program import Program
+    from .site import Site
+
+
+class Edit:
+    """Changes one program on behalf of one pass.
+
+    Values of new nodes are computed on fake tensors as they are inserted, so shapes and dtypes (symbolic ones too)
+    are always known and a wrong shape fails at the line that made it.
+    """
+
+    def __init__(self, program: Program, step: Pass):
+        self.program = program
+        self.step = step
+        self._inserted: dict[str, Inserted] = {}
+        self._place: fx.Node | None = None
+        self._meta: dict[str, Any] = {}
+        self._fresh: set[fx.Node] = set()
+        vals = [node.meta["val"] for node in program.graph.nodes if isinstance(node.meta.get("val"), FakeTensor)]
+        self._fake: FakeTensorMode = detect_fake_mode(vals) or FakeTensorMode(allow_non_fake_inputs=True)
+
+    @property
+    def inserted(self) -> tuple[Inserted, ...]:
+        """What was inserted so far, one entry a module."""
+        return tuple(self._inserted.values())
+
+    # ---- tensors
+
+    def parameter(
+        self, site: Site, short: str, shape: tuple[int, ...], init: Callable[[Tensor], object], role: str = "adapter"
+    ) -> fx.Node:
+        """A trainable parameter of ``site``'s module, made and initialised on first use.
+
+        Two uses of one module (a block shared by all layers) get one parameter. Dtype is fp32, or wider if the weight
+        is: adapters train in fp32 whatever the base.
+
+        Args:
+            short: name below the module, e.g. ``lora_A.weight``
+            shape: its shape
+            init: fills the new tensor in place
+            role: one of :data:`lorafx.program.ROLES`
+        """
+        entry = self._inserted.setdefault(site.module, Inserted(site.module, site.block, {}))
+        key = short.removesuffix(".weight")
+        if key not in entry.tensors:
+            base = self.program.tensor(site.parameter)
+            device = torch.device("cpu") if base.is_meta else base.device
+            value = torch.empty(shape, dtype=torch.promote_types(torch.float32, base.dtype), device=device)
+            with torch.no_grad():
+                init(value)
+            name = self._unique(f"{site.module}.{short}")
+            put_tensor(self.program.root, name, nn.Parameter(value))
+            self.program.roles[name] = role
+            entry.tensors[key] = name
+        return self.tensor(entry.tensors[key])
+
+    def tensor(self, name: str) -> fx.Node:
+        """The node that reads the tensor ``name``; one a graph, at its top."""
+        for node in self.program.graph.nodes:
+            if node.op == "get_attr" and node.target == name:
+                return node
+            if node.op not in ("get_attr", "placeholder"):
+                break
+        value = get_tensor(self.program.root, name)
+        first = next(iter(self.program.graph.nodes))
+        with self.program.graph.inserting_before(first):
+            node = self.program.graph.get_attr(name)
+        node.meta["val"] = self._fake_like(value)
+        return node
+
+    def set_tensor(self, name: str, value: Tensor, role: str | None = None) -> None:
+        """Give ``name`` a new value of any shape; the old tensor object is left alone, other programs may share it."""
+        parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach(), requires_grad=False)
+        put_tensor(self.program.root, name, parameter)
+        self.program.roles[name] = role or self.program.roles.get(name, "base")
+        for node in self.program.graph.find_nodes(op="get_attr", target=name):
+            node.meta["val"] = self._fake_like(parameter)
+
+    def drop_tensor(self, name: str) -> None:
+        """Forget a tensor no node reads."""
+        drop_tensor(self.program.root, name)
+        self.program.roles.pop(name, None)
+
+    def train(self, modules: tuple[str, ...]) -> list[str]:
+        """Make every floating parameter below ``modules`` trainable, with storage of its own. Returns their names."""
+        names = [
+            name
+            for name, value in self.program.root.named_parameters()
+            if value.is_floating_point() and any(name == m or name.startswith(m + ".") for m in modules)
+        ]
+        for name in names:
+            value = get_tensor(self.program.root, name)
+            (value if value.is_meta else own(self.program.root, name)).requires_grad_(True)
+        return names
+
+    def freeze(self) -> None:
+        """Stop every parameter that is not inserted from training, except those a pass already asked to train."""
+        for name, value in self.program.root.named_parameters():
+            if self.program.roles.get(name) in ("base", "unread", "head") and not self.program.history:
+                value.requires_grad_(False)
+
+    def _unique(self, name: str) -> str:
+        stem, dot, leaf = name.rpartition(".weight")
+        base, suffix = (stem, ".weight") if dot and not leaf else (name, "")
+        candidate, count = name, 2
+        while has_tensor(self.program.root, candidate):
+            candidate, count = f"{base}_{count}{suffix}", count + 1
+        return candidate
+
+    # ---- nodes
+
+    @contextmanager
+    def after(self, node: fx.Node) -> Iterator[None]:
+        """Insert what follows right after ``node``, in order, as part of the module that ran it."""
+        previous = self._place, self._meta
+        self._place, self._meta = node.next, self._provenance(node)
+        try:
+            yield
+        finally:
+            self._place, self._meta = previous
+
+    def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Insert a call of the ATen operator ``op``; its fake value is computed at once."""
+        assert self._place is not None, "call() needs a place: use it inside `with edit.after(node)`"
+        with self.program.graph.inserting_before(self._place):
+            node = self.program.graph.call_function(op, args, kwargs)
+        node.meta.update(self._meta)
+        node.meta["val"] = self.evaluate(node)
+        self._fresh.add(node)
+        return node
+
+    def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """``node`` in ``dtype``; ``node`` itself when it has it already."""
+        if node.meta["val"].dtype == dtype:
+            return node
+        return self.call(torch.ops.aten.to.dtype, node, dtype)
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let every reader of ``old`` read ``new``, except the nodes inserted since the last replacement."""
+        fresh = self._fresh
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in fresh)
+        self._fresh = set()
+
+    def evaluate(self, node: fx.Node) -> Any:
+        """The node's value on fake tensors."""
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        with self._fake, torch.no_grad():
+            return node.target(*args, **kwargs)
+
+    def _fake_like(self, value: Tensor) -> Tensor:
+        # Everything lies on the device of the captured graph (meta, when captured without weights), so that operators
+        # on fake tensors never see two devices.
+        node = next(iter(self.program.graph.find_nodes(op="placeholder")))
+        device = node.meta["val"].device
+        with self._fake:
+            fake = torch.empty(value.shape, dtype=value.dtype, device=device)
+        return fake.requires_grad_(value.requires_grad) if value.is_floating_point() else fake
+
+    def _provenance(self, node: fx.Node) -> dict[str, Any]:
+        kept = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
+        return {**kept, "lorafx_pass": self.step.pass_name()}
+
+
+def aliases(root: nn.Module, name: str) -> list[str]:
+    """All names of the tensor called ``name``, itself included (more than one when it is tied)."""
+    value = get_tensor(root, name)
+    return [other for other, tensor in named_tensors(root) if tensor is value]

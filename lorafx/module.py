@@ -1,0 +1,181 @@
+"""A program as an ordinary ``nn.Module``: a training graph and an evaluation graph over one set of tensors."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .base import Method
+from .errors import UsageError
+from .segments import compile_graph
+from .tree import get_tensor, put_tensor
+
+if TYPE_CHECKING:
+    from .program import Applied, Program
+
+_LABELS = ("labels", "start_positions", "end_positions")
+
+
+@dataclass(frozen=True)
+class SiteState:
+    """The tensors one pass keeps for one module, by short name."""
+
+    module: str
+    block: int | None
+    tensors: dict[str, Tensor]
+
+    def __getitem__(self, short: str) -> Tensor:
+        return self.tensors[short]
+
+
+@dataclass(frozen=True)
+class MethodState:
+    """What a method sees while training: its tensors site by site, and the clock.
+
+    Attributes:
+        sites: one entry for each module the pass rewrote
+        step: optimiser steps taken so far
+        total_steps: how many there will be, or None when the loop did not say
+    """
+
+    sites: tuple[SiteState, ...]
+    step: int
+    total_steps: int | None
+
+
+class RewrittenModel(nn.Module):
+    """A rewritten model. Call it like the model it came from: keyword inputs, ``labels`` for the loss.
+
+    ``train()`` and ``eval()`` choose between the two graphs. A loop of one's own adds :meth:`penalty` to the loss and
+    calls :meth:`before_step` and :meth:`after_step` around the optimiser's step.
+    """
+
+    program: Program
+    #: How many optimiser steps the training will take; schedules read it.
+    total_steps: int | None = None
+    accepts_loss_kwargs = True
+    checkpointing: bool = False
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face config of the base model."""
+        return self.program.config
+
+    def _run(self, inputs: dict[str, Any]) -> Any:
+        graphs = type(self)._graphs  # type: ignore[attr-defined]
+        leaves = self.program.flatten(inputs)
+        flat = graphs[self.training](self, leaves, checkpoint=self.checkpointing and self.training)
+        return pytree.tree_unflatten(flat, self.program.signature.out_spec)
+
+    def _loss(self, outputs: Any, labels: dict[str, Any], extra: dict[str, Any]) -> Tensor:
+        function = getattr(self.program.source.model, "loss_function", None)
+        if function is None:
+            raise UsageError(f"{self.program.name} has no loss of its own; compute the loss from its outputs")
+        config = self.config
+        known = {**labels, **dict(outputs), "pooled_logits": outputs.get("logits"), "config": config}
+        known["vocab_size"] = getattr(config.get_text_config(), "vocab_size", None)
+        wanted = inspect.signature(function).parameters
+        return function(**{key: value for key, value in known.items() if key in wanted}, **extra)
+
+    def _methods(self) -> Iterator[tuple[Method, Applied]]:
+        for applied in self.program.history:
+            if isinstance(applied.step, Method):
+                yield applied.step, applied
+
+    def _state(self, applied: Applied) -> MethodState:
+        sites = tuple(
+            SiteState(i.module, i.block, {short: get_tensor(self, name) for short, name in i.tensors.items()})
+            for i in applied.inserted
+        )
+        return MethodState(sites, int(self.clock), self.total_steps)
+
+    def penalty(self) -> Tensor | None:
+        """The sum of the methods' loss terms for the current parameters, or None when no method has one."""
+        terms = [method.penalty(self._state(applied)) for method, applied in self._methods()]
+        present = [term for term in terms if term is not None]
+        return torch.stack(present).sum() if present else None
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Tell the methods that the gradients are final; call it right before the optimiser's step."""
+        for method, applied in self._methods():
+            method.before_step(self._state(applied))
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Tell the methods that the optimiser stepped."""
+        self.clock.add_(1)
+        for method, applied in self._methods():
+            method.after_step(self._state(applied))
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute each block's activations in the backward pass instead of keeping them."""
+        self.checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        self.checkpointing = False
+
+
+def _forward(self: RewrittenModel, *args: Any, **kwargs: Any) -> Any:
+    names = self.program.signature.inputs
+    inputs = {**dict(zip(names, args, strict=False)), **{k: v for k, v in kwargs.items() if k in names}}
+    labels = {key: kwargs[key] for key in _LABELS if kwargs.get(key) is not None}
+    extra = {key: value for key, value in kwargs.items() if key == "num_items_in_batch" and value is not None}
+    outputs = self._run(inputs)
+    if not labels:
+        return outputs
+    loss = self._loss(outputs, labels, extra)
+    return type(outputs)(loss=loss, **outputs)
+
+
+def _signature(program: Program) -> inspect.Signature:
+    keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    names = [*program.signature.inputs]
+    names += [name for name in _label_names(program) if name not in names]
+    parameters = [inspect.Parameter("self", keyword)]
+    parameters += [inspect.Parameter(name, keyword, default=None) for name in names]
+    parameters.append(inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD))
+    return inspect.Signature(parameters)
+
+
+def _label_names(program: Program) -> list[str]:
+    function = getattr(program.source.model, "loss_function", None)
+    if function is None:
+        return []
+    return [name for name in inspect.signature(function).parameters if name in _LABELS]
+
+
+def build_module(program: Program) -> RewrittenModel:
+    """The module of ``program``. Its tensors are the program's own objects, so training it trains the program."""
+    from .pipeline import to_eval
+
+    evaluation = program if program.stage == "eval" else to_eval(program)
+    graphs: dict[bool, Callable[..., Any]] = {False: compile_graph(evaluation.graph)}
+    graphs[True] = graphs[False] if program.stage == "eval" else compile_graph(program.graph)
+    # A class per program, as torch.fx does: `forward` carries the captured inputs by name, which is how HF Trainer
+    # learns which columns to keep, and copies of the module keep working because nothing is bound to an instance.
+    forward = types.FunctionType(_forward.__code__, _forward.__globals__, "forward", None, _forward.__closure__)
+    forward.__signature__ = _signature(program)  # type: ignore[attr-defined]
+    cls = type(program.name, (RewrittenModel,), {"forward": forward, "_graphs": graphs})
+    module: RewrittenModel = cls()
+    object.__setattr__(module, "program", program)
+    for name, child in program.root.named_children():
+        module.add_module(name, child)
+    for name, value in program.root.named_parameters(recurse=False):
+        module.register_parameter(name, value)
+    for name, value in program.root.named_buffers(recurse=False):
+        module.register_buffer(name, value, persistent=name not in program.root._non_persistent_buffers_set)
+    if "clock" not in dict(module.named_buffers(recurse=False)):
+        clock = torch.zeros((), dtype=torch.long)
+        module.register_buffer("clock", clock, persistent=False)
+        put_tensor(program.root, "clock", clock, persistent=False)
+    module.train(program.stage == "train")
+    return module

@@ -1,0 +1,94 @@
+"""The one runner: select, rewrite, record, check. Passes stay small because orchestration lives here and in observers."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING
+
+from .base import Method, Pass
+from .edit import Edit
+from .errors import LorafxError, RecipeError
+from .program import Applied, Program
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from .observe import Observer
+
+#: A fixed point that takes longer than this many rounds is a bug in a pass, not a large model.
+_ROUNDS = 20
+
+
+def run(program: Program, passes: Sequence[Pass], observers: Sequence[Observer] = ()) -> Program:
+    """Apply ``passes`` in order and return a new Program; ``program`` is not changed.
+
+    Observers see the program before and after each pass (timing, dumps, verification, parity).
+    """
+    result = program.copy()
+    for step in passes:
+        for observer in observers:
+            observer.before(result, step)
+        previous = result.copy() if any(observer.compares for observer in observers) else None
+        _apply(result, step)
+        for observer in observers:
+            observer.after(result, step, previous)
+    return result
+
+
+def _apply(program: Program, step: Pass) -> None:
+    started = time.perf_counter()
+    edit = Edit(program, step)
+    if isinstance(step, Method) and program.stage == "eval":
+        raise RecipeError(f"{step.pass_name()}: the program was made ready for evaluation; insert methods before that")
+    first = selection = step.sites(program)
+    taken: list[str] = []
+    for _ in range(_ROUNDS):
+        for site in selection.taken:
+            step.rewrite(edit, site)
+        taken += [str(site) for site in selection.taken]
+        if not step.fixed_point or not selection.taken:
+            break
+        selection = step.sites(program)
+    else:
+        raise LorafxError(f"{step.pass_name()} did not come to rest after {_ROUNDS} rounds; please report this model")
+    step.finish(edit)
+    program.graph.lint()
+    seconds = time.perf_counter() - started
+    program.history += (Applied(step, edit.inserted, tuple(taken), first.missed, seconds),)
+
+
+def rewrite(
+    program: Program,
+    recipe: str | PathLike[str] | Mapping[str, object] | Recipe | Sequence[Pass],
+    observers: Sequence[Observer] = (),
+) -> Program:
+    """Apply a recipe (a path, a dict, a Recipe, or passes) and return a new Program.
+
+    The first method freezes the base: from then on only what methods insert, and what they are asked to train, trains.
+    """
+    passes = Recipe.of(recipe).passes
+    return run(program, passes, observers)
+
+
+def to_eval(program: Program) -> Program:
+    """The program's evaluation form: no dropout, no noise. Not recorded when the program is in that form already."""
+    from .passes.to_eval import ToEval
+
+    return program if program.stage == "eval" else run(program, (ToEval(),))
+
+
+def fold(program: Program, observers: Sequence[Observer] = ()) -> Program:
+    """Fold everything learned into the base, by ordinary compiler simplification, to a fixed point.
+
+    Returns a new Program in evaluation form whose ``origin`` is ``program``. Knows no method: adapters, gates and
+    masks, lorafx's or anyone's, fold because they are constant or affine subgraphs.
+    """
+    from .passes.fold_affine import FoldAffine
+    from .passes.fold_constants import FoldConstants
+    from .passes.tidy import Tidy
+    from .passes.to_eval import ToEval
+
+    folded = run(program, (ToEval(), FoldConstants(), FoldAffine(), Tidy()), observers)
+    return dataclasses.replace(folded, origin=program.origin or program)

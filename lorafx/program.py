@@ -1,0 +1,227 @@
+"""A program: one captured model as a graph over named tensors, with what is known about them and how it came to be."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from .site import Site, find_sites
+from .tree import copy_tree, get_tensor, named_tensors
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from .base import Miss, Pass
+    from .module import RewrittenModel
+    from .report import Report
+
+#: What a tensor is for. Recorded when it appears, never guessed from its name.
+ROLES = ("base", "head", "unread", "adapter", "gate", "statistic")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the base came from: the eager model (its code and its tensors) and, if it was a folder, what was in it.
+
+    Attributes:
+        model: the eager module that was captured, sharing its tensors with the program
+        path: the checkpoint folder, or None for a model handed over in memory
+        task: the task asked for, or None
+        options: further keyword arguments that open the same model again (``num_labels``, ``dtype``, …)
+        hashes: sha256 of every weight file of the folder, by file name
+        fresh: names of parameters the checkpoint did not hold, so that they were newly initialised
+    """
+
+    model: nn.Module
+    path: str | None = None
+    task: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    fresh: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How the graph is called: input names in order, and the pytree specs of its arguments and of its result."""
+
+    inputs: tuple[str, ...]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    dynamic_shapes: Any = None
+
+
+@dataclass(frozen=True)
+class Inserted:
+    """What a pass put at one site: tensor names by their short names (``{"lora_A": "….lora_A.weight"}``)."""
+
+    module: str
+    block: int | None
+    tensors: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Applied:
+    """One entry of a program's history: a pass, what it inserted where, what it missed, and the time it took (s)."""
+
+    step: Pass
+    inserted: tuple[Inserted, ...] = ()
+    taken: tuple[str, ...] = ()
+    missed: tuple[Miss, ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass
+class Program:
+    """One captured model. Rewrites return a new Program; tensors share storage until one of them trains.
+
+    Attributes:
+        graph: ATen operators; reads its tensors by name from ``root``
+        root: a bare module tree that stores the tensors under the names of the original model
+        roles: what each tensor is for (see :data:`ROLES`)
+        signature: input names and pytree specs
+        example: inputs it was captured with (batch 2, one padded row)
+        source: the eager model and its folder
+        heads: module paths of the task head (everything outside the base model)
+        stage: ``"train"`` (dropout and noise live) or ``"eval"``
+        history: the passes applied, oldest first
+        origin: the program this one was folded from, or None
+    """
+
+    graph: fx.Graph
+    root: nn.Module
+    roles: dict[str, str]
+    signature: Signature
+    example: dict[str, Any]
+    source: Source
+    heads: tuple[str, ...] = ()
+    stage: str = "train"
+    history: tuple[Applied, ...] = ()
+    origin: Program | None = None
+    #: Changes the config needs to describe the program, e.g. an output layer that is no longer tied.
+    config_changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face config of the base model, or None for a plain module."""
+        return getattr(self.source.model, "config", None)
+
+    @property
+    def name(self) -> str:
+        """The class name of the captured model."""
+        return type(self.source.model).__name__
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are; ``meta`` when captured without weights."""
+        return next((value.device for _, value in named_tensors(self.root)), torch.device("cpu"))
+
+    def sites(self) -> list[Site]:
+        """Every use of every weight, in graph order."""
+        return find_sites(self)
+
+    def in_head(self, module: str) -> bool:
+        """Whether a module path lies in the task head or the output layer."""
+        return any(module == head or module.startswith(head + ".") for head in self.heads)
+
+    def default_trainable(self) -> tuple[str, ...]:
+        """Modules that train in full unless told otherwise: a classification-like head, as PEFT does; never an LM head."""
+        model = self.source.model
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+        return () if output is not None else self.heads
+
+    def modules_named(self, name: str) -> tuple[str, ...]:
+        """Paths of the modules that ``name`` names as in PEFT: the path itself or a dotted suffix of it."""
+        paths = [path for path, _ in self.root.named_modules()]
+        return tuple(path for path in paths if path == name or path.endswith("." + name))
+
+    def tensor(self, name: str) -> Tensor:
+        """The parameter or buffer called ``name``."""
+        return get_tensor(self.root, name)
+
+    def names(self, *roles: str) -> list[str]:
+        """The names of the tensors that have one of ``roles``."""
+        return [name for name, role in self.roles.items() if role in roles]
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that train, aliases of a tied one left out."""
+        return {name: value for name, value in self.root.named_parameters() if value.requires_grad}
+
+    def learned(self) -> dict[str, Tensor]:
+        """Every tensor the base checkpoint does not hold: inserted, trained or newly initialised ones. Aliases once."""
+        inserted = set(self.names("adapter", "gate", "statistic"))
+        result, seen = {}, set()
+        for name, value in named_tensors(self.root):
+            wanted = name in inserted or name in self.source.fresh or value.requires_grad
+            if wanted and id(value) not in seen:
+                seen.add(id(value))
+                result[name] = value.detach()
+        return result
+
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Copy ``values`` into the tensors of those names. KeyError for an unknown name, ValueError for a wrong shape."""
+        for name, value in values.items():
+            target = self.tensor(name)
+            if target.shape != value.shape:
+                raise ValueError(f"{name}: expected shape {tuple(target.shape)}, found {tuple(value.shape)}")
+            with torch.no_grad():
+                target.copy_(value)
+
+    def copy(self) -> Program:
+        """The same program with a graph and module tree of its own; tensors share storage."""
+        graph = fx.Graph()
+        result = graph.graph_copy(self.graph, {})
+        if result is not None:
+            graph.output(result)
+        return dataclasses.replace(
+            self,
+            graph=graph,
+            root=copy_tree(self.root),
+            roles=dict(self.roles),
+            config_changes=dict(self.config_changes),
+        )
+
+    def module(self) -> RewrittenModel:
+        """An ordinary ``nn.Module`` over this program's tensors: training graph and evaluation graph in one."""
+        from .module import build_module
+
+        return build_module(self)
+
+    def flatten(self, inputs: Mapping[str, Any]) -> list[Any]:
+        """The graph's positional inputs for keyword ``inputs``; omitted masks are ones, omitted token types zeros."""
+        return pytree.tree_leaves([self._input(name, inputs) for name in self.signature.inputs])
+
+    def _input(self, name: str, inputs: Mapping[str, Any]) -> Any:
+        if inputs.get(name) is not None:
+            return inputs[name]
+        like = next((value for value in inputs.values() if isinstance(value, Tensor) and value.dim() == 2), None)
+        if like is not None and name.endswith("attention_mask"):
+            return torch.ones_like(like, dtype=torch.long)
+        if like is not None and name == "token_type_ids":
+            return torch.zeros_like(like, dtype=torch.long)
+        raise TypeError(f"{self.name}: missing input {name!r}; it was captured with {list(self.signature.inputs)}")
+
+    def save(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
+        """Write a run folder (see :mod:`lorafx.store`): what was learned, the recipe, and a reference to the base."""
+        from .store import save_run
+
+        save_run(self, path, overwrite=overwrite)
+
+    @property
+    def report(self) -> Report:
+        """What happened so far, as one value."""
+        from .report import report_of
+
+        return report_of(self)
+
+
+def parameter_count(values: Iterable[Tensor]) -> int:
+    """How many numbers the tensors hold."""
+    return sum(value.numel() for value in values)
+
+

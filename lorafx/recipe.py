@@ -1,0 +1,215 @@
+"""A recipe: an ordered tuple of passes, with what model and training it is meant for. TOML ↔ values ↔ flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import ArtifactError, RecipeError, did_you_mean
+from .registry import options, pass_class
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+if TYPE_CHECKING:
+    from .base import Pass
+
+_SECTIONS = ("model", "pass", "train")
+_MODEL_KEYS = ("checkpoint", "task", "num_labels", "dtype", "seed")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An ordered tuple of passes.
+
+    Attributes:
+        passes: applied in this order
+        model: ``task``, ``num_labels``, … — defaults for opening the checkpoint; the command line wins
+        train: defaults for training: epochs, learning_rate, …
+    """
+
+    passes: tuple[Pass, ...]
+    model: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, value: str | PathLike[str] | Mapping[str, Any] | Recipe | Sequence[Pass]) -> Recipe:
+        """A Recipe from a path, a dict, a Recipe or a sequence of passes."""
+        if isinstance(value, Recipe):
+            return value
+        if isinstance(value, (str, PathLike)):
+            return cls.read(value)
+        if isinstance(value, Mapping):
+            return cls.parse(value)
+        return cls(tuple(value))
+
+    @classmethod
+    def read(cls, path: str | PathLike[str]) -> Recipe:
+        """Parse a TOML file; RecipeError names the file, the key and what was expected."""
+        file = Path(path)
+        if not file.is_file():
+            raise ArtifactError(f"{file}: no such recipe file")
+        try:
+            data = tomllib.loads(file.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{file}: not valid TOML: {error}") from None
+        try:
+            return cls.parse(data)
+        except RecipeError as error:
+            raise RecipeError(f"{file}: {error}") from None
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any]) -> Recipe:
+        """A Recipe from the nested dict a TOML recipe parses to."""
+        _known_keys(data, _SECTIONS, "recipe")
+        model, train = data.get("model", {}), data.get("train", {})
+        _known_keys(model, _MODEL_KEYS, "[model]")
+        from .options import TrainOptions
+
+        checked = parse_options(TrainOptions, train, "[train]")
+        entries = data.get("pass", [])
+        if not isinstance(entries, Sequence) or isinstance(entries, str):
+            raise RecipeError("passes are written as [[pass]] tables")
+        passes = tuple(parse_pass(entry, f"[[pass]] {number}") for number, entry in enumerate(entries, 1))
+        return cls(passes, dict(model), {key: getattr(checked, key) for key in train})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The nested dict that :meth:`parse` takes; options at their defaults are left out."""
+        result: dict[str, Any] = {}
+        if self.model:
+            result["model"] = dict(self.model)
+        result["pass"] = [pass_dict(step) for step in self.passes]
+        if self.train:
+            result["train"] = dict(self.train)
+        return result
+
+    def to_toml(self) -> str:
+        """The recipe as TOML text; ``Recipe.parse(tomllib.loads(text))`` gives it back."""
+        lines: list[str] = []
+        data = self.to_dict()
+        for section in ("model", "train"):
+            if section in data:
+                lines += [f"[{section}]", *(f"{k} = {toml_value(v)}" for k, v in data[section].items()), ""]
+        for entry in data["pass"]:
+            lines += ["[[pass]]", *(f"{key} = {toml_value(value)}" for key, value in entry.items()), ""]
+        return "\n".join(lines)
+
+
+def pass_dict(step: Pass) -> dict[str, Any]:
+    """``{"name": …, option: value}`` of the options that differ from their defaults."""
+    plain = type(step)()
+    changed = {name: getattr(step, name) for name in options(type(step))}
+    changed = {name: value for name, value in changed.items() if value != getattr(plain, name)}
+    lists = {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
+    return {"name": step.pass_name(), **lists}
+
+
+def parse_pass(entry: Mapping[str, Any], where: str) -> Pass:
+    """A pass from its recipe table."""
+    if "name" not in entry:
+        raise RecipeError(f"{where}: no name; write name = \"lora\"")
+    cls = pass_class(str(entry["name"]))
+    return parse_options(cls, {k: v for k, v in entry.items() if k != "name"}, f"{where} ({entry['name']})")
+
+
+def parse_options(cls: Any, values: Mapping[str, Any], where: str) -> Any:
+    """An instance of the dataclass ``cls``, every value checked against the declared type."""
+    fields = {entry.name: entry for entry in dataclasses.fields(cls)}
+    _known_keys(values, fields, where)
+    hints = typing.get_type_hints(cls)
+    checked = {}
+    for name, value in values.items():
+        try:
+            checked[name] = coerce(value, hints[name])
+        except TypeError:
+            expected = type_name(hints[name])
+            raise RecipeError(f"{where}: {name} = {value!r} is not {expected}; {fields[name].metadata.get('help', '')}") from None
+    return cls(**checked)
+
+
+def _known_keys(values: Mapping[str, Any], known: Any, where: str) -> None:
+    if not isinstance(values, Mapping):
+        raise RecipeError(f"{where}: expected a table of keys, got {values!r}")
+    for key in values:
+        if key not in known:
+            raise RecipeError(f"{where}: unknown key {key!r}{did_you_mean(key, known)}; known: {', '.join(known)}")
+
+
+def coerce(value: Any, hint: Any) -> Any:
+    """``value`` as the declared type ``hint``: the closed set bool, int, float, str, tuples, dicts, Literals, unions.
+
+    Raises TypeError when it is none of them. Lists become tuples and integers floats; nothing else is converted.
+    """
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _coerce_union(value, typing.get_args(hint))
+    if origin is typing.Literal:
+        if value in typing.get_args(hint):
+            return value
+    elif origin is tuple:
+        if isinstance(value, (list, tuple)):
+            return tuple(coerce(item, typing.get_args(hint)[0]) for item in value)
+    elif origin in (dict, Mapping):
+        if isinstance(value, Mapping):
+            return {coerce(k, typing.get_args(hint)[0]): coerce(v, typing.get_args(hint)[1]) for k, v in value.items()}
+    elif hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif (hint is type(None) and value is None) or type(value) is hint:
+        return value
+    raise TypeError(hint)
+
+
+def _coerce_union(value: Any, hints: tuple[Any, ...]) -> Any:
+    for hint in hints:
+        try:
+            return coerce(value, hint)
+        except TypeError:
+            continue
+    raise TypeError(hints)
+
+
+def type_name(hint: Any) -> str:
+    """A readable name of an option's type."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(type_name(arg) for arg in args if arg is not type(None))
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(repr, args))
+    if origin is tuple:
+        return f"a list of {type_name(args[0])}"
+    if origin in (dict, Mapping):
+        return f"a table of {type_name(args[1])}"
+    return {"bool": "true or false", "str": "text", "int": "an integer", "float": "a number"}.get(hint.__name__, str(hint))
+
+
+def parse_text(text: str, hint: Any) -> Any:
+    """An option's value from command-line text: TOML when it parses as the type, else plain text (``a,b`` for a list)."""
+    try:
+        return coerce(tomllib.loads(f"value = {text}")["value"], hint)
+    except (tomllib.TOMLDecodeError, TypeError):
+        pass
+    try:
+        return coerce(text, hint)
+    except TypeError:
+        return coerce([part.strip() for part in text.split(",")], hint)
+
+
+def toml_value(value: Any) -> str:
+    """A value as TOML."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(str(k))} = {toml_value(v)}" for k, v in value.items()) + "}"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

@@ -1,0 +1,76 @@
+"""Which passes exist: the files of ``passes/`` and the plug-ins of the entry-point group ``lorafx.passes``.
+
+Listing reads file names and source text only; nothing is imported until a pass is used.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from .base import Pass
+
+GROUP = "lorafx.passes"
+
+
+@cache
+def known() -> Mapping[str, str]:
+    """Pass name → ``module`` or ``module:Class``. UsageError when a plug-in takes a name that is taken."""
+    folder = Path(__file__).parent / "passes"
+    names = {
+        file.stem.replace("_", "-"): f"lorafx.passes.{file.stem}"
+        for file in sorted(folder.glob("*.py"))
+        if not file.stem.startswith("_")
+    }
+    plugin: EntryPoint
+    for plugin in entry_points(group=GROUP):
+        if plugin.name in names:
+            raise UsageError(f"plug-in pass {plugin.name!r} ({plugin.value}) has the name of {names[plugin.name]}; rename it")
+        names[plugin.name] = plugin.value
+    return names
+
+
+def summary(name: str) -> str:
+    """The first line of a pass's documentation, read without importing it (a plug-in's origin instead)."""
+    target = known()[name]
+    if ":" in target:
+        return f"plug-in {target}"
+    file = Path(__file__).parent / "passes" / f"{name.replace('-', '_')}.py"
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return text.partition("\n")[0]
+
+
+@cache
+def pass_class(name: str) -> type[Pass]:
+    """The class of the pass called ``name``; UsageError with a did-you-mean for an unknown one."""
+    from .base import Pass
+
+    if name not in known():
+        raise UsageError(f"unknown pass {name!r}{did_you_mean(name, known())}; `lorafx passes` lists them")
+    module_name, _, attribute = known()[name].partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UsageError(f"pass {name!r} cannot be imported: {error}") from error
+    if attribute:
+        return getattr(module, attribute)
+    for value in vars(module).values():
+        if inspect.isclass(value) and issubclass(value, Pass) and value.__module__ == module.__name__:
+            if dataclasses.is_dataclass(value):
+                return value
+    raise UsageError(f"{module_name} defines no pass")
+
+
+def options(cls: type[Pass]) -> dict[str, dataclasses.Field[Any]]:
+    """The options of a pass, by name."""
+    return {field.name: field for field in dataclasses.fields(cls)}

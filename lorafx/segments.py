@@ -1,0 +1,107 @@
+"""From a graph to a Python function over a module's tensors; block by block when activations are to be recomputed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import fx
+from torch.utils.checkpoint import checkpoint as recompute
+
+from .site import block_of, module_path
+
+
+def function_of(graph: fx.Graph) -> Callable[..., tuple[Any, ...]]:
+    """The graph as a function ``(self, *inputs) -> outputs``; ``get_attr`` nodes read attributes of ``self``."""
+    code = graph.python_code("self")
+    namespace = dict(code.globals)
+    exec(compile(code.src, "<lorafx graph>", "exec"), namespace)  # noqa: S102 - the source comes from torch.fx
+    return namespace["forward"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of nodes of one block: the values it takes, the values later segments read, and its function."""
+
+    block: str
+    takes: tuple[str, ...]
+    gives: tuple[str, ...]
+    function: Callable[..., tuple[Any, ...]]
+
+
+@dataclass
+class CompiledGraph:
+    """A graph ready to run over a module: ``compiled(module, inputs)`` gives the flat outputs."""
+
+    graph: fx.Graph
+
+    def __call__(self, module: Any, inputs: list[Any], *, checkpoint: bool = False) -> tuple[Any, ...]:
+        if not checkpoint:
+            return self.whole(module, *inputs)
+        names = [node.name for node in self.graph.find_nodes(op="placeholder")]
+        values: dict[str, Any] = dict(zip(names, inputs, strict=True))
+        for segment in self.segments:
+            taken = [values[name] for name in segment.takes]
+            given = (
+                recompute(segment.function, module, *taken, use_reentrant=False)
+                if segment.block
+                else segment.function(module, *taken)
+            )
+            assert given is not None
+            values.update(zip(segment.gives, given, strict=True))
+        (result,) = self.graph.output_node().args
+        return tuple(values[value.name] if isinstance(value, fx.Node) else value for value in result)  # type: ignore
+
+    @cached_property
+    def whole(self) -> Callable[..., tuple[Any, ...]]:
+        """The graph as one function."""
+        return function_of(self.graph)
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        """The graph cut where execution passes from one block to another."""
+        runs: list[tuple[str, list[fx.Node]]] = []
+        for node in self.graph.nodes:
+            if node.op in ("placeholder", "get_attr", "output"):
+                continue
+            block = block_path(node)
+            if runs and (runs[-1][0] == block or "nn_module_stack" not in node.meta):
+                runs[-1][1].append(node)
+            else:
+                runs.append((block, [node]))
+        return [_segment(block, nodes) for block, nodes in runs]
+
+
+def compile_graph(graph: fx.Graph) -> CompiledGraph:
+    """The graph as something that runs; compiled on first use."""
+    return CompiledGraph(graph)
+
+
+def block_path(node: fx.Node) -> str:
+    """The path of the block that ran ``node`` (``encoder.layer.3``), or the empty string outside blocks."""
+    path = module_path(node, "")
+    number = block_of(path)
+    if number is None:
+        return ""
+    parts = path.split(".")
+    return ".".join(parts[: parts.index(str(number)) + 1])
+
+
+def _segment(block: str, nodes: list[fx.Node]) -> Segment:
+    inside = set(nodes)
+    takes = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside and n.op != "get_attr")
+    gives = [node for node in nodes if any(user not in inside for user in node.users)]
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {node: graph.placeholder(node.name) for node in takes}
+
+    def copied(node: fx.Node) -> fx.Node:
+        if node not in copies:
+            copies[node] = graph.node_copy(node, copied)
+        return copies[node]
+
+    for node in nodes:
+        copied(node)
+    graph.output(tuple(copies[node] for node in gives))
+    return Segment(block, tuple(n.name for n in takes), tuple(n.name for n in gives), function_of(graph))

@@ -1,0 +1,148 @@
+"""A site: one use of one weight in the graph. Finding them knows operators, never architectures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .roles import role_of
+from .tree import get_tensor
+
+if TYPE_CHECKING:
+    from .program import Program
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class WeightOp:
+    """How one operator uses a weight: where it stands among the arguments, and its (out, in) as a matrix."""
+
+    kind: str
+    weight: int
+    bias: int | None
+    input: int
+    size: Callable[[torch.Size], tuple[int, int]]
+
+
+def _linear_size(shape: torch.Size) -> tuple[int, int]:
+    return shape[0], shape[1]
+
+
+def _transposed_size(shape: torch.Size) -> tuple[int, int]:
+    return shape[1], shape[0]
+
+
+def _conv_size(shape: torch.Size) -> tuple[int, int]:
+    return shape[0], shape[1:].numel()
+
+
+#: The operators whose weights are sites. Anything else that reads a parameter of two or more dimensions is shown as a miss.
+WEIGHT_OPS: dict[Any, WeightOp] = {
+    aten.linear.default: WeightOp("linear", 1, 2, 0, _linear_size),
+    aten.addmm.default: WeightOp("addmm", 2, 0, 1, _transposed_size),
+    aten.embedding.default: WeightOp("embedding", 0, None, 1, _transposed_size),
+    aten.conv1d.default: WeightOp("conv1d", 1, 2, 0, _conv_size),
+    aten.conv2d.default: WeightOp("conv2d", 1, 2, 0, _conv_size),
+    aten.conv3d.default: WeightOp("conv3d", 1, 2, 0, _conv_size),
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One use of one weight.
+
+    Attributes:
+        module: path of the module the use belongs to, e.g. ``bert.encoder.layer.0.attention.self.query``
+        parameter: name of the weight
+        kind: ``linear``, ``addmm`` (Conv1D, weight stored (in, out)), ``embedding``, ``conv1d/2d/3d`` or the operator's name
+        out_features, in_features: the weight as a matrix (for a convolution, in × kernel)
+        block: index of the block, read from the module path; None outside blocks
+        role: what the weight does, e.g. ``attn.query``
+        node: the operator's node in the program's graph
+    """
+
+    module: str
+    parameter: str
+    kind: str
+    out_features: int
+    in_features: int
+    block: int | None
+    role: str
+    node: fx.Node = field(repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.module} ({self.kind} {self.out_features}x{self.in_features}, {self.role})"
+
+    @property
+    def op(self) -> WeightOp:
+        """How the site's operator uses its weight."""
+        return WEIGHT_OPS[self.node.target]
+
+    @property
+    def input(self) -> fx.Node:
+        """The node of the activation (token indices for an embedding)."""
+        value = self.node.args[self.op.input]
+        assert isinstance(value, fx.Node)
+        return value
+
+
+def block_of(module: str) -> int | None:
+    """The first number in a module path: ``encoder.layer.3.output`` is in block 3."""
+    return next((int(part) for part in module.split(".") if part.isdigit()), None)
+
+
+def module_path(node: fx.Node, fallback: str) -> str:
+    """The path of the innermost module that ran ``node``, from the capture's metadata; else ``fallback``."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    return paths[-1] if paths and paths[-1] else fallback
+
+
+def is_tensor_node(value: object) -> bool:
+    """Whether a node's argument reads a parameter, buffer or constant."""
+    return isinstance(value, fx.Node) and value.op == "get_attr"
+
+
+def _is_matrix(root: nn.Module, node: fx.Node) -> bool:
+    try:
+        value: Tensor = get_tensor(root, str(node.target))
+    except KeyError:  # an inner graph, not a tensor
+        return False
+    return isinstance(value, nn.Parameter) and value.dim() >= 2
+
+
+def find_sites(program: Program) -> list[Site]:
+    """Every use of every parameter of two or more dimensions, in graph order."""
+    weights = {node: node for node in program.graph.nodes if node.op == "get_attr" and _is_matrix(program.root, node)}
+    sites = []
+    for node in program.graph.nodes:
+        for weight in (w for w in node.all_input_nodes if w in weights):
+            site = _site(program, node, weight)
+            if site is not None:
+                sites.append(site)
+    return sites
+
+
+def _site(program: Program, node: fx.Node, weight: fx.Node) -> Site | None:
+    name = str(weight.target)
+    shape = get_tensor(program.root, name).shape
+    use = WEIGHT_OPS.get(node.target)
+    if use is not None and len(node.args) > use.weight and node.args[use.weight] is weight:
+        kind, (out_features, in_features) = use.kind, use.size(shape)
+    else:
+        kind, out_features, in_features = _operator_name(node), shape[0], shape[1:].numel()
+    owner = name.rpartition(".")[0]
+    module = module_path(node, owner)
+    # A weight used through an operator of its own module has that module's path; one read from outside (a tied
+    # output layer, a fused operator) is named by the module that runs it.
+    role = "head" if program.in_head(module) else role_of(module, kind)
+    return Site(module, name, kind, out_features, in_features, block_of(module), role, node)
+
+
+def _operator_name(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", str(node.target)).removesuffix(".default")

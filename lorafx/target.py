@@ -1,0 +1,348 @@
+r"""Target: the parsed text that says where.
+
+A spec is one string or a list of strings. Each item of it is one of
+
+======================  ====================================================================================
+``all-linear``          every linear weight except the output layer, as in PEFT
+``role:ffn.down``       a role, one of :data:`lorafx.roles.ROLES`; a glob works too: ``role:attn.*``
+``attention.self.key``  a name: the whole path or its end, as an entry of PEFT's ``target_modules`` list
+``*.layer.{0..5,8}.*``  a glob over the whole path: ``*`` (crosses dots), ``?``, ``{a,b}``, ``{0..10..2}``
+``.*\.(query|value)``   a regular expression for the whole path, as PEFT's ``target_modules`` string
+======================  ====================================================================================
+
+``name:``, ``glob:`` and ``re:`` in front remove all doubt. Without them, an item that starts with ``.*`` or
+holds any of ``\ ( ) | [ ] ^ $ +`` is a regular expression; else one with ``*``, ``?`` or ``{`` is a glob;
+else it is a name. Commas outside brackets separate items within a string: ``"query,value"``. A regular
+expression never shares a string, because a comma means something in it: put it in a list. A string that
+starts with ``re:`` is one item, commas and all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from .errors import UsageError, did_you_mean
+from .roles import ROLES, role_of
+
+__all__ = ["ROLES", "Blocks", "Candidate", "Item", "Selector", "Target", "nearest", "role_of"]
+
+ALL_LINEAR = "all-linear"
+_LINEAR_KINDS = ("linear", "addmm")
+_PREFIXES = {"re": "regex", "glob": "glob", "name": "name", "role": "role"}
+_PREFIX = re.compile(r"([A-Za-z]+):")
+_REGEX_ONLY = frozenset(r"\()|[]^$+")
+_GLOB_ONLY = frozenset("*?{")
+# A comma reaches a glob only within braces: elsewhere it separates items.
+_GLOB_SIGNS = {"*": ".*", "?": ".", "{": "(?:", ",": "|", "}": ")"}
+_BRACE_RANGE = re.compile(r"(?<=[{,])([0-9]{1,9})\.\.([0-9]{1,9})(?:\.\.([0-9]{1,9}))?(?=[,}])")
+_LONGEST_RANGE = 10_000
+_BLOCK_RANGE = re.compile(r"(-?[0-9]{1,9})(?:\.\.(-?[0-9]{1,9}))?")
+
+
+class Candidate(Protocol):
+    """What a target is matched against: one use of one weight.
+
+    ``module`` is the path of the module that owns the weight (``bert.encoder.layer.0.attention.self.query``),
+    ``kind`` how it is used (``linear``, ``addmm``, ``embedding``, ``conv2d``, …), ``role`` one of
+    :data:`lorafx.roles.ROLES`, ``block`` the index of the repeated block around it, or None.
+    """
+
+    @property
+    def module(self) -> str: ...  # noqa: D102 - described above
+    @property
+    def kind(self) -> str: ...  # noqa: D102 - described above
+    @property
+    def role(self) -> str: ...  # noqa: D102 - described above
+    @property
+    def block(self) -> int | None: ...  # noqa: D102 - described above
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A piece of the user's text and where it starts, so that an error can point into what was typed."""
+
+    whole: str
+    start: int
+    text: str
+
+    def error(self, offset: int, problem: str) -> UsageError:
+        return UsageError(f"target {self.whole!r}, column {self.start + offset + 1}: {problem}")
+
+    def after(self, count: int) -> _Source:
+        return _Source(self.whole, self.start + count, self.text[count:])
+
+
+@dataclass(frozen=True)
+class Item:
+    """One item of a target. ``text`` is what the user wrote, ``body`` the same without a prefix.
+
+    ``kind`` is ``all-linear``, ``name``, ``role``, ``glob`` or ``regex``. The last three have a ``pattern``,
+    which must match the whole path (the whole role).
+    """
+
+    text: str
+    kind: str
+    body: str
+    pattern: re.Pattern[str] | None = field(default=None, compare=False, repr=False)
+
+    def matches(self, candidate: Candidate) -> bool:
+        """Whether this item names ``candidate``."""
+        if self.kind == ALL_LINEAR:
+            return candidate.kind in _LINEAR_KINDS and candidate.role != "head"
+        if self.pattern is None:
+            return candidate.module == self.body or candidate.module.endswith("." + self.body)
+        subject = candidate.role if self.kind == "role" else candidate.module
+        return self.pattern.fullmatch(subject) is not None
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where: an ordered set of items. A candidate is named when any item matches it."""
+
+    items: tuple[Item, ...]
+
+    @classmethod
+    def parse(cls, spec: str | Sequence[str]) -> Target:
+        """Parse a spec as the module's docstring describes it; ``Target.parse(target.spec) == target``.
+
+        Raises :class:`UsageError` with the bad piece and its column.
+        """
+        strings = [spec] if isinstance(spec, str) else spec
+        if not isinstance(strings, Sequence) or not all(isinstance(text, str) for text in strings):
+            raise UsageError(f"target {spec!r}: give a string or a list of strings")
+        items = [_item(source) for text in strings for source in _split(text)]
+        if not items:
+            raise UsageError(f"target {spec!r}: names nothing; use 'all-linear' for every linear layer")
+        return cls(tuple(dict.fromkeys(items)))
+
+    @property
+    def spec(self) -> tuple[str, ...]:
+        """The items' texts: a spec that parses to this target."""
+        return tuple(item.text for item in self.items)
+
+    def __str__(self) -> str:
+        return ",".join(self.spec)
+
+    def match(self, candidate: Candidate) -> Item | None:
+        """The first item that names ``candidate``, or None."""
+        return next((item for item in self.items if item.matches(candidate)), None)
+
+    def hits(self, candidates: Iterable[Candidate]) -> dict[str, int]:
+        """How many candidates each item names, by the item's text: a misspelt one shows up as 0."""
+        found = list(candidates)
+        return {item.text: sum(item.matches(candidate) for candidate in found) for item in self.items}
+
+    def why_not(self, candidate: Candidate) -> str:
+        """Why no item names ``candidate``, as short text."""
+        if any(item.kind == ALL_LINEAR for item in self.items):
+            if candidate.kind not in _LINEAR_KINDS:
+                return f"{candidate.kind} is not a linear layer"
+            return f"{ALL_LINEAR!r} leaves out the output layer"
+        return "not named by targets"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Block ranges, inclusive; negative ends count from the last block (``-1`` is the last)."""
+
+    ranges: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def parse(cls, spec: str | int | Sequence[int | str]) -> Blocks:
+        """Parse ``"0..5"``, ``"0..5,8"``, ``-1`` or a list of such. Raises :class:`UsageError`."""
+        pieces = spec.split(",") if isinstance(spec, str) else [spec] if isinstance(spec, int) else spec
+        if not isinstance(pieces, Sequence) or not pieces:
+            raise UsageError(f"blocks {spec!r}: give an index, a range such as '0..5', or a list of them")
+        return cls(tuple(cls._range(spec, str(piece).strip()) for piece in pieces))
+
+    @staticmethod
+    def _range(spec: object, piece: str) -> tuple[int, int]:
+        found = _BLOCK_RANGE.fullmatch(piece)
+        if found is None:
+            raise UsageError(f"blocks {spec!r}: {piece!r} is neither an index nor a range such as '0..5'")
+        first, last = int(found[1]), int(found[2] or found[1])
+        # With mixed signs only the model decides which end is larger.
+        if (first < 0) == (last < 0) and first > last:
+            raise UsageError(f"blocks {spec!r}: {piece!r} ends before it starts; write '{last}..{first}'")
+        return first, last
+
+    def contains(self, block: int, last_block: int) -> bool:
+        """Whether ``block`` is in a range, in a model whose largest block index is ``last_block``."""
+
+        def resolve(end: int) -> int:
+            return end if end >= 0 else last_block + 1 + end
+
+        return any(resolve(first) <= block <= resolve(last) for first, last in self.ranges)
+
+    def __str__(self) -> str:
+        return ",".join(f"{first}" if first == last else f"{first}..{last}" for first, last in self.ranges)
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Which candidates a pass takes: named by ``targets``, not by ``exclude``, within ``blocks``."""
+
+    targets: Target
+    exclude: Target | None = None
+    blocks: Blocks | None = None
+
+    def decide(self, candidate: Candidate, last_block: int) -> str | None:
+        """None when ``candidate`` is taken, else the reason why not, as short text."""
+        if self.targets.match(candidate) is None:
+            return self.targets.why_not(candidate)
+        excluder = self.exclude.match(candidate) if self.exclude is not None else None
+        if excluder is not None:
+            return f"excluded by {excluder.text!r}"
+        if self.blocks is None:
+            return None
+        if candidate.block is None:
+            return f"not in a numbered block, and only blocks {self.blocks} are wanted"
+        if not self.blocks.contains(candidate.block, last_block):
+            return f"block {candidate.block} is outside {self.blocks}"
+        return None
+
+    def hits(self, candidates: Iterable[Candidate]) -> dict[str, int]:
+        """How many candidates each item of ``targets`` names, before ``exclude`` and ``blocks``."""
+        return self.targets.hits(candidates)
+
+
+def nearest(spec_item: str, candidates: Iterable[Candidate]) -> str:
+    """For an item that :meth:`Selector.hits` counts 0: what may have been meant, to append to a message."""
+    item = Target.parse(spec_item).items[0]
+    found = list(candidates)
+    paths = list(dict.fromkeys(candidate.module for candidate in found))
+    if not found or item.kind == ALL_LINEAR:
+        return ""
+    if item.kind == "role":
+        return f" (roles here: {', '.join(sorted({candidate.role for candidate in found}))})"
+    ends = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+    names = ", ".join(ends[:6]) + (", …" if len(ends) > 6 else "")
+    return _wider(item, paths) or _misspelt(item, paths) or f" (names here: {names})"
+
+
+def _wider(item: Item, paths: list[str]) -> str:
+    """The usual slip: the item fits a part of a path where it has to fit all of it (a name: its end)."""
+    if item.kind == "regex":
+        inside = item.pattern is not None and any(item.pattern.search(path) for path in paths)
+        return " (it must match the whole path: begin and end it with '.*')" if inside else ""
+    glob = item.body if item.kind == "glob" else re.sub(r"[*?{},]", "?", item.body)
+    for wider in (f"*.{glob}", f"{glob}.*", f"*.{glob}.*"):
+        pattern = re.compile(_glob_regex(_Source(wider, 0, wider)))
+        if any(pattern.fullmatch(path) for path in paths):
+            return f" (did you mean {wider!r}?)"
+    return ""
+
+
+def _misspelt(item: Item, paths: list[str]) -> str:
+    """The closest suffix for a name; else the closest component for the first word that no path has."""
+    if item.kind == "name":
+        length = item.body.count(".") + 1
+        suffixes = dict.fromkeys(".".join(path.split(".")[-length:]) for path in paths)
+        close = did_you_mean(item.body, [*suffixes, ALL_LINEAR])
+        if close:
+            return close
+    words = re.findall(r"[A-Za-z_]\w*", re.sub(r"\\.", ".", item.body))
+    known = dict.fromkeys(part for path in paths for part in path.split("."))
+    return next((close for word in words if word not in known and (close := did_you_mean(word, known))), "")
+
+
+def _split(text: str) -> Iterator[_Source]:
+    """The items of one string, without surrounding blanks."""
+    pieces = [text] if text.lstrip().startswith("re:") else _between_commas(text)
+    start = 0
+    for piece in pieces:
+        source = _Source(text, start + len(piece) - len(piece.lstrip()), piece.strip())
+        start += len(piece) + 1
+        if not source.text:
+            raise source.error(0, "an item is empty; remove the comma or name a module")
+        if len(pieces) > 1 and _kind(source)[0] == "regex":
+            raise source.error(0, "a regular expression cannot share a string with other items; give a list")
+        yield source
+
+
+def _between_commas(text: str) -> list[str]:
+    depth, cuts = 0, [-1]
+    for index, char in enumerate(re.sub(r"\\.", "  ", text)):
+        depth += (char in "([{") - (char in ")]}")
+        if char == "," and depth == 0:
+            cuts.append(index)
+    return [text[cut + 1 : end] for cut, end in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+
+
+def _kind(source: _Source) -> tuple[str, _Source]:
+    """The kind of an item and its text without a prefix."""
+    text = source.text
+    prefix = _PREFIX.match(text)
+    if prefix is not None:
+        if prefix[1] not in _PREFIXES:
+            hint = did_you_mean(prefix[1], _PREFIXES)
+            raise source.error(0, f"unknown prefix {prefix[0]!r}{hint}; use role:, name:, glob: or re:")
+        return _PREFIXES[prefix[1]], source.after(prefix.end())
+    if text.lower() == ALL_LINEAR:
+        return ALL_LINEAR, source
+    if text.startswith(".*") or not _REGEX_ONLY.isdisjoint(text):
+        return "regex", source
+    return ("name" if _GLOB_ONLY.isdisjoint(text) else "glob"), source
+
+
+def _item(source: _Source) -> Item:
+    kind, body = _kind(source)
+    if not body.text:
+        raise body.error(0, f"nothing follows {source.text!r}")
+    if kind == ALL_LINEAR:
+        return Item(ALL_LINEAR, kind, ALL_LINEAR)
+    if kind == "name":
+        _check_name(body)
+        return Item(source.text, kind, body.text)
+    try:
+        pattern = re.compile(body.text if kind == "regex" else _glob_regex(body))
+    except (re.error, OverflowError) as error:  # the latter for a repetition count beyond the engine's
+        offset, problem = (error.pos or 0, error.msg) if isinstance(error, re.error) else (0, str(error))
+        raise body.error(offset, f"not a regular expression: {problem}") from error
+    if kind == "role" and not any(pattern.fullmatch(role) for role in ROLES):
+        hint = did_you_mean(body.text, ROLES)
+        raise body.error(0, f"unknown role {body.text!r}{hint}; the roles are {', '.join(ROLES)}")
+    return Item(source.text, kind, body.text, pattern)
+
+
+def _check_name(body: _Source) -> None:
+    """Refuse what cannot end a module path, so that a slip is an error here and not zero hits later."""
+    slip = re.search(r"[\s}]|^\.|\.(?=\.)|\.$", body.text)
+    if slip is not None:
+        raise body.error(slip.start(), f"{slip[0]!r} cannot stand here in a module name")
+
+
+def _glob_regex(source: _Source) -> str:
+    """The regular expression of a glob. Braces become alternatives, ranges in them are counted out."""
+    text, out, opened, index = source.text, [], [], 0
+    while index < len(text):
+        char = text[index]
+        span = _BRACE_RANGE.match(text, index) if opened else None
+        if span is not None:
+            out.append(_range_regex(source, span))
+            index = span.end()
+            continue
+        if char == "{":
+            opened.append(index)
+        elif char == "}" and (not opened or text[index - 1] == "{"):
+            raise source.error(index, "'}' without alternatives before it")
+        elif char == "}":
+            opened.pop()
+        elif opened and text.startswith("..", index):
+            raise source.error(index, "'..' must stand between whole numbers, as in {0..5} or {0..10..2}")
+        out.append(_GLOB_SIGNS.get(char) or re.escape(char))
+        index += 1
+    if opened:
+        raise source.error(opened[-1], "'{' is never closed")
+    return "".join(out)
+
+
+def _range_regex(source: _Source, span: re.Match[str]) -> str:
+    first, last, step = int(span[1]), int(span[2]), int(span[3] or 1)
+    if step == 0 or abs(last - first) // step >= _LONGEST_RANGE:
+        raise source.error(span.start(), f"{span[0]!r} has step 0 or more than {_LONGEST_RANGE} numbers")
+    numbers = range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
+    return "|".join(map(str, numbers))

@@ -1,0 +1,109 @@
+"""Tensors by dotted name in a bare tree of modules: the storage under a program's graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+def _owner(root: nn.Module, name: str, create: bool = False) -> tuple[nn.Module, str]:
+    *path, leaf = name.split(".")
+    module = root
+    for part in path:
+        child = module._modules.get(part)
+        if child is None:
+            if not create:
+                raise KeyError(name)
+            child = nn.Module()
+            module.add_module(part, child)
+        module = child
+    return module, leaf
+
+
+def get_tensor(root: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer called ``name``; KeyError when there is none."""
+    module, leaf = _owner(root, name)
+    value = module._parameters.get(leaf)
+    if value is None:
+        value = module._buffers.get(leaf)
+    if value is None:
+        raise KeyError(name)
+    return value
+
+
+def put_tensor(root: nn.Module, name: str, value: Tensor, persistent: bool = True) -> None:
+    """Register ``value`` under ``name``: a Parameter as a parameter, any other tensor as a buffer."""
+    module, leaf = _owner(root, name, create=True)
+    module._parameters.pop(leaf, None)
+    module._buffers.pop(leaf, None)
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(leaf, value)
+    else:
+        module.register_buffer(leaf, value, persistent=persistent)
+
+
+def drop_tensor(root: nn.Module, name: str) -> None:
+    """Forget the tensor called ``name`` and the modules it leaves empty."""
+    module, leaf = _owner(root, name)
+    module._parameters.pop(leaf, None)
+    module._buffers.pop(leaf, None)
+    parts = name.split(".")[:-1]
+    while parts:
+        parent, last = _owner(root, ".".join(parts))
+        child = parent._modules[last]
+        assert child is not None
+        if child._parameters or child._buffers or child._modules:
+            return
+        del parent._modules[last]
+        parts.pop()
+
+
+def has_tensor(root: nn.Module, name: str) -> bool:
+    """Whether a parameter or buffer of that name exists."""
+    try:
+        get_tensor(root, name)
+    except KeyError:
+        return False
+    return True
+
+
+def named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter, then every buffer, aliases of tied tensors included."""
+    yield from root.named_parameters(remove_duplicate=False)
+    yield from root.named_buffers(remove_duplicate=False)
+
+
+def persistent(root: nn.Module, name: str) -> bool:
+    """Whether the tensor belongs to the state dict (every parameter does)."""
+    module, leaf = _owner(root, name)
+    return leaf not in module._non_persistent_buffers_set
+
+
+def copy_tree(root: nn.Module) -> nn.Module:
+    """A new tree of new Parameter objects over the same storage; ties stay ties, inner graph modules are shared.
+
+    New objects let two programs disagree about ``requires_grad`` without a copy of the weights.
+    """
+    result = nn.Module()
+    seen: dict[int, Tensor] = {}
+    for name, value in named_tensors(root):
+        if id(value) not in seen:
+            is_parameter = isinstance(value, nn.Parameter)
+            seen[id(value)] = nn.Parameter(value.detach(), value.requires_grad) if is_parameter else value
+        put_tensor(result, name, seen[id(value)], persistent(root, name))
+    for name, module in root.named_children():
+        if isinstance(module, torch.fx.GraphModule):
+            result.add_module(name, module)
+    return result
+
+
+def own(root: nn.Module, name: str) -> nn.Parameter:
+    """Give the parameter ``name`` (under all its aliases) storage of its own, so that training it changes no other program."""
+    old = get_tensor(root, name)
+    fresh = nn.Parameter(old.detach().clone(), old.requires_grad)
+    for alias, value in list(named_tensors(root)):
+        if value is old:
+            put_tensor(root, alias, fresh)
+    return fresh
