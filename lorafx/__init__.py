@@ -7,6 +7,8 @@ deploy that. The names below are the public interface; they load on first use, s
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -25,7 +27,20 @@ _HOME = {
     "LorafxError": "errors",
 }
 
-__all__ = [*_HOME, "__version__"]
+__all__ = [
+    "LorafxError",
+    "Program",
+    "Recipe",
+    "Report",
+    "__version__",
+    "capture",
+    "export",
+    "fold",
+    "load",
+    "rewrite",
+    "train",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from .capture import capture
@@ -44,3 +59,14 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _Package(types.ModuleType):
+    """Lets ``lorafx.capture`` stay the function: importing a submodule of that name would otherwise hide it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,6 +22,8 @@ from .checkpoint import open_model, weight_hashes
 from .errors import CaptureError, UsageError
 from .program import Program, Signature, Source
 from .tree import has_tensor, named_tensors, put_tensor
+
+T = TypeVar("T")
 
 
 def capture(
@@ -167,18 +170,40 @@ def export_graph(model: nn.Module, example: Mapping[str, Any], shapes: Any, *, t
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
-        try:
-            return _trace(model, example, shapes)
-        except Exception as error:  # the tracer raises many classes; each is reported or retried below
-            if shapes is None or "Constraints violated" not in str(error):
-                raise _capture_error(model, error) from error
-        try:
-            return _trace(model, example, _auto_shapes(shapes))
-        except Exception as error:
-            raise _capture_error(model, error) from error
+        return trace_with(lambda candidate: _trace(model, example, candidate), model, shapes)
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def trace_with(attempt: Callable[[Any], T], model: nn.Module, shapes: Any) -> T:
+    """``attempt(shapes)``, once more with every free axis left to the tracer if the model's guards refuse the named
+    dimensions; CaptureError when that fails too."""
+    with _cacheless(model):
+        try:
+            return attempt(shapes)
+        except Exception as error:  # the tracer raises many classes; each is reported or retried
+            if shapes is None or "Constraints violated" not in str(error):
+                raise _capture_error(model, error) from error
+        try:
+            return attempt(_auto_shapes(shapes))
+        except Exception as error:
+            raise _capture_error(model, error) from error
+
+
+@contextmanager
+def _cacheless(model: nn.Module) -> Iterator[None]:
+    """Keep decoders from returning their cache, which no loss reads. Every submodule's config is told: a decoder inside
+    an encoder-decoder has a config of its own."""
+    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")}
+    before = [(config, config.use_cache) for config in configs.values()]
+    for config, _ in before:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, value in before:
+            config.use_cache = value
 
 
 def _auto_shapes(shapes: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,11 +215,8 @@ def _trace(model: nn.Module, example: Mapping[str, Any], shapes: Any) -> Exporte
         return torch.export.export(model, (), dict(example), dynamic_shapes=shapes)
     from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 
-    inputs = dict(example)
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        inputs["use_cache"] = False
     config = DynamoConfig(dynamic=shapes is not None, dynamic_shapes=shapes)
-    return DynamoExporter().export(model, inputs, config).program
+    return DynamoExporter().export(model, dict(example), config).program
 
 
 def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
@@ -238,6 +260,10 @@ def program_from(
     graph = fx.Graph()
     result = graph.graph_copy(unlifted.graph, {})
     graph.output(result)
+    # Checks of the dtype and device seen at capture: they would refuse autocast, fp64 and any other device.
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
     _adopt(root, graph, unlifted, names or {})
     codegen = unlifted.graph._codegen
     info = codegen.pytree_info  # type: ignore[attr-defined]
@@ -248,6 +274,7 @@ def program_from(
     read = {id(held[str(node.target)]) for node in graph.nodes if node.op == "get_attr" and str(node.target) in held}
     heads = head_modules(model)
     roles = {name: _role(name, id(value) in read, heads) for name, value in held.items()}
+    roles.update({name: "constant" for name in held if name not in tensors})
     program = Program(graph, root, roles, signature, dict(example), source, heads)
     return program.copy()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from collections.abc import Mapping
@@ -11,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from .errors import ArtifactError, UsageError, did_you_mean
+from .folder import LFS_START, file_hash
 
 #: Task names (those of transformers' pipelines) and the Auto class that opens each.
 TASKS = {
@@ -27,8 +28,6 @@ TASKS = {
     "image-classification": "AutoModelForImageClassification",
     "feature-extraction": "AutoModel",
 }
-
-_LFS = b"version https://git-lfs"
 
 
 def auto_class(task: str) -> Any:
@@ -61,7 +60,7 @@ def check_safetensors(file: Path) -> dict[str, Any]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
-        if (start + stream.read(64)).startswith(_LFS):
+        if (start + stream.read(64)).startswith(LFS_START):
             raise ArtifactError(f"{file}: a git-lfs pointer, not the weights; run `git lfs pull` in that folder")
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if length < 2 or length > size - 8:
@@ -69,10 +68,10 @@ def check_safetensors(file: Path) -> dict[str, Any]:
         stream.seek(8)
         try:
             header = json.loads(stream.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError):
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             raise ArtifactError(f"{file}: corrupted safetensors header; fetch it again") from None
-    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if end != size:
         raise ArtifactError(f"{file}: truncated or padded, {size} bytes where its header says {end}; fetch it again")
     return entries
@@ -83,7 +82,10 @@ def weight_files(path: Path, *, allow_pickle: bool = False) -> list[Path]:
     files = sorted(path.glob("*.safetensors"))
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ArtifactError(f"{index}: broken index of weight files; fetch it again") from None
         missing = [name for name in named if not (path / name).is_file()]
         if missing:
             raise ArtifactError(f"{path}: {missing[0]} is named in {index.name} but missing; fetch the checkpoint again")
@@ -96,19 +98,6 @@ def weight_files(path: Path, *, allow_pickle: bool = False) -> list[Path]:
     if pickles and not allow_pickle:
         raise ArtifactError(f"{pickles[0]}: pickled weights; pass --allow-pickle to load them (weights only)")
     return pickles
-
-
-def file_hash(file: Path) -> str:
-    """sha256 of a file's bytes, in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
-
-
-def _digest(stream: Any) -> str:
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def weight_hashes(path: Path) -> dict[str, str]:
@@ -142,7 +131,7 @@ def open_model(
         if not weight_files(path, allow_pickle=allow_pickle):
             raise ArtifactError(f"{path}: no weights (*.safetensors); fetch the checkpoint, or capture with meta=True")
         model, info = cls.from_pretrained(path, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"{path}: transformers cannot open it: {_first_line(error)}") from error
     return model, frozenset(info["missing_keys"])
 

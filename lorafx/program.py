@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .report import Report
 
 #: What a tensor is for. Recorded when it appears, never guessed from its name.
-ROLES = ("base", "head", "unread", "adapter", "gate", "statistic")
+ROLES = ("base", "head", "unread", "constant", "adapter", "gate", "statistic")
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_aggregate
 from torch.utils.checkpoint import checkpoint as recompute
 
 from .site import block_of, module_path
@@ -17,7 +19,7 @@ def function_of(graph: fx.Graph) -> Callable[..., tuple[Any, ...]]:
     """The graph as a function ``(self, *inputs) -> outputs``; ``get_attr`` nodes read attributes of ``self``."""
     code = graph.python_code("self")
     namespace = dict(code.globals)
-    exec(compile(code.src, "<lorafx graph>", "exec"), namespace)  # noqa: S102 - the source comes from torch.fx
+    exec(compile(code.src, "<lorafx graph>", "exec"), namespace)
     return namespace["forward"]
 
 
@@ -36,8 +38,12 @@ class CompiledGraph:
     """A graph ready to run over a module: ``compiled(module, inputs)`` gives the flat outputs."""
 
     graph: fx.Graph
+    _moved: dict[torch.device, CompiledGraph] = field(default_factory=dict)
 
     def __call__(self, module: Any, inputs: list[Any], *, checkpoint: bool = False) -> tuple[Any, ...]:
+        device = next((value.device for value in inputs if isinstance(value, Tensor)), self.device)
+        if device != self.device and self.device is not None:
+            return self.on(device)(module, inputs, checkpoint=checkpoint)
         if not checkpoint:
             return self.whole(module, *inputs)
         names = [node.name for node in self.graph.find_nodes(op="placeholder")]
@@ -53,6 +59,17 @@ class CompiledGraph:
             values.update(zip(segment.gives, given, strict=True))
         (result,) = self.graph.output_node().args
         return tuple(values[value.name] if isinstance(value, fx.Node) else value for value in result)  # type: ignore
+
+    @cached_property
+    def device(self) -> torch.device | None:
+        """Where the graph makes its ranges and masks: the device of the capture; None when it makes none."""
+        return next((device for node in self.graph.nodes for device in _devices(node)), None)
+
+    def on(self, device: torch.device) -> CompiledGraph:
+        """The same graph for tensors on ``device``."""
+        if device not in self._moved:
+            self._moved[device] = CompiledGraph(_on_device(self.graph, device))
+        return self._moved[device]
 
     @cached_property
     def whole(self) -> Callable[..., tuple[Any, ...]]:
@@ -72,6 +89,21 @@ class CompiledGraph:
             else:
                 runs.append((block, [node]))
         return [_segment(block, nodes) for block, nodes in runs]
+
+
+def _devices(node: fx.Node) -> list[torch.device]:
+    return [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, torch.device)]
+
+
+def _on_device(graph: fx.Graph, device: torch.device) -> fx.Graph:
+    result = fx.Graph()
+    result.output(result.graph_copy(graph, {}))
+    for node in result.nodes:
+        if _devices(node):
+            node.args, node.kwargs = map_aggregate(
+                (node.args, node.kwargs), lambda value: device if isinstance(value, torch.device) else value
+            )  # type: ignore[assignment]
+    return result
 
 
 def compile_graph(graph: fx.Graph) -> CompiledGraph:

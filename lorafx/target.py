@@ -51,13 +51,13 @@ class Candidate(Protocol):
     """
 
     @property
-    def module(self) -> str: ...  # noqa: D102 - described above
+    def module(self) -> str: ...
     @property
-    def kind(self) -> str: ...  # noqa: D102 - described above
+    def kind(self) -> str: ...
     @property
-    def role(self) -> str: ...  # noqa: D102 - described above
+    def role(self) -> str: ...
     @property
-    def block(self) -> int | None: ...  # noqa: D102 - described above
+    def block(self) -> int | None: ...
 
 
 @dataclass(frozen=True)

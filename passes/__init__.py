@@ -1,7 +1,7 @@
 """Graph rewrites, one a file; the file name is the pass name (``tied_lora.py`` is ``tied-lora``).
 
-The folder sits at the top of the repository and is imported as ``lorafx.passes`` through a link. Imported under any
-other name, every class would exist twice and isinstance checks would fail far from the cause, so that is refused here.
+The folder sits at the top of the repository and is imported as ``lorafx.passes`` through a link. Under another
+name every class would exist twice, and isinstance checks would fail far from the cause: that is refused here.
 """
 
 if __name__ != "lorafx.passes":

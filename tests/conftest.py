@@ -1,4 +1,4 @@
-"""Fixtures every test file may use: real weights and text, fetched once and kept in the cache of `examples.assets`."""
+"""Fixtures every test file may use: real weights and text, fetched once by `examples.assets`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def _settle() -> None:
-    """Fix what torch and transformers read from the environment when they are first imported, subprocesses included."""
+    """Set what torch and transformers read from the environment on import, in subprocesses too."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # a test never asks a model hub for anything
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # forking after a parallel tokenisation warns
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -138,7 +138,7 @@ def test_smollm2_is_an_ordinary_checkpoint_that_knows_paris(smollm2: Path) -> No
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     model = AutoModelForCausalLM.from_pretrained(smollm2)
-    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert model.lm_head.weight is model.model.embed_tokens.weight
     with torch.no_grad():
         logits = model(**tokenizer("The capital of France is", return_tensors="pt")).logits
     assert tokenizer.decode(int(logits[0, -1].argmax())) == " Paris"

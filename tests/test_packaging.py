@@ -1,4 +1,4 @@
-"""What is installed is what the repository holds: the linked passes, the command, the licence, one ONNX Runtime."""
+"""What is installed is what the repository holds: linked passes, command, licence, one ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -90,9 +90,7 @@ def test_metadata_states_version_licence_and_command(wheel: zipfile.ZipFile, met
     assert licence == (ROOT / "LICENSE").read_bytes()
     assert b"Apache License\n" in licence
     assert b"END OF TERMS AND CONDITIONS" in licence
-    assert wheel.read(f"{info(wheel)}/entry_points.txt").decode() == (
-        "[console_scripts]\nlorafx = lorafx.cli:main\n"
-    )
+    assert wheel.read(f"{info(wheel)}/entry_points.txt").decode() == ("[console_scripts]\nlorafx = lorafx.cli:main\n")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,296 @@
+"""The back ends: ONNX, Hugging Face checkpoints and ``.pt2``. Every touch of `transformers.exporters`' back ends is here.
+
+Conversion belongs to `transformers.exporters`. It captures the model its own way for each back end (ONNX needs other
+traces than training), so lorafx steps in between its capture and its conversion: the program's history is replayed on
+that capture, which keeps all of the back end's fixes and fusions.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from contextlib import contextmanager, redirect_stdout
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+from . import __version__
+from .capture import dynamic_shapes, program_from, trace_with
+from .errors import CaptureError, ParityError, UsageError
+from .parity import Comparison, verify
+from .pipeline import fold, run, to_eval
+from .program import Program, Source
+from .store import base_record, copy_tokenizer, new_folder
+from .tree import get_tensor, has_tensor, named_tensors, put_tensor
+
+Format = Literal["onnx", "hf", "pt2"]
+FORMATS = ("onnx", "hf", "pt2")
+PROVIDERS = ("cpu", "cuda")
+
+
+def export(
+    program: Program,
+    path: str | PathLike[str],
+    format: Format = "onnx",
+    *,
+    provider: Literal["cpu", "cuda"] = "cpu",
+    adapters: Literal["merged", "separate"] = "merged",
+    dtype: torch.dtype | None = None,
+    generate: bool = False,
+    check: bool = True,
+    overwrite: bool = False,
+) -> Comparison | None:
+    """Write a program as a folder that runs elsewhere.
+
+    Args:
+        program: rewritten or folded; merged adapters are folded here if they are not yet
+        path: the folder to make; refused if it exists, unless ``overwrite``
+        format: ``onnx`` (opens with ``ExportedModel.from_pretrained``), ``hf`` (an ordinary checkpoint),
+            ``pt2`` (``ExportedModel`` over ``torch.export``)
+        provider: the ONNX Runtime provider whose fused operators are used
+        adapters: ``merged`` into the base weights, or ``separate`` operators as they were trained
+        dtype: convert weights and activations to this dtype; folding happens before, so weights round once
+        generate: export prefill and decode graphs with a cache, for causal language models
+        check: compare the result with the program on the same inputs before the folder gets its name
+
+    Returns:
+        the comparison, or None when there is none to make (``check=False``, ``generate``)
+
+    Raises:
+        UsageError: an unknown format, or a format that cannot hold this program
+        ParityError: the written model does not compute the program's function; nothing is left behind
+    """
+    if format not in FORMATS or provider not in PROVIDERS:
+        raise UsageError(f"cannot export to {format!r} for {provider!r}; formats: {FORMATS}, providers: {PROVIDERS}")
+    if program.device.type == "meta":
+        raise UsageError("the program was captured on the meta device and has no weights; capture or load it with them")
+    final = _final(program, adapters)
+    meta = {"base": base_record(final), "history": _history_record(final), "provider": provider, "adapters": adapters}
+    with new_folder(path, kind=format, meta=meta, overwrite=overwrite) as folder:
+        if format == "hf":
+            _write_hf(final, folder, dtype)
+        else:
+            _write_exported(final, folder, format, provider, dtype, generate)
+        if final.source.path is not None:
+            copy_tokenizer(final.source.path, folder)
+        if not check or generate:
+            return None
+        result = verify(final, folder)
+        if not result.ok:
+            raise ParityError(f"{format} export differs from the program: {result}")
+        return result
+
+
+def _final(program: Program, adapters: str) -> Program:
+    if adapters == "separate":
+        if program.origin is not None:
+            raise UsageError("this program is folded: its adapters are merged; export the program before fold()")
+        return to_eval(program)
+    folded = program if program.origin is not None else fold(program)
+    left = folded.names("adapter", "gate")
+    if left:
+        raise UsageError(f"{left[0]} cannot be merged into the base; export with adapters='separate'")
+    return folded
+
+
+def _history_record(program: Program) -> list[dict[str, Any]]:
+    from .recipe import pass_dict
+
+    return [pass_dict(applied.step) for applied in program.history]
+
+
+# ---- Hugging Face checkpoint
+
+
+def _write_hf(program: Program, folder: Path, dtype: torch.dtype | None) -> None:
+    model = hf_model(program)
+    if dtype is not None:
+        model = model.to(dtype)
+    model.save_pretrained(folder)  # type: ignore[operator]
+
+
+def hf_model(program: Program) -> nn.Module:
+    """The program as an ordinary transformers model; UsageError when its config cannot say the program's shapes."""
+    source = program.source.model
+    if not hasattr(source, "save_pretrained"):
+        raise UsageError(f"{program.name} is no transformers model; export it as onnx or pt2")
+    config = copy.deepcopy(program.config)
+    for key, value in program.config_changes.items():
+        setattr(config, key, value)
+    with torch.device("meta"):
+        model = type(source)(config)
+    values = {**dict(source.named_buffers(remove_duplicate=False)), **dict(named_tensors(program.root))}
+    for name, slot in named_tensors(model):
+        value = values.get(name)
+        if value is None or value.shape != slot.shape:
+            found = "nothing" if value is None else f"shape {tuple(value.shape)}"
+            raise UsageError(
+                f"a {type(source).__name__} checkpoint cannot hold this program: {name} is {tuple(slot.shape)} in its "
+                f"architecture, {found} here; export it as onnx or pt2"
+            )
+    unknown = [name for name in program.names("adapter", "gate", "statistic") if name != "clock"]
+    if unknown:
+        raise UsageError(f"a checkpoint cannot hold {unknown[0]}; fold the program first, or export it as onnx or pt2")
+    shared: dict[int, torch.Tensor] = {}
+    for name, _ in list(named_tensors(model)):
+        value = shared.setdefault(id(values[name]), _as_parameter(values[name]))
+        _assign(model, name, value)
+    return model.eval()
+
+
+def _as_parameter(value: torch.Tensor) -> torch.Tensor:
+    return nn.Parameter(value.detach(), requires_grad=False) if isinstance(value, nn.Parameter) else value
+
+
+def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    table = module._parameters if leaf in module._parameters else module._buffers
+    table[leaf] = value  # type: ignore[assignment]
+
+
+# ---- transformers.exporters
+
+
+class RewritingExporter(DynamoExporter):
+    """A :class:`DynamoExporter` that replays a program's history between capture and conversion.
+
+    Combine it with a back end by cooperative inheritance: ``class X(OnnxExporter, RewritingExporter)`` — the back end's
+    own ``export_program`` then calls this one where it would have called the plain capture.
+    """
+
+    def __init__(self, program: Program):
+        super().__init__()
+        self.rewritten = program
+
+    def export_program(self, model: Any, sample_inputs: Any, config: Any) -> tuple[ExportedProgram, Any]:
+        """Capture ``model`` (the program's source, or a component of it) and rewrite the capture."""
+        captured, metadata = super().export_program(model, sample_inputs, config)
+        return self._rewrite(captured, model, sample_inputs, config), metadata
+
+    def _rewrite(self, captured: ExportedProgram, model: nn.Module, inputs: Any, config: Any) -> ExportedProgram:
+        root = self.rewritten.source.model
+        names = {id(value): name for name, value in named_tensors(root)}
+        local = {names.get(id(value), name): name for name, value in named_tensors(model)}
+        base = program_from(captured, Source(model), inputs, names)
+        base.source, base.heads = self.rewritten.source, self.rewritten.heads
+        before = structure(base.graph)
+        replayed = replay(self.rewritten, base, whole=model is root)
+        if structure(replayed.graph) == before:
+            return _with_values(captured, replayed, local)
+        codegen = captured.module(check_guards=False).graph._codegen  # type: ignore[union-attr]
+        module = fx.GraphModule(replayed.root, replayed.graph)
+        module.graph.set_codegen(codegen)
+        module.recompile()
+        return torch.export.export(module, (), dict(inputs), dynamic_shapes=config.dynamic_shapes)
+
+
+class RewritingOnnxExporter(OnnxExporter, RewritingExporter):
+    """transformers' ONNX exporter over the rewritten graph: its patches before, its conversion and fusions after."""
+
+
+def replay(program: Program, base: Program, *, whole: bool = True) -> Program:
+    """Apply ``program``'s history to ``base``, another capture of the same model, and give it ``program``'s values.
+
+    ``whole`` says that ``base`` is the whole model, not a component of it. Raises CaptureError when a pass then inserts
+    other tensors than it did in ``program``.
+    """
+    result = run(base, [applied.step for applied in program.history])
+    for applied, again in zip(program.history, result.history, strict=True):
+        ours = {name for inserted in applied.inserted for name in inserted.tensors.values()}
+        theirs = {name for inserted in again.inserted for name in inserted.tensors.values()}
+        if theirs - ours or (whole and ours - theirs):
+            odd = sorted(ours ^ theirs)[0]
+            raise CaptureError(f"{applied.step.pass_name()}: {odd} is not in both captures of {program.name}")
+    constants = set(program.names("constant"))
+    for name, value in named_tensors(program.root):
+        if name not in constants and has_tensor(result.root, name):
+            put_tensor(result.root, name, _cast(value, get_tensor(result.root, name)))
+    return result
+
+
+def _cast(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    if value.dtype == like.dtype or not value.is_floating_point():
+        return value
+    cast = value.detach().to(like.dtype)
+    return nn.Parameter(cast, requires_grad=False) if isinstance(value, nn.Parameter) else cast
+
+
+def structure(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """The graph without the names of its nodes: equal for graphs that differ in their tensors' values only."""
+    live = [node for node in graph.nodes if node.op != "get_attr" or node.users]
+    number = {node: index for index, node in enumerate(live)}
+    return [(n.op, str(n.target), str(fx.map_arg((n.args, n.kwargs), lambda a: f"%{number[a]}"))) for n in live]
+
+
+def _with_values(captured: ExportedProgram, program: Program, local: Mapping[str, str]) -> ExportedProgram:
+    """The capture with the program's values: nothing but weights changed, so no second trace is needed."""
+    for name, value in named_tensors(program.root):
+        key = local.get(name, name)
+        if key in captured.state_dict and captured.state_dict[key].shape == value.shape:
+            captured.state_dict[key] = value
+    return captured
+
+
+@contextmanager
+def _exportable(program: Program, dtype: torch.dtype | None):
+    """The eager model in evaluation mode (a converted copy when another dtype is asked for), put back afterwards."""
+    model = program.source.model
+    if dtype is not None:
+        yield copy.deepcopy(model).to(dtype).eval()
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _write_exported(
+    program: Program, folder: Path, format: str, provider: str, dtype: torch.dtype | None, generate: bool
+) -> None:
+    exported = _converted(program, format, provider, dtype, generate)
+    if format == "onnx":
+        record = {"lorafx_version": __version__, "lorafx_history": json.dumps(_history_record(program))}
+        record["lorafx_base"] = json.dumps(base_record(program))
+        for component in exported.components.values():
+            component.program.metadata_props.update(record)
+    for key, value in program.config_changes.items():
+        exported.config = copy.deepcopy(exported.config)
+        setattr(exported.config, key, value)
+    exported.save_pretrained(folder)
+
+
+def _converted(program: Program, format: str, provider: str, dtype: torch.dtype | None, generate: bool) -> Any:
+    # The converter prints its progress to stdout, which is kept for results.
+    with redirect_stdout(sys.stderr), _exportable(program, dtype) as model:
+        target = dataclasses.replace(program, source=dataclasses.replace(program.source, model=model))
+        inputs = dict(program.example)
+        if generate:
+            exporter, config = _back_end(target, format, provider, None)
+            exported = exporter.export_for_generation(model, inputs, config)
+        else:
+            def attempt(shapes: Any) -> Any:
+                exporter, config = _back_end(target, format, provider, shapes)
+                return exporter.export(model, dict(inputs), config)
+
+            exported = trace_with(attempt, model, dynamic_shapes(model, program.example))
+    return exported
+
+
+def _back_end(program: Program, format: str, provider: str, shapes: Any) -> tuple[Any, Any]:
+    if format == "onnx":
+        config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, ort_fusions=provider)  # type: ignore[arg-type]
+        return RewritingOnnxExporter(program), config
+    return RewritingExporter(program), DynamoConfig(dynamic=True, dynamic_shapes=shapes)

@@ -1,0 +1,249 @@
+"""Folders that are whole or not there: written beside their place, synced, sealed by a manifest, then renamed.
+
+``lorafx.json`` is written last and names every other file with its size and hash. A folder without it, or whose files
+are not the ones it names, is incomplete and is refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .errors import ArtifactError, UsageError
+
+try:
+    import fcntl
+except ImportError:  # no such locks on this platform: leftovers of killed writers stay until removed by hand
+    fcntl = None
+
+MANIFEST = "lorafx.json"
+#: The version of the format this code writes, and the newest it reads.
+FORMAT = 1
+LFS_START = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What a manifest says of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of ``lorafx.json``.
+
+    Attributes:
+        path: the folder
+        kind: what the folder is: ``run``, or the format it was exported to (``hf``, ``onnx``, ``pt2``)
+        version: the version of lorafx that wrote it
+        meta: what its writer recorded: the base checkpoint, the recipe, …
+        files: every other file by its path below the folder, with ``/`` between the parts
+    """
+
+    path: Path
+    kind: str
+    version: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
+
+
+def file_hash(file: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# ---- reading
+
+
+def read_manifest(path: str | PathLike[str], *, hashes: bool = False) -> Manifest:
+    """The manifest of a folder lorafx wrote, after checking that the folder is whole.
+
+    Args:
+        path: the folder
+        hashes: compare the files' contents with their sha256, not their sizes alone
+
+    Raises:
+        ArtifactError: no such folder, no or a broken manifest, one of a newer format, or a file that is missing,
+            truncated, changed or a git-lfs pointer
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: no such folder")
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise ArtifactError(f"{folder}: no {MANIFEST}; lorafx did not write this folder, or not to its end: write it again")
+    try:
+        manifest = _parse(folder, json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ArtifactError(f"{file}: broken manifest; write the folder again") from None
+    for name, entry in manifest.files.items():
+        _check(folder, name, entry, hashes)
+    return manifest
+
+
+def _parse(folder: Path, data: Mapping[str, Any]) -> Manifest:
+    if data["format"] > FORMAT:
+        found = f"format {data['format']}, written by lorafx {data['lorafx']}"
+        raise ArtifactError(f"{folder}: {found}; this lorafx reads up to format {FORMAT}: upgrade lorafx")
+    files = {name: FileEntry(int(entry["bytes"]), str(entry["sha256"])) for name, entry in data["files"].items()}
+    inside = all(not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts for name in files)
+    if not inside or not isinstance(data["meta"], Mapping):
+        raise ValueError(files)
+    return Manifest(folder, str(data["kind"]), str(data["lorafx"]), data["meta"], files)
+
+
+def _check(folder: Path, name: str, entry: FileEntry, hashes: bool) -> None:
+    file = folder / name
+    if not file.is_file():
+        raise ArtifactError(f"{folder}: {name} is missing; write the folder again")
+    size = file.stat().st_size
+    if size != entry.size:
+        if is_lfs_pointer(file):
+            raise ArtifactError(f"{file}: a git-lfs pointer, not the file; run `git lfs pull` in that folder")
+        raise ArtifactError(f"{file}: {size} bytes where {MANIFEST} says {entry.size}; write the folder again")
+    if hashes and file_hash(file) != entry.sha256:
+        raise ArtifactError(f"{file}: not the file that was written (its sha256 differs); write the folder again")
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file is the short text that git-lfs leaves in place of a large file."""
+    with file.open("rb") as stream:
+        return stream.read(len(LFS_START)) == LFS_START
+
+
+# ---- writing
+
+
+@contextmanager
+def new_folder(
+    path: str | PathLike[str], kind: str, meta: Mapping[str, Any], overwrite: bool = False
+) -> Iterator[Path]:
+    """Write a folder that appears under ``path`` whole or not at all.
+
+    Yields a temporary folder beside it to write into. When the block ends well, the manifest is written, everything is
+    synced and the folder renamed; when it raises, nothing is left. A killed process leaves a hidden folder at most,
+    which the next one that writes to ``path`` removes.
+
+    Args:
+        path: the folder to make; its parents are made too
+        kind: what it is (see :class:`Manifest`)
+        meta: what to record, JSON values
+        overwrite: replace a folder that lorafx wrote; any other existing path is refused
+
+    Raises:
+        UsageError: ``path`` exists
+        ArtifactError: it cannot be written (no permission, no space)
+    """
+    target = Path(path).resolve()
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        _refuse_existing(target, overwrite)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
+        temporary.mkdir()
+        with _locked(temporary):
+            yield temporary
+            _seal(temporary, kind, meta)
+            _publish(temporary, target, overwrite)
+    except OSError as error:
+        raise ArtifactError(f"{target}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_existing(target: Path, overwrite: bool) -> None:
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not overwrite:
+        raise UsageError(f"{target}: exists already; choose another folder, or overwrite it (--overwrite)")
+    if not (target / MANIFEST).is_file():
+        raise UsageError(f"{target}: lorafx did not write this, so it is not overwritten; remove it by hand")
+
+
+def _seal(folder: Path, kind: str, meta: Mapping[str, Any]) -> None:
+    """Write the manifest, and bring everything to the disk before the folder gets its name."""
+    from . import __version__
+
+    names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": file_hash(folder / name)} for name in names}
+    record = {"format": FORMAT, "kind": kind, "lorafx": __version__, "meta": dict(meta), "files": files}
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    for name in names:
+        _sync(folder / name)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    _sync(folder / MANIFEST)
+    for inner in [*(entry for entry in folder.rglob("*") if entry.is_dir()), folder]:
+        _sync(inner)
+
+
+def _publish(temporary: Path, target: Path, overwrite: bool) -> None:
+    _refuse_existing(target, overwrite)  # again: another process may have written it meanwhile
+    aside = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
+    if target.exists():
+        target.rename(aside)
+    try:
+        temporary.rename(target)
+    except OSError:
+        if aside.exists():
+            aside.rename(target)
+        raise
+    _sync(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # a folder cannot be synced there
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on ``folder`` that the system releases when the process ends, however it ends."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _sweep(target: Path) -> None:
+    """Clear away what killed writers of ``target`` left: temporary folders no process holds, and a replaced folder."""
+    for old in _siblings(target, "old"):
+        # Killed between the two renames of an overwrite: the old folder is the only one, so it comes back.
+        shutil.rmtree(old, ignore_errors=True) if target.exists() else old.rename(target)
+    if fcntl is None:
+        return
+    for left in _siblings(target, "tmp"):
+        handle = os.open(left, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+        except BlockingIOError:
+            pass  # its writer is alive
+        finally:
+            os.close(handle)
+
+
+def _siblings(target: Path, mark: str) -> list[Path]:
+    return [entry for entry in target.parent.iterdir() if entry.name.startswith(f".{target.name}.{mark}-")]

@@ -1,0 +1,236 @@
+"""The adapter format of Hugging Face PEFT: which key each tensor has, and the config that adapts the same modules.
+
+One file serves both readers. A run folder's keys are PEFT's whatever was inserted; ``adapter_config.json`` is written
+when PEFT's LoRA computes the same function from them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .edit import aliases
+
+if TYPE_CHECKING:
+    from .passes.lora import Lora
+    from .program import Inserted, Program
+    from .site import Site
+
+PREFIX = "base_model.model."
+
+#: Task types by the ending of the model's class name, and the heads that PEFT adds to ``modules_to_save`` by itself.
+_TASKS = {
+    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
+    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
+    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
+    "ForConditionalGeneration": ("SEQ_2_SEQ_LM", ()),
+    "ForCausalLM": ("CAUSAL_LM", ()),
+    "LMHeadModel": ("CAUSAL_LM", ()),
+}
+_LOW_RANK = ({"lora_A", "lora_B"}, {"lora_embedding_A", "lora_embedding_B"})
+
+
+class _NotExpressible(Exception):
+    """PEFT cannot compute this program's function; the message says why."""
+
+
+@dataclass(frozen=True)
+class _Adapted:
+    """One module that a LoRA pass adapted."""
+
+    module: str
+    step: Lora
+    site: Site
+
+
+def adapter_keys(program: Program) -> dict[str, str]:
+    """The key in ``adapter_model.safetensors`` of every tensor in ``program.learned()``, by its name.
+
+    PEFT moves the weight of an adapted module to its ``base_layer``; all other names are the model's own.
+    """
+    entries = [entry for applied in program.history for entry in applied.inserted]
+    adapted = {entry.module for entry in entries if any(pair <= set(entry.tensors) for pair in _LOW_RANK)}
+    inserted = {name for entry in entries for name in entry.tensors.values()}
+    keys = {}
+    for name in program.learned():
+        owner, _, leaf = name.rpartition(".")
+        moved = owner in adapted and name not in inserted
+        keys[name] = PREFIX + (f"{owner}.base_layer.{leaf}" if moved else name)
+    return keys
+
+
+def adapter_config(program: Program) -> tuple[dict[str, Any] | None, str]:
+    """The ``adapter_config.json`` with which PEFT computes this program's function; or None, and why there is none."""
+    try:
+        adapted = _adapted(program)
+        modules = {entry.module for entry in adapted}
+        saved = _saved_modules(program, modules)
+        paths = [path for path, _ in program.source.model.named_modules(remove_duplicate=False) if path]
+        config = {
+            "peft_type": "LORA",
+            "task_type": _task_type(program.name, paths, saved),
+            "base_model_name_or_path": program.source.path,
+            "inference_mode": True,
+            "target_modules": _target_modules(modules, set(paths) - modules),
+            "modules_to_save": saved or None,
+            "bias": "none",
+            "fan_in_fan_out": {entry.site.kind for entry in adapted} == {"addmm"},
+            **_scales(adapted),
+        }
+    except _NotExpressible as reason:
+        return None, str(reason)
+    return config, ""
+
+
+# ---- which modules are adapted
+
+
+def _adapted(program: Program) -> list[_Adapted]:
+    from .passes.lora import Lora
+
+    sites = {site.module: site for site in program.sites() if program.roles.get(site.parameter) != "adapter"}
+    result: list[_Adapted] = []
+    for applied in program.history:
+        for entry in applied.inserted:
+            if not isinstance(applied.step, Lora) or not _plain_pair(program, entry):
+                raise _NotExpressible(f"{applied.step.pass_name()} inserted what PEFT's LoRA does not have")
+            if entry.module not in sites or not _supported(program, entry.module):
+                raise _NotExpressible(f"PEFT cannot adapt {entry.module}")
+            result.append(_Adapted(entry.module, applied.step, sites[entry.module]))
+    if not result:
+        raise _NotExpressible("no LoRA adapter was inserted")
+    return result
+
+
+def _plain_pair(program: Program, entry: Inserted) -> bool:
+    """Whether a module got one A and one B of its own, under the names PEFT gives them (and statistics at most)."""
+    tensors = {short: name for short, name in entry.tensors.items() if program.roles[name] != "statistic"}
+    named = all(name.removesuffix(".weight") == f"{entry.module}.{short}" for short, name in tensors.items())
+    return set(tensors) in _LOW_RANK and named and all(len(aliases(program.root, n)) == 1 for n in tensors.values())
+
+
+def _supported(program: Program, path: str) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    try:
+        module = program.source.model.get_submodule(path)
+    except AttributeError:  # the weight is used outside a module of its own
+        return False
+    return isinstance(module, (nn.Linear, Conv1D, nn.Embedding, nn.Conv2d))
+
+
+def _target_modules(wanted: Collection[str], others: Iterable[str]) -> list[str] | str:
+    short = _shortest(wanted, others)
+    return short if short is not None else "|".join(re.escape(path) for path in sorted(wanted))
+
+
+def _shortest(wanted: Iterable[str], others: Iterable[str]) -> list[str] | None:
+    """For each wanted path its shortest dotted ending that is the end of none of ``others``; None if one has none."""
+    foreign = {ending for path in others for ending in _endings(path)}
+    chosen: set[str] = set()
+    for path in wanted:
+        own = next((ending for ending in _endings(path) if ending not in foreign), None)
+        if own is None:
+            return None
+        chosen.add(own)
+    return sorted(chosen)
+
+
+def _endings(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
+
+
+# ---- which modules are stored in full
+
+
+def _saved_modules(program: Program, adapted: set[str]) -> list[str]:
+    """The modules whose every tensor was learned, outermost only."""
+    learned = {name for name in program.learned() if program.roles[name] in ("base", "head", "unread")}
+    tied = next((name for name in learned if len(aliases(program.root, name)) > 1), None)
+    if tied is not None:
+        raise _NotExpressible(f"PEFT unties {tied} when it trains")
+    model = program.source.model
+    state = set(model.state_dict(keep_vars=True))
+    chosen: list[str] = []
+    for path in sorted({parent for name in learned for parent in _parents(name)}, key=len):
+        inside = {name for name in state if name.startswith(path + ".")}
+        free = not any(module == path or module.startswith(path + ".") for module in adapted)
+        outermost = not any(path.startswith(done + ".") for done in chosen)
+        container = isinstance(model.get_submodule(path), (nn.ModuleDict, nn.ModuleList))
+        if inside <= learned and free and outermost and not container:
+            chosen.append(path)
+    left = {name for name in learned if not any(name.startswith(path + ".") for path in chosen)}
+    # What was only initialised, not trained, loads into PEFT's model as it is; what was trained must be known to it.
+    trained = sorted(left & set(program.trainable()))
+    if trained:
+        raise _NotExpressible(f"PEFT cannot keep {trained[0]}, trained without the rest of its module or beside LoRA")
+    if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in chosen for module in adapted):
+        raise _NotExpressible(f"PEFT takes modules named like {', '.join(chosen)} for parts of them")
+    return chosen
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")[:-1]
+    return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+
+
+def _task_type(model: str, paths: list[str], saved: list[str]) -> str | None:
+    """The task type with which PEFT keeps the modules ``saved`` and no others."""
+    task, heads = next((found for ending, found in _TASKS.items() if model.endswith(ending)), (None, ()))
+    # PEFT compares the ends of paths as plain text, without regard to dots.
+    for kind, names in ((task, (*saved, *heads)), (None, saved)):
+        if {path for path in paths if any(path.endswith(name) for name in names)} == set(saved):
+            return kind
+    raise _NotExpressible(f"PEFT would keep other modules than {', '.join(saved)}")
+
+
+# ---- ranks and scales
+
+
+def _scales(adapted: list[_Adapted]) -> dict[str, Any]:
+    """Rank, alpha and dropout with their exceptions."""
+    rslora = all(entry.step.rslora for entry in adapted)
+    ranks = {entry.module: entry.step.rank_of(entry.site) for entry in adapted}
+    alphas = {
+        entry.module: _plain(entry.step.scale_of(entry.site) * _divisor(ranks[entry.module], rslora)) for entry in adapted
+    }
+    rank, rank_pattern = _with_exceptions(ranks)
+    alpha, alpha_pattern = _with_exceptions(alphas)
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "use_rslora": rslora,
+        # One number in PEFT; it matters to further training there, not to the function.
+        "lora_dropout": max(entry.step.dropout for entry in adapted),
+    }
+
+
+def _divisor(rank: int, rslora: bool) -> float:
+    return math.sqrt(rank) if rslora else rank
+
+
+def _plain(value: float) -> float | int:
+    """``value`` without the last bits of a division that was multiplied back; an integer where it is one."""
+    rounded = float(f"{value:.12g}")
+    return int(rounded) if rounded.is_integer() else rounded
+
+
+def _with_exceptions(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most common value, and the others under the shortest names that say them."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    pattern: dict[str, Any] = {}
+    for value in sorted(set(values.values()) - {common}):
+        modules = [module for module, own in values.items() if own == value]
+        short = _shortest(modules, [module for module, own in values.items() if own != value])
+        names = map(re.escape, short) if short is not None else (f"^{re.escape(module)}" for module in modules)
+        pattern.update(dict.fromkeys(names, value))
+    return common, pattern

@@ -1,0 +1,222 @@
+"""Tiny random models of every family the capture matrix covers: two layers, all parameters away from 0 and 1."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+from lorafx.capture import capture
+from lorafx.program import Program
+
+VOCABULARY = 120
+LABELS = 3
+#: Dropout probabilities are not 0 while capturing, so that the training graph has them and evaluation must drop them.
+DROPOUT = 0.1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One family.
+
+    Attributes:
+        build: makes the model, given the dropout probability
+        inputs: makes inputs for a batch size and a length
+        free_length: whether the length of the inputs is free (images and sound have one size)
+    """
+
+    build: Callable[[float], nn.Module]
+    inputs: Callable[[int, int], dict[str, Any]]
+    free_length: bool = True
+
+
+# ---- inputs
+
+
+def _generator(batch: int, length: int) -> torch.Generator:
+    return torch.Generator().manual_seed(1000 * batch + length)
+
+
+def text(batch: int, length: int) -> dict[str, Any]:
+    """Token ids and a mask; the last row is padded to the right once it is longer than one token."""
+    ids = torch.randint(5, VOCABULARY, (batch, length), generator=_generator(batch, length))
+    mask = torch.ones_like(ids)
+    mask[-1, length // 2 + 1 :] = 0
+    # Token 1 pads in every config below; RoBERTa reads positions from it and decoders' heads the last token.
+    return {"input_ids": torch.where(mask.bool(), ids, torch.ones_like(ids)), "attention_mask": mask}
+
+
+def two_texts(batch: int, length: int) -> dict[str, Any]:
+    """Encoder and decoder inputs; the decoder's sequence is one longer, so that no dimension is shared by accident."""
+    target = torch.randint(5, VOCABULARY, (batch, length + 1), generator=_generator(batch, length))
+    return {**text(batch, length), "decoder_input_ids": target}
+
+
+def image(batch: int, length: int) -> dict[str, Any]:
+    """Pixels, 3 × 16 × 16."""
+    return {"pixel_values": torch.randn(batch, 3, 16, 16, generator=_generator(batch, length))}
+
+
+def sound(batch: int, length: int) -> dict[str, Any]:
+    """Mel features, 8 bins × 32 frames."""
+    return {"input_features": torch.randn(batch, 8, 32, generator=_generator(batch, length))}
+
+
+# ---- builders
+
+_TEXT = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_TEXT |= {"intermediate_size": 48, "max_position_embeddings": 80, "num_labels": LABELS, "pad_token_id": 1}
+_DECODER = {**_TEXT, "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 2, "eos_token_id": 3}
+
+
+def _hidden(p: float) -> dict[str, Any]:
+    return {"hidden_dropout_prob": p, "attention_probs_dropout_prob": p}
+
+
+def _bert(p: float) -> nn.Module:
+    return hf.BertForSequenceClassification(hf.BertConfig(**_TEXT, **_hidden(p)))
+
+
+def _roberta(p: float) -> nn.Module:
+    return hf.RobertaForSequenceClassification(hf.RobertaConfig(**_TEXT, **_hidden(p)))
+
+
+def _distilbert(p: float) -> nn.Module:
+    sizes = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 80}
+    dropouts = {"dropout": p, "attention_dropout": p, "seq_classif_dropout": p}
+    config = hf.DistilBertConfig(vocab_size=VOCABULARY, num_labels=LABELS, pad_token_id=1, **sizes, **dropouts)
+    return hf.DistilBertForSequenceClassification(config)
+
+
+def _deberta(p: float) -> nn.Module:
+    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
+    buckets = {"position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True, "max_relative_positions": -1}
+    config = hf.DebertaV2Config(**_TEXT, **_hidden(p), **relative, **buckets, pooler_dropout=p)
+    return hf.DebertaV2ForSequenceClassification(config)
+
+
+def _albert(p: float) -> nn.Module:
+    config = hf.AlbertConfig(**_TEXT, **_hidden(p), embedding_size=16, classifier_dropout_prob=p)
+    return hf.AlbertForSequenceClassification(config)
+
+
+def _modernbert(p: float) -> nn.Module:
+    dropouts = {"embedding_dropout": p, "mlp_dropout": p, "attention_dropout": p, "classifier_dropout": p}
+    window = {"local_attention": 8, "layer_types": ["full_attention", "sliding_attention"]}
+    config = hf.ModernBertConfig(**_TEXT, **dropouts, **window, bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3)
+    return hf.ModernBertForSequenceClassification(config)
+
+
+def _gpt2(p: float) -> nn.Module:
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 80}
+    dropouts = {"resid_pdrop": p, "embd_pdrop": p, "attn_pdrop": p}
+    return hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, **dropouts, bos_token_id=2, eos_token_id=3, pad_token_id=1))
+
+
+def _llama(p: float) -> nn.Module:
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**_DECODER, attention_dropout=p))
+
+
+def _qwen3(p: float) -> nn.Module:
+    return hf.Qwen3ForCausalLM(hf.Qwen3Config(**_DECODER, attention_dropout=p, tie_word_embeddings=True))
+
+
+def _gemma(p: float) -> nn.Module:
+    return hf.GemmaForCausalLM(hf.GemmaConfig(**_DECODER, attention_dropout=p))
+
+
+def _mistral(p: float) -> nn.Module:
+    return hf.MistralForCausalLM(hf.MistralConfig(**_DECODER, attention_dropout=p, sliding_window=8))
+
+
+def _mixtral(p: float) -> nn.Module:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return hf.MixtralForCausalLM(hf.MixtralConfig(**_DECODER, attention_dropout=p, **experts))
+
+
+def _t5(p: float) -> nn.Module:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    config = hf.T5Config(
+        vocab_size=VOCABULARY, **sizes, dropout_rate=p, pad_token_id=1, decoder_start_token_id=1, eos_token_id=3
+    )
+    return hf.T5ForConditionalGeneration(config)
+
+
+_IMAGE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+_IMAGE |= {"image_size": 16, "patch_size": 8}
+
+
+def _vit(p: float) -> nn.Module:
+    return hf.ViTForImageClassification(hf.ViTConfig(**_IMAGE, **_hidden(p), num_labels=LABELS))
+
+
+def _clip(p: float) -> nn.Module:
+    return hf.CLIPVisionModel(hf.CLIPVisionConfig(**_IMAGE, attention_dropout=p))
+
+
+def _whisper(p: float) -> nn.Module:
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    sizes = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48}
+    dropouts = {"dropout": p, "attention_dropout": p, "activation_dropout": p}
+    tokens = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 4}
+    return WhisperEncoder(
+        hf.WhisperConfig(**sizes, **dropouts, **tokens, num_mel_bins=8, max_source_positions=16, vocab_size=VOCABULARY)
+    )
+
+
+ZOO: dict[str, Entry] = {
+    "bert": Entry(_bert, text),
+    "roberta": Entry(_roberta, text),
+    "distilbert": Entry(_distilbert, text),
+    "deberta-v2": Entry(_deberta, text),
+    "albert": Entry(_albert, text),
+    "modernbert": Entry(_modernbert, text),
+    "gpt2": Entry(_gpt2, text),
+    "llama": Entry(_llama, text),
+    "qwen3": Entry(_qwen3, text),
+    "gemma": Entry(_gemma, text),
+    "mistral": Entry(_mistral, text),
+    "mixtral": Entry(_mixtral, text),
+    "t5": Entry(_t5, two_texts),
+    "vit": Entry(_vit, image, free_length=False),
+    "clip-vision": Entry(_clip, image, free_length=False),
+    "whisper-encoder": Entry(_whisper, sound, free_length=False),
+}
+
+
+def build(name: str, dropout: float = DROPOUT, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A fresh model, the same at each call, in evaluation mode. Every parameter is moved off its initial value, so that
+    no bias is accidentally 0 and no norm 1."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        model = ZOO[name].build(dropout)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.to(dtype).eval()
+
+
+@cache
+def captured(name: str, dropout: float = DROPOUT, dtype: torch.dtype = torch.float32) -> Program:
+    """The captured model, once a session. Passes return new programs, so tests can share it."""
+    return capture(build(name, dropout, dtype))
+
+
+def tensors(outputs: Any) -> dict[str, Tensor]:
+    """The tensors of a model output, by name."""
+    flat, _ = torch.utils._pytree.tree_flatten_with_path(outputs)
+    return {torch.utils._pytree.keystr(path): value for path, value in flat if isinstance(value, Tensor)}
+
+
+def eager(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """What the eager model gives for ``inputs``, without a cache of keys and values."""
+    cacheless = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    with torch.no_grad():
+        return tensors(model(**inputs, **cacheless))
