@@ -33,11 +33,11 @@ class Promise(enum.Enum):
     NOTHING = "nothing"
 
 
-def option(default: Any, help: str) -> Any:
-    """Declare one option of a pass: its default and its help line. Mappings are copied, so that passes never share one."""
+def option(default: Any, about: str) -> Any:
+    """Declare one option: its default and its help line. Mappings are copied, so that passes never share one."""
     if isinstance(default, Mapping):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+        return dataclasses.field(default_factory=lambda: dict(default), metadata={"help": about})
+    return dataclasses.field(default=default, metadata={"help": about})
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class SitePass(Pass):
         last_block = max((site.block for site in found if site.block is not None), default=0)
         taken, missed = [], []
         for site in found:
-            reason = selector.decide(site, last_block) or self.refuse(program, site)
+            reason = selector.decide(site, last_block) or _inserted(program, site) or self.refuse(program, site)
             taken.append(site) if reason is None else missed.append(Miss(site, reason))
         if not self.allow_empty:
             self._check_hits(selector, found, taken, missed)
@@ -122,13 +122,20 @@ class SitePass(Pass):
         name = self.pass_name()
         for item, hits in selector.hits(found).items():
             if hits == 0:
-                raise NoSitesError(f"{name}: target {item!r} matched 0 of {len(found)} weight uses{nearest(item, found)}")
+                hint = nearest(item, found)
+                raise NoSitesError(f"{name}: target {item!r} matched 0 of {len(found)} weight uses{hint}")
         if not taken:
             reasons = sorted({f"{miss.site.module}: {miss.reason}" for miss in missed})[:2]
             raise NoSitesError(
                 f"{name}: targets {self.targets!r} took 0 of {len(found)} weight uses; {'; '.join(reasons)}"
                 f" (set allow_empty = true if that is meant)"
             )
+
+
+def _inserted(program: Program, site: Site) -> str | None:
+    # What a pass inserts runs as part of the module it adapts, so it answers to that module's name.
+    inserted = program.roles.get(site.parameter) in ("adapter", "gate", "statistic")
+    return "inserted by an earlier pass" if inserted else None
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,30 @@
-"""The front end: any transformers model or plain module becomes a Program. Every touch of the tracer is here or in export.
+"""The front end: any transformers model or plain module becomes a Program.
 
-`transformers.exporters` knows the per-model fixes; this module chooses example inputs and dynamic shapes, captures once
-in training mode, and says what failed and where when a model cannot be captured.
+This module opens the model, chooses example inputs and dynamic shapes, has it traced once in training mode
+(:mod:`lorafx.trace`), and checks that the evaluation graph derived from the trace computes the model's function.
 """
 
 from __future__ import annotations
 
 import inspect
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import logging
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
 
 from .checkpoint import open_model, weight_hashes
 from .errors import CaptureError, UsageError
 from .program import Program, Signature, Source
+from .trace import cacheless, export_graph
 from .tree import has_tensor, named_tensors, put_tensor
 
-T = TypeVar("T")
-
+_log = logging.getLogger(__name__)
 
 def capture(
     source: str | PathLike[str] | nn.Module,
@@ -65,8 +65,42 @@ def capture(
         origin = Source(model, str(checkpoint.absolute()), task, opened, hashes, fresh)
     example = dict(inputs) if inputs is not None else example_inputs(origin.model, checkpoint)
     shapes = dynamic_shapes(origin.model, example) if dynamic else None
-    exported = export_graph(origin.model, example, shapes)
-    return program_from(exported, origin, example)
+    program = program_from(export_graph(origin.model, example, shapes), origin, example)
+    if meta or computes_evaluation(program):
+        return program
+    _log.warning("%s does more in training than a graph can undo; captured without its dropout", program.name)
+    program = program_from(export_graph(origin.model, example, shapes, training=False), origin, example)
+    if computes_evaluation(program):
+        return program
+    raise CaptureError(f"{program.name} computes something else as a graph; try example inputs of your own")
+
+
+def computes_evaluation(program: Program) -> bool:
+    """Whether the evaluation graph gives what the eager model gives on the example inputs.
+
+    A trace can be wrong in silence: random numbers of another library become constants, for one. The tolerance is the
+    square root of the dtype's precision: far above rounding, far below any wrong operator.
+    """
+    model, graph = program.source.model, program.module().eval()
+    modes = [(module, module.training) for module in model.modules()]
+    results = []
+    try:
+        for run in (model.eval(), graph):
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), cacheless(model):
+                torch.manual_seed(0)  # a model may be random in evaluation, too
+                results.append(pytree.tree_leaves(run(**program.example)))
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return len(results[0]) == len(results[1]) and all(_close(a, b) for a, b in zip(*results, strict=True))
+
+
+def _close(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not a.is_floating_point() or not a.numel():
+        return True
+    scale = a[a.isfinite()].abs().max() if a.isfinite().any() else torch.zeros(())
+    tolerance = torch.finfo(a.dtype).eps ** 0.5
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=float(scale) * tolerance, equal_nan=True)
 
 
 # ---- example inputs
@@ -158,88 +192,6 @@ def dynamic_shapes(model: nn.Module, example: Mapping[str, Any]) -> dict[str, An
     return shapes
 
 
-# ---- tracing
-
-
-def export_graph(model: nn.Module, example: Mapping[str, Any], shapes: Any, *, training: bool = True) -> ExportedProgram:
-    """Trace ``model`` in training mode (or evaluation mode) and leave it as it was.
-
-    Shared named dimensions are tried first: they trace faster and give readable names. A model whose own guards refuse
-    them (a position table that ends early, say) is traced again with every axis left to the tracer.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        return trace_with(lambda candidate: _trace(model, example, candidate), model, shapes)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def trace_with(attempt: Callable[[Any], T], model: nn.Module, shapes: Any) -> T:
-    """``attempt(shapes)``, once more with every free axis left to the tracer if the model's guards refuse the named
-    dimensions; CaptureError when that fails too."""
-    with _cacheless(model):
-        try:
-            return attempt(shapes)
-        except Exception as error:  # the tracer raises many classes; each is reported or retried
-            if shapes is None or "Constraints violated" not in str(error):
-                raise _capture_error(model, error) from error
-        try:
-            return attempt(_auto_shapes(shapes))
-        except Exception as error:
-            raise _capture_error(model, error) from error
-
-
-@contextmanager
-def _cacheless(model: nn.Module) -> Iterator[None]:
-    """Keep decoders from returning their cache, which no loss reads. Every submodule's config is told: a decoder inside
-    an encoder-decoder has a config of its own."""
-    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")}
-    before = [(config, config.use_cache) for config in configs.values()]
-    for config, _ in before:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config, value in before:
-            config.use_cache = value
-
-
-def _auto_shapes(shapes: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value and dict.fromkeys(value, Dim.AUTO) for name, value in shapes.items()}
-
-
-def _trace(model: nn.Module, example: Mapping[str, Any], shapes: Any) -> ExportedProgram:
-    if not hasattr(model, "config"):
-        return torch.export.export(model, (), dict(example), dynamic_shapes=shapes)
-    from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
-
-    config = DynamoConfig(dynamic=shapes is not None, dynamic_shapes=shapes)
-    return DynamoExporter().export(model, dict(example), config).program
-
-
-def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
-    text = str(error)
-    user_frames = re.findall(r'File "([^"]*(?:transformers/models|/)[^"]*\.py)", line (\d+), in (\w+)', text)
-    where = ""
-    traceback = error.__traceback__
-    while traceback is not None:
-        code = traceback.tb_frame.f_code
-        if code.co_name == "forward" and "/torch/" not in code.co_filename:
-            where = f" at {code.co_filename}:{traceback.tb_lineno}"
-        traceback = traceback.tb_next
-    if not where and user_frames:
-        where = f" at {user_frames[-1][0]}:{user_frames[-1][1]}"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    reason = next((line for line in lines if "guard" in line.lower() or "constraint" in line.lower()), "")
-    first = reason or (lines[0] if lines else type(error).__name__)
-    return CaptureError(
-        f"{type(model).__name__} cannot be captured{where}: {type(error).__name__}: {first[:300]}; "
-        "try dynamic=False, example inputs of your own, or attn_implementation='eager'"
-    )
-
-
 # ---- from the tracer's result to a Program
 
 
@@ -249,7 +201,7 @@ def program_from(
     example: Mapping[str, Any],
     names: Mapping[int, str] | None = None,
 ) -> Program:
-    """The Program of a traced graph. ``names`` maps tensor ids to names in the root model, when a component was traced."""
+    """The Program of a traced graph. ``names`` maps tensor ids to names in the root model, if a part was traced."""
     unlifted = exported.module(check_guards=False)
     model = source.model
     tensors = dict(named_tensors(model))
@@ -272,7 +224,7 @@ def program_from(
     # By identity: a tied tensor is read under one of its names only.
     held = dict(named_tensors(root))
     read = {id(held[str(node.target)]) for node in graph.nodes if node.op == "get_attr" and str(node.target) in held}
-    heads = head_modules(model)
+    heads = head_modules(model, source.fresh)
     roles = {name: _role(name, id(value) in read, heads) for name, value in held.items()}
     roles.update({name: "constant" for name in held if name not in tensors})
     program = Program(graph, root, roles, signature, dict(example), source, heads)
@@ -305,15 +257,16 @@ def _role(name: str, read: bool, heads: tuple[str, ...]) -> str:
     return "base" if read else "unread"
 
 
-def head_modules(model: nn.Module) -> tuple[str, ...]:
-    """Paths of the task head: the direct children outside the base model, and the output layer wherever it is."""
+def head_modules(model: nn.Module, fresh: frozenset[str] = frozenset()) -> tuple[str, ...]:
+    """Paths of the task head: outside the base model, the last child with parameters, and every other one that the
+    checkpoint did not hold (``fresh``); and the output layer wherever it is."""
     base = getattr(model, "base_model", model)
     if base is model or not hasattr(model, "config"):
         return ()
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore
-    heads = [name for name, child in model.named_children() if child is not base and any(True for _ in child.parameters())]
+    children = [(name, child) for name, child in model.named_children() if child is not base]
+    outside = [name for name, child in children if next(child.parameters(), None) is not None]
+    heads = [name for name in outside if name == outside[-1] or any(key.startswith(f"{name}.") for key in fresh)]
     if output is not None:
         heads += [name for name, module in model.named_modules() if module is output and name not in heads]
     return tuple(heads)
-
-

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Mapping
 from contextlib import nullcontext
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,23 @@ TASKS = {
     "image-classification": "AutoModelForImageClassification",
     "feature-extraction": "AutoModel",
 }
+
+
+#: Everything a tokenizer or a processor may keep beside a checkpoint.
+_TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "normalizer.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "*image_processor*.json",
+    "*video_preprocessor*.json",
+)
 
 
 def auto_class(task: str) -> Any:
@@ -88,7 +107,7 @@ def weight_files(path: Path, *, allow_pickle: bool = False) -> list[Path]:
             raise ArtifactError(f"{index}: broken index of weight files; fetch it again") from None
         missing = [name for name in named if not (path / name).is_file()]
         if missing:
-            raise ArtifactError(f"{path}: {missing[0]} is named in {index.name} but missing; fetch the checkpoint again")
+            raise ArtifactError(f"{path}: {missing[0]} is named in {index.name} but missing; fetch it again")
         files = [path / name for name in named]
     for file in files:
         check_safetensors(file)
@@ -103,6 +122,15 @@ def weight_files(path: Path, *, allow_pickle: bool = False) -> list[Path]:
 def weight_hashes(path: Path) -> dict[str, str]:
     """sha256 of each weight file of a checkpoint folder, by file name."""
     return {file.name: file_hash(file) for file in weight_files(path, allow_pickle=True)}
+
+
+def copy_tokenizer(source_folder: str | PathLike[str], target_folder: str | PathLike[str]) -> list[str]:
+    """Copy the tokenizer and processor files of a checkpoint, those that are there; returns their names."""
+    source, target = Path(source_folder), Path(target_folder)
+    files = sorted({file for pattern in _TOKENIZER for file in source.glob(pattern) if file.is_file()})
+    for file in files:
+        shutil.copyfile(file, target / file.name)
+    return [file.name for file in files]
 
 
 def open_model(

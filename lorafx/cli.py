@@ -17,10 +17,10 @@ import click
 
 from . import __version__
 from .errors import LorafxError, UsageError
+from .flags import parse_shape, read_recipe, train_flags, train_options
 
 if TYPE_CHECKING:
     from .program import Program
-    from .recipe import Recipe
 
 _FLAGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 
@@ -108,51 +108,6 @@ def _emit(value: Any, text: str, as_json: bool) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False) if as_json else text)
 
 
-def read_recipe(path: Path | None, passes: tuple[str, ...], flags: list[str]) -> Recipe:
-    """The recipe of a command: the file, the ``--pass`` names, and ``--NAME.OPTION VALUE`` flags over both."""
-    import typing
-
-    from .recipe import Recipe, parse_text
-    from .registry import options, pass_class
-
-    data = Recipe.read(path).to_dict() if path is not None else {}
-    entries: list[dict[str, Any]] = [*data.get("pass", []), *({"name": name} for name in passes)]
-    for name, option, text in _dotted(flags):
-        cls = pass_class(name)
-        hints = typing.get_type_hints(cls)
-        if option not in options(cls):
-            from .errors import did_you_mean
-
-            raise UsageError(f"--{name}.{option}: {name} has no such option{did_you_mean(option, options(cls))}")
-        entry = next((entry for entry in reversed(entries) if entry["name"] == name), None)
-        if entry is None:
-            entry = {"name": name}
-            entries.append(entry)
-        try:
-            entry[option] = parse_text(text, hints[option])
-        except TypeError:
-            from .recipe import type_name
-
-            raise UsageError(f"--{name}.{option}: {text!r} is not {type_name(hints[option])}") from None
-    if not entries:
-        raise UsageError("nothing to do: give --recipe FILE or --pass NAME; `lorafx passes` lists them")
-    return Recipe.parse({**data, "pass": entries})
-
-
-def _dotted(flags: list[str]) -> Iterator[tuple[str, str, str]]:
-    rest = list(flags)
-    while rest:
-        flag, equals, text = rest.pop(0).partition("=")
-        name, dot, option = flag.removeprefix("--").partition(".")
-        if not flag.startswith("--") or not dot:
-            raise UsageError(f"unknown argument {flag!r}; options of a pass are written --NAME.OPTION VALUE")
-        if not equals:
-            if not rest:
-                raise UsageError(f"{flag} needs a value")
-            text = rest.pop(0)
-        yield name, option.replace("-", "_"), text
-
-
 def open_program(path: Path, **options: Any) -> Program:
     """The program in a folder: one lorafx wrote, or a checkpoint to capture."""
     from .store import load
@@ -208,68 +163,36 @@ def _seed(seed: int) -> None:
     set_seed(seed)
 
 
-def _train_flags(function: Any) -> Any:
-    """One flag for each field of TrainOptions."""
-    import dataclasses
-
-    from .options import TrainOptions
-
-    for entry in reversed(dataclasses.fields(TrainOptions)):
-        flag = "--" + entry.name.replace("_", "-")
-        if entry.type == "bool":
-            function = click.option(f"{flag}/--no-{flag[2:]}", default=None, help=entry.metadata["help"])(function)
-        else:
-            function = click.option(flag, default=None, help=entry.metadata["help"])(function)
-    return function
-
-
-def _train_options(recipe: Recipe | None, given: dict[str, Any]) -> dict[str, Any]:
-    import dataclasses
-    import typing
-
-    from .options import TrainOptions
-    from .recipe import parse_text, type_name
-
-    hints = typing.get_type_hints(TrainOptions)
-    result = dict(recipe.train) if recipe is not None else {}
-    for name in (entry.name for entry in dataclasses.fields(TrainOptions)):
-        value = given.get(name)
-        if value is None:
-            continue
-        try:
-            result[name] = parse_text(value, hints[name]) if isinstance(value, str) else value
-        except TypeError:
-            raise UsageError(f"--{name.replace('_', '-')}: {value!r} is not {type_name(hints[name])}") from None
-    return result
-
-
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Training table: csv, jsonl or parquet.")
 @click.option("--eval", "eval_data", type=click.Path(path_type=Path), help="Evaluation table.")
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Write the trained run here (default: into RUN).")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of an interrupted training.")
-@_train_flags
+@train_flags
 @_overwrite
 @_as_json
 def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, resume: bool, **o: Any) -> None:
     """Train the run folder RUN on a table, with HF Trainer."""
-    from .store import load, run_recipe
+    import shutil
+
+    from .folder import check_free
+    from .store import load, run_recipe, save_run
     from .training import train as fit
 
-    recipe = run_recipe(run)
-    options = _train_options(recipe, o)
-    target = out or run
+    options = train_options(run_recipe(run), o)
+    target, overwrite = out or run, o["overwrite"] or out is None
+    check_free(target, overwrite)  # before hours of training, not after
+    checkpoints = Path(f"{target}.checkpoints")
     with _quiet():
         program = load(run)
-        result = fit(
-            program, data, eval_data=eval_data, output_dir=f"{target}.checkpoints", resume=resume, recipe=recipe, **options
-        )
-        if result.is_main:
-            program.save(target, overwrite=o["overwrite"] or out is None)
-    if result.is_main:
+        result = fit(program, data, eval_data=eval_data, output_dir=checkpoints, resume=resume, **options)
+        if not result.is_main:
+            return
         report = program.report.plus(training=result.to_json())
-        _emit(report.to_json(), report.text(), o["as_json"])
+        save_run(program, target, overwrite, train=options, report=report)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    _emit(report.to_json(), report.text(), o["as_json"])
 
 
 @main.command()
@@ -329,6 +252,27 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ad
 
 
 @main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="The base folder (default: the recipe's).")
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Training table: csv, jsonl or parquet.")
+@click.option("--eval", "eval_data", type=click.Path(path_type=Path), help="Evaluation table.")
+@_out
+@click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@train_flags
+@_as_json
+def run(recipe: Path, checkpoint: Path | None, data: Path, eval_data: Path | None, out: Path, **o: Any) -> None:
+    """Do all of RECIPE: rewrite, train, fold, export. Run again after an interruption, it goes on where it was."""
+    from .recipe import Recipe
+    from .workflow import Job, checkpoint_of, run_job
+
+    steps = Recipe.read(recipe)
+    job = Job(steps, checkpoint_of(steps, checkpoint), data, eval_data, out, train_options(steps, o), o["provider"])
+    with _quiet():
+        report = run_job(job, lambda line: click.echo(line, err=True))
+    _emit(report.to_json(), report.text(), o["as_json"])
+
+
+@main.command()
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
 @click.option("--texts", type=click.Path(path_type=Path), help="Compare on the lines of this file instead of random tokens.")
@@ -342,7 +286,7 @@ def verify(a: Path, b: Path, texts: Path | None, seed: int, as_json: bool) -> No
     lines = texts.read_text(encoding="utf-8").splitlines() if texts else None
     with _quiet():
         result = compare(a, b, texts=lines, seed=seed)
-    _emit(result.to_json(), str(result), as_json)
+    _emit(result.to_json(), result.text(), as_json)
     if not result.ok:
         raise ParityError(f"{a} and {b} differ: {result.summary}")
 
@@ -357,17 +301,10 @@ def bench(folders: tuple[Path, ...], shapes: tuple[str, ...], threads: int | Non
     """Time folders side by side: interleaved, medians and ratios, memory and size."""
     from .bench import bench as measure
 
-    parsed = tuple(_shape(text) for text in shapes) or ((1, 64), (8, 64), (32, 128))
+    parsed = tuple(parse_shape(text) for text in shapes) or ((1, 64), (8, 64), (32, 128))
     with _quiet():
         result = measure(*folders, shapes=parsed, threads=threads, repeats=repeats)
     _emit(result.to_json(), result.text(), as_json)
-
-
-def _shape(text: str) -> tuple[int, int]:
-    batch, _, length = text.lower().partition("x")
-    if not (batch.isdigit() and length.isdigit()):
-        raise UsageError(f"--shape {text!r}: write batch x length, e.g. 8x64")
-    return int(batch), int(length)
 
 
 @main.command()

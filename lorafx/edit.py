@@ -34,6 +34,7 @@ class Edit:
         self._place: fx.Node | None = None
         self._meta: dict[str, Any] = {}
         self._fresh: set[fx.Node] = set()
+        self._values: dict[Any, Any] = {}
         vals = [node.meta["val"] for node in program.graph.nodes if isinstance(node.meta.get("val"), FakeTensor)]
         self._fake: FakeTensorMode = detect_fake_mode(vals) or FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -93,6 +94,23 @@ class Edit:
         self.program.roles[name] = role or self.program.roles.get(name, "base")
         for node in self.program.graph.find_nodes(op="get_attr", target=name):
             node.meta["val"] = self._fake_like(parameter)
+
+    def add_tensor(self, name: str, value: Tensor, role: str) -> str:
+        """Store a frozen tensor under a name not yet taken, ``name`` if possible. Returns the name."""
+        free = self._unique(name)
+        self.set_tensor(free, value, role)
+        return free
+
+    def readers(self, name: str) -> list[fx.Node]:
+        """The nodes that read the tensor ``name`` (under this name, when it has several)."""
+        return [user for node in self.program.graph.find_nodes(op="get_attr", target=name) for user in node.users]
+
+    def rename(self, old: str, new: str) -> None:
+        """Give the tensor ``old`` the name ``new``; what had that name loses it."""
+        self.set_tensor(new, get_tensor(self.program.root, old), self.program.roles[old])
+        for node in self.program.graph.find_nodes(op="get_attr", target=old):
+            node.target = new
+        self.drop_tensor(old)
 
     def drop_tensor(self, name: str) -> None:
         """Forget a tensor no node reads."""
@@ -160,10 +178,17 @@ class Edit:
         self._fresh = set()
 
     def evaluate(self, node: fx.Node) -> Any:
-        """The node's value on fake tensors."""
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with self._fake, torch.no_grad():
-            return node.target(*args, **kwargs)
+        """The node's value on fake tensors.
+
+        Blocks repeat, so most calls are the like of an earlier one; symbolic shapes are slow to compute, and a fake
+        value is nothing but its metadata, so those nodes share one.
+        """
+        key = (node.target, _likeness(node.args), _likeness(tuple(node.kwargs.items())))
+        if key not in self._values:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            with self._fake, torch.no_grad():
+                self._values[key] = node.target(*args, **kwargs)
+        return self._values[key]
 
     def _fake_like(self, value: Tensor) -> Tensor:
         # Everything lies on the device of the captured graph (meta, when captured without weights), so that operators
@@ -183,3 +208,17 @@ def aliases(root: nn.Module, name: str) -> list[str]:
     """All names of the tensor called ``name``, itself included (more than one when it is tied)."""
     value = get_tensor(root, name)
     return [other for other, tensor in named_tensors(root) if tensor is value]
+
+
+def _likeness(value: Any) -> Any:
+    """What of an argument decides an operator's fake result, as something hashable."""
+    if isinstance(value, fx.Node):
+        return _likeness(value.meta["val"])
+    if isinstance(value, (list, tuple)):
+        return tuple(_likeness(item) for item in value)
+    if isinstance(value, Tensor):
+        sizes = _likeness(value.shape), _likeness(value.stride())
+        return sizes, value.dtype, value.device, value.requires_grad
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value.node.expr
+    return type(value), value

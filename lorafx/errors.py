@@ -1,4 +1,4 @@
-"""What can go wrong, as classes: each has a stable exit code and a one-line message that says what, where and what to do."""
+"""What can go wrong: each class has a stable exit code and one-line messages that say what, where and what to do."""
 
 from __future__ import annotations
 

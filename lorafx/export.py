@@ -1,4 +1,4 @@
-"""The back ends: ONNX, Hugging Face checkpoints and ``.pt2``. Every touch of `transformers.exporters`' back ends is here.
+"""The back ends: ONNX, Hugging Face checkpoints and ``.pt2``.
 
 Conversion belongs to `transformers.exporters`. It captures the model its own way for each back end (ONNX needs other
 traces than training), so lorafx steps in between its capture and its conversion: the program's history is replayed on
@@ -20,16 +20,20 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
-from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
-from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+from transformers.exporters.configs import DynamoConfig, OnnxConfig
+from transformers.exporters.exporter_dynamo import DynamoExporter
+from transformers.exporters.exporter_onnx import OnnxExporter
 
 from . import __version__
-from .capture import dynamic_shapes, program_from, trace_with
+from .capture import dynamic_shapes, program_from
 from .errors import CaptureError, ParityError, UsageError
 from .parity import Comparison, verify
 from .pipeline import fold, run, to_eval
 from .program import Program, Source
+from .runner import open_runner
+from .runner import open_runner
 from .store import base_record, copy_tokenizer, new_folder
+from .trace import trace_with
 from .tree import get_tensor, has_tensor, named_tensors, put_tensor
 
 Format = Literal["onnx", "hf", "pt2"]
@@ -40,7 +44,7 @@ PROVIDERS = ("cpu", "cuda")
 def export(
     program: Program,
     path: str | PathLike[str],
-    format: Format = "onnx",
+    format: Format = "onnx",  # noqa: A002 - the word users expect
     *,
     provider: Literal["cpu", "cuda"] = "cpu",
     adapters: Literal["merged", "separate"] = "merged",
@@ -84,9 +88,9 @@ def export(
             copy_tokenizer(final.source.path, folder)
         if not check or generate:
             return None
-        result = verify(final, folder)
+        result = verify(final, open_runner(folder, sealed=False))
         if not result.ok:
-            raise ParityError(f"{format} export differs from the program: {result}")
+            raise ParityError(f"{format} export differs from the program: {result.summary}")
         return result
 
 
@@ -145,6 +149,15 @@ def hf_model(program: Program) -> nn.Module:
         value = shared.setdefault(id(values[name]), _as_parameter(values[name]))
         _assign(model, name, value)
     return model.eval()
+
+
+def fits_checkpoint(program: Program) -> bool:
+    """Whether an ordinary transformers checkpoint can hold the program."""
+    try:
+        hf_model(program)
+    except UsageError:
+        return False
+    return True
 
 
 def _as_parameter(value: torch.Tensor) -> torch.Tensor:
@@ -258,10 +271,10 @@ def _exportable(program: Program, dtype: torch.dtype | None):
 
 
 def _write_exported(
-    program: Program, folder: Path, format: str, provider: str, dtype: torch.dtype | None, generate: bool
+    program: Program, folder: Path, kind: str, provider: str, dtype: torch.dtype | None, generate: bool
 ) -> None:
-    exported = _converted(program, format, provider, dtype, generate)
-    if format == "onnx":
+    exported = converted(program, kind, provider, dtype, generate)
+    if kind == "onnx":
         record = {"lorafx_version": __version__, "lorafx_history": json.dumps(_history_record(program))}
         record["lorafx_base"] = json.dumps(base_record(program))
         for component in exported.components.values():
@@ -272,25 +285,25 @@ def _write_exported(
     exported.save_pretrained(folder)
 
 
-def _converted(program: Program, format: str, provider: str, dtype: torch.dtype | None, generate: bool) -> Any:
+def converted(
+    program: Program, kind: str, provider: str = "cpu", dtype: torch.dtype | None = None, generate: bool = False
+) -> Any:
+    """A folded (or evaluation-form) program as transformers' ``ExportedModel``, not written yet; see :func:`export`."""
     # The converter prints its progress to stdout, which is kept for results.
     with redirect_stdout(sys.stderr), _exportable(program, dtype) as model:
         target = dataclasses.replace(program, source=dataclasses.replace(program.source, model=model))
-        inputs = dict(program.example)
-        if generate:
-            exporter, config = _back_end(target, format, provider, None)
-            exported = exporter.export_for_generation(model, inputs, config)
-        else:
-            def attempt(shapes: Any) -> Any:
-                exporter, config = _back_end(target, format, provider, shapes)
-                return exporter.export(model, dict(inputs), config)
 
-            exported = trace_with(attempt, model, dynamic_shapes(model, program.example))
-    return exported
+        def attempt(shapes: Any) -> Any:
+            exporter, config = _back_end(target, kind, provider, shapes)
+            if generate:
+                return exporter.export_for_generation(model, dict(program.example), config)
+            return exporter.export(model, dict(program.example), config)
+
+        return trace_with(attempt, model, None if generate else dynamic_shapes(model, program.example))
 
 
-def _back_end(program: Program, format: str, provider: str, shapes: Any) -> tuple[Any, Any]:
-    if format == "onnx":
+def _back_end(program: Program, kind: str, provider: str, shapes: Any) -> tuple[Any, Any]:
+    if kind == "onnx":
         config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, ort_fusions=provider)  # type: ignore[arg-type]
         return RewritingOnnxExporter(program), config
     return RewritingExporter(program), DynamoConfig(dynamic=True, dynamic_shapes=shapes)

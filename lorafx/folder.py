@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,7 @@ MANIFEST = "lorafx.json"
 #: The version of the format this code writes, and the newest it reads.
 FORMAT = 1
 LFS_START = b"version https://git-lfs"
+_TEMPORARY = re.compile(r"\..+\.(tmp|old)-.+")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class Manifest:
     meta: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, FileEntry] = field(default_factory=dict)
 
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as ``lorafx.json`` holds it."""
+        files = {name: {"bytes": entry.size, "sha256": entry.sha256} for name, entry in self.files.items()}
+        return {"format": FORMAT, "kind": self.kind, "lorafx": self.version, "meta": dict(self.meta), "files": files}
+
 
 def file_hash(file: Path) -> str:
     """sha256 of a file's bytes, in hexadecimal."""
@@ -65,6 +72,18 @@ def file_hash(file: Path) -> str:
 
 
 # ---- reading
+
+
+def find_manifest(path: str | PathLike[str]) -> Manifest | None:
+    """The manifest of a folder lorafx wrote, or None when another tool did (an ordinary checkpoint).
+
+    ArtifactError as :func:`read_manifest`, and for a folder that lorafx began and did not finish.
+    """
+    folder = Path(path)
+    unfinished = (folder / "recipe.toml").is_file() or _TEMPORARY.fullmatch(folder.name)
+    if folder.is_dir() and not (folder / MANIFEST).exists() and not unfinished:
+        return None
+    return read_manifest(folder)
 
 
 def read_manifest(path: str | PathLike[str], *, hashes: bool = False) -> Manifest:
@@ -83,7 +102,7 @@ def read_manifest(path: str | PathLike[str], *, hashes: bool = False) -> Manifes
         raise ArtifactError(f"{folder}: no such folder")
     file = folder / MANIFEST
     if not file.is_file():
-        raise ArtifactError(f"{folder}: no {MANIFEST}; lorafx did not write this folder, or not to its end: write it again")
+        raise ArtifactError(f"{folder}: no {MANIFEST}: not written by lorafx, or not to the end; write it again")
     try:
         manifest = _parse(folder, json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -149,7 +168,7 @@ def new_folder(
     target = Path(path).resolve()
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        _refuse_existing(target, overwrite)
+        check_free(target, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
         temporary.mkdir()
@@ -163,7 +182,8 @@ def new_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _refuse_existing(target: Path, overwrite: bool) -> None:
+def check_free(target: Path, overwrite: bool) -> None:
+    """UsageError when ``target`` cannot be written: it exists and may not, or must not, be replaced."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:
@@ -177,8 +197,8 @@ def _seal(folder: Path, kind: str, meta: Mapping[str, Any]) -> None:
     from . import __version__
 
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": file_hash(folder / name)} for name in names}
-    record = {"format": FORMAT, "kind": kind, "lorafx": __version__, "meta": dict(meta), "files": files}
+    files = {name: FileEntry((folder / name).stat().st_size, file_hash(folder / name)) for name in names}
+    record = Manifest(folder, kind, __version__, meta, files).to_json()
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     for name in names:
         _sync(folder / name)
@@ -189,7 +209,7 @@ def _seal(folder: Path, kind: str, meta: Mapping[str, Any]) -> None:
 
 
 def _publish(temporary: Path, target: Path, overwrite: bool) -> None:
-    _refuse_existing(target, overwrite)  # again: another process may have written it meanwhile
+    check_free(target, overwrite)  # again: another process may have written it meanwhile
     aside = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
     if target.exists():
         target.rename(aside)

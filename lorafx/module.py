@@ -9,18 +9,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils import _pytree as pytree
 
 from .base import Method
 from .errors import UsageError
 from .segments import compile_graph
-from .tree import get_tensor, put_tensor
+from .tree import get_tensor
 
 if TYPE_CHECKING:
     from .program import Applied, Program
 
 _LABELS = ("labels", "start_positions", "end_positions")
+#: Problem types whose loss in transformers is a mean over the micro-batch, whatever the number of items it is told.
+_MEANS = ("regression", "multi_label_classification")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class RewrittenModel(nn.Module):
     """
 
     program: Program
+    #: Optimiser steps taken so far.
+    clock: Tensor
     #: How many optimiser steps the training will take; schedules read it.
     total_steps: int | None = None
     accepts_loss_kwargs = True
@@ -74,15 +78,26 @@ class RewrittenModel(nn.Module):
         flat = graphs[self.training](self, leaves, checkpoint=self.checkpointing and self.training)
         return pytree.tree_unflatten(flat, self.program.signature.out_spec)
 
-    def _loss(self, outputs: Any, labels: dict[str, Any], extra: dict[str, Any]) -> Tensor:
-        function = getattr(self.program.source.model, "loss_function", None)
+    @property
+    def loss_type(self) -> str | None:
+        """transformers' name of the model's loss. HF Trainer reads it to count the targets of a batch."""
+        return loss_type(self.program.source.model)
+
+    def _loss(self, outputs: Any, labels: dict[str, Any], items: Any) -> Tensor:
+        function = loss_function(self.program.source.model)
         if function is None:
             raise UsageError(f"{self.program.name} has no loss of its own; compute the loss from its outputs")
         config = self.config
         known = {**labels, **dict(outputs), "pooled_logits": outputs.get("logits"), "config": config}
         known["vocab_size"] = getattr(config.get_text_config(), "vocab_size", None)
         wanted = inspect.signature(function).parameters
-        return function(**{key: value for key, value in known.items() if key in wanted}, **extra)
+        loss = function(
+            **{key: value for key, value in known.items() if key in wanted},
+            **({} if items is None else {"num_items_in_batch": items}),
+        )
+        if items is not None and "pooled_logits" in wanted and config.problem_type in _MEANS:
+            return loss * labels["labels"].ne(-100).sum() / items
+        return loss
 
     def _methods(self) -> Iterator[tuple[Method, Applied]]:
         for applied in self.program.history:
@@ -105,8 +120,19 @@ class RewrittenModel(nn.Module):
     @torch.no_grad()
     def before_step(self) -> None:
         """Tell the methods that the gradients are final; call it right before the optimiser's step."""
+        self._average_statistics()
         for method, applied in self._methods():
             method.before_step(self._state(applied))
+
+    def _average_statistics(self) -> None:
+        """Give every process of a data-parallel group the same statistics, so that all take the same decisions."""
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return
+        for name in self.program.names("statistic"):
+            value = get_tensor(self, name)
+            if value.is_floating_point():
+                distributed.all_reduce(value.data)
+                value.data.div_(distributed.get_world_size())
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -119,20 +145,51 @@ class RewrittenModel(nn.Module):
         """Recompute each block's activations in the backward pass instead of keeping them."""
         self.checkpointing = True
 
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """The name HF Trainer calls :meth:`gradient_checkpointing_enable` by. UsageError for what is not offered."""
+        if every_n_layers != 1 or offload:
+            raise UsageError("activation checkpointing recomputes every block: every_n_layers is 1, offload is false")
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations again."""
         self.checkpointing = False
+
+
+def loss_type(model: nn.Module) -> str | None:
+    """transformers' name of the loss that trains ``model``; None for a plain module or a pretraining head."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    # GPT-2's and its contemporaries' class names do not say ForCausalLM, which is where transformers looks.
+    default = "ForCausalLM" if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else None
+    return getattr(model, "loss_type", None) or default
+
+
+def loss_function(model: nn.Module) -> Callable[..., Tensor] | None:
+    """The function that computes that loss. An encoder-decoder's shifts nothing: its labels stand at its outputs."""
+    from transformers.loss.loss_utils import LOSS_MAPPING
+
+    kind = loss_type(model)
+    if kind is None:
+        return None
+    function = model.loss_function if getattr(model, "loss_type", None) else LOSS_MAPPING[kind]
+    aligned = getattr(model.config, "is_encoder_decoder", False) and function is LOSS_MAPPING["ForCausalLM"]
+    return LOSS_MAPPING["ForMaskedLM"] if aligned else function  # type: ignore[return-value]
 
 
 def _forward(self: RewrittenModel, *args: Any, **kwargs: Any) -> Any:
     names = self.program.signature.inputs
     inputs = {**dict(zip(names, args, strict=False)), **{k: v for k, v in kwargs.items() if k in names}}
     labels = {key: kwargs[key] for key in _LABELS if kwargs.get(key) is not None}
-    extra = {key: value for key, value in kwargs.items() if key == "num_items_in_batch" and value is not None}
     outputs = self._run(inputs)
     if not labels:
         return outputs
-    loss = self._loss(outputs, labels, extra)
+    loss = self._loss(outputs, labels, kwargs.get("num_items_in_batch"))
     return type(outputs)(loss=loss, **outputs)
 
 
@@ -147,7 +204,7 @@ def _signature(program: Program) -> inspect.Signature:
 
 
 def _label_names(program: Program) -> list[str]:
-    function = getattr(program.source.model, "loss_function", None)
+    function = loss_function(program.source.model)
     if function is None:
         return []
     return [name for name in inspect.signature(function).parameters if name in _LABELS]
@@ -167,15 +224,14 @@ def build_module(program: Program) -> RewrittenModel:
     cls = type(program.name, (RewrittenModel,), {"forward": forward, "_graphs": graphs})
     module: RewrittenModel = cls()
     object.__setattr__(module, "program", program)
-    for name, child in program.root.named_children():
+    # The evaluation graph shares every tensor, but has inner graphs of its own.
+    for name, child in (*evaluation.root.named_children(), *program.root.named_children()):
         module.add_module(name, child)
     for name, value in program.root.named_parameters(recurse=False):
         module.register_parameter(name, value)
     for name, value in program.root.named_buffers(recurse=False):
         module.register_buffer(name, value, persistent=name not in program.root._non_persistent_buffers_set)
-    if "clock" not in dict(module.named_buffers(recurse=False)):
-        clock = torch.zeros((), dtype=torch.long)
-        module.register_buffer("clock", clock, persistent=False)
-        put_tensor(program.root, "clock", clock, persistent=False)
+    # A training's own, not the program's: rewrites of one program share its tensors.
+    module.register_buffer("clock", torch.zeros((), dtype=torch.long), persistent=False)
     module.train(program.stage == "train")
     return module

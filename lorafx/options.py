@@ -32,4 +32,4 @@ class TrainOptions:
     text: str = option("text", "column of the text")
     text_pair: str | None = option(None, "column of a second text")
     label: str = option("label", "column of the label")
-    trainer: dict[str, str | int | float | bool] = option({}, "any other TrainingArguments, by their own names")
+    trainer: dict[str, str | int | float | bool | dict[str, str | int | float | bool]] = option({}, "any other TrainingArguments, by their own names")

@@ -36,7 +36,7 @@ _TASKS = {
 _LOW_RANK = ({"lora_A", "lora_B"}, {"lora_embedding_A", "lora_embedding_B"})
 
 
-class _NotExpressible(Exception):
+class _InexpressibleError(Exception):
     """PEFT cannot compute this program's function; the message says why."""
 
 
@@ -70,8 +70,8 @@ def adapter_config(program: Program) -> tuple[dict[str, Any] | None, str]:
     try:
         adapted = _adapted(program)
         modules = {entry.module for entry in adapted}
-        saved = _saved_modules(program, modules)
         paths = [path for path, _ in program.source.model.named_modules(remove_duplicate=False) if path]
+        saved = _saved_modules(program, modules, paths)
         config = {
             "peft_type": "LORA",
             "task_type": _task_type(program.name, paths, saved),
@@ -80,10 +80,10 @@ def adapter_config(program: Program) -> tuple[dict[str, Any] | None, str]:
             "target_modules": _target_modules(modules, set(paths) - modules),
             "modules_to_save": saved or None,
             "bias": "none",
-            "fan_in_fan_out": {entry.site.kind for entry in adapted} == {"addmm"},
+            "fan_in_fan_out": _stored_in_out(adapted),
             **_scales(adapted),
         }
-    except _NotExpressible as reason:
+    except _InexpressibleError as reason:
         return None, str(reason)
     return config, ""
 
@@ -99,12 +99,12 @@ def _adapted(program: Program) -> list[_Adapted]:
     for applied in program.history:
         for entry in applied.inserted:
             if not isinstance(applied.step, Lora) or not _plain_pair(program, entry):
-                raise _NotExpressible(f"{applied.step.pass_name()} inserted what PEFT's LoRA does not have")
+                raise _InexpressibleError(f"{applied.step.pass_name()} inserted what PEFT's LoRA does not have")
             if entry.module not in sites or not _supported(program, entry.module):
-                raise _NotExpressible(f"PEFT cannot adapt {entry.module}")
+                raise _InexpressibleError(f"PEFT cannot adapt {entry.module}")
             result.append(_Adapted(entry.module, applied.step, sites[entry.module]))
     if not result:
-        raise _NotExpressible("no LoRA adapter was inserted")
+        raise _InexpressibleError("no LoRA adapter was inserted")
     return result
 
 
@@ -123,6 +123,11 @@ def _supported(program: Program, path: str) -> bool:
     except AttributeError:  # the weight is used outside a module of its own
         return False
     return isinstance(module, (nn.Linear, Conv1D, nn.Embedding, nn.Conv2d))
+
+
+def _stored_in_out(adapted: list[_Adapted]) -> bool:
+    """Whether the matrices are stored (in, out). PEFT asks once for all, and corrects itself where they are mixed."""
+    return {entry.site.kind for entry in adapted} & {"linear", "addmm"} == {"addmm"}
 
 
 def _target_modules(wanted: Collection[str], others: Iterable[str]) -> list[str] | str:
@@ -147,33 +152,35 @@ def _endings(path: str) -> list[str]:
     return [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
 
 
-# ---- which modules are stored in full
+# ---- what else was learned
 
 
-def _saved_modules(program: Program, adapted: set[str]) -> list[str]:
-    """The modules whose every tensor was learned, outermost only."""
+def _saved_modules(program: Program, adapted: set[str], paths: list[str]) -> list[str]:
+    """The modules that PEFT can keep as trained in full: those of which every tensor was learned, outermost only.
+
+    All other learned tensors stand in the file under their own names, and PEFT loads them into the model as they are:
+    the function is the same, but PEFT does not know that they trained.
+    """
     learned = {name for name in program.learned() if program.roles[name] in ("base", "head", "unread")}
-    tied = next((name for name in learned if len(aliases(program.root, name)) > 1), None)
-    if tied is not None:
-        raise _NotExpressible(f"PEFT unties {tied} when it trains")
+    # PEFT would train a copy of a tied tensor; under its own name it stays tied.
+    learned = {name for name in learned if len(aliases(program.root, name)) == 1}
     model = program.source.model
     state = set(model.state_dict(keep_vars=True))
     chosen: list[str] = []
     for path in sorted({parent for name in learned for parent in _parents(name)}, key=len):
         inside = {name for name in state if name.startswith(path + ".")}
-        free = not any(module == path or module.startswith(path + ".") for module in adapted)
+        free = not any(f"{module}.".startswith(f"{path}.") for module in adapted)
         outermost = not any(path.startswith(done + ".") for done in chosen)
         container = isinstance(model.get_submodule(path), (nn.ModuleDict, nn.ModuleList))
         if inside <= learned and free and outermost and not container:
             chosen.append(path)
-    left = {name for name in learned if not any(name.startswith(path + ".") for path in chosen)}
-    # What was only initialised, not trained, loads into PEFT's model as it is; what was trained must be known to it.
-    trained = sorted(left & set(program.trainable()))
-    if trained:
-        raise _NotExpressible(f"PEFT cannot keep {trained[0]}, trained without the rest of its module or beside LoRA")
-    if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in chosen for module in adapted):
-        raise _NotExpressible(f"PEFT takes modules named like {', '.join(chosen)} for parts of them")
-    return chosen
+    # PEFT takes these names for the ends of others, without regard to dots, and leaves their parts out of LoRA.
+    return [
+        name
+        for name in chosen
+        if all(path in chosen for path in paths if path.endswith(name))
+        and not any(re.match(rf"(^|.*\.){name}($|\..*)", module) for module in adapted)
+    ]
 
 
 def _parents(name: str) -> list[str]:
@@ -182,13 +189,9 @@ def _parents(name: str) -> list[str]:
 
 
 def _task_type(model: str, paths: list[str], saved: list[str]) -> str | None:
-    """The task type with which PEFT keeps the modules ``saved`` and no others."""
+    """The task type of PEFT; None where PEFT would add modules of its own to ``saved``."""
     task, heads = next((found for ending, found in _TASKS.items() if model.endswith(ending)), (None, ()))
-    # PEFT compares the ends of paths as plain text, without regard to dots.
-    for kind, names in ((task, (*saved, *heads)), (None, saved)):
-        if {path for path in paths if any(path.endswith(name) for name in names)} == set(saved):
-            return kind
-    raise _NotExpressible(f"PEFT would keep other modules than {', '.join(saved)}")
+    return task if {path for path in paths if any(path.endswith(name) for name in heads)} <= set(saved) else None
 
 
 # ---- ranks and scales
@@ -198,9 +201,9 @@ def _scales(adapted: list[_Adapted]) -> dict[str, Any]:
     """Rank, alpha and dropout with their exceptions."""
     rslora = all(entry.step.rslora for entry in adapted)
     ranks = {entry.module: entry.step.rank_of(entry.site) for entry in adapted}
-    alphas = {
-        entry.module: _plain(entry.step.scale_of(entry.site) * _divisor(ranks[entry.module], rslora)) for entry in adapted
-    }
+    # What PEFT divides alpha by, to get back the scale.
+    divisors = {module: math.sqrt(rank) if rslora else rank for module, rank in ranks.items()}
+    alphas = {e.module: _plain(e.step.scale_of(e.site) * divisors[e.module]) for e in adapted}
     rank, rank_pattern = _with_exceptions(ranks)
     alpha, alpha_pattern = _with_exceptions(alphas)
     return {
@@ -212,10 +215,6 @@ def _scales(adapted: list[_Adapted]) -> dict[str, Any]:
         # One number in PEFT; it matters to further training there, not to the function.
         "lora_dropout": max(entry.step.dropout for entry in adapted),
     }
-
-
-def _divisor(rank: int, rslora: bool) -> float:
-    return math.sqrt(rank) if rslora else rank
 
 
 def _plain(value: float) -> float | int:

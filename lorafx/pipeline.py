@@ -1,4 +1,4 @@
-"""The one runner: select, rewrite, record, check. Passes stay small because orchestration lives here and in observers."""
+"""The one runner: select, rewrite, record, check. Passes stay small because orchestration lives here."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ class Program:
         return any(module == head or module.startswith(head + ".") for head in self.heads)
 
     def default_trainable(self) -> tuple[str, ...]:
-        """Modules that train in full unless told otherwise: a classification-like head, as PEFT does; never an LM head."""
+        """Modules that train in full unless told otherwise: a classification head, as in PEFT; never an LM head."""
         model = self.source.model
         output = getattr(model, "get_output_embeddings", lambda: None)()
         return () if output is not None else self.heads
@@ -154,7 +154,7 @@ class Program:
 
     def learned(self) -> dict[str, Tensor]:
         """Every tensor the base checkpoint does not hold: inserted, trained or newly initialised ones. Aliases once."""
-        inserted = set(self.names("adapter", "gate", "statistic"))
+        inserted = {*self.names("adapter", "gate", "statistic"), *updated(self.graph)}
         result, seen = {}, set()
         for name, value in named_tensors(self.root):
             wanted = name in inserted or name in self.source.fresh or value.requires_grad
@@ -164,7 +164,7 @@ class Program:
         return result
 
     def load(self, values: Mapping[str, Tensor]) -> None:
-        """Copy ``values`` into the tensors of those names. KeyError for an unknown name, ValueError for a wrong shape."""
+        """Copy ``values`` into the tensors of those names. KeyError: an unknown name; ValueError: a wrong shape."""
         for name, value in values.items():
             target = self.tensor(name)
             if target.shape != value.shape:
@@ -173,7 +173,7 @@ class Program:
                 target.copy_(value)
 
     def copy(self) -> Program:
-        """The same program with a graph and module tree of its own; tensors share storage."""
+        """The same program with a graph and module tree of its own; tensors share storage, unless running updates them."""
         graph = fx.Graph()
         result = graph.graph_copy(self.graph, {})
         if result is not None:
@@ -181,7 +181,7 @@ class Program:
         return dataclasses.replace(
             self,
             graph=graph,
-            root=copy_tree(self.root),
+            root=copy_tree(self.root, updated(self.graph)),
             roles=dict(self.roles),
             config_changes=dict(self.config_changes),
         )
@@ -218,6 +218,17 @@ class Program:
         from .report import report_of
 
         return report_of(self)
+
+
+def updated(graph: fx.Graph) -> set[str]:
+    """Names of the tensors that running the graph changes: counters, and the running statistics of batch norms."""
+    written: list[Any] = []
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.batch_norm.default):
+        written += node.args[3:5] if node.args[5] else ()  # running mean and variance; whether it is training
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            written += node.args[:1]
+    return {str(node.target) for node in written if isinstance(node, fx.Node) and node.op == "get_attr"}
 
 
 def parameter_count(values: Iterable[Tensor]) -> int:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
+import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -13,13 +12,10 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tomli_w
+
 from .errors import ArtifactError, RecipeError, did_you_mean
 from .registry import options, pass_class
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 if TYPE_CHECKING:
     from .base import Pass
@@ -95,14 +91,7 @@ class Recipe:
 
     def to_toml(self) -> str:
         """The recipe as TOML text; ``Recipe.parse(tomllib.loads(text))`` gives it back."""
-        lines: list[str] = []
-        data = self.to_dict()
-        for section in ("model", "train"):
-            if section in data:
-                lines += [f"[{section}]", *(f"{k} = {toml_value(v)}" for k, v in data[section].items()), ""]
-        for entry in data["pass"]:
-            lines += ["[[pass]]", *(f"{key} = {toml_value(value)}" for key, value in entry.items()), ""]
-        return "\n".join(lines)
+        return tomli_w.dumps(self.to_dict())
 
 
 def pass_dict(step: Pass) -> dict[str, Any]:
@@ -133,7 +122,8 @@ def parse_options(cls: Any, values: Mapping[str, Any], where: str) -> Any:
             checked[name] = coerce(value, hints[name])
         except TypeError:
             expected = type_name(hints[name])
-            raise RecipeError(f"{where}: {name} = {value!r} is not {expected}; {fields[name].metadata.get('help', '')}") from None
+            about = fields[name].metadata.get("help", "")
+            raise RecipeError(f"{where}: {name} = {value!r} is not {expected}; {about}") from None
     return cls(**checked)
 
 
@@ -189,11 +179,12 @@ def type_name(hint: Any) -> str:
         return f"a list of {type_name(args[0])}"
     if origin in (dict, Mapping):
         return f"a table of {type_name(args[1])}"
-    return {"bool": "true or false", "str": "text", "int": "an integer", "float": "a number"}.get(hint.__name__, str(hint))
+    plain = {"bool": "true or false", "str": "text", "int": "an integer", "float": "a number"}
+    return plain.get(hint.__name__, str(hint))
 
 
 def parse_text(text: str, hint: Any) -> Any:
-    """An option's value from command-line text: TOML when it parses as the type, else plain text (``a,b`` for a list)."""
+    """An option's value from command-line text: TOML if it parses as the type, else plain text (``a,b`` for a list)."""
     try:
         return coerce(tomllib.loads(f"value = {text}")["value"], hint)
     except (tomllib.TOMLDecodeError, TypeError):
@@ -202,14 +193,3 @@ def parse_text(text: str, hint: Any) -> Any:
         return coerce(text, hint)
     except TypeError:
         return coerce([part.strip() for part in text.split(",")], hint)
-
-
-def toml_value(value: Any) -> str:
-    """A value as TOML."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(toml_value(item) for item in value) + "]"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(str(k))} = {toml_value(v)}" for k, v in value.items()) + "}"
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

@@ -35,7 +35,8 @@ def known() -> Mapping[str, str]:
     plugin: EntryPoint
     for plugin in entry_points(group=GROUP):
         if plugin.name in names:
-            raise UsageError(f"plug-in pass {plugin.name!r} ({plugin.value}) has the name of {names[plugin.name]}; rename it")
+            taken = names[plugin.name]
+            raise UsageError(f"plug-in pass {plugin.name!r} ({plugin.value}) has the name of {taken}; rename it")
         names[plugin.name] = plugin.value
     return names
 
@@ -65,9 +66,9 @@ def pass_class(name: str) -> type[Pass]:
     if attribute:
         return getattr(module, attribute)
     for value in vars(module).values():
-        if inspect.isclass(value) and issubclass(value, Pass) and value.__module__ == module.__name__:
-            if dataclasses.is_dataclass(value):
-                return value
+        own = inspect.isclass(value) and value.__module__ == module.__name__
+        if own and issubclass(value, Pass) and dataclasses.is_dataclass(value):
+            return value
     raise UsageError(f"{module_name} defines no pass")
 
 

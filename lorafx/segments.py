@@ -41,8 +41,8 @@ class CompiledGraph:
     _moved: dict[torch.device, CompiledGraph] = field(default_factory=dict)
 
     def __call__(self, module: Any, inputs: list[Any], *, checkpoint: bool = False) -> tuple[Any, ...]:
-        device = next((value.device for value in inputs if isinstance(value, Tensor)), self.device)
-        if device != self.device and self.device is not None:
+        device = next((value.device for value in inputs if isinstance(value, Tensor)), None)
+        if device is not None and self.device not in (None, device):
             return self.on(device)(module, inputs, checkpoint=checkpoint)
         if not checkpoint:
             return self.whole(module, *inputs)

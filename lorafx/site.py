@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ def _conv_size(shape: torch.Size) -> tuple[int, int]:
     return shape[0], shape[1:].numel()
 
 
-#: The operators whose weights are sites. Anything else that reads a parameter of two or more dimensions is shown as a miss.
+#: The operators whose weights are sites. Any other reader of a parameter of two or more dimensions is shown as a miss.
 WEIGHT_OPS: dict[Any, WeightOp] = {
     aten.linear.default: WeightOp("linear", 1, 2, 0, _linear_size),
     aten.addmm.default: WeightOp("addmm", 2, 0, 1, _transposed_size),
@@ -59,7 +60,7 @@ class Site:
     Attributes:
         module: path of the module the use belongs to, e.g. ``bert.encoder.layer.0.attention.self.query``
         parameter: name of the weight
-        kind: ``linear``, ``addmm`` (Conv1D, weight stored (in, out)), ``embedding``, ``conv1d/2d/3d`` or the operator's name
+        kind: ``linear``, ``addmm`` (weight stored (in, out)), ``embedding``, ``conv1d/2d/3d`` or the operator's name
         out_features, in_features: the weight as a matrix (for a convolution, in × kernel)
         block: index of the block, read from the module path; None outside blocks
         role: what the weight does, e.g. ``attn.query``
@@ -118,24 +119,34 @@ def _is_matrix(root: nn.Module, node: fx.Node) -> bool:
 
 def find_sites(program: Program) -> list[Site]:
     """Every use of every parameter of two or more dimensions, in graph order."""
-    weights = {node: node for node in program.graph.nodes if node.op == "get_attr" and _is_matrix(program.root, node)}
-    sites = []
-    for node in program.graph.nodes:
-        for weight in (w for w in node.all_input_nodes if w in weights):
-            site = _site(program, node, weight)
-            if site is not None:
-                sites.append(site)
-    return sites
+    read: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for weight in program.graph.find_nodes(op="get_attr"):
+        if _is_matrix(program.root, weight):
+            for user in _users(weight):
+                read[user].append(weight)
+    return [_site(program, node, weight) for node in program.graph.nodes for weight in read[node]]
 
 
-def _site(program: Program, node: fx.Node, weight: fx.Node) -> Site | None:
+#: Operators that show a stack of weights from another side; the use is what follows.
+_SIDES = (aten.transpose.int, aten.permute.default)
+
+
+def _users(weight: fx.Node) -> Iterator[fx.Node]:
+    for user in weight.users:
+        stacked = user.target in _SIDES and weight.meta["val"].dim() > 2
+        yield from user.users if stacked else (user,)
+
+
+def _site(program: Program, node: fx.Node, weight: fx.Node) -> Site:
     name = str(weight.target)
     shape = get_tensor(program.root, name).shape
     use = WEIGHT_OPS.get(node.target)
     if use is not None and len(node.args) > use.weight and node.args[use.weight] is weight:
         kind, (out_features, in_features) = use.kind, use.size(shape)
     else:
-        kind, out_features, in_features = _operator_name(node), shape[0], shape[1:].numel()
+        # As the input of a weight operator, a parameter is a table of activations.
+        kind = _operator_name(node) if use is None else f"{use.kind}-input"
+        out_features, in_features = shape[0], shape[1:].numel()
     owner = name.rpartition(".")[0]
     module = module_path(node, owner)
     # A weight used through an operator of its own module has that module's path; one read from outside (a tied

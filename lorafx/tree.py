@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -81,8 +81,10 @@ def persistent(root: nn.Module, name: str) -> bool:
     return leaf not in module._non_persistent_buffers_set
 
 
-def copy_tree(root: nn.Module) -> nn.Module:
+def copy_tree(root: nn.Module, apart: Collection[str] = ()) -> nn.Module:
     """A new tree of new Parameter objects over the same storage; ties stay ties, inner graph modules are shared.
+
+    Buffers named in ``apart`` get storage of their own.
 
     New objects let two programs disagree about ``requires_grad`` without a copy of the weights.
     """
@@ -91,7 +93,8 @@ def copy_tree(root: nn.Module) -> nn.Module:
     for name, value in named_tensors(root):
         if id(value) not in seen:
             is_parameter = isinstance(value, nn.Parameter)
-            seen[id(value)] = nn.Parameter(value.detach(), value.requires_grad) if is_parameter else value
+            buffer = value.clone() if name in apart else value
+            seen[id(value)] = nn.Parameter(value.detach(), value.requires_grad) if is_parameter else buffer
         put_tensor(result, name, seen[id(value)], persistent(root, name))
     for name, module in root.named_children():
         if isinstance(module, torch.fx.GraphModule):
@@ -100,7 +103,7 @@ def copy_tree(root: nn.Module) -> nn.Module:
 
 
 def own(root: nn.Module, name: str) -> nn.Parameter:
-    """Give the parameter ``name`` (under all its aliases) storage of its own, so that training it changes no other program."""
+    """Give the parameter ``name`` (and its aliases) storage of its own: training it then changes no other program."""
     old = get_tensor(root, name)
     fresh = nn.Parameter(old.detach().clone(), old.requires_grad)
     for alias, value in list(named_tensors(root)):

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor, fx
+from torch import Tensor
 
-from ..affine import AffineAnalysis, Region, carrier_features
+from ..affine import Region
 from ..base import Pass, Promise, Selection
 from ..edit import Edit, aliases
+from ..foldable import Group, bias_of, foldable, weight_of
 from ..program import Program
 from ..site import WEIGHT_OPS, module_path
-from ..tree import get_tensor
-
-
-@dataclass(frozen=True)
-class Group:
-    """The regions whose carriers use one weight. They fold together, so that a shared weight stays shared if it can."""
-
-    weight: str
-    regions: tuple[Region, ...]
-
-    def __str__(self) -> str:
-        return f"{self.weight}: {', '.join(sorted({r for region in self.regions for r in region.reads} - {self.weight}))}"
+from ..tree import has_tensor
 
 
 @dataclass(frozen=True)
@@ -35,7 +24,8 @@ class FoldAffine(Pass):
     After: ``y = W' x + b'``
 
     Factors are composed in fp64 and rounded once, to the weight's dtype. A region folds only if nothing outside reads
-    its inner values and if the numbers it reads become fewer; so factorised layers stay, and so does the base model.
+    its inner values and if it frees numbers that were learned; so factorised layers stay, and so does the base model.
+    A weight that all its readers fold the same way stays shared; else each reader gets its own, and ties are broken.
 
     Keeps: the outputs, up to rounding. Does nothing where no region shrinks.
     Source: linear algebra; for LoRA it is W' = W + s B A (Hu et al. 2021, arXiv 2106.09685, section 4.1).
@@ -45,66 +35,20 @@ class FoldAffine(Pass):
     fixed_point: ClassVar[bool] = True
 
     def sites(self, program: Program) -> Selection:
-        analysis = AffineAnalysis(program.root)
-        groups: dict[str, list[Region]] = defaultdict(list)
-        taken: set[fx.Node] = set()
-        for node in program.graph.nodes:
-            region = next((r for r in analysis.regions(node) if _shrinks(program, r)), None)
-            if region is not None and region.carrier is not None and not region.nodes & taken:
-                taken |= region.nodes
-                groups[str(_weight(region.carrier).target)].append(region)
-        return Selection(tuple(Group(name, tuple(found)) for name, found in groups.items()))  # type: ignore[arg-type]
+        return Selection(tuple(foldable(program)))  # type: ignore[arg-type]
 
     def rewrite(self, edit: Edit, site: Any) -> None:
-        carriers = {region.carrier for region in site.regions}
-        nodes = edit.program.graph.find_nodes(op="get_attr", target=site.weight)
-        readers = {user for node in nodes for user in node.users}
-        one_map = len({region.key for region in site.regions}) == 1
-        shared = one_map and readers <= carriers
-        names: dict[Any, str] = {}
+        regions = {region.key: region for region in site.regions}
+        names = {key: _store(edit, region) for key, region in regions.items()}
+        biases = {key: _bias_name(region) for key, region in regions.items()}
         for region in site.regions:
-            if region.key not in names:
-                names[region.key] = _store(edit, region, site.weight, shared)
-            _rewire(edit, region, names[region.key])
+            _rewire(edit, region, *names[region.key])
         edit.program.graph.eliminate_dead_code()
-
-
-def _weight(carrier: fx.Node) -> fx.Node:
-    weight = carrier.args[WEIGHT_OPS[carrier.target].weight]
-    assert isinstance(weight, fx.Node)
-    return weight
-
-
-def _shrinks(program: Program, region: Region) -> bool:
-    """Closed (inner values are read inside only), led by a carrier of the map's size, and reading fewer numbers after."""
-    carrier = region.carrier
-    if carrier is None or len(region.nodes) < 2 or not _closed(region):
-        return False
-    if region.root.meta["val"].dtype != carrier.meta["val"].dtype or not _spans(region):
-        return False
-    use, weight = WEIGHT_OPS[carrier.target], get_tensor(program.root, str(_weight(carrier).target))
-    if region.shifts and use.bias is None:
-        return False
-    before = sum(get_tensor(program.root, name).numel() for name in region.reads)
-    return before > weight.numel() + (use.size(weight.shape)[0] if region.shifts else 0)
-
-
-def _closed(region: Region) -> bool:
-    return all(user in region.nodes for node in region.nodes if node is not region.root for user in node.users)
-
-
-def _spans(region: Region) -> bool:
-    """Whether the carrier's weight has the size of the whole map."""
-    assert region.carrier is not None
-    out = carrier_features(region.carrier)
-    widths = {node.meta["val"].shape[region.axis] for node, _ in region.bypass if node.target in WEIGHT_OPS}
-    return region.root.meta["val"].shape[region.axis] == out and widths <= {out}
-
-
-def _bias(carrier: fx.Node) -> fx.Node | None:
-    use = WEIGHT_OPS[carrier.target]
-    bias = carrier.args[use.bias] if use.bias is not None and len(carrier.args) > use.bias else None
-    return bias if isinstance(bias, fx.Node) else None
+        _settle(edit, site, {key: weight for key, (weight, _) in names.items()})
+        for key, (_, bias) in names.items():
+            if bias is not None:
+                old, own = biases[key]
+                _name(edit, bias, own, replace=old)
 
 
 def _pack(kind: str, matrix: Tensor, like: Tensor) -> Tensor:
@@ -112,32 +56,70 @@ def _pack(kind: str, matrix: Tensor, like: Tensor) -> Tensor:
     return stored.reshape(like.shape).to(like.dtype).contiguous()
 
 
-def _store(edit: Edit, region: Region, weight: str, shared: bool) -> str:
-    """Write the composed weight (and bias); under the old names if every reader moves along, else under the module's."""
+def _store(edit: Edit, region: Region) -> tuple[str, str | None]:
+    """Store the composed weight, and the bias if the map has an offset, under new names."""
     assert region.carrier is not None
-    old = edit.program.tensor(weight)
+    name = str(weight_of(region.carrier).target)
+    old, role = edit.program.tensor(name), edit.program.roles.get(name, "base")
     matrix, offset = region.evaluate()
-    assert matrix is not None and matrix.dim() == 2
-    value = _pack(WEIGHT_OPS[region.carrier.target].kind, matrix, old)
-    module = module_path(region.carrier, weight.rpartition(".")[0])
-    name = weight if shared else f"{module}.weight"
-    for alias in aliases(edit.program.root, weight) if shared else [name]:
-        edit.set_tensor(alias, value, edit.program.roles.get(weight, "base"))
-    if offset is not None:
-        bias = _bias(region.carrier)
-        edit.set_tensor(str(bias.target) if bias is not None else f"{module}.bias", offset.to(old.dtype), "base")
-    return name
+    assert matrix is not None, "a carrier's map is written out"
+    weight = _pack(WEIGHT_OPS[region.carrier.target].kind, matrix, old)
+    bias = None if offset is None else edit.add_tensor(f"{name}_folded_bias", offset.to(old.dtype), role)
+    return edit.add_tensor(f"{name}_folded", weight, role), bias
 
 
-def _rewire(edit: Edit, region: Region, name: str) -> None:
+def _bias_name(region: Region) -> tuple[bool, str]:
+    """Whether the carrier has a bias, and the name for its new one."""
+    assert region.carrier is not None
+    bias = bias_of(region.carrier)
+    return (False, _of_module(region, "bias")) if bias is None else (True, str(bias.target))
+
+
+def _rewire(edit: Edit, region: Region, weight: str, bias: str | None) -> None:
+    """Let the carrier compute the whole map, and the operators on its way be identities."""
     carrier = region.carrier
     assert carrier is not None
     use = WEIGHT_OPS[carrier.target]
-    offset_name = f"{module_path(carrier, name.rpartition('.')[0])}.bias"
-    carrier.update_arg(use.weight, edit.tensor(name))
-    if use.bias is not None and _bias(carrier) is None and offset_name in edit.program.roles:
-        arguments = [*carrier.args, *[None] * (use.bias + 1 - len(carrier.args))]
-        arguments[use.bias] = edit.tensor(offset_name)
-        carrier.args = tuple(arguments)
-    for node, kept in region.bypass:
+    carrier.update_arg(use.weight, edit.tensor(weight))
+    if bias is not None:
+        assert use.bias is not None
+        carrier.args = (*carrier.args, *[None] * (use.bias + 1 - len(carrier.args)))
+        carrier.update_arg(use.bias, edit.tensor(bias))
+    for node, kept in reversed(region.bypass):  # outer first: an inner one may be what an outer one keeps
         node.replace_all_uses_with(kept)
+
+
+def _settle(edit: Edit, site: Group, weights: dict[Any, str]) -> None:
+    """Give the new weights the names a checkpoint has for them, now that it shows who still reads the old weight."""
+    old = site.weight
+    alike = aliases(edit.program.root, old)
+    if len(weights) == 1 and not any(edit.readers(name) for name in alike):
+        (name,) = weights.values()
+        for alias in alike:
+            edit.set_tensor(alias, edit.program.tensor(name))
+        edit.rename(name, old)
+        return
+    for region in {region.key: region for region in site.regions}.values():
+        wanted = _of_module(region, old.rpartition(".")[2])
+        if wanted in alike:
+            _move_readers(edit, wanted, [name for name in alike if name != wanted])
+        _name(edit, weights[region.key], wanted, replace=wanted in alike)
+
+
+def _move_readers(edit: Edit, name: str, others: list[str]) -> None:
+    """Let those who read a tied tensor under ``name`` read it under the name it has in their own module, if any."""
+    for node in edit.readers(name):
+        own = f"{module_path(node, '')}.{name.rpartition('.')[2]}"
+        if own in others:
+            node.replace_input_with(edit.tensor(name), edit.tensor(own))
+
+
+def _of_module(region: Region, leaf: str) -> str:
+    assert region.carrier is not None
+    return f"{module_path(region.carrier, str(weight_of(region.carrier).target).rpartition('.')[0])}.{leaf}"
+
+
+def _name(edit: Edit, name: str, wanted: str, *, replace: bool = False) -> None:
+    """Rename a tensor, unless someone reads another one of that name."""
+    if not edit.readers(wanted) and (replace or not has_tensor(edit.program.root, wanted)):
+        edit.rename(name, wanted)

@@ -9,10 +9,10 @@ import torch
 from torch import fx
 
 from ..base import Pass, Promise, Selection
+from ..constants import Constants
 from ..edit import Edit
+from ..foldable import LEARNED
 from ..program import Program
-
-_LEARNED = ("adapter", "gate", "statistic")
 
 
 @dataclass(frozen=True)
@@ -33,23 +33,20 @@ class FoldConstants(Pass):
     promise: ClassVar[Promise] = Promise.EXACT
 
     def sites(self, program: Program) -> Selection:
-        constant: dict[fx.Node, set[str]] = {}
-        for node in program.graph.nodes:
-            if node.op == "get_attr" and str(node.target) in program.roles:
-                constant[node] = {str(node.target)}
-            elif _is_pure(node) and node.all_input_nodes and all(n in constant for n in node.all_input_nodes):
-                constant[node] = set().union(*(constant[n] for n in node.all_input_nodes))
-        learned = set(program.names(*_LEARNED))
+        learned = frozenset(program.names(*LEARNED))
+        constants = Constants(program.root, frozenset(program.roles) - learned)
         roots = [
             node
-            for node, reads in constant.items()
-            if node.op != "get_attr" and reads & learned and any(user not in constant for user in node.users)
+            for node in program.graph.nodes
+            if node.op != "get_attr"
+            and (constants.reads(node) or frozenset()) & learned
+            and any(constants.reads(user) is None for user in node.users)
         ]
-        return Selection(tuple(roots))  # type: ignore[arg-type]
+        return Selection(tuple(roots))
 
     def rewrite(self, edit: Edit, site: Any) -> None:
         region = _region(site)
-        value = _value(edit, site)
+        value = Constants(edit.program.root).value(site).contiguous()
         name = _name(edit, site, region, value.shape)
         if name in (str(node.target) for node in region):
             edit.set_tensor(name, value)
@@ -57,13 +54,6 @@ class FoldConstants(Pass):
             edit.set_tensor(name, value, "adapter")
         site.replace_all_uses_with(edit.tensor(name))
         edit.program.graph.eliminate_dead_code()
-
-
-def _is_pure(node: fx.Node) -> bool:
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    random = torch.Tag.nondeterministic_seeded in node.target.tags
-    return not random and not node.target._schema.is_mutable
 
 
 def _region(site: fx.Node) -> list[fx.Node]:
@@ -78,21 +68,12 @@ def _region(site: fx.Node) -> list[fx.Node]:
     return list(seen)
 
 
-def _value(edit: Edit, site: fx.Node) -> torch.Tensor:
-    def read(node: fx.Node) -> torch.Tensor:
-        return edit.program.tensor(str(node.target)) if node.op == "get_attr" else _value(edit, node)
-
-    args, kwargs = fx.map_arg((site.args, site.kwargs), read)
-    with torch.no_grad():
-        return site.target(*args, **kwargs).contiguous()  # type: ignore[operator]
-
-
 def _name(edit: Edit, site: fx.Node, region: list[fx.Node], shape: torch.Size) -> str:
     """The name of a base weight of that shape that nothing else reads, then of an inserted tensor, then a new one."""
     inside = set(region)
     free = [node for node in region if node.op == "get_attr" and all(user in inside for user in node.users)]
     roles = edit.program.roles
-    base = [str(n.target) for n in free if roles[str(n.target)] not in _LEARNED and n.meta["val"].shape == shape]
-    learned = [str(n.target) for n in free if roles[str(n.target)] in _LEARNED]
+    base = [str(n.target) for n in free if roles[str(n.target)] not in LEARNED and n.meta["val"].shape == shape]
+    learned = [str(n.target) for n in free if roles[str(n.target)] in LEARNED]
     names = base + learned
     return names[0] if names else f"{next(str(n.target) for n in region if n.op == 'get_attr')}_folded_{site.name}"

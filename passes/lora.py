@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 
 def pattern_value(pattern: Mapping[str, int | float], module: str, default: float) -> float:
-    """The value of the first key that names ``module``: a suffix of its path, or a regular expression for one (as in PEFT)."""
+    """The value of the first key that names ``module``, as in PEFT: by a suffix of its path, or by a regex."""
     matches = (value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", module))
     return next(matches, default)
 
@@ -74,7 +74,13 @@ class Lora(Method):
     def refuse(self, program: Program, site: Site) -> str | None:
         if site.kind == "conv2d" and _conv_groups(site.node) != 1:
             return "grouped convolutions are not handled"
+        if any(f"{site.module}.".startswith(f"{path}.") for path in self._in_full(program)):
+            return "trains in full"
         return super().refuse(program, site)
+
+    def _in_full(self, program: Program) -> tuple[str, ...]:
+        named = (path for name in self.trainable if name != "auto" for path in program.modules_named(name))
+        return (*named, *(program.default_trainable() if "auto" in self.trainable else ()))
 
     def rewrite(self, edit: Edit, site: Site) -> None:
         rank, scale = self.rank_of(site), self.scale_of(site)
@@ -87,12 +93,10 @@ class Lora(Method):
 
     def finish(self, edit: Edit) -> None:
         edit.freeze()
-        heads = edit.program.default_trainable() if "auto" in self.trainable else ()
-        named = tuple(name for name in self.trainable if name != "auto")
-        for name in named:
-            if not edit.train(edit.program.modules_named(name)):
+        for name in self.trainable:
+            if name != "auto" and not edit.train(edit.program.modules_named(name)):
                 raise UsageError(f"{self.pass_name()}: trainable module {name!r} has no parameters in this model")
-        edit.train(tuple(heads))
+        edit.train(self._in_full(edit.program))
 
 
 def _input(edit: Edit, site: Site, weight: fx.Node, dropout: float) -> fx.Node:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from ..base import Pass, Promise, Selection
 from ..edit import Edit
@@ -15,11 +16,16 @@ from ..program import Program
 
 aten = torch.ops.aten
 
-_DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
+_COUNTS = (aten.add_.Tensor, aten.add_.Scalar)
+_DROPOUTS = (
+    *(aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default),
+    *(aten.dropout_.default, aten.feature_dropout_.default, aten.alpha_dropout_.default),
+)
 
 
 def _bypass(node: fx.Node) -> None:
     node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+    node.graph.erase_node(node)  # one that works in place would outlive the clean-up of unused nodes
 
 
 def _argument(name: str, value: object) -> Callable[[fx.Node], None]:
@@ -42,6 +48,15 @@ RULES: dict[Any, Callable[[fx.Node], None]] = {
 }
 
 
+def _inner(root: nn.Module, node: fx.Node) -> bool:
+    """Whether ``node`` stands for an inner graph (the body of an autocast region, say) with something to change."""
+    region = getattr(root, str(node.target), None) if node.op == "get_attr" else None
+    if not isinstance(region, fx.GraphModule):
+        return False
+    graphs = [module.graph for module in region.modules() if isinstance(module, fx.GraphModule)]
+    return any(inner.target in RULES for graph in graphs for inner in graph.nodes)
+
+
 @dataclass(frozen=True)
 class ToEval(Pass):
     """Turn a training graph into its evaluation graph.
@@ -58,11 +73,30 @@ class ToEval(Pass):
     def sites(self, program: Program) -> Selection:
         if program.stage == "eval":
             return Selection(())
-        return Selection(tuple(node for node in program.graph.nodes if node.target in RULES))  # type: ignore[arg-type]
+        root = program.root
+        return Selection(tuple(n for n in program.graph.nodes if n.target in RULES or _inner(root, n)))  # type: ignore
 
     def rewrite(self, edit: Edit, site: Any) -> None:
-        RULES[site.target](site)
+        if site.target in RULES:
+            RULES[site.target](site)
+            return
+        # Under a name of its own: a module holds the training graph and the evaluation graph side by side.
+        region = copy.deepcopy(getattr(edit.program.root, site.target))
+        for module in (module for module in region.modules() if isinstance(module, fx.GraphModule)):
+            for node in [node for node in module.graph.nodes if node.target in RULES]:
+                RULES[node.target](node)
+            module.graph.eliminate_dead_code()
+            module.recompile()
+        site.target = f"{site.target}_eval"
+        edit.program.root.add_module(site.target, region)
 
     def finish(self, edit: Edit) -> None:
         edit.program.stage = "eval"
+        # Counters of training steps: written, and read by nothing but what writes them.
+        counts = [node for node in edit.program.graph.nodes if node.target in _COUNTS and not node.users]
+        for node in counts:
+            counter = node.args[0]
+            if counter.op == "get_attr" and all(user in counts for user in counter.users):
+                edit.program.roles[counter.target] = "unread"
+                edit.program.graph.erase_node(node)
         edit.program.graph.eliminate_dead_code()

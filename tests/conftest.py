@@ -44,3 +44,47 @@ def movies() -> Path:
 def movie_split() -> tuple[Path, Path]:
     """Train and test CSV files of the movie sentences, 7,030 and 1,500 rows."""
     return assets.movie_split()
+
+
+WORDS = "the a film movie was is good great fine bad dull poor very not plot cast and but of in it".split()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random two-layer BERT encoder with a tokenizer of its own, as a real checkpoint is laid out."""
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-bert"
+    folder.mkdir()
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=48,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertModel(config).save_pretrained(folder)
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CSV file of 64 short labelled sentences that a tiny model can learn."""
+    import random
+
+    rng = random.Random(0)
+    rows = []
+    for number in range(64):
+        label = number % 2
+        word = rng.choice(["good", "great", "fine"] if label else ["bad", "dull", "poor"])
+        rows.append(f"the {rng.choice(['film', 'movie', 'plot'])} was {rng.choice(['very ', ''])}{word},{label}")
+    file = tmp_path_factory.mktemp("tables") / "train.csv"
+    file.write_text("text,label\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    return file

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lorafx.capture import capture
 from lorafx.program import Program
+from lorafx.tree import named_tensors, persistent, put_tensor
 
 VOCABULARY = 120
 LABELS = 3
@@ -211,8 +213,8 @@ def captured(name: str, dropout: float = DROPOUT, dtype: torch.dtype = torch.flo
 
 def tensors(outputs: Any) -> dict[str, Tensor]:
     """The tensors of a model output, by name."""
-    flat, _ = torch.utils._pytree.tree_flatten_with_path(outputs)
-    return {torch.utils._pytree.keystr(path): value for path, value in flat if isinstance(value, Tensor)}
+    flat, _ = pytree.tree_flatten_with_path(outputs)
+    return {pytree.keystr(path): value for path, value in flat if isinstance(value, Tensor)}
 
 
 def eager(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -220,3 +222,48 @@ def eager(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
     cacheless = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     with torch.no_grad():
         return tensors(model(**inputs, **cacheless))
+
+
+def randomised(program: Program, size: float = 0.3) -> Program:
+    """``program`` with normal random numbers in every adapter tensor that starts as zero, so that adapters do something."""
+    generator = torch.Generator().manual_seed(1)
+    values = {name: program.tensor(name) for name in program.names("adapter")}
+    zero = [name for name, value in values.items() if not value.any()]
+    program.load({name: size * torch.randn(values[name].shape, generator=generator) for name in zero})
+    return program
+
+
+def doubled(program: Program) -> Program:
+    """The program in fp64, casts to fp32 inside it included, so that 1e-12 can be asked of algebra."""
+    result = program.copy()
+    wide: dict[int, Tensor] = {}
+    for name, value in list(named_tensors(result.root)):
+        if value.is_floating_point():
+            kind = nn.Parameter if isinstance(value, nn.Parameter) else Tensor.double
+            wide.setdefault(id(value), kind(value.detach().double()))
+            put_tensor(result.root, name, wide[id(value)], persistent(result.root, name))
+
+    def widen(argument: Any) -> Any:
+        return torch.float64 if argument is torch.float32 else argument
+
+    for node in result.graph.nodes:
+        node.args, node.kwargs = pytree.tree_map(widen, (node.args, node.kwargs))
+    return result
+
+
+def widened(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs for a program in fp64."""
+    return {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+def run(program: Program, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The outputs of the evaluation graph."""
+    with torch.no_grad():
+        return tensors(program.module().eval()(**inputs))
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The largest difference of two outputs, relative to the largest value of each tensor of the first."""
+    assert a.keys() == b.keys()
+    assert all(value.isfinite().all() for value in a.values())
+    return max(float((a[key] - b[key]).abs().max() / a[key].abs().max()) for key in a)

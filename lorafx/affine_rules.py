@@ -1,0 +1,273 @@
+"""How each operator changes an affine map: one rule per operator, and the algebra of their values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .affine import AffineAnalysis, Operand, Region, Rule, Value, origin
+from .site import WEIGHT_OPS, is_tensor_node
+
+aten = torch.ops.aten
+
+
+def compose(outer: Tensor, inner: Tensor | None) -> Tensor:
+    """The matrix product, with a diagonal or identity ``inner`` written as such."""
+    if inner is None:
+        return outer
+    return outer * inner if inner.dim() == 1 else outer @ inner
+
+
+def dense(matrix: Tensor | None, size: int, device: torch.device) -> Tensor:
+    """``matrix`` written out."""
+    if matrix is None:
+        return torch.eye(size, dtype=torch.float64, device=device)
+    return torch.diag(matrix) if matrix.dim() == 1 else matrix
+
+
+def _extend(region: Region, node: fx.Node, operand: Operand | None, evaluate: Callable[[], Value]) -> Region:
+    """``region`` followed by an elementwise ``node``, with a constant operand or none: the carrier's way goes on."""
+    key = (str(node.target), operand and operand.key, region.key)
+    bypass = (*region.bypass, (node, region.root)) if operand else region.bypass
+    reads = region.reads | operand.reads if operand else region.reads
+    nodes = region.nodes | {node}
+    return replace(region, root=node, nodes=nodes, reads=reads, bypass=bypass, key=key, evaluate=evaluate)
+
+
+def _per_feature(node: fx.Node, operand: object, axis: int) -> bool:
+    """Whether a constant operand is one number, or one number a feature, broadcast over everything else."""
+    if not isinstance(operand, fx.Node):
+        return True
+    shape = operand.meta["val"].shape
+    features = node.meta["val"].shape[axis]
+    if shape.numel() == 1:
+        return True
+    if not isinstance(features, int):
+        return False
+    distance = 1 if axis == -1 else node.meta["val"].dim() - axis
+    return shape.numel() == features and len(shape) >= distance and shape[-distance] == features
+
+
+# ---- one rule per operator; each yields the regions that end in the node
+
+
+def _weight(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
+    use = WEIGHT_OPS[node.target]
+    weight, value = node.args[use.weight], node.args[use.input]
+    bias = node.args[use.bias] if use.bias is not None and len(node.args) > use.bias else None
+    read, shift = analysis.constant(weight), analysis.constant(bias)
+    if node.kwargs or read is None or (bias is not None and shift is None) or not isinstance(value, fx.Node):
+        return
+    geometry = tuple(node.args[3:]) if use.kind.startswith("conv") else ()
+    if use.kind == "embedding":
+        origins = iter([origin(value, "onehot", -1)])
+    elif use.kind.startswith("conv"):
+        origins = _patches(analysis, value, weight, geometry)
+    else:
+        origins = analysis.inputs(value, -1)
+    own = partial(_matrix, use.kind, read.value, shift and shift.value)
+    # Only a weight that is one tensor can take over a map, and only a bias that is one can take over an offset.
+    carries = is_tensor_node(weight) and (bias is None or is_tensor_node(bias))
+    for inner in origins:
+        through = inner.carrier is not None
+        yield Region(
+            node,
+            inner.origin,
+            1 if use.kind.startswith("conv") else -1,
+            inner.nodes | {node},
+            inner.reads | read.reads | (shift.reads if shift else frozenset()),
+            inner.carrier or (node if carries else None),
+            (*inner.bypass, (node, value)) if through else inner.bypass,
+            (use.kind, read.key, shift and shift.key, geometry, inner.key),
+            partial(_apply, own, inner.evaluate),
+            inner.shifts or bias is not None,
+        )
+
+
+def _product(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
+    """``x @ C`` with a constant matrix: a linear map that is nobody's weight."""
+    value, matrix = node.args[:2]
+    read = analysis.constant(matrix)
+    if read is None or not isinstance(value, fx.Node) or matrix.meta["val"].dim() != 2:  # type: ignore[union-attr]
+        return
+    own = partial(_matrix, "addmm", read.value, None)
+    for inner in analysis.inputs(value, -1):
+        evaluate = partial(_apply, own, inner.evaluate)
+        region = _extend(inner, node, read, evaluate)
+        yield replace(region, bypass=(*inner.bypass, (node, value)) if inner.carrier is not None else inner.bypass)
+
+
+def _patches(
+    analysis: AffineAnalysis, value: fx.Node, weight: Any, geometry: tuple[Any, ...]
+) -> Iterator[Region]:
+    kernel = tuple(weight.meta["val"].shape[2:])
+    stride, padding, dilation, groups = (*geometry, *(1, 0, 1, 1)[len(geometry) :])
+    if groups != 1:
+        return
+    spans = [part if isinstance(part, (list, tuple)) else [part] * len(kernel) for part in (stride, padding, dilation)]
+    yield origin(value, "patches", 1, (kernel, *map(tuple, spans)))
+    if {*kernel, *spans[0]} == {1} and {*spans[1]} == {0}:
+        yield from (region for region in analysis.regions(value) if region.axis == 1)
+
+
+def _matrix(kind: str, weight: Callable[[], Tensor], bias: Callable[[], Tensor] | None) -> tuple[Tensor, Tensor | None]:
+    matrix = weight()
+    if kind in ("addmm", "embedding"):
+        matrix = matrix.t()
+    return matrix.flatten(1), bias() if bias is not None else None
+
+
+def _apply(own: Callable[[], tuple[Tensor, Tensor | None]], inner: Callable[[], Value]) -> Value:
+    (matrix, bias), (m, c) = own(), inner()
+    offset = None if c is None else matrix @ c
+    if bias is not None:
+        offset = bias if offset is None else offset + bias
+    return compose(matrix, m), offset
+
+
+def _scaled(factor: Callable[[], Tensor], inner: Callable[[], Value], size: int) -> Value:
+    (m, c), f = inner(), factor().reshape(-1).expand(size)
+    scaled = f if m is None else m * f if m.dim() == 1 else f[:, None] * m
+    return scaled, None if c is None else c * f
+
+
+def _shifted(shift: Callable[[], Tensor], inner: Callable[[], Value], size: int, sign: float) -> Value:
+    m, c = inner()
+    s = sign * shift().reshape(-1).expand(size)
+    return m, s if c is None else c + s
+
+
+def _multiply(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
+    first, second = node.args[:2]
+    commutes = node.target in (aten.mul.Tensor, aten.mul.Scalar)
+    for value, operand in ((first, second), (second, first)) if commutes else ((first, second),):
+        read = analysis.constant(operand)
+        if read is None or not isinstance(value, fx.Node) or not _same_shape(node, value):
+            continue
+        factor = read.value if commutes else partial(_reciprocal, read.value)
+        for axis in (-1, 1):
+            if _per_feature(node, operand, axis):
+                for region in analysis.inputs(value, axis):
+                    scaled = partial(_scaled, factor, region.evaluate, _features(node, axis))
+                    yield _extend(region, node, read, scaled)
+
+
+def _reciprocal(read: Callable[[], Tensor]) -> Tensor:
+    return read().reciprocal()
+
+
+def _features(node: fx.Node, axis: int) -> int:
+    size = node.meta["val"].shape[axis]
+    return size if isinstance(size, int) else 0
+
+
+def _same_shape(a: fx.Node, b: fx.Node) -> bool:
+    left, right = a.meta.get("val"), b.meta.get("val")
+    both = isinstance(left, Tensor) and isinstance(right, Tensor)
+    return both and str(tuple(left.shape)) == str(tuple(right.shape))
+
+
+def _add(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
+    first, second = node.args[:2]
+    sign = -1.0 if node.target == aten.sub.Tensor else 1.0
+    if node.kwargs or not isinstance(first, fx.Node):
+        return
+    # Two constants may well be two maps of one constant, as where relative positions go through a projection.
+    sums = list(_sums(analysis, node, first, second, sign))
+    yield from sums
+    if not sums:
+        yield from _shifts(analysis, node, first, second, sign)
+        if sign > 0:
+            yield from _shifts(analysis, node, second, first, sign)
+
+
+def _shifts(analysis: AffineAnalysis, node: fx.Node, value: Any, operand: Any, sign: float) -> Iterator[Region]:
+    read = analysis.constant(operand)
+    if read is None or not isinstance(value, fx.Node) or not _same_shape(node, value):
+        return
+    for axis in (-1, 1):
+        if _per_feature(node, operand, axis):
+            for region in analysis.inputs(value, axis):
+                shifted = partial(_shifted, read.value, region.evaluate, _features(node, axis), sign)
+                yield replace(_extend(region, node, read, shifted), shifts=True)
+
+
+def _sums(analysis: AffineAnalysis, node: fx.Node, first: Any, second: Any, sign: float) -> Iterator[Region]:
+    if not isinstance(second, fx.Node) or not _same_shape(first, second):
+        return
+    for left in analysis.regions(first):
+        for right in analysis.regions(second):
+            if left.origin == right.origin and left.axis == right.axis:
+                yield _sum(analysis, node, left, right, sign)
+
+
+def _sum(analysis: AffineAnalysis, node: fx.Node, left: Region, right: Region, sign: float) -> Region:
+    # The carrier is the operand that applies its weight in one step; a low-rank branch's first factor is no carrier.
+    size = _features(node, left.axis)
+    sides = [r for r in (left, right) if r.carrier is not None and carrier_features(r.carrier) == size]
+    sides.sort(key=lambda r: len(r.nodes))
+    carrier = sides[0] if sides and not (sign < 0 and sides[0] is right) else None
+    return Region(
+        node,
+        left.origin,
+        left.axis,
+        left.nodes | right.nodes | {node},
+        left.reads | right.reads,
+        carrier.carrier if carrier else None,
+        (*carrier.bypass, (node, carrier.root)) if carrier else (),
+        (str(node.target), left.key, right.key),
+        partial(_added, left.evaluate, right.evaluate, size, sign, analysis.device),
+        left.shifts or right.shifts,
+    )
+
+
+def carrier_features(carrier: fx.Node) -> int:
+    """How many features a weight operator gives."""
+    use = WEIGHT_OPS[carrier.target]
+    weight = carrier.args[use.weight]
+    assert isinstance(weight, fx.Node)
+    return use.size(weight.meta["val"].shape)[0]
+
+
+def _added(
+    left: Callable[[], Value], right: Callable[[], Value], size: int, sign: float, device: torch.device
+) -> Value:
+    (m1, c1), (m2, c2) = left(), right()
+    matrix = dense(m1, size, device) + sign * dense(m2, size, device)
+    if c2 is None:
+        return matrix, c1
+    return matrix, sign * c2 if c1 is None else c1 + sign * c2
+
+
+def _transparent(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
+    """Casts, copies and views of the leading axes: the map stays what it was."""
+    value = node.args[0]
+    if not isinstance(value, fx.Node) or not node.meta["val"].is_floating_point():
+        return
+    same = _same_shape(node, value)
+    if not same and str(node.meta["val"].shape[-1]) != str(value.meta["val"].shape[-1]):
+        return
+    for axis in (-1, 1) if same else (-1,):
+        for region in analysis.inputs(value, axis):
+            yield _extend(region, node, None, region.evaluate)
+
+
+#: What the analysis knows of operators. Anything else ends a region.
+RULES: dict[Any, Rule] = {
+    **{op: _weight for op, use in WEIGHT_OPS.items() if use.kind in ("linear", "addmm", "embedding", "conv2d")},
+    **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar), _multiply),
+    **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor), _add),
+    **dict.fromkeys((aten.matmul.default, aten.mm.default), _product),
+    **dict.fromkeys(
+        (
+            *(aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default, aten.alias.default),
+            *(aten.view.default, aten.reshape.default, aten._unsafe_view.default),
+        ),
+        _transparent,
+    ),
+}

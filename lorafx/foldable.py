@@ -1,0 +1,141 @@
+"""Which affine regions are worth folding: those after which the program reads fewer learned numbers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from .affine import AffineAnalysis, Region
+from .affine_rules import RULES, carrier_features
+from .base import Method
+from .constants import Constants
+from .program import Program
+from .site import WEIGHT_OPS
+
+LEARNED = ("adapter", "gate", "statistic")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The regions whose carriers use one weight. They fold together, so that a shared weight stays shared if it can."""
+
+    weight: str
+    regions: tuple[Region, ...]
+
+    def __str__(self) -> str:
+        reads = {name for region in self.regions for name in region.reads} - {self.weight}
+        return f"{self.weight}: {', '.join(sorted(reads))}"
+
+
+def foldable(program: Program) -> list[Group]:
+    """The groups of regions to fold, none overlapping. Of nested regions the one that frees most is taken, and the
+    smallest of equals: everything learned is rounded once, and operators of the base model stay outside."""
+    analysis = AffineAnalysis(program.root, RULES)
+    spends = _accounting(program)
+    place = {node: index for index, node in enumerate(program.graph.nodes)}
+    writes = [place[node] for node in program.graph.nodes if node.op == "call_function" and _writes(node)]
+    candidates = [
+        (spends(region), region)
+        for node in program.graph.nodes
+        for region in analysis.regions(node)
+        if _can_take_over(region) and _undisturbed(region, place, writes)
+    ]
+    taken: list[Region] = []
+    used: set[fx.Node] = set()
+    for gain, region in sorted(candidates, key=lambda c: (-c[0], len(c[1].nodes), place[c[1].root])):
+        if gain > 0 and not region.nodes & used:
+            used |= region.nodes
+            taken.append(region)
+    return _groups(program, sorted(taken, key=lambda region: place[region.root]))
+
+
+def weight_of(carrier: fx.Node) -> fx.Node:
+    """The node that reads the carrier's weight."""
+    weight = carrier.args[WEIGHT_OPS[carrier.target].weight]
+    assert isinstance(weight, fx.Node)
+    return weight
+
+
+def bias_of(carrier: fx.Node) -> fx.Node | None:
+    """The node that reads the carrier's bias, or None."""
+    use = WEIGHT_OPS[carrier.target]
+    bias = carrier.args[use.bias] if use.bias is not None and len(carrier.args) > use.bias else None
+    return bias if isinstance(bias, fx.Node) else None
+
+
+def _accounting(program: Program) -> Callable[[Region], int]:
+    """How many numbers folding a region frees: those of what it reads beyond the carrier's own weight and bias.
+
+    With methods applied, all of that must be something they inserted: the base model keeps its architecture. In a
+    program without methods anything may have been learned, as in a captured model with another library's adapters;
+    there, one-dimensional parameters (norms, layer scales) count as the base's and give no reason to fold.
+    """
+    methods = any(isinstance(applied.step, Method) for applied in program.history)
+    learned = set(program.names(*LEARNED))
+
+    def spends(region: Region) -> int:
+        carrier = region.carrier
+        assert carrier is not None
+        bias = bias_of(carrier)
+        extra = region.reads - {str(weight_of(carrier).target)} - ({str(bias.target)} if bias is not None else set())
+        if methods and extra - learned:
+            return 0
+        values = [program.tensor(name) for name in extra]
+        freed = sum(value.numel() for value in values if methods or value.dim() > 1)
+        return freed - (carrier_features(carrier) if region.shifts and bias is None else 0)
+
+    return spends
+
+
+def _can_take_over(region: Region) -> bool:
+    """Closed (inner values are read inside only), and led by a carrier of the map's size and dtype."""
+    carrier, root = region.carrier, region.root
+    if carrier is None or len(region.nodes) < 2 or root.meta["val"].dtype != carrier.meta["val"].dtype:
+        return False
+    if region.shifts and WEIGHT_OPS[carrier.target].bias is None:
+        return False
+    inner = region.nodes - {root}
+    size = carrier_features(carrier)
+    widths = {node.meta["val"].shape[region.axis] for node, _ in region.bypass if node.target in WEIGHT_OPS}
+    spans = root.meta["val"].shape[region.axis] == size and widths <= {size}
+    return spans and all(user in region.nodes for node in inner for user in node.users)
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _undisturbed(region: Region, place: dict[fx.Node, int], writes: list[int]) -> bool:
+    """Whether nothing is written in place while the region is computed: folded, all of it is computed at one place."""
+    first = min(place[node] for node in region.nodes)
+    return not any(first < index < place[region.root] for index in writes)
+
+
+def _groups(program: Program, regions: list[Region]) -> list[Group]:
+    """Regions by weight, without those after which everything they read would still be read by others."""
+    constants = Constants(program.root)
+    nodes = list(program.graph.find_nodes(op="get_attr"))
+    while True:
+        used = {node for region in regions for node in region.nodes}
+        free = {str(n.target) for n in nodes} - {str(n.target) for n in nodes if _consumers(n, constants, used) - used}
+        groups: dict[str, list[Region]] = defaultdict(list)
+        for region in regions:
+            assert region.carrier is not None
+            groups[str(weight_of(region.carrier).target)].append(region)
+        kept = {w: found for w, found in groups.items() if any((r.reads - {w}) & free for r in found)}
+        if len(kept) == len(groups):
+            return [Group(weight, tuple(found)) for weight, found in groups.items()]
+        regions = [region for found in kept.values() for region in found]
+
+
+def _consumers(node: fx.Node, constants: Constants, used: set[fx.Node]) -> set[fx.Node]:
+    """The operators that use a tensor's value, seen through operators on tensors alone (a transposed view, say)."""
+    found: set[fx.Node] = set()
+    for user in node.users:
+        last = user in used or constants.reads(user) is None
+        found |= {user} if last else _consumers(user, constants, used)
+    return found

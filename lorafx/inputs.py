@@ -1,0 +1,242 @@
+"""Inputs to compare and to time models with: what a model takes, and tensors made up or tokenised to fit."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import UsageError
+
+#: batch × length of the generated inputs: the smallest, the smallest that is not one, and odd ones.
+SHAPES = tuple((batch, length) for batch in (1, 2, 5) for length in (1, 2, 33))
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input of a model.
+
+    Attributes:
+        name: its keyword
+        dtype: of the tensor the model takes
+        sizes: one entry an axis; None where it is free
+        low, high: integer values lie in ``[low, high)``
+    """
+
+    name: str
+    dtype: torch.dtype
+    sizes: tuple[int | None, ...]
+    low: int = 0
+    high: int = 2
+
+    @property
+    def is_mask(self) -> bool:
+        """Whether it says which tokens are padding."""
+        return self.name.endswith("attention_mask")
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is a row of integers for each text: token ids, a mask, token types."""
+        return len(self.sizes) == 2 and not self.dtype.is_floating_point
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs for one call, and how they are named in a result: ``5x33, padded right``."""
+
+    label: str
+    values: dict[str, Tensor]
+
+
+def specs_of(example: Mapping[str, Any], config: Any = None) -> tuple[InputSpec, ...]:
+    """The inputs of a model that takes ``example``: batch is free, and so is the length of texts."""
+    return tuple(_spec(name, value, config) for name, value in example.items() if isinstance(value, Tensor))
+
+
+def _spec(name: str, value: Tensor, config: Any) -> InputSpec:
+    free = 2 if value.dim() == 2 and not value.is_floating_point() else 1
+    sizes = tuple(None if axis < free else int(size) for axis, size in enumerate(value.shape))
+    low, high = _range(name, value, config)
+    return InputSpec(name, value.dtype, sizes, low, high)
+
+
+def _range(name: str, value: Tensor, config: Any) -> tuple[int, int]:
+    """Which integers an input may hold: the vocabulary's for token ids, else those of the example."""
+    if value.is_floating_point() or value.dtype == torch.bool or name.endswith("attention_mask"):
+        return 0, 2
+    text = config.get_text_config() if config is not None else None
+    if name == "token_type_ids":
+        return 0, max(1, getattr(text, "type_vocab_size", 1) or 1)
+    size = getattr(text, "vocab_size", None)
+    if size is not None and name.endswith("input_ids"):
+        return 0, int(size)
+    if value.is_meta or not value.numel():
+        return 0, 2
+    return int(value.min()), int(value.max()) + 1
+
+
+def merged(a: Sequence[InputSpec], b: Sequence[InputSpec]) -> tuple[InputSpec, ...]:
+    """The inputs two models need together: an axis is free if both leave it free, a value is one both allow.
+
+    Token types that one of them does not take are left out: the other fills them with zeros, which is what the
+    first computes with. Raises UsageError when neither says what it takes.
+    """
+    names = list(dict.fromkeys(spec.name for spec in (*a, *b)))
+    if not names:
+        raise UsageError("neither model says what inputs it takes; pass inputs=[{name: tensor}, …]")
+    both = ({spec.name: spec for spec in a}, {spec.name: spec for spec in b})
+    result = []
+    for name in names:
+        found = [side[name] for side in both if name in side]
+        if name == "token_type_ids" and len(found) == 1 and a and b:
+            continue
+        first, last = found[0], found[-1]
+        sizes = tuple(x if x is not None else y for x, y in zip(first.sizes, last.sizes, strict=False))
+        low, high = max(first.low, last.low), min(first.high, last.high)
+        result.append(dataclasses.replace(first, sizes=sizes, low=low, high=high))
+    return tuple(result)
+
+
+# ---- made up
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Makes up inputs of any shape that a model, or two of them, takes.
+
+    Attributes:
+        specs: the inputs
+        seed: of the values; the same seed gives the same inputs
+        pad: the padding token
+        left: padding stands before the text
+        limit: the longest text the models take, if they have a limit
+    """
+
+    specs: tuple[InputSpec, ...]
+    seed: int = 0
+    pad: int | None = None
+    left: bool = False
+    limit: int | None = None
+
+    def batches(self, shapes: Iterable[tuple[int, int]]) -> Iterator[Batch]:
+        """One batch a shape, clipped to what the models take, the shorter rows padded; shapes that coincide once.
+
+        A single row is not padded, so the longest one comes a second time with padding.
+        """
+        wanted = list(dict.fromkeys(self.clipped(*shape) for shape in shapes))
+        longest = max((length for _, length in wanted), default=0)
+        for batch, length in wanted:
+            yield self.batch(batch, length)
+            if batch == 1 and length == longest and length > 2 and any(spec.is_mask for spec in self.specs):
+                yield self.batch(batch, length, [length // 2])
+
+    def clipped(self, batch: int, length: int) -> tuple[int, int]:
+        """The nearest shape the models take; the length is 0 when no input has one."""
+        sizes = [spec.sizes for spec in self.specs if spec.sizes]
+        batch = next((size[0] for size in sizes if size[0] is not None), batch)
+        texts = [spec.sizes for spec in self.specs if spec.is_text]
+        if not texts:
+            return batch, 0
+        length = next((size[1] for size in texts if size[1] is not None), length)
+        return batch, min(length, self.limit or length)
+
+    def batch(self, batch: int, length: int, valid: Sequence[int] | None = None) -> Batch:
+        """Inputs of one shape. ``valid`` is how many tokens of each row are text; by default ever fewer, row by row."""
+        if valid is None:
+            valid = [max(1, length - row * length // batch) for row in range(batch)]
+        # Each shape has a stream of its own, so that leaving one out does not change the others.
+        random = torch.Generator().manual_seed(self.seed * 1_000_003 + batch * 1_009 + length)
+        mask = torch.ones(batch, length, dtype=torch.long)
+        for row, count in enumerate(valid):
+            mask[row, count:] = 0
+        mask = mask.flip(1) if self.left else mask
+        values = {spec.name: self._value(spec, mask, random) for spec in self.specs}
+        return Batch(self._label(batch, length, mask), values)
+
+    def _label(self, batch: int, length: int, mask: Tensor) -> str:
+        if not any(spec.is_text for spec in self.specs):
+            return f"batch {batch}"
+        padding = "" if bool(mask.all()) else f", padded {'left' if self.left else 'right'}"
+        return f"{batch}x{length}{padding}"
+
+    def _value(self, spec: InputSpec, mask: Tensor, random: torch.Generator) -> Tensor:
+        batch, length = mask.shape
+        # A decoder's text is one longer than the encoder's, so that the two axes cannot be taken for one another.
+        extra = 1 if spec.name.startswith("decoder_") and (self.limit is None or length < self.limit) else 0
+        free = (batch, length + extra) if spec.is_text else (batch,)
+        sizes = tuple(
+            size if size is not None else (free[axis] if axis < len(free) else 1) for axis, size in enumerate(spec.sizes)
+        )
+        if spec.dtype.is_floating_point:
+            return torch.randn(sizes, generator=random).to(spec.dtype)
+        if spec.is_mask:
+            return (mask if sizes == tuple(mask.shape) else torch.ones(sizes, dtype=torch.long)).to(spec.dtype)
+        if spec.name == "position_ids":
+            return torch.arange(sizes[-1]).expand(sizes).contiguous()
+        value = torch.randint(spec.low, max(spec.high, spec.low + 1), sizes, generator=random)
+        if spec.name.endswith("input_ids") and spec.high > 8:
+            value = self._words(value, mask)
+        return value.to(spec.dtype)
+
+    def _words(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Token ids without the padding token, but where the padding is: models look for it."""
+        if self.pad is None:
+            return ids
+        ids = torch.where(ids == self.pad, (ids + 5) % 8, ids)
+        return ids.masked_fill(mask == 0, self.pad) if ids.shape == mask.shape else ids
+
+
+def length_limit(*configs: Any) -> int | None:
+    """The longest text that models with these configs take, if they have a limit."""
+    texts = [config.get_text_config() for config in configs if config is not None]
+    limits = [getattr(text, "max_position_embeddings", None) for text in texts]
+    return min((int(limit) for limit in limits if limit and limit > 0), default=None)
+
+
+def pad_token(*configs: Any) -> int | None:
+    """The padding token of the first config that names one."""
+    texts = [config.get_text_config() for config in configs if config is not None]
+    return next((pad for text in texts if (pad := getattr(text, "pad_token_id", None)) is not None), None)
+
+
+# ---- tokenised
+
+
+def find_tokenizer(*folders: Path | None) -> Any:
+    """The tokenizer of the first folder that has one; None when none has."""
+    for folder in folders:
+        if folder is not None and any(folder.glob("tokenizer*")):
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(folder)
+    return None
+
+
+def tokenised(texts: Iterable[str], tokenizer: Any, generator: Generator) -> Iterator[Batch]:
+    """Real texts in batches of 1, 2, 5, 1, 2, 5, …; empty ones are left out, long ones cut to what the models take.
+
+    Inputs a tokenizer does not make (a decoder's) are made up.
+    """
+    lines = [text for text in texts if text.strip()]
+    if not lines:
+        raise UsageError("no texts to compare on")
+    if tokenizer.pad_token is None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token
+    limit = min(tokenizer.model_max_length, generator.limit or tokenizer.model_max_length)
+    start, turn = 0, 0
+    while start < len(lines):
+        rows = lines[start : start + (1, 2, 5)[turn % 3]]
+        cut = {"truncation": True, "max_length": limit} if limit < 1_000_000 else {}
+        made = tokenizer(rows, padding=len(rows) > 1, return_tensors="pt", **cut)
+        batch, length = made["input_ids"].shape
+        rest = generator.batch(batch, length).values
+        numbers = f"text {start + 1}" if len(rows) == 1 else f"texts {start + 1} to {start + len(rows)}"
+        yield Batch(f"{numbers} ({batch}x{length})", {**rest, **made})
+        start, turn = start + len(rows), turn + 1

@@ -1,0 +1,373 @@
+"""Anything that computes a model's outputs, behind one call: programs, modules, and every kind of folder.
+
+A runner takes a dict of tensors and gives a dict of tensors. It drops inputs its model does not take, fills masks and
+token types that were left out, and runs in evaluation mode without gradients. Verification and timing see nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .capture import capture, example_inputs
+from .checkpoint import open_model
+from .errors import ArtifactError, UsageError
+from .folder import find_manifest
+from .inputs import InputSpec, specs_of
+from .module import RewrittenModel
+from .pipeline import to_eval
+from .precision import coarsest, dtype_name, recast
+from .program import Program
+from .segments import compile_graph
+from .tree import named_tensors
+
+#: Outputs that are no result of the function compared: a loss needs labels, a cache only saves later work.
+_LEFT_OUT = ("loss", "past_key_values")
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Computes a model's outputs: ``runner({name: tensor})`` gives ``{name: tensor}``.
+
+    Attributes:
+        label: how messages and tables name it
+        kind: ``program``, ``module``, ``checkpoint``, ``run``, ``onnx``, …
+        provider: what really runs it: ``torch cpu``, ``torch cuda``, or ONNX Runtime's provider
+        threads: CPU threads it uses
+        dtype: its lowest precision
+        inputs: what it takes; empty when it does not say
+        config: the Hugging Face config, if there is one
+        folder: where its files (and its tokenizer) are, if anywhere
+        fresh: parameters that no file held, so that their values are random
+        note: what to know about it, e.g. that the provider asked for is not the one that runs it
+    """
+
+    label: str
+    kind: str
+    provider: str
+    threads: int
+    dtype: torch.dtype
+    inputs: tuple[InputSpec, ...]
+    call: Callable[[dict[str, Any]], Any] = field(repr=False)
+    config: Any = field(default=None, repr=False)
+    folder: Path | None = None
+    fresh: frozenset[str] = frozenset()
+    note: str = ""
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs by name, the loss and the cache left out; UsageError when an input is missing."""
+        given = {spec.name: self._input(spec, inputs) for spec in self.inputs} if self.inputs else dict(inputs)
+        with torch.no_grad(), _threads(self.threads):
+            outputs = self.call(given)
+            if self.provider == "torch cuda":
+                torch.cuda.synchronize()
+        return named_outputs(outputs)
+
+    def _input(self, spec: InputSpec, inputs: Mapping[str, Tensor]) -> Tensor:
+        device = "cuda" if self.provider == "torch cuda" else "cpu"
+        value = inputs.get(spec.name)
+        if value is not None:
+            return value.to(device=device, dtype=spec.dtype if value.is_floating_point() else None)
+        like = next((other for other in inputs.values() if other.dim() == 2), None)
+        if like is None or not (spec.is_mask or spec.name == "token_type_ids"):
+            raise UsageError(f"{self.label}: missing input {spec.name!r}; it takes {[s.name for s in self.inputs]}")
+        fill = torch.ones_like if spec.is_mask else torch.zeros_like
+        return fill(like, dtype=spec.dtype, device=device)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if before == count:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def named_outputs(value: Any, name: str = "") -> dict[str, Tensor]:
+    """A model's result as tensors by name: keys of mappings and positions in tuples, joined by dots."""
+    if isinstance(value, Tensor):
+        return {name or "output": value}
+    if isinstance(value, Mapping):
+        items = [(str(key), inner) for key, inner in value.items() if key not in _LEFT_OUT]
+    elif isinstance(value, (list, tuple)):
+        items = [(str(position), inner) for position, inner in enumerate(value)]
+    else:
+        return {}
+    return {
+        key: tensor
+        for part, inner in items
+        for key, tensor in named_outputs(inner, f"{name}.{part}" if name else part).items()
+    }
+
+
+# ---- opening
+
+
+def open_runner(
+    source: Any,
+    provider: str = "cpu",
+    threads: int | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    label: str | None = None,
+    sealed: bool = True,
+) -> Runner:
+    """A runner for a Program, an ``nn.Module``, or a folder: a checkpoint, a run, a folded model, an exported model.
+
+    Args:
+        provider: ``cpu`` or ``cuda``
+        threads: CPU threads; torch's current number when None
+        dtype: compute in this dtype; a checkpoint or a module is then captured, so that the whole graph is converted
+        label: how to name it; the path or the class by default
+        sealed: refuse a folder lorafx began to write and did not finish
+
+    Raises:
+        ArtifactError: the folder is no model, incomplete, or cannot be opened
+        UsageError: a program without weights, a provider that is not there, an exported model in another ``dtype``
+    """
+    if provider not in _PROVIDERS:
+        raise UsageError(f"unknown provider {provider!r}; known: {', '.join(_PROVIDERS)}")
+    place = _Place(provider, threads or torch.get_num_threads(), dtype)
+    if isinstance(source, Program):
+        return _of_program(source, place, label or f"{source.name} program")
+    if isinstance(source, nn.Module):
+        return _of_module(source, place, label or type(_inner(source)).__name__)
+    if not isinstance(source, (str, PathLike)):
+        raise UsageError(f"cannot run {type(source).__name__}; give a program, a module or a folder")
+    return _of_folder(Path(source), place, label or str(source), sealed)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where and in which precision to run."""
+
+    provider: str
+    threads: int
+    dtype: torch.dtype | None
+
+    def device(self) -> torch.device:
+        """torch's device; UsageError when it is not there."""
+        if self.provider == "cuda" and not torch.cuda.is_available():
+            raise UsageError("no CUDA device here; run on the CPU (provider cpu)")
+        return torch.device(self.provider)
+
+
+def _of_program(program: Program, place: _Place, label: str, kind: str = "program") -> Runner:
+    if program.device.type == "meta":
+        raise UsageError(f"{label}: captured without weights, so it computes nothing; capture it with meta=False")
+    evaluation = to_eval(program)
+    device = place.device()
+    if place.dtype is not None or program.device != device:
+        evaluation = recast(evaluation, place.dtype, device)
+    graph, root = compile_graph(evaluation.graph), evaluation.root
+    constants = {name: value for name, value in program.example.items() if not isinstance(value, Tensor)}
+
+    def call(inputs: dict[str, Any]) -> Any:
+        flat = graph(root, evaluation.flatten({**constants, **inputs}))
+        return pytree.tree_unflatten(flat, evaluation.signature.out_spec)
+
+    return Runner(
+        label,
+        kind,
+        f"torch {place.provider}",
+        place.threads,
+        place.dtype or coarsest(value.dtype for value in root.parameters()),
+        _graph_specs(evaluation),
+        call,
+        program.config,
+        Path(program.source.path) if program.source.path is not None else None,
+    )
+
+
+def _graph_specs(program: Program) -> tuple[InputSpec, ...]:
+    """What a program takes: the axes that are symbols in its graph are free."""
+    specs = specs_of(program.example, program.config)
+    found = [node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")]
+    values = [value for value in found if isinstance(value, Tensor)]
+    if len(values) != len(specs):
+        return specs
+    sizes = [tuple(size if isinstance(size, int) else None for size in value.shape) for value in values]
+    return tuple(
+        InputSpec(spec.name, spec.dtype, size, spec.low, spec.high) for spec, size in zip(specs, sizes, strict=True)
+    )
+
+
+# ---- modules
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    """The model inside the wrappers of torch.compile and PEFT."""
+    module = getattr(module, "_orig_mod", module)
+    base = getattr(module, "get_base_model", None)
+    return base() if callable(base) else module
+
+
+def _of_module(
+    module: nn.Module,
+    place: _Place,
+    label: str,
+    kind: str = "module",
+    folder: Path | None = None,
+    fresh: frozenset[str] = frozenset(),
+) -> Runner:
+    inner = _inner(module)
+    program = inner.program if isinstance(inner, RewrittenModel) else None
+    if place.dtype is not None:
+        return _of_program(program or capture(inner), place, label, kind)
+    device, config = place.device(), getattr(inner, "config", None)
+    devices = {value.device.type for _, value in named_tensors(module)}
+    if "meta" in devices:
+        raise UsageError(f"{label}: on the meta device, so it computes nothing; load its weights")
+    if devices - {device.type}:
+        module = copy.deepcopy(module).to(device)
+    if program is not None:
+        specs = specs_of(program.example, config)
+    else:
+        specs = specs_of(example_inputs(inner, folder), config) if config is not None else ()
+    known = inspect.signature(inner.forward).parameters
+    fixed = {"use_cache": False} if "use_cache" in known and program is None else {}
+
+    def call(inputs: dict[str, Any]) -> Any:
+        taken = {name: value for name, value in inputs.items() if name in known}
+        with _evaluating(module):
+            return module(**taken, **fixed)
+
+    lowest = coarsest(value.dtype for value in module.parameters())
+    return Runner(label, kind, f"torch {place.provider}", place.threads, lowest, specs, call, config, folder, fresh)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    modes = [(part, part.training) for part in module.modules()] if module.training else []
+    if modes:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+# ---- folders
+
+
+def _of_folder(folder: Path, place: _Place, label: str, sealed: bool) -> Runner:
+    manifest = find_manifest(folder) if sealed or not folder.is_dir() else None
+    if (folder / "export.json").is_file():
+        return _of_exported(folder, place, label)
+    if manifest is not None and manifest.kind == "run":
+        from .store import load
+
+        return _of_program(load(folder), place, label, "run")
+    model, fresh = open_model(folder, None, {})
+    kind = "checkpoint" if manifest is None else "folded"
+    return _of_module(model, place, label, kind, folder, fresh)
+
+
+def _of_exported(folder: Path, place: _Place, label: str) -> Runner:
+    from transformers.exporters import ExportedModel
+
+    kind = _read_json(folder / "export.json").get("export_format", "unknown")
+    options = _session_options(place) if kind == "onnx" else {"device": place.device()}
+    try:
+        exported = ExportedModel.from_pretrained(folder, local_files_only=True, **options)
+        names = list(exported.components)
+        if len(names) != 1:
+            parts = " and ".join(names)
+            raise UsageError(f"{folder}: exported for generation ({parts}); only single graphs are compared and timed")
+        backend = exported.runners[names[0]]
+    except (ArtifactError, UsageError):
+        raise
+    except Exception as error:  # each runtime raises classes of its own for a broken file
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ArtifactError(f"{folder}: the {kind} model cannot be opened: {first}") from error
+    dtype = _exported_dtype(exported)
+    if place.dtype not in (None, dtype):
+        raise UsageError(f"{folder}: exported in {dtype_name(dtype)}; it cannot be computed in another dtype")
+    specs, used = _exported_specs(exported, backend), f"torch {place.provider}"
+    if kind == "onnx":
+        used = backend.session.get_providers()[0]
+    asked = _PROVIDERS[place.provider] if kind == "onnx" else used
+    note = "" if used == asked else f"{asked} was asked for but cannot be loaded here; {used} ran it"
+
+    def call(inputs: dict[str, Any]) -> Any:
+        return backend(**inputs)
+
+    return Runner(label, kind, used, place.threads, dtype, specs, call, exported.config, folder, note=note)
+
+
+def _session_options(place: _Place) -> dict[str, Any]:
+    """Options of an ONNX Runtime session that computes, and shares the machine, as torch does."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    # By default a session takes every core of the machine, and its threads go on spinning when it is done, which slows
+    # down whoever runs next.
+    options.intra_op_num_threads = place.threads
+    options.add_session_config_entry("session.intra_op.force_spinning_stop", "1")
+    cpu, cuda = _PROVIDERS["cpu"], _PROVIDERS["cuda"]
+    if place.provider == "cpu" or cuda not in onnxruntime.get_available_providers():
+        return {"session_options": options, "providers": [cpu]}
+    # torch computes fp32 matrix products in fp32 by default; ONNX Runtime would use TF32, 13 bits coarser.
+    return {"session_options": options, "providers": [(cuda, {"use_tf32": "0"}), cpu]}
+
+
+def _exported_dtype(exported: Any) -> torch.dtype:
+    """The lowest precision among the weights of an exported model."""
+    import numpy as np
+
+    component = next(iter(exported.components.values()))
+    found = [getattr(torch, component.metadata.export_dtype)]
+    graph = getattr(component.program, "graph", None)
+    for value in getattr(graph, "initializers", {}).values():
+        # Scalars are constants of the conversion, not weights.
+        name = str(value.dtype).rpartition(".")[2].lower() if value.shape is not None else ""
+        if name in ("float16", "bfloat16", "float") and int(np.prod(value.shape.numpy())) > 1:
+            found.append(torch.float32 if name == "float" else getattr(torch, name))
+    return coarsest(found)
+
+
+def _exported_specs(exported: Any, backend: Any) -> tuple[InputSpec, ...]:
+    """What an exported model takes: from the session for ONNX, else from what was recorded at its export."""
+    recorded = next(iter(exported.components.values())).metadata.kwargs
+    tensors = {name: entry for name, entry in recorded.items() if "shape" in entry}
+    example = {
+        name: torch.zeros(entry["shape"], dtype=getattr(torch, entry["dtype"]), device="meta")
+        for name, entry in tensors.items()
+    }
+    specs = specs_of(example, exported.config)
+    session = getattr(backend, "session", None)
+    if session is None:
+        return specs
+    # The graph keeps the inputs it reads only; a name instead of a number is a free axis.
+    shapes = {entry.name: tuple(s if isinstance(s, int) else None for s in entry.shape) for entry in session.get_inputs()}
+    return tuple(
+        InputSpec(spec.name, spec.dtype, shapes[spec.name], spec.low, spec.high) for spec in specs if spec.name in shapes
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{file}: not valid JSON ({error}); export the model again") from None
+    return value if isinstance(value, dict) else {}

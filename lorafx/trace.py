@@ -1,0 +1,184 @@
+"""Tracing: from an eager model to an exported program, in the mode that keeps both training and evaluation right.
+
+The trace is made in training mode; the pass ``to-eval`` derives the evaluation graph from it. Noise that the pass has
+no rule for (stochastic depth, router jitter) and branches on random numbers (layer drop) cannot be told apart from
+the model's function in a graph: the modules that do these are traced in evaluation mode, and the log says so.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from .errors import CaptureError
+from .site import module_path
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+
+def export_graph(
+    model: nn.Module, example: Mapping[str, Any], shapes: Any, *, training: bool = True
+) -> ExportedProgram:
+    """Trace ``model`` and leave it as it was.
+
+    Args:
+        model: the eager model
+        example: keyword inputs, batch ≥ 2
+        shapes: dynamic shapes by input name, or None when the shapes of ``example`` are fixed
+        training: trace in training mode, except for modules whose noise has no evaluation form; else in evaluation mode
+
+    Raises:
+        CaptureError: names the line, the guard or the dimension
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        while True:
+            try:
+                exported = trace_with(lambda candidate: _trace(model, example, candidate), model, shapes)
+                noisy = {path for path in _noisy_modules(exported.graph_module) if model.get_submodule(path).training}
+            except CaptureError as error:
+                noisy = _branching_module(model, error)
+                if not noisy:
+                    raise
+            if not noisy:
+                return exported
+            for path in noisy:
+                model.get_submodule(path).training = False
+            _log.warning(
+                "%s draws random numbers that a graph cannot turn off; captured without them: %s",
+                type(model).__name__,
+                ", ".join(path or "(the model itself)" for path in sorted(noisy)),
+            )
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _noisy_modules(graph_module: fx.GraphModule) -> set[str]:
+    """Paths of the modules that draw random numbers ``to-eval`` cannot turn off, inner graphs included."""
+    from .passes.to_eval import RULES
+
+    return {
+        module_path(node, "")
+        for module in graph_module.modules()
+        if isinstance(module, fx.GraphModule)
+        for node in module.graph.nodes
+        if node.target not in RULES and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    }
+
+
+def _branching_module(model: nn.Module, error: CaptureError) -> set[str]:
+    """The innermost module in training mode whose code branched on a value of a tensor, found in the traceback."""
+    cause = error.__cause__
+    if "data-dependent" not in str(cause):
+        return set()
+    paths = {id(module): path for path, module in model.named_modules() if module.training}
+    found, traceback = set(), cause and cause.__traceback__
+    while traceback is not None:
+        owner = traceback.tb_frame.f_locals.get("self")
+        if id(owner) in paths:
+            found = {paths[id(owner)]}
+        traceback = traceback.tb_next
+    return found
+
+
+def trace_with(attempt: Callable[[Any], T], model: nn.Module, shapes: Any) -> T:
+    """``attempt(shapes)``: shared named dimensions first, which trace faster and read better; then, if the model's own
+    guards refuse them (a position table that ends early, say), with every free axis left to the tracer.
+
+    Raises:
+        CaptureError: both failed
+    """
+    with cacheless(model):
+        try:
+            return attempt(shapes)
+        except Exception as error:  # the tracer raises many classes; each is reported or retried
+            if shapes is None or "Constraints violated" not in str(error):
+                raise _capture_error(model, error) from error
+        try:
+            return attempt({name: value and dict.fromkeys(value, Dim.AUTO) for name, value in shapes.items()})
+        except Exception as error:
+            raise _capture_error(model, error) from error
+
+
+@contextmanager
+def cacheless(model: nn.Module) -> Iterator[None]:
+    """Keep decoders from returning their cache, which no loss reads. Every submodule's config is told: a decoder inside
+    an encoder-decoder has a config of its own."""
+    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")}
+    before = [(config, config.use_cache) for config in configs.values()]
+    for config, _ in before:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, value in before:
+            config.use_cache = value
+
+
+def _trace(model: nn.Module, example: Mapping[str, Any], shapes: Any) -> ExportedProgram:
+    with _collector_paused():
+        if not hasattr(model, "config"):
+            exported = torch.export.export(model, (), dict(example), dynamic_shapes=shapes)
+        else:
+            from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+
+            config = DynamoConfig(dynamic=shapes is not None, dynamic_shapes=shapes)
+            exported = DynamoExporter().export(model, dict(example), config).program
+    _check_free(exported, shapes)
+    return exported
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Tracing makes millions of small objects and few cycles; searching them for garbage would take a tenth of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _check_free(exported: ExportedProgram, shapes: Any) -> None:
+    """Refuse a trace in which a dimension that was to stay free got the size of the example."""
+    inputs = set(exported.graph_signature.user_inputs)
+    nodes = {node.name: node for node in exported.graph.find_nodes(op="placeholder") if node.name in inputs}
+    for name, dims in (shapes or {}).items():
+        value = nodes[name].meta.get("val") if name in nodes else None
+        fixed = [dim for dim in dims or () if isinstance(value, Tensor) and isinstance(value.shape[dim], int)]
+        if fixed:
+            size = value.shape[fixed[0]]
+            raise RuntimeError(f"the model's code fixes dimension {fixed[0]} of input {name!r} to {size}")
+
+
+def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
+    text = str(error)
+    user_frames = re.findall(r'File "([^"]*(?:transformers/models|/)[^"]*\.py)", line (\d+), in (\w+)', text)
+    where = ""
+    traceback = error.__traceback__
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        if code.co_name == "forward" and "/torch/" not in code.co_filename:
+            where = f" at {code.co_filename}:{traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    if not where and user_frames:
+        where = f" at {user_frames[-1][0]}:{user_frames[-1][1]}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    reason = next((line for line in lines if "guard" in line.lower() or "constraint" in line.lower()), "")
+    first = reason or (lines[0] if lines else type(error).__name__)
+    return CaptureError(
+        f"{type(model).__name__} cannot be captured{where}: {type(error).__name__}: {first[:300]}; "
+        "try dynamic=False, example inputs of your own, or attn_implementation='eager'"
+    )

@@ -1,0 +1,197 @@
+"""transformers' Trainer for rewritten models: the methods' penalty and steps, and small checkpoints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import ProgressCallback, TrainerCallback
+
+from .checkpoint import check_safetensors
+from .errors import ArtifactError, UsageError
+from .module import RewrittenModel
+from .tree import get_tensor
+
+# The mixin's methods call the Trainer that follows it in the order of classes.
+_TrainerBase = transformers.Trainer if TYPE_CHECKING else object
+
+#: What a checkpoint keeps of the model: the tensors the base does not hold, and the clock.
+STATE = "adapter_model.safetensors"
+_TRAINER_STATE = "trainer_state.json"
+_OPTIMIZER = "optimizer.pt"
+
+
+# ---- the state of a training
+
+
+def rewritten_model(model: Any) -> RewrittenModel:
+    """The module of a program inside ``model``, however it is wrapped: DDP, ``torch.compile``, a module around it."""
+    inner = model.modules() if isinstance(model, nn.Module) else ()
+    found = next((module for module in inner if isinstance(module, RewrittenModel)), None)
+    if found is None:
+        raise UsageError(f"{type(model).__name__} holds no rewritten model; train what program.module() returns")
+    return found
+
+
+def state_of(model: RewrittenModel) -> dict[str, Tensor]:
+    """What training changes, by name, copied to the CPU: adapters, gates, statistics, trained weights, the clock."""
+    names = [*model.program.learned(), "clock"]
+    return {name: get_tensor(model, name).detach().to("cpu", copy=True).contiguous() for name in names}
+
+
+def load_state(model: RewrittenModel, folder: str | PathLike[str]) -> None:
+    """Take over what a checkpoint folder keeps. ArtifactError when it is broken or belongs to another program."""
+    file = Path(folder) / STATE
+    if not file.is_file():
+        raise ArtifactError(f"{folder}: no {STATE}; not a checkpoint of lorafx")
+    check_safetensors(file)
+    values = load_file(file)
+    expected = state_of(model)
+    for name in sorted({*expected, *values}):
+        here, there = (tuple(held[name].shape) if name in held else "missing" for held in (expected, values))
+        if here != there:
+            raise ArtifactError(f"{file}: made by another recipe: it has {name} as {there}, this program as {here}")
+    with torch.no_grad():
+        for name, value in values.items():
+            get_tensor(model, name).copy_(value)
+
+
+def last_checkpoint(folder: str | PathLike[str]) -> Path | None:
+    """The newest whole checkpoint in the output folder of a training, or None. Half-written ones are passed over."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    whole = [path for path in found if not checkpoint_flaw(path)]
+    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def checkpoint_flaw(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None when it is whole. The Trainer's state is written last."""
+    for name in (STATE, _OPTIMIZER, _TRAINER_STATE):
+        if not (folder / name).is_file():
+            return f"no {name}"
+    try:
+        check_safetensors(folder / STATE)
+        json.loads((folder / _TRAINER_STATE).read_text(encoding="utf-8"))
+    except (ArtifactError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return str(error)
+    return None
+
+
+# ---- HF Trainer
+
+
+class LorafxCallback(TrainerCallback):
+    """Tells the methods of a rewritten model about every optimiser step.
+
+    Alone it serves a Trainer subclass that adds ``model.penalty()`` to its loss itself; :class:`MethodTrainerMixin`
+    brings it along.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if args.fp16 and args.max_grad_norm == 0:
+            raise UsageError("fp16 without clipping shows the methods scaled gradients; set max_grad_norm, or use bf16")
+        inner = rewritten_model(model)
+        inner.total_steps = state.max_steps
+        if state.global_step == 0 or int(inner.clock) == 0:  # else the clock came with the checkpoint
+            inner.clock.fill_(state.global_step)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        rewritten_model(model).before_step()
+
+    def on_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        if not getattr(optimizer, "step_was_skipped", False):  # fp16 skips steps whose gradients overflowed
+            rewritten_model(model).after_step()
+
+
+class MethodTrainerMixin(_TrainerBase):
+    """What a transformers Trainer needs to train a rewritten model: ``class MyTrainer(MethodTrainerMixin, Trainer)``.
+
+    Adds the methods' penalty to the training loss, calls them around the optimiser's step, keeps weight decay off
+    gates, and writes checkpoints of what is learned alone, from which training resumes bit by bit.
+    """
+
+    def __init__(self, model: Any = None, args: Any = None, *rest: Any, **kwargs: Any):
+        config = getattr(model, "config", None)
+        use_cache = getattr(config, "use_cache", None)
+        if args is not None and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False
+        super().__init__(model, args, *rest, **kwargs)
+        if use_cache is not None:
+            # The Trainer turns it off, and the config would carry that into the folded checkpoint.
+            config.use_cache = use_cache  # type: ignore[union-attr]
+        rewritten_model(self.model)
+        self.add_callback(LorafxCallback)
+        self._last_penalty: Tensor | None = None
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The model's loss; while training plus the penalty, which counts once an optimiser step."""
+        result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        penalty = rewritten_model(model).penalty() if model.training else None
+        if penalty is None:
+            return result
+        self._last_penalty = penalty.detach()
+        loss = (result[0] if return_outputs else result) + penalty * self._share(num_items_in_batch)
+        return (loss, result[1]) if return_outputs else loss
+
+    def _share(self, num_items_in_batch: Any) -> float:
+        """The part of the penalty that one micro-batch adds.
+
+        A loss normalised over the whole accumulated batch is summed over micro-batches as it is, so each adds its part;
+        any other loss is divided by their number afterwards, the penalty with it.
+        """
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:
+            counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = counted or self.compute_loss_func is not None
+        steps = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
+        return 1 / steps if scaled else 1.0
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log the penalty beside the loss that contains it."""
+        if "loss" in logs and self._last_penalty is not None:
+            logs["penalty"] = float(self._last_penalty)
+        super().log(logs, *args, **kwargs)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The parameters weight decay acts on: not gates, which it would pull towards their threshold."""
+        roles = rewritten_model(model).program.roles
+        return [name for name in super().get_decay_parameter_names(model) if roles.get(name) != "gate"]
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(state_of(rewritten_model(self.model)), folder / STATE, metadata={"format": "pt"})
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_state(rewritten_model(model or self.model), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        load_state(rewritten_model(self.model), str(self.state.best_model_checkpoint))
+
+
+class Trainer(MethodTrainerMixin, transformers.Trainer):
+    """transformers' Trainer for what ``program.module()`` returns. Takes the same arguments."""
+
+
+class Progress(ProgressCallback):
+    """transformers' progress bar with its log lines on stderr, where the bar is; stdout is for results."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and logs:
+            shown = {key: value for key, value in logs.items() if key != "total_flos"}
+            figures = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
+            self.training_bar.write(f"step {state.global_step}  {figures}", file=sys.stderr)

@@ -1,0 +1,296 @@
+"""Training: HF Trainer over a rewritten model.
+
+Three ways in. :func:`train` takes a program and a table and does everything. :class:`Trainer` is transformers' own with
+the methods' loss terms and steps added (:class:`MethodTrainerMixin` adds them to any subclass of it), for scripts of
+one's own. A plain PyTorch loop needs neither::
+
+    model = program.module()
+    for batch in batches:
+        loss = model(**batch).loss + (model.penalty() or 0)
+        loss.backward()
+        model.before_step(); optimizer.step(); model.after_step()
+        optimizer.zero_grad()
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers import ProgressCallback, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import SchedulerType
+
+from .data import Prepared, prepare
+from .errors import ArtifactError, UsageError, did_you_mean
+from .metrics import Metric, metric_of
+from .options import TrainOptions
+from .recipe import parse_options
+from .trainer import (
+    LorafxCallback,
+    MethodTrainerMixin,
+    Progress,
+    Trainer,
+    checkpoint_flaw,
+    last_checkpoint,
+    load_state,
+    rewritten_model,
+    state_of,
+)
+from .tree import get_tensor, has_tensor, persistent, put_tensor
+
+if TYPE_CHECKING:
+    from .program import Program
+
+__all__ = [
+    "LorafxCallback",
+    "MethodTrainerMixin",
+    "TrainResult",
+    "Trainer",
+    "last_checkpoint",
+    "load_state",
+    "rewritten_model",
+    "state_of",
+    "train",
+    "training_arguments",
+]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training gave. The program's own tensors hold what was learned.
+
+    Attributes:
+        metrics: ``train_loss``, ``steps``, ``epochs``; with evaluation data ``eval_loss`` and ``eval_accuracy`` or
+            ``eval_perplexity``, of the weights the program ended with
+        history: every log entry of HF Trainer, oldest first
+        seconds: wall time of the training, its evaluations included
+        best_step: the optimiser step whose weights were kept, when ``keep_best`` chose them
+        is_main: whether this process is the one that writes results (the first one under ``torchrun``)
+    """
+
+    metrics: dict[str, float]
+    history: tuple[dict[str, Any], ...]
+    seconds: float
+    best_step: int | None = None
+    is_main: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        return {**dataclasses.asdict(self), "history": list(self.history)}
+
+
+def train(
+    program: Program,
+    data: Any,
+    *,
+    eval_data: Any = None,
+    tokenizer: Any = None,
+    collator: Any = None,
+    output_dir: str | PathLike[str] | None = None,
+    resume: bool | str | PathLike[str] = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    progress: bool = True,
+    **options: Any,
+) -> TrainResult:
+    """Train ``program`` in place on a table of texts (or a dataset of its inputs), with HF Trainer.
+
+    A sequence classifier learns the column ``label`` from ``text`` (and ``text_pair``), a causal or masked language
+    model learns from ``text`` alone, an encoder-decoder writes ``label``. Under ``torchrun`` every process calls this.
+
+    Args:
+        data: a csv, tsv, jsonl, json or parquet file, a mapping of columns, rows, or a dataset of model inputs
+        eval_data: the same, evaluated after every epoch
+        tokenizer: read from the checkpoint folder when None
+        collator: makes batches of a dataset of model inputs
+        output_dir: where resumable checkpoints go; a temporary folder when None
+        resume: True to go on from the last checkpoint in ``output_dir``, or the folder of one
+        callbacks: transformers callbacks
+        progress: show a progress bar on stderr
+        options: the fields of :class:`~lorafx.options.TrainOptions`
+
+    Raises:
+        UsageError: an unknown option, nothing to train, data that does not fit the model
+        ArtifactError: a data file or a checkpoint that cannot be used
+    """
+    settings = parse_options(TrainOptions, options, "training options")
+    _check(program, settings, eval_data, output_dir, resume)
+    tokenizer = tokenizer or _tokenizer_of(program)
+    rows = prepare(data, program, tokenizer, settings, collator=collator)
+    held_out = None
+    if eval_data is not None:
+        held_out = prepare(eval_data, program, tokenizer, settings, collator=collator, like=rows)
+    metric = metric_of(program)
+    with _folder(output_dir, bool(resume) or _saves(settings)) as folder:
+        checkpoint = _checkpoint(folder, resume)
+        arguments = training_arguments(settings, folder, held_out is not None, metric, progress)
+        trainer = _trainer(program, arguments, rows, held_out, metric, settings, callbacks)
+        return _run(program, trainer, checkpoint)
+
+
+def _check(program: Program, settings: TrainOptions, eval_data: Any, output_dir: Any, resume: Any) -> None:
+    if program.device.type == "meta":
+        raise UsageError(f"{program.name} was captured without weights; capture it with meta=False to train it")
+    if not program.trainable():
+        raise UsageError(f"{program.name} has nothing to train; rewrite it with a method such as lora, before folding")
+    if settings.keep_best and (eval_data is None or not settings.evaluate):
+        raise UsageError("keep_best needs evaluation data to choose by; give eval_data (--eval) and leave evaluate on")
+    if output_dir is None and resume is True:
+        raise UsageError("resume needs output_dir, the folder of the checkpoints")
+    if output_dir is None and _saves(settings) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("several processes share their checkpoints; give output_dir")
+
+
+def _saves(settings: TrainOptions) -> bool:
+    return settings.keep_best or settings.save_steps > 0
+
+
+def _tokenizer_of(program: Program) -> Any:
+    path = program.source.path
+    if path is None or not any(Path(path).glob("tokenizer*")):
+        return None
+    return transformers.AutoTokenizer.from_pretrained(path)
+
+
+@contextmanager
+def _folder(output_dir: str | PathLike[str] | None, used: bool) -> Iterator[Path]:
+    """``output_dir`` if checkpoints are written there or read from there, else a folder that goes away afterwards."""
+    if output_dir is not None and used:
+        yield Path(output_dir)
+    else:
+        with tempfile.TemporaryDirectory(prefix="lorafx-") as temporary:
+            yield Path(temporary)
+
+
+def _checkpoint(folder: Path, resume: bool | str | PathLike[str]) -> str | None:
+    """The checkpoint to start from, after checking that it is whole."""
+    if resume is False:
+        old = last_checkpoint(folder)
+        if old is not None:
+            raise UsageError(f"{old}: left by an earlier training; resume it, remove it, or choose another output_dir")
+        return None
+    if resume is not True:
+        flaw = checkpoint_flaw(Path(resume))
+        if flaw:
+            raise ArtifactError(f"{resume}: not a whole checkpoint: {flaw}")
+        return str(resume)
+    found = last_checkpoint(folder)
+    if found is None:
+        raise ArtifactError(f"{folder}: no whole checkpoint to resume from; train without resume")
+    return str(found)
+
+
+#: Our options by the names transformers has for them.
+_ARGUMENTS = {
+    "epochs": "num_train_epochs",
+    "max_steps": "max_steps",
+    "batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "accumulate": "gradient_accumulation_steps",
+    "learning_rate": "learning_rate",
+    "schedule": "lr_scheduler_type",
+    "warmup": "warmup_steps",
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "max_grad_norm",
+    "seed": "seed",
+    "bf16": "bf16",
+    "log_steps": "logging_steps",
+}
+
+
+def training_arguments(
+    settings: TrainOptions, folder: str | PathLike[str], evaluates: bool, metric: Metric | None, progress: bool = True
+) -> TrainingArguments:
+    """The transformers ``TrainingArguments`` of ``settings``; UsageError for a value they do not take."""
+    known = {entry.name for entry in dataclasses.fields(TrainingArguments)}
+    for name in settings.trainer:
+        if name not in known:
+            raise UsageError(f"trainer: TrainingArguments has no {name!r}{did_you_mean(name, known)}")
+    schedules = [entry.value for entry in SchedulerType]
+    if settings.schedule not in schedules:
+        hint = did_you_mean(settings.schedule, schedules)
+        raise UsageError(f"unknown schedule {settings.schedule!r}{hint}; known: {', '.join(schedules)}")
+    # Checkpoints and evaluations come together, for a best one to be there to keep.
+    moment = "steps" if settings.save_steps else "epoch"
+    values: dict[str, Any] = {theirs: getattr(settings, ours) for ours, theirs in _ARGUMENTS.items()}
+    values.update(
+        output_dir=str(folder),
+        eval_strategy=("no" if not (evaluates and settings.evaluate) else moment if settings.keep_best else "epoch"),
+        eval_steps=settings.save_steps or None,
+        save_strategy=moment if _saves(settings) else "no",
+        save_steps=settings.save_steps or 500,
+        save_total_limit=2,
+        load_best_model_at_end=settings.keep_best,
+        metric_for_best_model=metric.name if metric is not None else "loss",
+        greater_is_better=metric is not None and metric.greater_is_better,
+        use_cpu=not torch.accelerator.is_available(),
+        logging_nan_inf_filter=False,  # a loss that is no number any more is to be seen
+        report_to="none",
+        disable_tqdm=not progress,
+        ddp_find_unused_parameters=False,
+    )
+    try:
+        return TrainingArguments(**{**values, **settings.trainer})
+    except (ValueError, TypeError, ImportError) as error:
+        raise UsageError(f"training options: {str(error).strip().splitlines()[0]}") from error
+
+
+def _trainer(
+    program: Program,
+    arguments: TrainingArguments,
+    rows: Prepared,
+    held_out: Prepared | None,
+    metric: Metric | None,
+    settings: TrainOptions,
+    callbacks: Sequence[TrainerCallback],
+) -> Trainer:
+    for name in program.names("unread"):
+        # The graph does not read them, so they get no gradient, and DDP would wait for it.
+        get_tensor(program.root, name).requires_grad_(False)
+    model = program.module()
+    if settings.checkpointing:
+        model.gradient_checkpointing_enable()
+    trainer = Trainer(
+        model,
+        arguments,
+        data_collator=rows.collator,
+        train_dataset=rows.rows,
+        eval_dataset=None if held_out is None else held_out.rows,
+        compute_metrics=None if metric is None else metric.compute,
+        preprocess_logits_for_metrics=None if metric is None else metric.preprocess,
+        callbacks=list(callbacks),
+    )
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(Progress)
+    return trainer
+
+
+def _run(program: Program, trainer: Trainer, checkpoint: str | None) -> TrainResult:
+    home = program.device
+    started = time.perf_counter()
+    output = trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - started
+    model = rewritten_model(trainer.model).to(home)
+    # Moving a module replaces its buffers. Those of the top are its own; the others it shares with the program.
+    for name, value in model.named_buffers(recurse=False):
+        if has_tensor(program.root, name):
+            put_tensor(program.root, name, value, persistent(program.root, name))
+    state = trainer.state
+    best = state.best_global_step if trainer.args.load_best_model_at_end else None
+    metrics = {"train_loss": output.training_loss, "steps": state.global_step, "epochs": float(state.epoch or 0)}
+    evaluations = [entry for entry in state.log_history if "eval_loss" in entry and best in (None, entry["step"])]
+    for name in ("eval_loss", "eval_accuracy", "eval_perplexity"):
+        if evaluations and name in evaluations[-1]:
+            metrics[name] = evaluations[-1][name]
+    return TrainResult(metrics, tuple(state.log_history), seconds, best, trainer.is_world_process_zero())

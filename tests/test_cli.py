@@ -1,0 +1,218 @@
+"""The command line as people use it: results on stdout, one-line errors, stable exit codes, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from lorafx.cli import main
+
+RECIPE = """
+[model]
+task = "text-classification"
+num_labels = 2
+
+[[pass]]
+name = "lora"
+rank = 4
+alpha = 8.0
+"""
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("recipes") / "lora.toml"
+    file.write_text(RECIPE, encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, tiny_table: Path, recipe: Path) -> Path:
+    """A run made and trained through the command line."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    result = call("rewrite", tiny_checkpoint, "--recipe", recipe, "-o", folder)
+    assert result.exit_code == 0, result.output
+    result = call("train", folder, "--data", tiny_table, "--epochs", 2, "--batch-size", 16, "--learning-rate", "5e-3")
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_help_is_fast_and_imports_no_torch() -> None:
+    """CPU seconds of a whole process; half of them is the interpreter itself."""
+    code = "import sys; from lorafx.cli import main; sys.argv = ['lorafx', '--help']\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+    times = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    assert min(times) < 0.15
+
+
+def test_passes_lists_and_describes() -> None:
+    listed = json.loads(call("passes", "--json").stdout)
+    assert {"lora", "to-eval", "fold-affine", "fold-constants", "tidy"} <= set(listed)
+    described = json.loads(call("passes", "lora", "--json").stdout)
+    assert described["options"]["rank"]["default"] == 8
+
+
+def test_dry_run_prints_sites_and_misses_and_writes_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    result = call("rewrite", tiny_checkpoint, "--pass", "lora", "--lora.targets", "query,value", "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    step = json.loads(result.stdout)["passes"][0]
+    assert len(step["taken"]) == 4
+    assert any("embedding" in str(module) for modules in step["missed"].values() for module in modules)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_whole_path(run: Path, tiny_table: Path, tmp_path: Path) -> None:
+    folded, onnx = tmp_path / "folded", tmp_path / "onnx"
+    assert call("fold", run, "-o", folded, "--verify-each").exit_code == 0
+    assert call("export", run, "-o", onnx).exit_code == 0
+    for a, b in ((run, folded), (folded, onnx), (run, onnx)):
+        result = call("verify", a, b, "--json")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["ok"]
+    result = call("bench", folded, onnx, "--shape", "1x8", "--repeats", 3, "--json")
+    assert result.exit_code == 0, result.output
+    assert call("inspect", run).exit_code == 0
+    assert call("inspect", onnx).exit_code == 0
+
+
+def test_the_folders_open_without_lorafx(run: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """PEFT opens the run, transformers the folded folder and the ONNX folder, all with the same logits."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.exporters import ExportedModel
+
+    folded, onnx = tmp_path / "folded", tmp_path / "onnx"
+    assert call("fold", run, "-o", folded).exit_code == 0
+    assert call("export", run, "-o", onnx).exit_code == 0
+    tokenizer = AutoTokenizer.from_pretrained(onnx)
+    batch = tokenizer(["the film was good", "it is not a very great movie and"], padding=True, return_tensors="pt")
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_checkpoint, num_labels=2)
+    with torch.no_grad():
+        adapted = PeftModel.from_pretrained(base, run).eval()(**batch).logits
+        merged = AutoModelForSequenceClassification.from_pretrained(folded).eval()(**batch).logits
+    exported = ExportedModel.from_pretrained(onnx)(**batch).logits
+    # fp32 with another order of additions; logits are of order one.
+    torch.testing.assert_close(adapted, merged, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merged, exported, rtol=1e-5, atol=1e-5)
+
+
+def test_onnx_carries_its_recipe(run: Path, tmp_path: Path) -> None:
+    import onnx
+
+    folder = tmp_path / "onnx"
+    assert call("export", run, "-o", folder).exit_code == 0
+    model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
+    record = {entry.key: entry.value for entry in model.metadata_props}
+    assert [step["name"] for step in json.loads(record["lorafx_history"])][0] == "lora"
+    assert json.loads(record["lorafx_base"])["hashes"]["model.safetensors"]
+
+
+def test_separate_adapters_stay_separate(run: Path, tmp_path: Path) -> None:
+    import onnx
+
+    merged, separate = tmp_path / "merged", tmp_path / "separate"
+    assert call("export", run, "-o", merged).exit_code == 0
+    assert call("export", run, "-o", separate, "--adapters", "separate").exit_code == 0
+    assert call("verify", merged, separate).exit_code == 0
+    counts = [len(onnx.load(str(f / "model.onnx"), load_external_data=False).graph.node) for f in (merged, separate)]
+    assert counts[0] < counts[1]
+
+
+def test_run_does_it_all_and_goes_on_after_an_interruption(
+    tiny_checkpoint: Path, tiny_table: Path, recipe: Path, tmp_path: Path
+) -> None:
+    arguments = ["run", recipe, "--checkpoint", tiny_checkpoint, "--data", tiny_table, "-o", tmp_path / "job"]
+    arguments += ["--max-steps", 2, "--batch-size", 8]
+    first = call(*arguments)
+    assert first.exit_code == 0, first.output
+    shutil.rmtree(tmp_path / "job" / "onnx")
+    again = call(*arguments)
+    assert again.exit_code == 0, again.output
+    assert "run: done before" in again.stderr
+    assert "onnx: working" in again.stderr
+    assert call("verify", tmp_path / "job" / "run", tmp_path / "job" / "onnx").exit_code == 0
+
+
+ERRORS = [
+    (["rewrite", "{ckpt}", "--pass", "lorra", "--dry-run"], 2, "did you mean 'lora'"),
+    (["rewrite", "{ckpt}", "--pass", "lora", "--lora.rnak", "4", "--dry-run"], 2, "did you mean 'rank'"),
+    (["rewrite", "{ckpt}", "--pass", "lora", "--lora.rank", "many", "--dry-run"], 2, "an integer"),
+    (["rewrite", "{ckpt}", "--pass", "lora", "--lora.targets", "qeury", "--dry-run"], 2, "query"),
+    (["rewrite", "{ckpt}", "--pass", "lora", "--lora.rank", "999", "--dry-run"], 2, "rank 999"),
+    (["rewrite", "{ckpt}", "--task", "text-clasification", "--pass", "lora", "--dry-run"], 2, "text-classification"),
+    (["rewrite", "{ckpt}", "--dry-run"], 2, "nothing to do"),
+    (["rewrite", "{tmp}/nowhere", "--pass", "lora", "--dry-run"], 5, "no such checkpoint folder"),
+    (["rewrite", "{tmp}/empty", "--pass", "lora", "--dry-run"], 5, "no config.json"),
+    (["rewrite", "{ckpt}", "--recipe", "{tmp}/bad.toml", "--dry-run"], 2, "unknown key 'passs'"),
+    (["fold", "{tmp}/empty", "-o", "{tmp}/out"], 5, "no config.json"),
+    (["train", "{run}", "--data", "{tmp}/other.csv", "-o", "{tmp}/out"], 5, "did you mean 'lable'"),
+    (["train", "{run}", "--data", "{tmp}/none.csv", "-o", "{tmp}/out"], 5, "none.csv"),
+    (["verify", "{run}", "{ckpt}"], 4, "differ"),
+    (["bench", "{run}", "--shape", "8by8"], 2, "batch x length"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "words"), ERRORS, ids=lambda value: str(value)[:60])
+def test_errors_are_one_line_with_a_stable_code(
+    arguments: list[str], code: int, words: str, tiny_checkpoint: Path, run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.toml").write_text('[[passs]]\nname = "lora"\n', encoding="utf-8")
+    (tmp_path / "other.csv").write_text("text,lable\nfine,1\n", encoding="utf-8")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    result = call(*[part.format(ckpt=tiny_checkpoint, run=run, tmp=tmp_path) for part in arguments])
+    assert result.exit_code == code, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("lorafx: error:")]
+    assert len(lines) == 1
+    assert words in lines[0]
+    assert "Traceback" not in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("damage", ["truncate", "lfs", "header"])
+def test_damaged_weights_are_named(damage: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_checkpoint, copy)
+    file = copy / "model.safetensors"
+    if damage == "truncate":
+        os.truncate(file, file.stat().st_size - 100)
+    elif damage == "lfs":
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n", encoding="utf-8")
+    else:
+        data = bytearray(file.read_bytes())
+        data[8:40] = b"x" * 32
+        file.write_bytes(bytes(data))
+    result = call("rewrite", copy, "--pass", "lora", "-o", tmp_path / "run")
+    assert result.exit_code == 5, result.output
+    assert "model.safetensors" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_changed_base_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    copy, folder = tmp_path / "copy", tmp_path / "run"
+    shutil.copytree(tiny_checkpoint, copy)
+    assert call("rewrite", copy, "--pass", "lora", "-o", folder).exit_code == 0
+    file = copy / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    result = call("fold", folder, "-o", tmp_path / "folded")
+    assert result.exit_code == 5
+    assert "changed since the rewrite" in result.stderr
