@@ -1,4 +1,4 @@
-"""How long lorafx's ONNX export takes beside transformers' own on the same model, and whether the operators are the same.
+"""How long lorafx's ONNX export takes beside transformers' own on the same model, and whether they agree on operators.
 
     python -m benchmarks.export
 

@@ -150,7 +150,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.row is not None:
         ours = options.row == "lorafx"
-        row = rewrite_with_lorafx(options.folder) if ours else wrap_with_peft(options.folder, meta="meta" in options.row)
+        row = (
+            rewrite_with_lorafx(options.folder) if ours else wrap_with_peft(options.folder, meta="meta" in options.row)
+        )
         print(json.dumps(row))
         return
     rounds = [{kind: measure(kind) for kind in ROWS} for _ in range(options.repeats)]

@@ -52,7 +52,7 @@ def hugging_face_export(checkpoint: Path, folder: Path) -> Path:
 def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--epochs", type=float, default=2.0, help="passes over the training sentences")
+    parser.add_argument("--epochs", type=float, default=1.0, help="passes over the training sentences")
     parser.add_argument("--rows", type=int, default=None, help="train on the first so many sentences only")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="where to write")
     options = parser.parse_args()

@@ -41,12 +41,12 @@ def _extend(region: Region, node: fx.Node, operand: Operand | None, evaluate: Ca
 
 def _per_feature(node: fx.Node, operand: object, axis: int) -> bool:
     """Whether a constant operand is one number, or one number a feature, broadcast over everything else."""
-    if not isinstance(operand, fx.Node):
+    if not isinstance(operand, fx.Node) or operand.meta["val"].numel() == 1:
         return True
+    if node.meta["val"].dim() <= axis:
+        return False
     shape = operand.meta["val"].shape
     features = node.meta["val"].shape[axis]
-    if shape.numel() == 1:
-        return True
     if not isinstance(features, int):
         return False
     distance = 1 if axis == -1 else node.meta["val"].dim() - axis
@@ -97,9 +97,7 @@ def _product(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
         return
     own = partial(_matrix, "addmm", read.value, None)
     for inner in analysis.inputs(value, -1):
-        evaluate = partial(_apply, own, inner.evaluate)
-        region = _extend(inner, node, read, evaluate)
-        yield replace(region, bypass=(*inner.bypass, (node, value)) if inner.carrier is not None else inner.bypass)
+        yield _extend(inner, node, read, partial(_apply, own, inner.evaluate))
 
 
 def _patches(

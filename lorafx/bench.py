@@ -73,8 +73,8 @@ class Candidate:
         threads: CPU threads
         dtype: its lowest precision
         bytes_on_disk: of its folder; None for what is in memory
-        peak_bytes: the largest resident memory of a process that loads it and runs the largest shape once; None for what
-            is in memory, or where the system does not tell
+        peak_bytes: the largest resident memory of a process that loads it and runs the largest shape once; None for
+            what is in memory, or where the system does not tell
         library_bytes: what of that the libraries took before the model was loaded
         note: what to know, e.g. that the provider asked for could not be loaded
     """
@@ -175,9 +175,7 @@ def bench(
     for batch, length in wanted:
         inputs = generator.batch(batch, length, [length] * batch).values
         times = _times([_call(runner, inputs) for runner in runners], repeats, seconds / len(wanted))
-        timings += [
-            _timing(label, batch, length, own, times[0]) for (label, _), own in zip(named, times, strict=True)
-        ]
+        timings += [_timing(label, batch, length, own, times[0]) for (label, _), own in zip(named, times, strict=True)]
     largest = max(wanted, key=lambda shape: shape[0] * max(1, shape[1]))
     rows = [
         _candidate(label, thing, runner, largest if memory else None, provider)
@@ -248,9 +246,7 @@ def _quantile(values: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def _candidate(
-    label: str, thing: Any, runner: Runner, shape: tuple[int, int] | None, provider: str
-) -> Candidate:
+def _candidate(label: str, thing: Any, runner: Runner, shape: tuple[int, int] | None, provider: str) -> Candidate:
     folder = Path(thing) if isinstance(thing, (str, PathLike)) else None
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder is not None else None
     peak, libraries = None, None

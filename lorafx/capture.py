@@ -20,8 +20,9 @@ from torch.utils import _pytree as pytree
 
 from .checkpoint import open_model, weight_hashes
 from .errors import CaptureError, UsageError
+from .normal import normalise
 from .program import Program, Signature, Source
-from .trace import cacheless, export_graph
+from .trace import cacheless, collector_paused, export_graph
 from .tree import has_tensor, named_tensors, put_tensor
 
 _log = logging.getLogger(__name__)
@@ -65,14 +66,25 @@ def capture(
         origin = Source(model, str(checkpoint.absolute()), task, opened, hashes, fresh)
     example = dict(inputs) if inputs is not None else example_inputs(origin.model, checkpoint)
     shapes = dynamic_shapes(origin.model, example) if dynamic else None
-    program = program_from(export_graph(origin.model, example, shapes), origin, example)
-    if meta or computes_evaluation(program):
-        return program
-    _log.warning("%s does more in training than a graph can undo; captured without its dropout", program.name)
-    program = program_from(export_graph(origin.model, example, shapes, training=False), origin, example)
-    if computes_evaluation(program):
-        return program
-    raise CaptureError(f"{program.name} computes something else as a graph; try example inputs of your own")
+    return _captured(origin, example, shapes, check=not meta)
+
+
+@collector_paused()
+def _captured(origin: Source, example: dict[str, Any], shapes: Any, *, check: bool) -> Program:
+    """Traced in training mode if that gives the model's evaluation too, else in evaluation mode."""
+    failure = None
+    for training in (True, False):
+        try:
+            program = program_from(export_graph(origin.model, example, shapes, training=training), origin, example)
+        except CaptureError as error:
+            failure = failure or error
+            continue
+        if not check or computes_evaluation(program):
+            if not training:
+                _log.warning("%s can be captured in evaluation mode only: it trains without dropout", program.name)
+            return program
+    name = type(origin.model).__name__
+    raise failure or CaptureError(f"{name} computes something else as a graph; try example inputs of your own")
 
 
 def computes_evaluation(program: Program) -> bool:
@@ -212,10 +224,7 @@ def program_from(
     graph = fx.Graph()
     result = graph.graph_copy(unlifted.graph, {})
     graph.output(result)
-    # Checks of the dtype and device seen at capture: they would refuse autocast, fp64 and any other device.
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
-        graph.erase_node(node)
-    graph.eliminate_dead_code()
+    normalise(graph)
     _adopt(root, graph, unlifted, names or {})
     codegen = unlifted.graph._codegen
     info = codegen.pytree_info  # type: ignore[attr-defined]

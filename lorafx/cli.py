@@ -89,7 +89,7 @@ _checkpoint_options = _shared(
 )
 _recipe = _shared(
     click.option("--recipe", type=click.Path(path_type=Path), help="A TOML recipe."),
-    click.option("--pass", "passes", multiple=True, help="Append a pass by name; set options with --NAME.OPTION VALUE."),
+    click.option("--pass", "passes", multiple=True, help="Append a pass; its options are --NAME.OPTION VALUE."),
 )
 
 
@@ -275,7 +275,7 @@ def run(recipe: Path, checkpoint: Path | None, data: Path, eval_data: Path | Non
 @main.command()
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
-@click.option("--texts", type=click.Path(path_type=Path), help="Compare on the lines of this file instead of random tokens.")
+@click.option("--texts", type=click.Path(path_type=Path), help="Compare on the lines of this file, not random tokens.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random inputs.")
 @_as_json
 def verify(a: Path, b: Path, texts: Path | None, seed: int, as_json: bool) -> None:

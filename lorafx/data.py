@@ -68,7 +68,8 @@ def _check_class(table: Table, row: int, value: Any, number: int | None, config:
 def _class_names(table: Table, values: list[Any]) -> list[str]:
     for row, value in enumerate(values):
         if not isinstance(value, str) or not value:
-            raise table.error(row, f"label {short(value)} is neither an integer nor a class name")
+            wrong = "neither an integer nor a class name" if _integer(value) is None else "no class name, as others are"
+            raise table.error(row, f"label {short(value)} is {wrong}")
     return values
 
 
@@ -214,6 +215,9 @@ def prepare(
         raise ArtifactError(f"{table.name}: no rows")
     tokenizer = pad_like(tokenizer, program.config)
     limit = min(options.max_length, tokenizer.model_max_length, positions(program))
+    brackets = tokenizer.num_special_tokens_to_add(pair=options.text_pair is not None)
+    if limit <= brackets:
+        raise UsageError(f"max_length = {limit} leaves no room for text beside {brackets} special tokens")
     inputs = tokenize(table, tokenizer, options, limit)
     _check_inputs(program, inputs, options)
     features: dict[str, Any] = {name: inputs[name] for name in program.signature.inputs if name in inputs}

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from .base import Method
 from .program import Inserted
 from .tree import drop_tensor, get_tensor, has_tensor, named_tensors, own, put_tensor
 
@@ -46,7 +47,12 @@ class Edit:
     # ---- tensors
 
     def parameter(
-        self, site: Site, short: str, shape: tuple[int, ...], init: Callable[[Tensor], object], role: str = "adapter"
+        self,
+        site: Site,
+        short: str,
+        shape: tuple[int, ...],
+        init: Callable[[Tensor], object] | None = None,
+        role: str = "adapter",
     ) -> fx.Node:
         """A trainable parameter of ``site``'s module, made and initialised on first use.
 
@@ -56,7 +62,7 @@ class Edit:
         Args:
             short: name below the module, e.g. ``lora_A.weight``
             shape: its shape
-            init: fills the new tensor in place
+            init: fills the new tensor in place; it is zero without
             role: one of :data:`lorafx.program.ROLES`
         """
         entry = self._inserted.setdefault(site.module, Inserted(site.module, site.block, {}))
@@ -64,9 +70,10 @@ class Edit:
         if key not in entry.tensors:
             base = self.program.tensor(site.parameter)
             device = torch.device("cpu") if base.is_meta else base.device
-            value = torch.empty(shape, dtype=torch.promote_types(torch.float32, base.dtype), device=device)
-            with torch.no_grad():
-                init(value)
+            value = torch.zeros(shape, dtype=torch.promote_types(torch.float32, base.dtype), device=device)
+            if init is not None:
+                with torch.no_grad():
+                    init(value)
             name = self._unique(f"{site.module}.{short}")
             put_tensor(self.program.root, name, nn.Parameter(value))
             self.program.roles[name] = role
@@ -130,9 +137,11 @@ class Edit:
         return names
 
     def freeze(self) -> None:
-        """Stop every parameter that is not inserted from training, except those a pass already asked to train."""
+        """Stop the base from training, unless an earlier method did: what that one trains goes on training."""
+        if any(isinstance(applied.step, Method) for applied in self.program.history):
+            return
         for name, value in self.program.root.named_parameters():
-            if self.program.roles.get(name) in ("base", "unread", "head") and not self.program.history:
+            if self.program.roles.get(name) in ("base", "unread", "head"):
                 value.requires_grad_(False)
 
     def _unique(self, name: str) -> str:
@@ -177,6 +186,11 @@ class Edit:
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in fresh)
         self._fresh = set()
 
+    def feed(self, reader: fx.Node, old: fx.Node, new: fx.Node) -> None:
+        """Let ``reader`` alone read ``new`` where it read ``old``."""
+        reader.replace_input_with(old, new)
+        self._fresh = set()
+
     def evaluate(self, node: fx.Node) -> Any:
         """The node's value on fake tensors.
 
@@ -186,8 +200,9 @@ class Edit:
         key = (node.target, _likeness(node.args), _likeness(tuple(node.kwargs.items())))
         if key not in self._values:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            operator: Any = node.target
             with self._fake, torch.no_grad():
-                self._values[key] = node.target(*args, **kwargs)
+                self._values[key] = operator(*args, **kwargs)
         return self._values[key]
 
     def _fake_like(self, value: Tensor) -> Tensor:

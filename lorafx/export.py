@@ -31,7 +31,6 @@ from .parity import Comparison, verify
 from .pipeline import fold, run, to_eval
 from .program import Program, Source
 from .runner import open_runner
-from .runner import open_runner
 from .store import base_record, copy_tokenizer, new_folder
 from .trace import trace_with
 from .tree import get_tensor, has_tensor, named_tensors, put_tensor

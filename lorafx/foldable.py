@@ -35,19 +35,24 @@ def foldable(program: Program) -> list[Group]:
     """The groups of regions to fold, none overlapping. Of nested regions the one that frees most is taken, and the
     smallest of equals: everything learned is rounded once, and operators of the base model stay outside."""
     analysis = AffineAnalysis(program.root, RULES)
-    spends = _accounting(program)
     place = {node: index for index, node in enumerate(program.graph.nodes)}
     writes = [place[node] for node in program.graph.nodes if node.op == "call_function" and _writes(node)]
     candidates = [
-        (spends(region), region)
+        region
         for node in program.graph.nodes
         for region in analysis.regions(node)
         if _can_take_over(region) and _undisturbed(region, place, writes)
     ]
+    account = _accounting(program, candidates)
+
+    def rank(region: Region) -> tuple[int, ...]:
+        freed, read = account(region)
+        return -freed, -read, len(region.nodes), place[region.root]
+
     taken: list[Region] = []
     used: set[fx.Node] = set()
-    for gain, region in sorted(candidates, key=lambda c: (-c[0], len(c[1].nodes), place[c[1].root])):
-        if gain > 0 and not region.nodes & used:
+    for region in sorted((region for region in candidates if account(region)[1] > 0), key=rank):
+        if not region.nodes & used:
             used |= region.nodes
             taken.append(region)
     return _groups(program, sorted(taken, key=lambda region: place[region.root]))
@@ -67,8 +72,9 @@ def bias_of(carrier: fx.Node) -> fx.Node | None:
     return bias if isinstance(bias, fx.Node) else None
 
 
-def _accounting(program: Program) -> Callable[[Region], int]:
-    """How many numbers folding a region frees: those of what it reads beyond the carrier's own weight and bias.
+def _accounting(program: Program, candidates: list[Region]) -> Callable[[Region], tuple[int, int]]:
+    """How many numbers a region reads beyond its carrier's own weight and bias: those that nobody reads but it and the
+    regions alike (other uses of a shared module), and all.
 
     With methods applied, all of that must be something they inserted: the base model keeps its architecture. In a
     program without methods anything may have been learned, as in a captured model with another library's adapters;
@@ -77,18 +83,27 @@ def _accounting(program: Program) -> Callable[[Region], int]:
     methods = any(isinstance(applied.step, Method) for applied in program.history)
     learned = set(program.names(*LEARNED))
 
-    def spends(region: Region) -> int:
+    constants = Constants(program.root)
+    nodes = {str(node.target): node for node in program.graph.find_nodes(op="get_attr")}
+    consumers = {name: _consumers(node, constants, set()) for name, node in nodes.items()}
+
+    alike: dict[object, set[fx.Node]] = defaultdict(set)
+    for region in candidates:
+        alike[region.key] |= region.nodes
+
+    def account(region: Region) -> tuple[int, int]:
         carrier = region.carrier
         assert carrier is not None
         bias = bias_of(carrier)
         extra = region.reads - {str(weight_of(carrier).target)} - ({str(bias.target)} if bias is not None else set())
         if methods and extra - learned:
-            return 0
-        values = [program.tensor(name) for name in extra]
-        freed = sum(value.numel() for value in values if methods or value.dim() > 1)
-        return freed - (carrier_features(carrier) if region.shifts and bias is None else 0)
+            return 0, 0
+        sizes = {name: program.tensor(name).numel() for name in extra if methods or program.tensor(name).dim() > 1}
+        freed = sum(size for name, size in sizes.items() if consumers[name] <= alike[region.key])
+        new = carrier_features(carrier) if region.shifts and bias is None else 0
+        return freed, sum(sizes.values()) - new
 
-    return spends
+    return account
 
 
 def _can_take_over(region: Region) -> bool:
@@ -98,10 +113,12 @@ def _can_take_over(region: Region) -> bool:
         return False
     if region.shifts and WEIGHT_OPS[carrier.target].bias is None:
         return False
+
+    def width(node: fx.Node) -> object:
+        return node.meta["val"].shape[region.axis]
+
     inner = region.nodes - {root}
-    size = carrier_features(carrier)
-    widths = {node.meta["val"].shape[region.axis] for node, _ in region.bypass if node.target in WEIGHT_OPS}
-    spans = root.meta["val"].shape[region.axis] == size and widths <= {size}
+    spans = width(root) == carrier_features(carrier) and all(width(node) == width(kept) for node, kept in region.bypass)
     return spans and all(user in region.nodes for node in inner for user in node.users)
 
 

@@ -149,7 +149,8 @@ class Generator:
     def batch(self, batch: int, length: int, valid: Sequence[int] | None = None) -> Batch:
         """Inputs of one shape. ``valid`` is how many tokens of each row are text; by default ever fewer, row by row."""
         if valid is None:
-            valid = [max(1, length - row * length // batch) for row in range(batch)]
+            masked = any(spec.is_mask for spec in self.specs)
+            valid = [max(1, length - row * length // batch) if masked else length for row in range(batch)]
         # Each shape has a stream of its own, so that leaving one out does not change the others.
         random = torch.Generator().manual_seed(self.seed * 1_000_003 + batch * 1_009 + length)
         mask = torch.ones(batch, length, dtype=torch.long)
@@ -170,9 +171,8 @@ class Generator:
         # A decoder's text is one longer than the encoder's, so that the two axes cannot be taken for one another.
         extra = 1 if spec.name.startswith("decoder_") and (self.limit is None or length < self.limit) else 0
         free = (batch, length + extra) if spec.is_text else (batch,)
-        sizes = tuple(
-            size if size is not None else (free[axis] if axis < len(free) else 1) for axis, size in enumerate(spec.sizes)
-        )
+        free += (1,) * (len(spec.sizes) - len(free))
+        sizes = tuple(given if size is None else size for size, given in zip(spec.sizes, free, strict=True))
         if spec.dtype.is_floating_point:
             return torch.randn(sizes, generator=random).to(spec.dtype)
         if spec.is_mask:

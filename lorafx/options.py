@@ -8,6 +8,17 @@ from .base import option
 
 
 @dataclass(frozen=True)
+class ModelOptions:
+    """What a recipe may say of the model it is meant for; the command line wins."""
+
+    checkpoint: str | None = option(None, "the base checkpoint's folder")
+    task: str | None = option(None, "open the checkpoint for this task, e.g. text-classification")
+    num_labels: int | None = option(None, "size of the classification head")
+    dtype: str | None = option(None, "load the base in this dtype, e.g. bfloat16")
+    seed: int = option(0, "seed of initial values")
+
+
+@dataclass(frozen=True)
 class TrainOptions:
     """How ``lorafx train`` and :func:`lorafx.train` train. Everything else of HF Trainer goes through ``trainer``."""
 
@@ -27,9 +38,13 @@ class TrainOptions:
     checkpointing: bool = option(False, "recompute activations block by block to save memory")
     evaluate: bool = option(True, "evaluate at the end of every epoch, when there is evaluation data")
     keep_best: bool = option(False, "end with the best epoch's weights (needs evaluation data)")
-    save_steps: int = option(0, "save a resumable checkpoint every so many steps (0: every epoch when keep_best, else never)")
+    save_steps: int = option(
+        0, "save a resumable checkpoint every so many steps (0: every epoch when keep_best, else never)"
+    )
     log_steps: int = option(50, "steps between log lines")
     text: str = option("text", "column of the text")
     text_pair: str | None = option(None, "column of a second text")
     label: str = option("label", "column of the label")
-    trainer: dict[str, str | int | float | bool | dict[str, str | int | float | bool]] = option({}, "any other TrainingArguments, by their own names")
+    trainer: dict[str, str | int | float | bool | dict[str, str | int | float | bool]] = option(
+        {}, "any other TrainingArguments, by their own names"
+    )

@@ -122,8 +122,8 @@ class Comparison:
             return self.problems[0]
         if worst.problem:
             return f"{worst.output} for inputs {worst.inputs}: {worst.problem}"
-        at = list(worst.index)
-        return f"{worst.output}{at} for inputs {worst.inputs} differs by {self.relative(worst):.2g} of its scale ({limit})"
+        where = f"{worst.output}{list(worst.index)} for inputs {worst.inputs}"
+        return f"{where} differs by {self.relative(worst):.2g} of its scale ({limit})"
 
     def __str__(self) -> str:
         return self.summary
@@ -134,7 +134,8 @@ class Comparison:
         for name in sorted({case.output for case in self.cases}):
             cases = [case for case in self.cases if case.output == name]
             worst = max(cases, key=self.relative)
-            state = worst.problem or f"{self.relative(worst):.2g} of its scale, {worst.max_abs:.2g} at {list(worst.index)}"
+            numbers = f"{self.relative(worst):.2g} of its scale, {worst.max_abs:.2g} at {list(worst.index)}"
+            state = worst.problem or numbers
             lines.append(f"  {name}: {state} ({worst.inputs}; worst of {len(cases)})")
         return "\n".join([*lines, *(f"  {line}" for line in (*self.problems, *self.notes))])
 
@@ -320,7 +321,8 @@ def _per_token(runner: Runner, generator: Generator | None) -> frozenset[str]:
             return frozenset()
         here = {name for name, value in outputs.items() if value.dim() >= 2 and value.shape[1] == length}
         found = here if found is None else found & here
-    return frozenset(found or ()) if len(lengths) == 2 else frozenset(n for n in found or () if n.endswith("hidden_state"))
+    # Where only one length goes, the name has to tell.
+    return frozenset(name for name in found or () if len(lengths) == 2 or name.endswith("hidden_state"))
 
 
 def _labels(a: Runner, b: Runner) -> Iterator[str]:

@@ -43,6 +43,8 @@ def _apply(program: Program, step: Pass) -> None:
     if isinstance(step, Method) and program.stage == "eval":
         raise RecipeError(f"{step.pass_name()}: the program was made ready for evaluation; insert methods before that")
     first = selection = step.sites(program)
+    if isinstance(step, Method):
+        edit.freeze()
     taken: list[str] = []
     for _ in range(_ROUNDS):
         for site in selection.taken:

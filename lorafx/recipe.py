@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 import types
 import typing
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from .base import Pass
 
 _SECTIONS = ("model", "pass", "train")
-_MODEL_KEYS = ("checkpoint", "task", "num_labels", "dtype", "seed")
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,15 @@ class Recipe:
     def parse(cls, data: Mapping[str, Any]) -> Recipe:
         """A Recipe from the nested dict a TOML recipe parses to."""
         _known_keys(data, _SECTIONS, "recipe")
-        model, train = data.get("model", {}), data.get("train", {})
-        _known_keys(model, _MODEL_KEYS, "[model]")
-        from .options import TrainOptions
+        from .options import ModelOptions, TrainOptions
 
-        checked = parse_options(TrainOptions, train, "[train]")
+        model = _section(ModelOptions, data.get("model", {}), "[model]")
+        train = _section(TrainOptions, data.get("train", {}), "[train]")
         entries = data.get("pass", [])
         if not isinstance(entries, Sequence) or isinstance(entries, str):
             raise RecipeError("passes are written as [[pass]] tables")
         passes = tuple(parse_pass(entry, f"[[pass]] {number}") for number, entry in enumerate(entries, 1))
-        return cls(passes, dict(model), {key: getattr(checked, key) for key in train})
+        return cls(passes, model, train)
 
     def to_dict(self) -> dict[str, Any]:
         """The nested dict that :meth:`parse` takes; options at their defaults are left out."""
@@ -91,7 +90,18 @@ class Recipe:
 
     def to_toml(self) -> str:
         """The recipe as TOML text; ``Recipe.parse(tomllib.loads(text))`` gives it back."""
-        return tomli_w.dumps(self.to_dict())
+        data = self.to_dict()
+        parts = [tomli_w.dumps({name: data[name]}) for name in ("model", "train") if name in data]
+        for entry in data["pass"]:
+            # Left to itself the writer puts a short list of tables on one line. Only headers begin with a bracket here.
+            parts.append("[[pass]]\n" + re.sub(r"(?m)^\[", "[pass.", tomli_w.dumps(entry)))
+        return "\n".join(parts)
+
+
+def _section(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values given, checked; the others are left to whoever reads the section."""
+    checked = parse_options(cls, values, where)
+    return {key: getattr(checked, key) for key in values}
 
 
 def pass_dict(step: Pass) -> dict[str, Any]:
@@ -105,7 +115,7 @@ def pass_dict(step: Pass) -> dict[str, Any]:
 
 def parse_pass(entry: Mapping[str, Any], where: str) -> Pass:
     """A pass from its recipe table."""
-    if "name" not in entry:
+    if not isinstance(entry, Mapping) or "name" not in entry:
         raise RecipeError(f"{where}: no name; write name = \"lora\"")
     cls = pass_class(str(entry["name"]))
     return parse_options(cls, {k: v for k, v in entry.items() if k != "name"}, f"{where} ({entry['name']})")
@@ -184,11 +194,15 @@ def type_name(hint: Any) -> str:
 
 
 def parse_text(text: str, hint: Any) -> Any:
-    """An option's value from command-line text: TOML if it parses as the type, else plain text (``a,b`` for a list)."""
-    try:
-        return coerce(tomllib.loads(f"value = {text}")["value"], hint)
-    except (tomllib.TOMLDecodeError, TypeError):
-        pass
+    """An option's value from command-line text: TOML if it parses as the type, else plain text (``a,b`` for a list).
+
+    TypeError when it is neither.
+    """
+    for candidate in (text, f"[{text}]"):
+        try:
+            return coerce(tomllib.loads(f"value = {candidate}")["value"], hint)
+        except (tomllib.TOMLDecodeError, TypeError):
+            continue
     try:
         return coerce(text, hint)
     except TypeError:

@@ -64,12 +64,23 @@ def pass_class(name: str) -> type[Pass]:
     except ImportError as error:
         raise UsageError(f"pass {name!r} cannot be imported: {error}") from error
     if attribute:
-        return getattr(module, attribute)
+        return _plugin_class(name, getattr(module, attribute, None))
     for value in vars(module).values():
         own = inspect.isclass(value) and value.__module__ == module.__name__
         if own and issubclass(value, Pass) and dataclasses.is_dataclass(value):
             return value
     raise UsageError(f"{module_name} defines no pass")
+
+
+def _plugin_class(name: str, value: Any) -> type[Pass]:
+    from .base import Pass
+
+    if not (inspect.isclass(value) and issubclass(value, Pass) and dataclasses.is_dataclass(value)):
+        raise UsageError(f"plug-in pass {name!r}: {known()[name]} is no pass (a frozen dataclass derived from lorafx.base.Pass)")
+    if value.pass_name() != name:
+        # Recipes and run folders name a pass by its file; under another name they could not be read again.
+        raise UsageError(f"plug-in pass {name!r} is in a file called {value.pass_name()!r}; give both the same name")
+    return value
 
 
 def options(cls: type[Pass]) -> dict[str, dataclasses.Field[Any]]:

@@ -48,7 +48,14 @@ class PassReport:
 
 @dataclass(frozen=True)
 class RoleReport:
-    """The tensors of one role, each counted once however many names it has; ``size`` in bytes."""
+    """The tensors of one role, each counted once however many names it has.
+
+    Attributes:
+        tensors: parameters and buffers
+        parameters: how many numbers the parameters hold
+        trainable: how many of them train
+        size: bytes, of buffers too
+    """
 
     tensors: int
     parameters: int
@@ -76,7 +83,7 @@ class Report:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the model holds, buffers included."""
+        """How many numbers the parameters hold."""
         return sum(role.parameters for role in self.roles.values())
 
     @property
@@ -177,16 +184,21 @@ def _where(miss: Miss) -> str:
 
 
 def _roles(program: Program) -> dict[str, RoleReport]:
-    found: dict[str, dict[int, Tensor]] = {}
+    from torch import nn
+
+    found: dict[str, list[Tensor]] = {}
+    seen: set[int] = set()
     for name, role in program.roles.items():
         value = program.tensor(name)
-        found.setdefault(role, {})[id(value)] = value
+        if id(value) not in seen:  # a tied tensor counts under its first name
+            seen.add(id(value))
+            found.setdefault(role, []).append(value)
     return {
         role: RoleReport(
             tensors=len(values),
-            parameters=sum(value.numel() for value in values.values()),
-            trainable=sum(value.numel() for value in values.values() if value.requires_grad),
-            size=sum(value.numel() * value.element_size() for value in values.values()),
+            parameters=sum(value.numel() for value in values if isinstance(value, nn.Parameter)),
+            trainable=sum(value.numel() for value in values if value.requires_grad),
+            size=sum(value.numel() * value.element_size() for value in values),
         )
         for role, values in found.items()
     }
@@ -214,17 +226,11 @@ def _notes(program: Program, roles: Mapping[str, RoleReport]) -> list[str]:
 
 
 def _folding_note(program: Program) -> str:
-    from .tree import named_tensors
-
-    before = _held(named_tensors(program.source.model))
-    after = _held((name, program.tensor(name)) for name, role in program.roles.items() if role != "constant")
+    before = sum(value.numel() for value in program.source.model.parameters())
+    after = sum(value.numel() for value in program.root.parameters())
     if after == before:
         return f"Folded: {after:,} parameters, as many as the base; it is as large and as fast as the base."
     return f"Folded: {after:,} parameters where the base has {before:,} ({(after - before) / before:+.1%})."
-
-
-def _held(named: Iterable[tuple[str, Tensor]]) -> int:
-    return sum({id(value): value.numel() for _, value in named}.values())
 
 
 def json_value(value: Any) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,12 +21,12 @@ from torch.utils import _pytree as pytree
 
 from .capture import capture, example_inputs
 from .checkpoint import open_model
-from .errors import ArtifactError, UsageError
+from .errors import UsageError
 from .folder import find_manifest
 from .inputs import InputSpec, specs_of
 from .module import RewrittenModel
 from .pipeline import to_eval
-from .precision import coarsest, dtype_name, recast
+from .precision import coarsest, recast
 from .program import Program
 from .segments import compile_graph
 from .tree import named_tensors
@@ -35,7 +34,8 @@ from .tree import named_tensors
 #: Outputs that are no result of the function compared: a loss needs labels, a cache only saves later work.
 _LEFT_OUT = ("loss", "past_key_values")
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+#: ONNX Runtime's names of the providers.
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,9 @@ def open_runner(
         ArtifactError: the folder is no model, incomplete, or cannot be opened
         UsageError: a program without weights, a provider that is not there, an exported model in another ``dtype``
     """
-    if provider not in _PROVIDERS:
-        raise UsageError(f"unknown provider {provider!r}; known: {', '.join(_PROVIDERS)}")
-    place = _Place(provider, threads or torch.get_num_threads(), dtype)
+    if provider not in PROVIDERS:
+        raise UsageError(f"unknown provider {provider!r}; known: {', '.join(PROVIDERS)}")
+    place = Place(provider, threads or torch.get_num_threads(), dtype)
     if isinstance(source, Program):
         return _of_program(source, place, label or f"{source.name} program")
     if isinstance(source, nn.Module):
@@ -156,7 +156,7 @@ def open_runner(
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where and in which precision to run."""
 
     provider: str
@@ -170,7 +170,7 @@ class _Place:
         return torch.device(self.provider)
 
 
-def _of_program(program: Program, place: _Place, label: str, kind: str = "program") -> Runner:
+def _of_program(program: Program, place: Place, label: str, kind: str = "program") -> Runner:
     if program.device.type == "meta":
         raise UsageError(f"{label}: captured without weights, so it computes nothing; capture it with meta=False")
     evaluation = to_eval(program)
@@ -215,14 +215,13 @@ def _graph_specs(program: Program) -> tuple[InputSpec, ...]:
 
 def _inner(module: nn.Module) -> nn.Module:
     """The model inside the wrappers of torch.compile and PEFT."""
-    module = getattr(module, "_orig_mod", module)
-    base = getattr(module, "get_base_model", None)
-    return base() if callable(base) else module
+    compiled: Any = getattr(module, "_orig_mod", module)
+    return compiled.get_base_model() if hasattr(compiled, "get_base_model") else compiled
 
 
 def _of_module(
     module: nn.Module,
-    place: _Place,
+    place: Place,
     label: str,
     kind: str = "module",
     folder: Path | None = None,
@@ -269,10 +268,12 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 # ---- folders
 
 
-def _of_folder(folder: Path, place: _Place, label: str, sealed: bool) -> Runner:
+def _of_folder(folder: Path, place: Place, label: str, sealed: bool) -> Runner:
     manifest = find_manifest(folder) if sealed or not folder.is_dir() else None
     if (folder / "export.json").is_file():
-        return _of_exported(folder, place, label)
+        from .exported import open_exported
+
+        return open_exported(folder, place, label)
     if manifest is not None and manifest.kind == "run":
         from .store import load
 
@@ -280,94 +281,3 @@ def _of_folder(folder: Path, place: _Place, label: str, sealed: bool) -> Runner:
     model, fresh = open_model(folder, None, {})
     kind = "checkpoint" if manifest is None else "folded"
     return _of_module(model, place, label, kind, folder, fresh)
-
-
-def _of_exported(folder: Path, place: _Place, label: str) -> Runner:
-    from transformers.exporters import ExportedModel
-
-    kind = _read_json(folder / "export.json").get("export_format", "unknown")
-    options = _session_options(place) if kind == "onnx" else {"device": place.device()}
-    try:
-        exported = ExportedModel.from_pretrained(folder, local_files_only=True, **options)
-        names = list(exported.components)
-        if len(names) != 1:
-            parts = " and ".join(names)
-            raise UsageError(f"{folder}: exported for generation ({parts}); only single graphs are compared and timed")
-        backend = exported.runners[names[0]]
-    except (ArtifactError, UsageError):
-        raise
-    except Exception as error:  # each runtime raises classes of its own for a broken file
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ArtifactError(f"{folder}: the {kind} model cannot be opened: {first}") from error
-    dtype = _exported_dtype(exported)
-    if place.dtype not in (None, dtype):
-        raise UsageError(f"{folder}: exported in {dtype_name(dtype)}; it cannot be computed in another dtype")
-    specs, used = _exported_specs(exported, backend), f"torch {place.provider}"
-    if kind == "onnx":
-        used = backend.session.get_providers()[0]
-    asked = _PROVIDERS[place.provider] if kind == "onnx" else used
-    note = "" if used == asked else f"{asked} was asked for but cannot be loaded here; {used} ran it"
-
-    def call(inputs: dict[str, Any]) -> Any:
-        return backend(**inputs)
-
-    return Runner(label, kind, used, place.threads, dtype, specs, call, exported.config, folder, note=note)
-
-
-def _session_options(place: _Place) -> dict[str, Any]:
-    """Options of an ONNX Runtime session that computes, and shares the machine, as torch does."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only
-    # By default a session takes every core of the machine, and its threads go on spinning when it is done, which slows
-    # down whoever runs next.
-    options.intra_op_num_threads = place.threads
-    options.add_session_config_entry("session.intra_op.force_spinning_stop", "1")
-    cpu, cuda = _PROVIDERS["cpu"], _PROVIDERS["cuda"]
-    if place.provider == "cpu" or cuda not in onnxruntime.get_available_providers():
-        return {"session_options": options, "providers": [cpu]}
-    # torch computes fp32 matrix products in fp32 by default; ONNX Runtime would use TF32, 13 bits coarser.
-    return {"session_options": options, "providers": [(cuda, {"use_tf32": "0"}), cpu]}
-
-
-def _exported_dtype(exported: Any) -> torch.dtype:
-    """The lowest precision among the weights of an exported model."""
-    import numpy as np
-
-    component = next(iter(exported.components.values()))
-    found = [getattr(torch, component.metadata.export_dtype)]
-    graph = getattr(component.program, "graph", None)
-    for value in getattr(graph, "initializers", {}).values():
-        # Scalars are constants of the conversion, not weights.
-        name = str(value.dtype).rpartition(".")[2].lower() if value.shape is not None else ""
-        if name in ("float16", "bfloat16", "float") and int(np.prod(value.shape.numpy())) > 1:
-            found.append(torch.float32 if name == "float" else getattr(torch, name))
-    return coarsest(found)
-
-
-def _exported_specs(exported: Any, backend: Any) -> tuple[InputSpec, ...]:
-    """What an exported model takes: from the session for ONNX, else from what was recorded at its export."""
-    recorded = next(iter(exported.components.values())).metadata.kwargs
-    tensors = {name: entry for name, entry in recorded.items() if "shape" in entry}
-    example = {
-        name: torch.zeros(entry["shape"], dtype=getattr(torch, entry["dtype"]), device="meta")
-        for name, entry in tensors.items()
-    }
-    specs = specs_of(example, exported.config)
-    session = getattr(backend, "session", None)
-    if session is None:
-        return specs
-    # The graph keeps the inputs it reads only; a name instead of a number is a free axis.
-    shapes = {entry.name: tuple(s if isinstance(s, int) else None for s in entry.shape) for entry in session.get_inputs()}
-    return tuple(
-        InputSpec(spec.name, spec.dtype, shapes[spec.name], spec.low, spec.high) for spec in specs if spec.name in shapes
-    )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ArtifactError(f"{file}: not valid JSON ({error}); export the model again") from None
-    return value if isinstance(value, dict) else {}

@@ -35,10 +35,23 @@ class Segment:
 
 @dataclass
 class CompiledGraph:
-    """A graph ready to run over a module: ``compiled(module, inputs)`` gives the flat outputs."""
+    """A graph ready to run over a module: ``compiled(module, inputs)`` gives the flat outputs.
 
+    Attributes:
+        graph: the graph
+        whole: the graph as one function
+        device: where the graph makes its ranges and masks, the device of the capture; None when it makes none
+    """
+
+    # ``whole`` and ``device`` are made at once, not on first use: torch.compile could not trace that.
     graph: fx.Graph
+    whole: Callable[..., tuple[Any, ...]] = field(init=False)
+    device: torch.device | None = field(init=False)
     _moved: dict[torch.device, CompiledGraph] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.whole = function_of(self.graph)
+        self.device = next((device for node in self.graph.nodes for device in _devices(node)), None)
 
     def __call__(self, module: Any, inputs: list[Any], *, checkpoint: bool = False) -> tuple[Any, ...]:
         device = next((value.device for value in inputs if isinstance(value, Tensor)), None)
@@ -60,21 +73,11 @@ class CompiledGraph:
         (result,) = self.graph.output_node().args
         return tuple(values[value.name] if isinstance(value, fx.Node) else value for value in result)  # type: ignore
 
-    @cached_property
-    def device(self) -> torch.device | None:
-        """Where the graph makes its ranges and masks: the device of the capture; None when it makes none."""
-        return next((device for node in self.graph.nodes for device in _devices(node)), None)
-
     def on(self, device: torch.device) -> CompiledGraph:
         """The same graph for tensors on ``device``."""
         if device not in self._moved:
             self._moved[device] = CompiledGraph(_on_device(self.graph, device))
         return self._moved[device]
-
-    @cached_property
-    def whole(self) -> Callable[..., tuple[Any, ...]]:
-        """The graph as one function."""
-        return function_of(self.graph)
 
     @cached_property
     def segments(self) -> list[Segment]:
@@ -107,7 +110,7 @@ def _on_device(graph: fx.Graph, device: torch.device) -> fx.Graph:
 
 
 def compile_graph(graph: fx.Graph) -> CompiledGraph:
-    """The graph as something that runs; compiled on first use."""
+    """The graph as something that runs."""
     return CompiledGraph(graph)
 
 

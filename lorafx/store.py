@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .capture import capture, example_inputs
-from .checkpoint import check_safetensors, copy_tokenizer
+from .checkpoint import check_safetensors, copy_tokenizer, read_config
 from .edit import aliases
 from .errors import ArtifactError, LorafxError, UsageError
 from .folder import MANIFEST, Manifest, file_hash, find_manifest, new_folder, read_manifest
@@ -232,6 +232,7 @@ def load(
         torch.manual_seed(run.seed)
         program = rewrite(_recapture(run, Path(base or run.base), meta, allowed), run.path / RECIPE)
     _load_values(program, run)
+    _name_classes(program, run)
     return program
 
 
@@ -324,6 +325,14 @@ def _load_values(program: Program, run: _Run) -> None:
         program.load({names[key]: value for key, value in stored.items()})
     except ValueError as error:
         raise ArtifactError(f"{file}: {error}; write the run again") from None
+
+
+def _name_classes(program: Program, run: _Run) -> None:
+    """Take over what training called the classes: the run's config has it, the base's has not."""
+    names = read_config(run.path).get("id2label")
+    if names:
+        program.config.id2label = {int(number): name for number, name in names.items()}
+        program.config.label2id = {name: number for number, name in program.config.id2label.items()}
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:

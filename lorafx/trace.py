@@ -8,10 +8,11 @@ the model's function in a graph: the modules that do these are traced in evaluat
 from __future__ import annotations
 
 import gc
+import io
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any, TypeVar
 
 import torch
@@ -112,6 +113,18 @@ def trace_with(attempt: Callable[[Any], T], model: nn.Module, shapes: Any) -> T:
 
 
 @contextmanager
+def collector_paused() -> Iterator[None]:
+    """Tracing makes millions of small objects and few cycles; searching them for garbage would take a tenth of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
 def cacheless(model: nn.Module) -> Iterator[None]:
     """Keep decoders from returning their cache, which no loss reads. Every submodule's config is told: a decoder inside
     an encoder-decoder has a config of its own."""
@@ -127,28 +140,24 @@ def cacheless(model: nn.Module) -> Iterator[None]:
 
 
 def _trace(model: nn.Module, example: Mapping[str, Any], shapes: Any) -> ExportedProgram:
-    with _collector_paused():
-        if not hasattr(model, "config"):
-            exported = torch.export.export(model, (), dict(example), dynamic_shapes=shapes)
-        else:
-            from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
-
-            config = DynamoConfig(dynamic=shapes is not None, dynamic_shapes=shapes)
-            exported = DynamoExporter().export(model, dict(example), config).program
+    # A tracer that fails prints the whole graph it had; the error says what a user needs, the log keeps the rest.
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            exported = _exported(model, example, shapes)
+    finally:
+        _log.debug("%s", said.getvalue())
     _check_free(exported, shapes)
     return exported
 
 
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Tracing makes millions of small objects and few cycles; searching them for garbage would take a tenth of its time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+def _exported(model: nn.Module, example: Mapping[str, Any], shapes: Any) -> ExportedProgram:
+    if not hasattr(model, "config"):
+        return torch.export.export(model, (), dict(example), dynamic_shapes=shapes)
+    from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+
+    config = DynamoConfig(dynamic=shapes is not None, dynamic_shapes=shapes)
+    return DynamoExporter().export(model, dict(example), config).program
 
 
 def _check_free(exported: ExportedProgram, shapes: Any) -> None:

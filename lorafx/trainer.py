@@ -124,6 +124,10 @@ class MethodTrainerMixin(_TrainerBase):
         if args is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
         super().__init__(model, args, *rest, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UsageError(
+                "FSDP and DeepSpeed split the tensors that checkpoints keep whole; train with DDP (torchrun)"
+            )
         if use_cache is not None:
             # The Trainer turns it off, and the config would carry that into the folded checkpoint.
             config.use_cache = use_cache  # type: ignore[union-attr]

@@ -124,8 +124,9 @@ def train(
         ArtifactError: a data file or a checkpoint that cannot be used
     """
     settings = parse_options(TrainOptions, options, "training options")
+    _check_values(settings)
     _check(program, settings, eval_data, output_dir, resume)
-    tokenizer = tokenizer or _tokenizer_of(program)
+    tokenizer = _tokenizer_of(program) if tokenizer is None else tokenizer
     rows = prepare(data, program, tokenizer, settings, collator=collator)
     held_out = None
     if eval_data is not None:
@@ -138,11 +139,38 @@ def train(
         return _run(program, trainer, checkpoint)
 
 
+#: The least value of an option, and the value it has to stay below.
+_RANGES = {
+    "epochs": (0, None),
+    "batch_size": (1, None),
+    "eval_batch_size": (1, None),
+    "accumulate": (1, None),
+    "learning_rate": (0, None),
+    "warmup": (0, 1),
+    "weight_decay": (0, None),
+    "max_grad_norm": (0, None),
+    "save_steps": (0, None),
+    "log_steps": (1, None),
+}
+
+
+def _check_values(settings: TrainOptions) -> None:
+    for name, (least, end) in _RANGES.items():
+        value = getattr(settings, name)
+        if not least <= value or (end is not None and value >= end):
+            below = "" if end is None else f" and below {end}"
+            raise UsageError(f"training options: {name} = {value}, but it is at least {least}{below}")
+    if settings.epochs == 0 and settings.max_steps < 1:
+        raise UsageError("training options: epochs = 0 trains nothing; give epochs or max_steps")
+
+
 def _check(program: Program, settings: TrainOptions, eval_data: Any, output_dir: Any, resume: Any) -> None:
     if program.device.type == "meta":
         raise UsageError(f"{program.name} was captured without weights; capture it with meta=False to train it")
+    if program.stage == "eval":
+        raise UsageError(f"{program.name} was made ready for evaluation (folded, say); train it before that")
     if not program.trainable():
-        raise UsageError(f"{program.name} has nothing to train; rewrite it with a method such as lora, before folding")
+        raise UsageError(f"{program.name} has nothing to train; rewrite it with a method, such as lora")
     if settings.keep_best and (eval_data is None or not settings.evaluate):
         raise UsageError("keep_best needs evaluation data to choose by; give eval_data (--eval) and leave evaluate on")
     if output_dir is None and resume is True:
@@ -280,6 +308,7 @@ def _run(program: Program, trainer: Trainer, checkpoint: str | None) -> TrainRes
     home = program.device
     started = time.perf_counter()
     output = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.accelerator.wait_for_everyone()  # before the first process may remove what another still reads
     seconds = time.perf_counter() - started
     model = rewritten_model(trainer.model).to(home)
     # Moving a module replaces its buffers. Those of the top are its own; the others it shares with the program.

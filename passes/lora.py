@@ -92,7 +92,6 @@ class Lora(Method):
             edit.replace(site.node, edit.call(aten.add.Tensor, site.node, delta))
 
     def finish(self, edit: Edit) -> None:
-        edit.freeze()
         for name in self.trainable:
             if name != "auto" and not edit.train(edit.program.modules_named(name)):
                 raise UsageError(f"{self.pass_name()}: trainable module {name!r} has no parameters in this model")
@@ -106,14 +105,14 @@ def _input(edit: Edit, site: Site, weight: fx.Node, dropout: float) -> fx.Node:
 
 def _linear(edit: Edit, site: Site, rank: int, dropout: float):
     a = edit.parameter(site, "lora_A.weight", (rank, site.in_features), kaiming)
-    b = edit.parameter(site, "lora_B.weight", (site.out_features, rank), nn.init.zeros_)
+    b = edit.parameter(site, "lora_B.weight", (site.out_features, rank))
     hidden = edit.call(aten.linear.default, _input(edit, site, a, dropout), a)
     return hidden, lambda value: edit.call(aten.linear.default, value, b)
 
 
 def _embedding(edit: Edit, site: Site, rank: int, dropout: float):
     # Zero A and normal B, the other way round than a linear: the reference implementation's choice for embeddings.
-    a = edit.parameter(site, "lora_embedding_A", (rank, site.in_features), nn.init.zeros_)
+    a = edit.parameter(site, "lora_embedding_A", (rank, site.in_features))
     b = edit.parameter(site, "lora_embedding_B", (site.out_features, rank), nn.init.normal_)
     hidden = edit.call(aten.embedding.default, edit.call(aten.t.default, a), site.input)
     return hidden, lambda value: edit.call(aten.linear.default, value, b)
@@ -122,7 +121,7 @@ def _embedding(edit: Edit, site: Site, rank: int, dropout: float):
 def _conv2d(edit: Edit, site: Site, rank: int, dropout: float):
     kernel = tuple(edit.program.tensor(site.parameter).shape[1:])
     a = edit.parameter(site, "lora_A.weight", (rank, *kernel), kaiming)
-    b = edit.parameter(site, "lora_B.weight", (site.out_features, rank, 1, 1), nn.init.zeros_)
+    b = edit.parameter(site, "lora_B.weight", (site.out_features, rank, 1, 1))
     geometry = site.node.args[3:]
     hidden = edit.call(aten.conv2d.default, _input(edit, site, a, dropout), a, None, *geometry)
     return hidden, lambda value: edit.call(aten.conv2d.default, value, b)

@@ -64,7 +64,8 @@ class ToEval(Pass):
     Before: ``y = dropout(x, 0.1, True)``, attention with ``dropout_p = 0.1``, batch norm in training.
     After: ``y = x``, ``dropout_p = 0``, batch norm from its running statistics.
 
-    Keeps: what the model's own ``eval()`` computes. Does nothing to a graph in evaluation form.
+    Keeps: the evaluation outputs, bit by bit: those of the model's own ``eval()``. Does nothing to a graph in
+    evaluation form.
     Source: torch.nn semantics of ``Module.eval``.
     """
 

@@ -46,7 +46,8 @@ def movie_split() -> tuple[Path, Path]:
     return assets.movie_split()
 
 
-WORDS = "the a film movie was is good great fine bad dull poor very not plot cast and but of in it".split()
+WORDS = ["the", "a", "film", "movie", "was", "is", "good", "great", "fine", "bad", "dull", "poor", "very", "not"]
+WORDS += ["plot", "cast", "and", "but", "of", "in", "it"]
 
 
 @pytest.fixture(scope="session")

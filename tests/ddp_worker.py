@@ -1,4 +1,4 @@
-"""One process of a data-parallel training, started by torchrun: ``ddp_worker.py OUT``. Writes what its rank ended with."""
+"""One process of a data-parallel training, under torchrun: ``ddp_worker.py OUT``. Writes what its rank ended with."""
 
 from __future__ import annotations
 
@@ -38,6 +38,9 @@ def loop(rank: int) -> dict[str, Tensor]:
     for step in range(LOOP_STEPS):
         loss = wrapped(**loop_batch(step, rank)).loss + (model.penalty() or 0)
         loss.backward()
+        if step == 0:
+            for name in program.names("statistic"):
+                program.tensor(name)[0] += rank  # processes that saw other rows have other statistics
         model.before_step()
         optimizer.step()
         model.after_step()
@@ -51,9 +54,7 @@ def main() -> None:
     for name, split in RUNS.items():
         program = adapted()
         options = {**COMMON, **split}
-        result = train(
-            program, table(ROWS), eval_data=held_out, tokenizer=words(), output_dir=out / name, **options
-        )
+        result = train(program, table(ROWS), eval_data=held_out, tokenizer=words(), output_dir=out / name, **options)
         save_file(learned(program), out / f"{name}-{rank}.safetensors")
         (out / f"{name}-{rank}.json").write_text(json.dumps(result.to_json()), encoding="utf-8")
     save_file(loop(rank), out / f"loop-{rank}.safetensors")

@@ -51,7 +51,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, tiny_ta
 
 def test_help_is_fast_and_imports_no_torch() -> None:
     """CPU seconds of a whole process; half of them is the interpreter itself."""
-    code = "import sys; from lorafx.cli import main; sys.argv = ['lorafx', '--help']\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+    code = "import sys; from lorafx.cli import main; sys.argv = ['lorafx', '--help']\n"
+    code += "try: main()\nfinally: assert 'torch' not in sys.modules"
     times = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -120,7 +121,7 @@ def test_onnx_carries_its_recipe(run: Path, tmp_path: Path) -> None:
     assert call("export", run, "-o", folder).exit_code == 0
     model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
     record = {entry.key: entry.value for entry in model.metadata_props}
-    assert [step["name"] for step in json.loads(record["lorafx_history"])][0] == "lora"
+    assert json.loads(record["lorafx_history"])[0]["name"] == "lora"
     assert json.loads(record["lorafx_base"])["hashes"]["model.safetensors"]
 
 

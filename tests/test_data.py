@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import csv
+import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import pyarrow
 import pytest
 import torch
 import transformers as hf
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 from small import POSITIONS, bert, bert_config, captured, example, gpt2, table, words
@@ -54,13 +57,17 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
     assert len(read) == 3
 
 
+@settings(deadline=None)  # files, on a machine that may be busy
 @given(st.lists(st.tuples(st.text(st.characters(exclude_categories=["Cs"])), st.integers()), min_size=1, max_size=8))
 def test_any_text_survives(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, int]]) -> None:
     folder = tmp_path_factory.mktemp("tables")
     columns: dict[str, list[Any]] = {"text": [text for text, _ in rows], "label": [label for _, label in rows]}
     for suffix in (".jsonl", ".parquet") if all(abs(label) < 2**63 for _, label in rows) else (".jsonl",):
         assert read_table(write(folder / f"t{suffix}", columns)).columns == columns
-    texts = {"text": [text.replace("\r", "").replace("\0", "") for text, _ in rows], "label": list(map(str, columns["label"]))}
+    texts = {
+        "text": [text.replace("\r", "").replace("\0", "") for text, _ in rows],
+        "label": list(map(str, columns["label"])),
+    }
     assert read_table(write(folder / "t.csv", texts)).columns == texts
 
 
@@ -87,7 +94,11 @@ BAD_FILES: dict[str, tuple[str, str | bytes, str]] = {
     "twice": ("t.csv", "text,text\na,b\n", "t.csv, line 1: two columns are called 'text'"),
     "bytes": ("t.csv", b"text,label\n\xff\xfe,1\n", "t.csv: not UTF-8 text (byte 11)"),
     "json": ("t.jsonl", '{"text": "a"}\n{"text": \n', "t.jsonl, line 2: not valid JSON"),
-    "object": ("t.jsonl", '{"text": "a"}\n\n["b"]\n', "t.jsonl, line 3: expected an object of named values, found ['b']"),
+    "object": (
+        "t.jsonl",
+        '{"text": "a"}\n\n["b"]\n',
+        "t.jsonl, line 3: expected an object of named values, found ['b']",
+    ),
     "array": ("t.json", '[{"text": "a"}, 3]', "t.json, row 2: expected an object of named values, found 3"),
     "parquet": ("t.parquet", "PAR1 no", "t.parquet: not a readable parquet file"),
     "pointer": ("t.parquet", "version https://git-lfs.github.com/spec/v1\n", "t.parquet: a git-lfs pointer"),
@@ -135,8 +146,9 @@ def prepared(columns: Any, program: Program | None = None, tokenizer: Any = None
 def labelled(**changes: Any) -> Program:
     """The captured BERT under a config of its own: class names are recorded there."""
     program = captured(bert)
-    program.source.model.config = bert_config(**changes)  # type: ignore[assignment]
-    return program
+    model = copy.copy(program.source.model)
+    model.config = bert_config(**changes)  # type: ignore[assignment]
+    return dataclasses.replace(program, source=dataclasses.replace(program.source, model=model))
 
 
 def test_inputs_are_what_the_model_was_captured_with() -> None:
@@ -154,7 +166,12 @@ def test_texts_are_cut_to_what_the_model_holds() -> None:
 
 def test_roberta_counts_positions_from_its_padding() -> None:
     plain = captured(bert)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
     roberta = hf.RobertaForSequenceClassification(hf.RobertaConfig(vocab_size=45, max_position_embeddings=20, **sizes))
     assert positions(plain) == POSITIONS
     assert positions(capture(roberta)) == 18
@@ -183,13 +200,16 @@ def test_class_names_are_sorted_and_recorded() -> None:
     assert program.config.label2id == {"bad": 0, "good": 1, "LABEL_2": 2}
     held_out = prepared({"text": ["w1"], "label": ["good"]}, program, like=train)
     assert held_out.rows.features["labels"] == [1]
-    with pytest.raises(ArtifactError, match=r"row 1: label 'god' is none of the classes \(did you mean 'good'\?\): bad, good"):
+    with pytest.raises(
+        ArtifactError, match=r"row 1: label 'god' is none of the classes \(did you mean 'good'\?\): bad, good"
+    ):
         prepared({"text": ["w1"], "label": ["god"]}, program, like=train)
 
 
 def test_class_names_the_checkpoint_knows_keep_their_numbers() -> None:
     program = labelled(id2label={0: "POSITIVE", 1: "NEGATIVE"}, label2id={"POSITIVE": 0, "NEGATIVE": 1})
-    assert prepared({"text": ["w1", "w2"], "label": ["NEGATIVE", "POSITIVE"]}, program).rows.features["labels"] == [1, 0]
+    ready = prepared({"text": ["w1", "w2"], "label": ["NEGATIVE", "POSITIVE"]}, program)
+    assert ready.rows.features["labels"] == [1, 0]
     assert program.config.id2label == {0: "POSITIVE", 1: "NEGATIVE"}
 
 
@@ -198,22 +218,34 @@ def test_training_and_evaluation_labels_are_of_one_kind() -> None:
     with pytest.raises(ArtifactError, match="row 1: label 'good' is not an integer, as other labels are"):
         prepared({"text": ["w1"], "label": ["good"]}, like=numbers)
     names = prepared({"text": ["w1", "w2"], "label": ["good", "bad"]})
-    with pytest.raises(ArtifactError, match="row 1: label 1 is neither an integer nor a class name|none of the classes"):
+    with pytest.raises(ArtifactError, match="row 1: label 1 is no class name, as others are"):
         prepared({"text": ["w1"], "label": [1]}, like=names)
 
 
 BAD_TABLES: dict[str, tuple[dict[str, list[Any]], dict[str, Any], str]] = {
-    "no column": ({"texts": ["a"], "label": [0]}, {}, "no column 'text' (did you mean 'texts'?); its columns: 'texts', 'label'"),
+    "no column": (
+        {"texts": ["a"], "label": [0]},
+        {},
+        "no column 'text' (did you mean 'texts'?); its columns: 'texts', 'label'",
+    ),
     "no label": ({"text": ["a"], "target": [0]}, {}, "no column 'label'; its columns: 'text', 'target'"),
     "no pair": ({"text": ["a"], "label": [0]}, {"text_pair": "b"}, "no column 'b'"),
     "missing": ({"text": ["a", None], "label": [0, 1]}, {}, "row 2: no value for 'text'"),
     "number": ({"text": ["a", 3], "label": [0, 1]}, {}, "row 2: 'text' is 3, not a text"),
-    "mixed": ({"text": ["a", "b"], "label": ["1", "good"]}, {}, "row 2: label 'good' is not an integer, as other labels are"),
+    "mixed": (
+        {"text": ["a", "b"], "label": ["1", "good"]},
+        {},
+        "row 2: label 'good' is not an integer, as other labels are",
+    ),
     "range": ({"text": ["a", "b"], "label": [0, 2]}, {}, "row 2: label 2, but the head has 2 classes, 0 to 1"),
     "negative": ({"text": ["a"], "label": [-1]}, {}, "row 1: label -1, but the head has 2 classes"),
     "fraction": ({"text": ["a"], "label": [0.5]}, {}, "row 1: label 0.5 is neither an integer nor a class name"),
     "unnamed": ({"text": ["a"], "label": [""]}, {}, "row 1: label '' is neither an integer nor a class name"),
-    "classes": ({"text": ["a", "b", "c"], "label": ["x", "y", "z"]}, {}, "3 classes in 'label' (x, y, z), but the head has 2;"),
+    "classes": (
+        {"text": ["a", "b", "c"], "label": ["x", "y", "z"]},
+        {},
+        "3 classes in 'label' (x, y, z), but the head has 2;",
+    ),
     "nothing": ({"text": [], "label": []}, {}, "no rows"),
 }
 
@@ -270,8 +302,8 @@ def test_a_masked_model_learns_what_is_hidden() -> None:
 
 
 def test_an_encoder_decoder_writes_its_label() -> None:
-    sizes = {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2}
-    config = hf.T5Config(vocab_size=45, decoder_start_token_id=0, eos_token_id=3, **sizes)
+    sizes: dict[str, Any] = {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+    config = hf.T5Config(**{**sizes, "vocab_size": 45, "decoder_start_token_id": 0, "eos_token_id": 3})
     program = capture(hf.T5ForConditionalGeneration(config))
     ready = prepared({"text": ["w1 w2", "w3"], "label": ["w9", "w8 w7"]}, program)
     batch = ready.collator([ready.rows[0], ready.rows[1]])
@@ -280,7 +312,12 @@ def test_an_encoder_decoder_writes_its_label() -> None:
 
 
 def vision() -> nn.Module:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
     return hf.ViTForImageClassification(hf.ViTConfig(image_size=8, patch_size=4, **sizes))
 
 
@@ -326,7 +363,7 @@ def test_padding_is_what_the_model_was_captured_with() -> None:
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path / "t.parquet", ROWS)
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UsageError, match=r"reading parquet needs pyarrow; pip install 'lorafx\[parquet\]'") as caught:
         read_table(file)
     assert isinstance(caught.value, LorafxError)

@@ -26,7 +26,7 @@ def test_the_first_example_runs_verbatim(
     lines = movies.read_text(encoding="utf-8").splitlines()
     (tmp_path / "train.csv").write_text("\n".join(lines[:97]) + "\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    exec(compile(blocks("python")[0], "README.md", "exec"), {"__name__": "readme"})  # noqa: S102
+    exec(compile(blocks("python")[0], "README.md", "exec"), {"__name__": "readme"})
     assert (tmp_path / "onnx" / "model.onnx").is_file()
     assert "ok" in capsys.readouterr().out.lower()
 

@@ -296,20 +296,21 @@ def test_peft_can_train_and_save_what_it_opened(run: Path, tmp_path: Path) -> No
     assert ours.keys() == theirs.keys()
 
 
-def test_a_fresh_module_that_does_not_train_reaches_peft_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "fresh"), [("bert", "bert.pooler.dense"), ("distilbert", "pre_classifier")])
+def test_a_fresh_module_that_does_not_train_reaches_peft_too(name: str, fresh: str, tmp_path: Path) -> None:
     import peft
 
-    model = build("bert")
-    state = {name: value for name, value in model.state_dict().items() if "pooler" not in name}
+    model = build(name)
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith(fresh)}
     model.save_pretrained(tmp_path / "base", state_dict=state)  # type: ignore[operator]
     program = lora(tmp_path / "base", Lora(rank=2))
-    assert program.source.fresh == {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    assert program.source.fresh == {f"{fresh}.weight", f"{fresh}.bias"}
     program.save(tmp_path / "run")
     opened = type(program.source.model).from_pretrained(tmp_path / "base")  # type: ignore[attr-defined]
     opened = peft.PeftModel.from_pretrained(opened, str(tmp_path / "run"))
-    ours, theirs = outputs(program.module(), "bert"), outputs(opened, "bert")
+    ours, theirs = outputs(program.module(), name), outputs(opened, name)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6 * float(theirs.abs().max()))
-    assert torch.equal(outputs(lorafx.load(tmp_path / "run").module(), "bert"), ours)
+    assert torch.equal(outputs(lorafx.load(tmp_path / "run").module(), name), ours)
 
 
 @pytest.mark.parametrize(
@@ -605,7 +606,7 @@ import sys
 import lorafx
 from lorafx.passes.lora import Lora
 program = lorafx.rewrite(lorafx.capture(sys.argv[1]), [Lora(rank=2)])
-for _ in range(20):
+for _ in range(10):
     program.save(sys.argv[2], overwrite=True)
 """
 #: Writes, with nothing to import first, a folder of many files.
@@ -613,19 +614,19 @@ WRITES = """
 import sys
 from lorafx.folder import new_folder
 with new_folder(sys.argv[1], "run", {}, overwrite=True) as folder:
-    for number in range(200):
+    for number in range(50):
         (folder / str(number)).write_bytes(bytes(1000))
 """
 
 
 def test_a_folder_killed_at_any_moment_never_passes_for_whole(tmp_path: Path) -> None:
-    kills = kill_nine([sys.executable, "-c", WRITES, str(tmp_path / "out")], tmp_path / "out", tries=30)
-    assert kills.killed >= 15
+    kills = kill_nine([sys.executable, "-c", WRITES, str(tmp_path / "out")], tmp_path / "out", tries=20)
+    assert kills.killed >= 10
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_never_passes_for_whole(checkpoint: Checkpoints, tmp_path: Path) -> None:
     command = [sys.executable, "-c", SAVES, str(checkpoint("bert")), str(tmp_path / "run")]
-    kills = kill_nine(command, tmp_path / "run", tries=10)
-    assert kills.killed >= 5
+    kills = kill_nine(command, tmp_path / "run", tries=6)
+    assert kills.killed >= 3
     lorafx.load(tmp_path / "run")

@@ -18,18 +18,31 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file
 from small import (
-    Notes, adapted, bert, bert_config, captured, example, gpt2, largest_difference, learned, llama, table, words
+    Notes,
+    adapted,
+    bert,
+    bert_config,
+    captured,
+    example,
+    gpt2,
+    largest_difference,
+    learned,
+    llama,
+    table,
+    words,
 )  # fmt: skip
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from lorafx.capture import capture
+from lorafx.data import Rows
 from lorafx.errors import ArtifactError, LorafxError, RecipeError, UsageError
 from lorafx.passes.lora import Lora
 from lorafx.pipeline import fold, rewrite
 from lorafx.program import Program
-from lorafx.training import LorafxCallback, MethodTrainerMixin, Trainer, last_checkpoint, state_of, train
+from lorafx.store import load
 from lorafx.trainer import STATE
+from lorafx.training import LorafxCallback, MethodTrainerMixin, Trainer, last_checkpoint, state_of, train
 
 WEIGHT = Notes().weight
 #: Rounding of sums in another order, after a few steps of AdamW at this learning rate on fp32 parameters of size 0.1.
@@ -46,10 +59,6 @@ def notes(program: Program) -> Tensor:
     found = torch.stack([value for name, value in program.learned().items() if name.endswith(".notes")])
     assert (found[:, :3] == found[0, :3]).all()
     return found[0, :3]
-
-
-def tensors(batch: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
 
 
 # ---- the plain loop
@@ -97,16 +106,15 @@ def test_trainer_does_what_the_loop_does() -> None:
     seen: list[dict[str, Tensor]] = []
 
     class Watch(Trainer):
-        def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any) -> Tensor:
+        def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
             seen.append({name: value.clone() for name, value in inputs.items()})
-            return super().training_step(model, inputs, *rest)
+            return super().training_step(model, inputs, num_items_in_batch)
 
     arguments = hf.TrainingArguments(
         "unused", per_device_train_batch_size=16, max_steps=5, learning_rate=1e-2, lr_scheduler_type="constant",
         max_grad_norm=0.5, report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", optim="adamw_torch",
     )  # fmt: skip
-    rows = [{**tensors(words()(text)), **words()(text), "labels": label} for text, label in zip(*table().values(), strict=True)]
-    Watch(program.module(), arguments, hf.DataCollatorWithPadding(words()), rows).train()
+    Watch(program.module(), arguments, hf.DataCollatorWithPadding(words()), rows_of()).train()
     assert len(seen) == 5
 
     model = twin.module()
@@ -156,7 +164,7 @@ def test_metrics_are_of_the_final_weights() -> None:
 @pytest.mark.parametrize("build", [gpt2, llama])
 def test_a_language_model_learns_texts(build: Callable[..., nn.Module]) -> None:
     program = adapted(captured(build))
-    held_out = {"text": [text for text in table(21, seed=1)["text"]]}
+    held_out = {"text": table(21, seed=1)["text"]}
     result = fit(program, eval_data=held_out, epochs=2)
     assert result.metrics["eval_loss"] < math.log(45)  # below that of guessing
     model, total, count = program.module().eval(), 0.0, 0
@@ -211,7 +219,8 @@ DROPS = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 def test_resumed_equals_uninterrupted_bit_by_bit(tmp_path: Path) -> None:
     base = captured(bert, **DROPS)  # dropout: the random state is resumed as well
     options: dict[str, Any] = {
-        "batch_size": 8, "accumulate": 2, "epochs": 2, "save_steps": 2, "keep_best": True, "eval_data": table(21, seed=1)
+        "batch_size": 8, "accumulate": 2, "epochs": 2, "save_steps": 2, "keep_best": True,
+        "eval_data": table(21, seed=1),
     }  # fmt: skip
     whole, broken, resumed = adapted(base), adapted(base), adapted(base, seed=2)
     expected = fit(whole, output_dir=tmp_path / "whole", **options)
@@ -263,9 +272,13 @@ def test_a_half_written_checkpoint_is_passed_over(checkpoints: Path, tmp_path: P
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(checkpoints: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"made by another recipe: it has .*lora_A.* as \(2, 32\), this program as \(3"):
+    with pytest.raises(
+        ArtifactError, match=r"made by another recipe: it has .*lora_A.* as \(2, 32\), this program as \(3"
+    ):
         fit(adapted(method=Notes(rank=3)), resume=checkpoints / "checkpoint-2")
-    with pytest.raises(ArtifactError, match=r"made by another recipe: it has .*notes as \(4,\), this program as missing"):
+    with pytest.raises(
+        ArtifactError, match=r"made by another recipe: it has .*notes as \(4,\), this program as missing"
+    ):
         fit(adapted(method=Lora(rank=2)), resume=checkpoints / "checkpoint-2")
 
 
@@ -290,7 +303,13 @@ class Spoil(TrainerCallback):
 def test_keep_best_ends_with_the_best_weights(tmp_path: Path) -> None:
     program = adapted()
     result = fit(
-        program, rows=256, epochs=2, eval_data=table(40, seed=1), output_dir=tmp_path, keep_best=True, callbacks=[Spoil()]
+        program,
+        rows=256,
+        epochs=2,
+        eval_data=table(40, seed=1),
+        output_dir=tmp_path,
+        keep_best=True,
+        callbacks=[Spoil()],
     )
     scores = {entry["step"]: entry["eval_accuracy"] for entry in result.history if "eval_accuracy" in entry}
     assert scores[16] > scores[32]  # else the test proves nothing
@@ -308,8 +327,19 @@ def test_keep_best_needs_no_folder_of_ones_own() -> None:
 
 
 def qwen3(**changes: Any) -> nn.Module:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
-    rest = {"vocab_size": 45, "num_key_value_heads": 2, "max_position_embeddings": 32, "pad_token_id": 0}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+    }
+    rest: dict[str, Any] = {
+        "vocab_size": 45,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32,
+        "pad_token_id": 0,
+    }
     return hf.Qwen3ForCausalLM(hf.Qwen3Config(**{**sizes, **rest, **changes}))
 
 
@@ -361,6 +391,14 @@ def test_the_graph_goes_where_its_tensors_go(build: Callable[..., nn.Module], ch
         assert logits.device.type == "meta"
 
 
+def test_the_module_compiles_without_a_break() -> None:
+    model, inputs = adapted().module(), example(True)
+    for training in (True, False):
+        expected = model.train(training)(**inputs).logits
+        torch.compiler.reset()
+        assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(**inputs).logits, expected)
+
+
 # ---- losses
 
 
@@ -377,8 +415,9 @@ def masked_bert() -> nn.Module:
 
 
 def t5() -> nn.Module:
-    sizes = {"d_model": 32, "d_ff": 48, "d_kv": 16, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
-    return hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=45, decoder_start_token_id=0, **sizes))
+    sizes: dict[str, Any] = {"vocab_size": 45, "d_model": 32, "d_ff": 48, "d_kv": 16, "num_layers": 1, "num_heads": 2}
+    rest: dict[str, Any] = {"dropout_rate": 0.0, "decoder_start_token_id": 0}
+    return hf.T5ForConditionalGeneration(hf.T5Config(**sizes, **rest))
 
 
 IDS = example(False)["input_ids"]
@@ -411,18 +450,27 @@ def test_a_model_without_a_loss_says_so() -> None:
 # ---- scripts of one's own
 
 
-def rows_of(count: int = 48) -> list[dict[str, Any]]:
-    return [{**words()(text), "labels": label} for text, label in zip(*table(count).values(), strict=True)]
+def rows_of(count: int = 48) -> Rows:
+    columns = table(count)
+    return Rows({**words()(columns["text"]), "labels": columns["label"]})
 
 
 def arguments(folder: Path, **changes: Any) -> hf.TrainingArguments:
-    plain = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "max_steps": 3}
+    plain: dict[str, Any] = {
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "max_steps": 3,
+    }
     return hf.TrainingArguments(str(folder), **{**plain, **changes})
 
 
 def test_the_mixin_joins_a_trainer_subclass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Smooth(hf.Trainer):
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
             outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
             loss = nn.functional.cross_entropy(outputs.logits, inputs["labels"], label_smoothing=0.1)
             return (loss, outputs) if return_outputs else loss
@@ -431,7 +479,10 @@ def test_the_mixin_joins_a_trainer_subclass(tmp_path: Path, capsys: pytest.Captu
         loss_is_scaled_for_ga = False
 
     parts = []
-    for split in ({"per_device_train_batch_size": 16}, {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}):
+    for split in (
+        {"per_device_train_batch_size": 16},
+        {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2},
+    ):
         program = adapted()
         Mine(program.module(), arguments(tmp_path, **split), hf.DataCollatorWithPadding(words()), rows_of()).train()
         assert notes(program).tolist() == [3, 3, 3]
@@ -443,7 +494,11 @@ def test_the_mixin_joins_a_trainer_subclass(tmp_path: Path, capsys: pytest.Captu
 def test_the_callback_serves_a_trainer_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program = adapted()
     hf.Trainer(
-        program.module(), arguments(tmp_path), hf.DataCollatorWithPadding(words()), rows_of(), callbacks=[LorafxCallback()]
+        program.module(),
+        arguments(tmp_path),
+        hf.DataCollatorWithPadding(words()),
+        rows_of(),
+        callbacks=[LorafxCallback()],
     ).train()
     assert notes(program).tolist() == [3, 3, 3]
     with pytest.raises(UsageError, match="holds no rewritten model"):
@@ -473,14 +528,29 @@ def test_a_program_without_methods_trains_in_full() -> None:
     program = captured(bert, seed=3).copy()
     result = fit(program)
     assert result.metrics["steps"] == 3
-    assert {name for name in program.learned()} == set(program.trainable())
+    assert set(program.learned()) == set(program.trainable())
+
+
+def test_class_names_survive_saving_and_folding(tmp_path: Path) -> None:
+    bert().save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    words().save_pretrained(tmp_path / "base")
+    program = rewrite(capture(tmp_path / "base"), [Lora(rank=2)])
+    columns = table(16)
+    named = {**columns, "label": [("no", "yes")[label] for label in columns["label"]]}
+    train(program, named, **FAST)  # with the tokenizer of the checkpoint
+    program.save(tmp_path / "run")
+    assert fold(load(tmp_path / "run")).config.id2label == {0: "no", 1: "yes"}
 
 
 # ---- errors
 
 
 def folded() -> Program:
-    program = fold(adapted())
+    return fold(adapted())
+
+
+def frozen() -> Program:
+    program = captured(bert).copy()
     for value in program.trainable().values():
         value.requires_grad_(False)
     return program
@@ -492,9 +562,19 @@ BAD: dict[str, tuple[Callable[[], Program], dict[str, Any], type[LorafxError], s
     "schedule": (adapted, {"schedule": "linea"}, UsageError, "unknown schedule 'linea' (did you mean 'linear'?)"),
     "trainer": (adapted, {"trainer": {"optimm": 1}}, UsageError, "no 'optimm' (did you mean 'optim'?)"),
     "value": (adapted, {"trainer": {"optim": "adamm"}}, UsageError, "training options: adamm is not a valid"),
+    "batch": (adapted, {"batch_size": 0}, UsageError, "batch_size = 0, but it is at least 1"),
+    "warmup": (adapted, {"warmup": 1.0}, UsageError, "warmup = 1.0, but it is at least 0 and below 1"),
+    "epochs": (adapted, {"epochs": 0}, UsageError, "epochs = 0 trains nothing; give epochs or max_steps"),
+    "length": (
+        adapted,
+        {"max_length": 2},
+        UsageError,
+        "max_length = 2 leaves no room for text beside 2 special tokens",
+    ),
     "best": (adapted, {"keep_best": True}, UsageError, "keep_best needs evaluation data"),
     "resume": (adapted, {"resume": True}, UsageError, "resume needs output_dir"),
-    "nothing": (folded, {}, UsageError, "nothing to train"),
+    "folded": (folded, {}, UsageError, "was made ready for evaluation (folded, say); train it before that"),
+    "nothing": (frozen, {}, UsageError, "nothing to train; rewrite it with a method"),
     "lost": (adapted, {"resume": "/no/such/checkpoint"}, ArtifactError, "not a whole checkpoint: no adapter_model"),
 }
 
@@ -559,6 +639,9 @@ def test_the_plain_loop_runs_in_two_processes(two_processes: Path) -> None:
         parts = [ddp_worker.loop_batch(step, rank) for rank in range(2)]
         batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         (model(**batch).loss + (model.penalty() or 0)).backward()
+        if step == 0:
+            for name in program.names("statistic"):
+                program.tensor(name)[0] += 0.5  # the mean over the processes
         model.before_step()
         optimizer.step()
         model.after_step()

@@ -1,0 +1,108 @@
+"""Running an exported model: the folder transformers' exporters write, through the runtime it was written for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import ArtifactError, UsageError
+from .inputs import InputSpec, specs_of
+from .precision import coarsest, dtype_name
+from .runner import PROVIDERS, Place, Runner
+
+#: ONNX's names of the dtypes weights come in.
+_ONNX_FLOATS = {"FLOAT16": torch.float16, "BFLOAT16": torch.bfloat16, "FLOAT": torch.float32, "DOUBLE": torch.float64}
+
+
+def open_exported(folder: Path, place: Place, label: str) -> Runner:
+    """A runner for a folder that transformers' exporters or lorafx wrote; see :func:`lorafx.runner.open_runner`."""
+    from transformers.exporters.base import ExportedModel
+
+    kind = _read_json(folder / "export.json").get("export_format", "unknown")
+    options: dict[str, Any] = _session_options(place) if kind == "onnx" else {"device": place.device()}
+    try:
+        exported = ExportedModel.from_pretrained(folder, local_files_only=True, **options)
+        names = list(exported.components)
+        if len(names) != 1:
+            parts = " and ".join(names)
+            raise UsageError(f"{folder}: exported for generation ({parts}); only single graphs are compared and timed")
+        backend: Any = exported.runners[names[0]]
+    except (ArtifactError, UsageError):
+        raise
+    except Exception as error:  # each runtime raises classes of its own for a broken file
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ArtifactError(f"{folder}: the {kind} model cannot be opened: {first}") from error
+    dtype = _exported_dtype(exported)
+    if place.dtype not in (None, dtype):
+        raise UsageError(f"{folder}: exported in {dtype_name(dtype)}; it cannot be computed in another dtype")
+    specs, used = _exported_specs(exported, backend), f"torch {place.provider}"
+    if kind == "onnx":
+        used = backend.session.get_providers()[0]
+    asked = PROVIDERS[place.provider] if kind == "onnx" else used
+    note = "" if used == asked else f"{asked} was asked for but cannot be loaded here; {used} ran it"
+
+    def call(inputs: dict[str, Any]) -> Any:
+        return backend(**inputs)
+
+    return Runner(label, kind, used, place.threads, dtype, specs, call, exported.config, folder, note=note)
+
+
+def _session_options(place: Place) -> dict[str, Any]:
+    """Options of an ONNX Runtime session that computes, and shares the machine, as torch does."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    # By default a session takes every core of the machine, and its threads go on spinning when it is done, which slows
+    # down whoever runs next.
+    options.intra_op_num_threads = place.threads
+    options.add_session_config_entry("session.intra_op.force_spinning_stop", "1")
+    cpu, cuda = PROVIDERS["cpu"], PROVIDERS["cuda"]
+    if place.provider == "cpu" or cuda not in onnxruntime.get_available_providers():
+        return {"session_options": options, "providers": [cpu]}
+    # torch computes fp32 matrix products in fp32 by default; ONNX Runtime would use TF32, 13 bits coarser.
+    return {"session_options": options, "providers": [(cuda, {"use_tf32": "0"}), cpu]}
+
+
+def _exported_dtype(exported: Any) -> torch.dtype:
+    """The lowest precision among the weights of an exported model."""
+    component = next(iter(exported.components.values()))
+    found = [getattr(torch, component.metadata.export_dtype)]
+    graph = getattr(component.program, "graph", None)
+    for value in getattr(graph, "initializers", {}).values():
+        dtype = _ONNX_FLOATS.get(value.dtype.name) if value.dtype is not None else None
+        # Scalars are constants of the conversion, not weights.
+        if dtype is not None and value.shape is not None and any(size != 1 for size in value.shape):
+            found.append(dtype)
+    return coarsest(found)
+
+
+def _exported_specs(exported: Any, backend: Any) -> tuple[InputSpec, ...]:
+    """What an exported model takes: from the session for ONNX, else from what was recorded at its export."""
+    recorded = next(iter(exported.components.values())).metadata.kwargs
+    tensors = {name: entry for name, entry in recorded.items() if "shape" in entry}
+    example = {
+        name: torch.zeros(entry["shape"], dtype=getattr(torch, entry["dtype"]), device="meta")
+        for name, entry in tensors.items()
+    }
+    specs = specs_of(example, exported.config)
+    session = getattr(backend, "session", None)
+    if session is None:
+        return specs
+    # The graph keeps the inputs it reads only; a name instead of a number is a free axis.
+    sizes = {
+        entry.name: tuple(s if isinstance(s, int) else None for s in entry.shape) for entry in session.get_inputs()
+    }
+    read = [spec for spec in specs if spec.name in sizes]
+    return tuple(InputSpec(spec.name, spec.dtype, sizes[spec.name], spec.low, spec.high) for spec in read)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{file}: not valid JSON ({error}); export the model again") from None
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,49 @@
+"""The normal form of a traced graph: one spelling for what a trace can say in several ways. Nothing computed changes."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+
+def normalise(graph: fx.Graph) -> None:
+    """Bring a traced graph into normal form.
+
+    - Checks of the dtype and device seen at capture go: they would refuse autocast, fp64 and any other device.
+    - A tensor cast to the dtype it has is the tensor: else a shared weight is read through its first user's cast.
+    - An operator that overwrites a value nobody else reads becomes the one that makes a new value.
+    """
+    for node in list(graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif node.target is aten.to.dtype and _is_idle(node):
+            node.replace_all_uses_with(node.args[0])
+        elif _overwrites_its_own(node):
+            node.target = _functional(node.target)
+    graph.eliminate_dead_code()
+
+
+def _is_idle(node: fx.Node) -> bool:
+    value = node.args[0]
+    return isinstance(value, fx.Node) and value.op == "get_attr" and value.meta["val"].dtype == node.args[1]
+
+
+def _overwrites_its_own(node: fx.Node) -> bool:
+    """Whether the node writes into its first argument, a fresh value that only it reads, and a pure twin exists."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable or not node.args:
+        return False
+    value = node.args[0]
+    if not isinstance(value, fx.Node) or not isinstance(value.target, torch._ops.OpOverload):
+        return False
+    writes = [argument.alias_info is not None and argument.alias_info.is_write for argument in node.target._schema.arguments]
+    fresh = all(result.alias_info is None for result in value.target._schema.returns)
+    return fresh and writes[0] and not any(writes[1:]) and len(value.users) == 1 and _functional(node.target) is not None
+
+
+def _functional(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    """``aten.add.Tensor`` for ``aten.add_.Tensor``."""
+    packet = getattr(aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
+    twin = getattr(packet, target._overloadname, None)
+    return twin if twin is not None and twin is not target and not twin._schema.is_mutable else None

@@ -1,0 +1,1 @@
+"""A pass for lorafx in a package of its own."""
