@@ -51,7 +51,6 @@ def lorafx_row(seed: int) -> dict[str, Any]:
         learning_rate=RATE,
         max_length=LENGTH,
         seed=seed,
-        evaluate=False,
     )
     trainable = sum(value.numel() for value in program.trainable().values())
     return {"accuracy": result.metrics["eval_accuracy"], "seconds": result.seconds, "trainable": trainable}
@@ -93,7 +92,7 @@ def peft_row(seed: int) -> dict[str, Any]:
             train_dataset=train_rows,  # type: ignore[arg-type]  # a list of rows is a dataset
             eval_dataset=test_rows,  # type: ignore[arg-type]
             data_collator=DataCollatorWithPadding(tokenizer),
-            compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+            compute_metrics=_accuracy,
         )
         started = time.perf_counter()
         trainer.train()
@@ -101,6 +100,10 @@ def peft_row(seed: int) -> dict[str, Any]:
         metrics = trainer.evaluate()
     trainable = sum(value.numel() for value in model.parameters() if value.requires_grad)
     return {"accuracy": metrics["eval_accuracy"], "seconds": seconds, "trainable": trainable}
+
+
+def _accuracy(prediction: Any) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
 def _encoded(path: Path, tokenizer: Any) -> list[dict[str, Any]]:

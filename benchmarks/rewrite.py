@@ -52,8 +52,8 @@ def rewrite_with_lorafx(folder: Path) -> dict[str, Any]:
     from transformers import LlamaForCausalLM  # noqa: F401
 
     import lorafx
-    from lorafx.bench import peak_memory
     from lorafx.capture import capture
+    from lorafx.memory import peak_memory
     from lorafx.passes.lora import Lora
     from lorafx.program import parameter_count
 
@@ -77,7 +77,7 @@ def wrap_with_peft(folder: Path, *, meta: bool) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from lorafx.bench import peak_memory
+    from lorafx.memory import peak_memory
     from lorafx.program import parameter_count
 
     importing = time.perf_counter() - started

@@ -14,12 +14,15 @@ import json
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# What libraries say to their own developers.
+warnings.filterwarnings("ignore", category=FutureWarning)
 
 import lorafx  # noqa: E402  (after the settings above)
 from examples import assets  # noqa: E402
@@ -67,8 +70,10 @@ def main() -> None:
     program = lorafx.rewrite(program, [Lora(targets="*encoder.layer.*", rank=8, alpha=16)])
     say(f"captured {program.name}, LoRA on {len(program.history[0].taken)} linear layers", started)
 
-    steps = {"max_steps": max(1, int(options.rows * options.epochs / 32))} if options.rows else {}
-    trained = lorafx.train(program, train_csv, eval_data=test_csv, epochs=options.epochs, max_length=64, **steps)
+    steps = max(1, int(options.rows * options.epochs / 32)) if options.rows else -1
+    trained = lorafx.train(
+        program, train_csv, eval_data=test_csv, epochs=options.epochs, max_steps=steps, max_length=64
+    )
     accuracy = trained.metrics["eval_accuracy"]
     say(f"held-out accuracy {accuracy:.3f}", started)
     program.save(out / "run", overwrite=True)

@@ -100,9 +100,7 @@ def _product(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
         yield _extend(inner, node, read, partial(_apply, own, inner.evaluate))
 
 
-def _patches(
-    analysis: AffineAnalysis, value: fx.Node, weight: Any, geometry: tuple[Any, ...]
-) -> Iterator[Region]:
+def _patches(analysis: AffineAnalysis, value: fx.Node, weight: Any, geometry: tuple[Any, ...]) -> Iterator[Region]:
     kernel = tuple(weight.meta["val"].shape[2:])
     stride, padding, dilation, groups = (*geometry, *(1, 0, 1, 1)[len(geometry) :])
     if groups != 1:
@@ -166,8 +164,9 @@ def _features(node: fx.Node, axis: int) -> int:
 
 def _same_shape(a: fx.Node, b: fx.Node) -> bool:
     left, right = a.meta.get("val"), b.meta.get("val")
-    both = isinstance(left, Tensor) and isinstance(right, Tensor)
-    return both and str(tuple(left.shape)) == str(tuple(right.shape))
+    if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+        return False
+    return str(tuple(left.shape)) == str(tuple(right.shape))
 
 
 def _add(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .errors import ArtifactError, UsageError
 from .inputs import Generator, length_limit, merged, pad_token
+from .memory import peak_memory
 from .runner import Runner, open_runner
 
 #: batch × length: a single short text, a small batch, a large one.
@@ -268,24 +269,6 @@ def _machine() -> dict[str, Any]:
 
 
 # ---- peak memory
-
-
-def peak_memory() -> int | None:
-    """The largest resident memory of this process so far, in bytes; None where the system does not tell.
-
-    On Linux ``ru_maxrss`` would also count the process that started this one, so the kernel's own mark is read.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        marks = [line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM")]
-        if marks:
-            return int(marks[0].split()[1]) * 1024
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _peak_of(folder: Path, shape: tuple[int, int], provider: str, threads: int) -> tuple[int | None, int | None]:

@@ -27,6 +27,7 @@ from .tree import has_tensor, named_tensors, put_tensor
 
 _log = logging.getLogger(__name__)
 
+
 def capture(
     source: str | PathLike[str] | nn.Module,
     task: str | None = None,

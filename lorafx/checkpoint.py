@@ -6,7 +6,6 @@ import json
 import shutil
 import struct
 from collections.abc import Mapping
-from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -166,6 +165,7 @@ def open_model(
 
 def _build_on_meta(cls: Any, path: Path, options: dict[str, Any]) -> nn.Module:
     import transformers
+    from transformers.initialization import no_init_weights
 
     dtype = options.pop("dtype", None)
     config = transformers.AutoConfig.from_pretrained(path, **options)
@@ -174,16 +174,10 @@ def _build_on_meta(cls: Any, path: Path, options: dict[str, Any]) -> nn.Module:
     previous = torch.get_default_dtype()
     torch.set_default_dtype(default or previous)
     try:
-        with torch.device("meta"), transformers.initialization.no_init_weights() if _has_no_init() else nullcontext():
+        with torch.device("meta"), no_init_weights():
             return cls.from_config(config) if cls.__name__.startswith("Auto") else cls(config)
     finally:
         torch.set_default_dtype(previous)
-
-
-def _has_no_init() -> bool:
-    import transformers
-
-    return hasattr(transformers, "initialization") and hasattr(transformers.initialization, "no_init_weights")
 
 
 def _first_line(error: BaseException) -> str:

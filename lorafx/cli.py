@@ -137,6 +137,7 @@ def rewrite(ctx: click.Context, checkpoint: Path, recipe: Path | None, passes: t
     from .capture import capture
     from .observe import Dump, Observer, VerifyEach
     from .pipeline import rewrite as apply
+    from .store import save_run
 
     steps = read_recipe(recipe, passes, ctx.args)
     if o["out"] is None and not o["dry_run"]:
@@ -145,14 +146,15 @@ def rewrite(ctx: click.Context, checkpoint: Path, recipe: Path | None, passes: t
     num_labels = o["num_labels"] or steps.model.get("num_labels")
     dtype = {"dtype": steps.model["dtype"]} if "dtype" in steps.model else {}
     opened = {"allow_pickle": o["allow_pickle"], "trust_remote_code": o["trust_remote_code"], **dtype}
-    _seed(o["seed"] if o["seed"] is not None else steps.model.get("seed", 0))
+    seed = o["seed"] if o["seed"] is not None else steps.model.get("seed", 0)
+    _seed(seed)
     observers: list[Observer] = [Dump(o["dump"])] if o["dump"] else []
     observers += [VerifyEach(double=o["double"])] if o["verify_each"] else []
     with _quiet():
         program = capture(checkpoint, task, num_labels, meta=not o["verify_each"], **opened)
         program = apply(program, steps, observers)
-        if not o["dry_run"]:
-            program.save(o["out"], overwrite=o["overwrite"])
+        if o["out"] is not None and not o["dry_run"]:
+            save_run(program, o["out"], o["overwrite"], train=steps.train, seed=seed)
     report = program.report
     _emit(report.to_json(), report.text(), o["as_json"])
 
@@ -322,9 +324,10 @@ def inspect(folder: Path, as_json: bool, **o: Any) -> None:
             _emit(manifest.to_json(), json.dumps(manifest.to_json(), indent=2), as_json)
             return
         program = open_program(folder, **o)
-    rows = [{"site": site.module, "kind": site.kind, "role": site.role, "block": site.block} for site in program.sites()]
+    sites = program.sites()
+    rows = [{"site": site.module, "kind": site.kind, "role": site.role, "block": site.block} for site in sites]
     report = program.report
-    text = "\n".join([report.text(), "", *map(str, program.sites())])
+    text = "\n".join([report.text(), "", *map(str, sites)])
     _emit({**report.to_json(), "weight_uses": rows}, text, as_json)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -190,6 +190,17 @@ class Edit:
         """Let ``reader`` alone read ``new`` where it read ``old``."""
         reader.replace_input_with(old, new)
         self._fresh = set()
+
+    def sweep(self, nodes: Iterable[fx.Node]) -> None:
+        """Erase those of ``nodes`` that nobody uses any more, and what was computed for them alone."""
+        stack, gone = list(nodes), set()
+        while stack:
+            node = stack.pop()
+            if node in gone or node.users or node.op in ("placeholder", "output") or node.is_impure():
+                continue
+            stack.extend(node.all_input_nodes)
+            self.program.graph.erase_node(node)
+            gone.add(node)
 
     def evaluate(self, node: fx.Node) -> Any:
         """The node's value on fake tensors.

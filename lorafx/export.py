@@ -206,7 +206,8 @@ class RewritingExporter(DynamoExporter):
         return torch.export.export(module, (), dict(inputs), dynamic_shapes=config.dynamic_shapes)
 
 
-class RewritingOnnxExporter(OnnxExporter, RewritingExporter):
+# The back end's methods stand for their base's, over another kind of program: that is how transformers declares them.
+class RewritingOnnxExporter(OnnxExporter, RewritingExporter):  # type: ignore[misc]  # pyright: ignore[reportIncompatibleMethodOverride]
     """transformers' ONNX exporter over the rewritten graph: its patches before, its conversion and fusions after."""
 
 

@@ -1,4 +1,4 @@
-"""The normal form of a traced graph: one spelling for what a trace can say in several ways. Nothing computed changes."""
+"""The normal form of a traced graph: one spelling for what a trace can say in several ways, the values unchanged."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ def _overwrites_its_own(node: fx.Node) -> bool:
     value = node.args[0]
     if not isinstance(value, fx.Node) or not isinstance(value.target, torch._ops.OpOverload):
         return False
-    writes = [argument.alias_info is not None and argument.alias_info.is_write for argument in node.target._schema.arguments]
+    written = [a.alias_info is not None and a.alias_info.is_write for a in node.target._schema.arguments]
     fresh = all(result.alias_info is None for result in value.target._schema.returns)
-    return fresh and writes[0] and not any(writes[1:]) and len(value.users) == 1 and _functional(node.target) is not None
+    alone = len(value.users) == 1 and written == [True, *[False] * (len(written) - 1)]
+    return fresh and alone and _functional(node.target) is not None
 
 
 def _functional(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:

@@ -66,7 +66,9 @@ class VerifyEach(Observer):
         else:
             ok = result.ok
         if not ok:
-            raise ParityError(f"pass {step.pass_name()!r} promised {step.promise.value} outputs, but {result.summary}")
+            raise ParityError(
+                f"pass {step.pass_name()!r} promised {step.promise.value} outputs, but {result.difference}"
+            )
 
 
 def _in_double(previous: Program, step: Pass) -> tuple[Program, Program]:

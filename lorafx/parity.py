@@ -110,20 +110,30 @@ class Comparison:
     @property
     def summary(self) -> str:
         """One line: the verdict and the worst case."""
-        limit = f"tolerance {self.tolerance:g} of the scale, {dtype_name(self.dtype)}"
+        if not self.cases:
+            return "nothing could be compared: " + "; ".join(self.notes or ("no inputs",))
+        if self.max_rel > self.tolerance:
+            return self.difference
+        if self.problems:
+            return self.problems[0]
+        count = len({case.inputs for case in self.cases})
+        batches = f"{count} batch{'es' if count > 1 else ''}"
+        return f"equal: largest difference {self.max_rel:.2g} of the scale over {batches} ({self._limit})"
+
+    @property
+    def difference(self) -> str:
+        """Where the worst case is and how far off."""
         worst = self.worst
         if worst is None:
-            return "nothing could be compared: " + "; ".join(self.notes or ("no inputs",))
-        if self.ok:
-            count = len({case.inputs for case in self.cases})
-            batches = f"{count} batch{'es' if count > 1 else ''}"
-            return f"equal: largest difference {self.max_rel:.2g} of the scale over {batches} ({limit})"
-        if self.max_rel <= self.tolerance:
-            return self.problems[0]
+            return self.summary
         if worst.problem:
             return f"{worst.output} for inputs {worst.inputs}: {worst.problem}"
         where = f"{worst.output}{list(worst.index)} for inputs {worst.inputs}"
-        return f"{where} differs by {self.relative(worst):.2g} of its scale ({limit})"
+        return f"{where} differs by {self.relative(worst):.2g} of its scale ({self._limit})"
+
+    @property
+    def _limit(self) -> str:
+        return f"tolerance {self.tolerance:g} of the scale, {dtype_name(self.dtype)}"
 
     def __str__(self) -> str:
         return self.summary

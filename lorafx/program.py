@@ -173,7 +173,7 @@ class Program:
                 target.copy_(value)
 
     def copy(self) -> Program:
-        """The same program with a graph and module tree of its own; tensors share storage, unless running updates them."""
+        """The same program with a graph and tree of its own; tensors share storage, unless running updates them."""
         graph = fx.Graph()
         result = graph.graph_copy(self.graph, {})
         if result is not None:
@@ -234,5 +234,3 @@ def updated(graph: fx.Graph) -> set[str]:
 def parameter_count(values: Iterable[Tensor]) -> int:
     """How many numbers the tensors hold."""
     return sum(value.numel() for value in values)
-
-

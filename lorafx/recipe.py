@@ -116,7 +116,7 @@ def pass_dict(step: Pass) -> dict[str, Any]:
 def parse_pass(entry: Mapping[str, Any], where: str) -> Pass:
     """A pass from its recipe table."""
     if not isinstance(entry, Mapping) or "name" not in entry:
-        raise RecipeError(f"{where}: no name; write name = \"lora\"")
+        raise RecipeError(f'{where}: no name; write name = "lora"')
     cls = pass_class(str(entry["name"]))
     return parse_options(cls, {k: v for k, v in entry.items() if k != "name"}, f"{where} ({entry['name']})")
 

@@ -13,11 +13,12 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from .errors import CaptureError
 from .site import module_path
@@ -44,14 +45,8 @@ def export_graph(
     model.train(training)
     try:
         while True:
-            try:
-                exported = trace_with(lambda candidate: _trace(model, example, candidate), model, shapes)
-                noisy = {path for path in _noisy_modules(exported.graph_module) if model.get_submodule(path).training}
-            except CaptureError as error:
-                noisy = _branching_module(model, error)
-                if not noisy:
-                    raise
-            if not noisy:
+            exported, noisy = _attempt(model, example, shapes)
+            if exported is not None and not noisy:
                 return exported
             for path in noisy:
                 model.get_submodule(path).training = False
@@ -63,6 +58,18 @@ def export_graph(
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def _attempt(model: nn.Module, example: Mapping[str, Any], shapes: Any) -> tuple[ExportedProgram | None, set[str]]:
+    """One trace, if there was one, and the paths of the modules whose training mode has to go."""
+    try:
+        exported = trace_with(lambda candidate: _trace(model, example, candidate), model, shapes)
+    except CaptureError as error:
+        branching = _branching_module(model, error)
+        if not branching:
+            raise
+        return None, branching
+    return exported, {path for path in _noisy_modules(exported.graph_module) if model.get_submodule(path).training}
 
 
 def _noisy_modules(graph_module: fx.GraphModule) -> set[str]:
@@ -114,7 +121,7 @@ def trace_with(attempt: Callable[[Any], T], model: nn.Module, shapes: Any) -> T:
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Tracing makes millions of small objects and few cycles; searching them for garbage would take a tenth of its time."""
+    """Tracing makes millions of small objects and few cycles: looking for garbage would take a tenth of its time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -128,7 +135,8 @@ def collector_paused() -> Iterator[None]:
 def cacheless(model: nn.Module) -> Iterator[None]:
     """Keep decoders from returning their cache, which no loss reads. Every submodule's config is told: a decoder inside
     an encoder-decoder has a config of its own."""
-    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")}
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if hasattr(config, "use_cache")}
     before = [(config, config.use_cache) for config in configs.values()]
     for config, _ in before:
         config.use_cache = False
@@ -154,10 +162,11 @@ def _trace(model: nn.Module, example: Mapping[str, Any], shapes: Any) -> Exporte
 def _exported(model: nn.Module, example: Mapping[str, Any], shapes: Any) -> ExportedProgram:
     if not hasattr(model, "config"):
         return torch.export.export(model, (), dict(example), dynamic_shapes=shapes)
-    from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+    from transformers.exporters.configs import DynamoConfig
+    from transformers.exporters.exporter_dynamo import DynamoExporter
 
     config = DynamoConfig(dynamic=shapes is not None, dynamic_shapes=shapes)
-    return DynamoExporter().export(model, dict(example), config).program
+    return DynamoExporter().export(cast(Any, model), dict(example), config).program
 
 
 def _check_free(exported: ExportedProgram, shapes: Any) -> None:
@@ -166,10 +175,10 @@ def _check_free(exported: ExportedProgram, shapes: Any) -> None:
     nodes = {node.name: node for node in exported.graph.find_nodes(op="placeholder") if node.name in inputs}
     for name, dims in (shapes or {}).items():
         value = nodes[name].meta.get("val") if name in nodes else None
-        fixed = [dim for dim in dims or () if isinstance(value, Tensor) and isinstance(value.shape[dim], int)]
-        if fixed:
-            size = value.shape[fixed[0]]
-            raise RuntimeError(f"the model's code fixes dimension {fixed[0]} of input {name!r} to {size}")
+        for dim in dims or () if isinstance(value, Tensor) else ():
+            if is_concrete_int(value.shape[dim]):
+                size = value.shape[dim]
+                raise RuntimeError(f"the model's code fixes dimension {dim} of input {name!r} to {size}")
 
 
 def _capture_error(model: nn.Module, error: Exception) -> CaptureError:

@@ -58,7 +58,7 @@ def checkpoint_of(recipe: Recipe, given: Path | None) -> Path:
     """The base folder: the one given, else the recipe's."""
     named = recipe.model.get("checkpoint")
     if given is None and named is None:
-        raise UsageError("no checkpoint: give --checkpoint FOLDER, or checkpoint = \"…\" under [model] in the recipe")
+        raise UsageError('no checkpoint: give --checkpoint FOLDER, or checkpoint = "…" under [model] in the recipe')
     return given if given is not None else Path(str(named))
 
 

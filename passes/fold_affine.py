@@ -43,7 +43,7 @@ class FoldAffine(Pass):
         biases = {key: _bias_name(region) for key, region in regions.items()}
         for region in site.regions:
             _rewire(edit, region, *names[region.key])
-        edit.program.graph.eliminate_dead_code()
+        edit.sweep(node for region in site.regions for node in region.nodes)
         _settle(edit, site, {key: weight for key, (weight, _) in names.items()})
         for key, (_, bias) in names.items():
             if bias is not None:
@@ -80,6 +80,7 @@ def _rewire(edit: Edit, region: Region, weight: str, bias: str | None) -> None:
     carrier = region.carrier
     assert carrier is not None
     use = WEIGHT_OPS[carrier.target]
+    replaced = [weight_of(carrier), bias_of(carrier)]
     carrier.update_arg(use.weight, edit.tensor(weight))
     if bias is not None:
         assert use.bias is not None
@@ -87,6 +88,7 @@ def _rewire(edit: Edit, region: Region, weight: str, bias: str | None) -> None:
         carrier.update_arg(use.bias, edit.tensor(bias))
     for node, kept in reversed(region.bypass):  # outer first: an inner one may be what an outer one keeps
         node.replace_all_uses_with(kept)
+    edit.sweep(node for node in replaced if node is not None)
 
 
 def _settle(edit: Edit, site: Group, weights: dict[Any, str]) -> None:

@@ -53,7 +53,7 @@ class FoldConstants(Pass):
         else:
             edit.set_tensor(name, value, "adapter")
         site.replace_all_uses_with(edit.tensor(name))
-        edit.program.graph.eliminate_dead_code()
+        edit.sweep([site])
 
 
 def _region(site: fx.Node) -> list[fx.Node]:

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from lorafx import bench as module
-from lorafx.bench import BenchResult, bench, peak_memory
+from lorafx.bench import BenchResult, bench
 from lorafx.errors import ArtifactError, UsageError
+from lorafx.memory import peak_memory
 from lorafx.runner import Runner, open_runner
 from tests.small import bert, captured
 
@@ -36,9 +37,8 @@ def result(checkpoint: Path) -> BenchResult:
 
 
 def test_everything_is_measured(result: BenchResult, checkpoint: Path) -> None:
-    assert [candidate.label for candidate in result.candidates] == ["eager", "bert program", "bert program #2"] or [
-        candidate.label for candidate in result.candidates
-    ] == ["eager", "BertForSequenceClassification", "BertForSequenceClassification #2"]
+    labels = ["eager", "BertForSequenceClassification", "BertForSequenceClassification #2"]
+    assert [candidate.label for candidate in result.candidates] == labels
     assert [(t.batch, t.length) for t in result.timings] == [shape for shape in SHAPES for _ in range(3)]
     for timing in result.timings:
         assert timing.rounds == 3
@@ -50,7 +50,7 @@ def test_everything_is_measured(result: BenchResult, checkpoint: Path) -> None:
     size = sum(file.stat().st_size for file in checkpoint.iterdir())
     assert (eager.kind, eager.provider, eager.threads, eager.bytes_on_disk) == ("checkpoint", "torch cpu", 1, size)
     assert (program.kind, program.bytes_on_disk, program.peak_bytes) == ("program", None, None)
-    assert eager.peak_bytes is not None
+    assert eager.peak_bytes is not None  # where the system does not tell, there is nothing to test
     assert eager.library_bytes is not None
     assert eager.peak_bytes > eager.library_bytes > 50e6
 
@@ -109,8 +109,8 @@ def test_errors_name_the_candidate(checkpoint: Path, tmp_path: Path) -> None:
         bench()
     with pytest.raises(ArtifactError, match="nowhere"):
         bench(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ArtifactError, match=r"empty: a process of its own cannot run it: .*config\.json"):
-        (tmp_path / "empty").mkdir()
         module._peak_of(tmp_path / "empty", (1, 2), "cpu", 1)
 
 
@@ -118,11 +118,6 @@ def test_peak_memory_is_the_process_own() -> None:
     """A child's mark does not start at its parent's, which holds torch and whatever tests made."""
     peak = peak_memory()
     assert peak is not None
-    code = "import sys; sys.path[:0] = sys.argv[1:]; import pathlib, types\n"
-    code += "text = pathlib.Path(sys.argv[2]).read_text(); start = text.index('def peak_memory')\n"
-    code += "names = {'Path': pathlib.Path, 'sys': sys}; exec('from __future__ import annotations\\n' + "
-    code += "text[start:text.index('def _peak_of')], names); print(names['peak_memory']())"
-    child = subprocess.run(
-        [sys.executable, "-c", code, ".", str(module.__file__)], capture_output=True, text=True, check=True
-    )
-    assert 0 < int(child.stdout) < peak
+    code = "from lorafx.memory import peak_memory; print(peak_memory())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < int(child.stdout) < peak / 2

@@ -409,7 +409,10 @@ PEFT: dict[str, tuple[str, Callable[[], peft.PeftConfig]]] = {
     "dora": ("bert", lambda: peft.LoraConfig(r=4, target_modules=["query", "value"], use_dora=True)),
     "dora-shared": ("albert", lambda: peft.LoraConfig(r=4, target_modules=["query"], use_dora=True)),
     "adalora": ("bert", lambda: peft.AdaLoraConfig(init_r=4, target_modules=["query"], total_step=10)),
-    "ia3": ("bert", lambda: peft.IA3Config(target_modules=["key", "output.dense"], feedforward_modules=["output.dense"])),
+    "ia3": (
+        "bert",
+        lambda: peft.IA3Config(target_modules=["key", "output.dense"], feedforward_modules=["output.dense"]),
+    ),
     "loha": ("bert", lambda: peft.LoHaConfig(r=4, target_modules=["query"])),
     "lokr": ("bert", lambda: peft.LoKrConfig(r=4, target_modules=["query"])),
     "vera": ("bert", lambda: peft.VeraConfig(r=4, target_modules=["query"])),
@@ -431,7 +434,7 @@ def test_captured_adapters_of_peft_fold_to_its_merged_weights(method: str):
     assert sum(map(operators(folded).count, ("linear.default", "addmm.default"))) == sum(
         map(operators(lorafx.pipeline.to_eval(zoo.captured(name))).count, ("linear.default", "addmm.default"))
     )
-    merged = {key: value for key, value in model.merge_and_unload().state_dict().items()}  # type: ignore[operator]
+    merged = model.merge_and_unload().state_dict()  # type: ignore[operator]
     values = {key.replace(".base_layer", ""): folded.tensor(key) for key in folded.roles}
     for key in merged.keys() & values.keys():
         # PEFT merges in fp32, we in fp64 and round: two roundings of the update apart.
@@ -459,7 +462,9 @@ expressions = st.recursive(
     lambda inner: st.one_of(
         st.builds(Node, st.just("linear"), st.tuples(inner), st.booleans()),
         st.builds(Node, st.just("low-rank"), st.tuples(inner)),
-        st.builds(Node, st.sampled_from(["gate", "shift", "minus", "over", "half", "view", "matmul"]), st.tuples(inner)),
+        st.builds(
+            Node, st.sampled_from(["gate", "shift", "minus", "over", "half", "view", "matmul"]), st.tuples(inner)
+        ),
         st.builds(Node, st.sampled_from(["add", "sub"]), st.tuples(inner, inner)),
     ),
     max_leaves=5,

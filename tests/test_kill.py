@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from kill_nine import kill_nine
 
 TRIES = int(os.environ.get("LORAFX_KILLS", "4"))

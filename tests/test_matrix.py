@@ -139,7 +139,7 @@ def test_folded_equals_unfolded(name: str):
 @families
 @pytest.mark.filterwarnings("default")  # the converter's own
 def test_onnx_equals_folded(name: str, tmp_path: Path):
-    from transformers.exporters import ExportedModel
+    from transformers.exporters.base import ExportedModel
 
     folded = lorafx.fold(zoo.randomised(lorafx.rewrite(zoo.captured(name), [LORA])))
     lorafx.export(folded, tmp_path / "onnx", format="onnx", provider="cpu")

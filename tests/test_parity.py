@@ -31,15 +31,10 @@ from lorafx.program import Program
 from lorafx.runner import Runner, named_outputs, open_runner
 from tests.small import POSITIONS, adapted, bert, llama, words
 
-#: ONNX's converter, its optimiser and the session warn about themselves.
-onnx_made = pytest.mark.filterwarnings("default")
-
 
 def vit() -> nn.Module:
-    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return hf.ViTForImageClassification(
-        hf.ViTConfig(image_size=16, patch_size=8, intermediate_size=48, num_labels=3, **sizes)
-    )
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 3}
+    return hf.ViTForImageClassification(hf.ViTConfig(image_size=16, patch_size=8, intermediate_size=48, **sizes))
 
 
 FAMILIES = {"bert": bert, "llama": llama, "vit": vit}
@@ -104,11 +99,8 @@ def answering(answer: Callable[[Mapping[str, Tensor], dict[str, Tensor]], Any], 
 # ---- equal
 
 
-@onnx_made
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_same_function_is_equal_in_every_form(
-    family: str, exported: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_the_same_function_is_equal_in_every_form(family: str, exported: Callable[[str], Path], tmp_path: Path) -> None:
     model: Any = eager(family)
     model.save_pretrained(tmp_path / "checkpoint")
     for other in (tmp_path / "checkpoint", program_of(family), program_of(family).module(), exported(family)):
@@ -118,7 +110,6 @@ def test_the_same_function_is_equal_in_every_form(
         assert str(result).startswith("equal: ")
 
 
-@onnx_made
 def test_shapes_are_odd_and_padded(exported: Callable[[str], Path]) -> None:
     shapes = [case.inputs for case in verify(exported("bert"), program_of("bert")).cases]
     # 33 is longer than this model's positions.
@@ -180,7 +171,6 @@ def test_real_texts_are_tokenised_in_batches(tmp_path: Path) -> None:
 # ---- different
 
 
-@onnx_made
 def test_a_small_perturbation_is_found(exported: Callable[[str], Path]) -> None:
     def perturb(model: Any) -> None:
         model.classifier.weight[1] *= 1 + 1e-3
@@ -335,7 +325,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / name for name in ("checkpoint", "run", "folded", "onnx")}
 
 
-@onnx_made
 def test_any_two_folders_compare(folders: dict[str, Path]) -> None:
     runners = {name: open_runner(folder) for name, folder in folders.items()}
     assert {name: runner.kind for name, runner in runners.items()} == {
@@ -352,7 +341,6 @@ def test_any_two_folders_compare(folders: dict[str, Path]) -> None:
         assert not verify(runners["checkpoint"], runners[name]).ok
 
 
-@onnx_made
 def test_token_types_count_when_both_take_them(folders: dict[str, Path]) -> None:
     specs = merged(open_runner(folders["folded"]).inputs, open_runner(folders["onnx"]).inputs)
     assert [spec.name for spec in specs if spec.high == 2 and not spec.is_mask] == ["token_type_ids"]
@@ -401,7 +389,6 @@ def _config_folder(folder: Path) -> Path:
     return folder
 
 
-@onnx_made
 def test_the_provider_is_the_one_that_runs(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 

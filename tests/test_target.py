@@ -170,8 +170,7 @@ def test_a_star_crosses_dots_and_a_dot_is_a_dot() -> None:
         ),
         (
             "query,.*key",
-            "target 'query,.*key', column 7: a regular expression cannot share a string with other items;"
-            " give a list",
+            "target 'query,.*key', column 7: a regular expression cannot share a string with other items; give a list",
         ),
         ("*.{a", "target '*.{a', column 3: '{' is never closed"),
         ("*.{}", "target '*.{}', column 4: '}' without alternatives before it"),
@@ -182,8 +181,7 @@ def test_a_star_crosses_dots_and_a_dot_is_a_dot() -> None:
         ),
         (
             "query, *.{0..}",
-            "target 'query, *.{0..}', column 12: '..' must stand between whole numbers,"
-            " as in {0..5} or {0..10..2}",
+            "target 'query, *.{0..}', column 12: '..' must stand between whole numbers, as in {0..5} or {0..10..2}",
         ),
         ("*.{0..5..0}", "target '*.{0..5..0}', column 4: '0..5..0' has step 0 or more than 10000 numbers"),
         ("*.{0..99999}", "target '*.{0..99999}', column 4: '0..99999' has step 0 or more than 10000 numbers"),
@@ -193,8 +191,7 @@ def test_a_star_crosses_dots_and_a_dot_is_a_dot() -> None:
         ),
         (
             "re:a{9999999999}",
-            "target 're:a{9999999999}', column 4: not a regular expression:"
-            " the repetition number is too large",
+            "target 're:a{9999999999}', column 4: not a regular expression: the repetition number is too large",
         ),
         ("re:a**", "target 're:a**', column 6: not a regular expression: multiple repeat"),
     ],
@@ -322,9 +319,7 @@ GROUP = braces(st.one_of(brace_range(), WORD, braces(st.one_of(brace_range(), WO
     st.lists(st.one_of(PLAIN, GROUP), min_size=1, max_size=4),
     st.lists(st.sampled_from("ab.x127"), max_size=4),
 )
-def test_braces_match_exactly_what_they_enumerate(
-    parts: list[tuple[str, set[str]]], other: list[str]
-) -> None:
+def test_braces_match_exactly_what_they_enumerate(parts: list[tuple[str, set[str]]], other: list[str]) -> None:
     glob = "".join(text for text, _ in parts)
     enumerated = {"".join(choice) for choice in itertools.product(*(sorted(words) for _, words in parts))}
     target = Target.parse("glob:" + glob)
@@ -410,9 +405,7 @@ def test_blocks_errors(spec: str, message: str) -> None:
 
 
 def test_hits_count_every_item_before_exclude_and_blocks() -> None:
-    selector = Selector(
-        Target.parse(["query", "valeu", "role:ffn.*"]), Target.parse("query"), Blocks.parse("0")
-    )
+    selector = Selector(Target.parse(["query", "valeu", "role:ffn.*"]), Target.parse("query"), Blocks.parse("0"))
     assert selector.hits(BERT) == {"query": 12, "valeu": 0, "role:ffn.*": 24}
 
 
@@ -543,9 +536,7 @@ def tiny(family: str) -> nn.Module:
         config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=30, bos_token_id=0, eos_token_id=0)
         return GPT2ForSequenceClassification(config)
     return RobertaForSequenceClassification(
-        RobertaConfig(
-            vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
-        )
+        RobertaConfig(vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
     )
 
 
@@ -557,9 +548,7 @@ def test_all_linear_takes_what_peft_takes(family: str) -> None:
     model = tiny(family)
     kinds = {nn.Linear: "linear", Conv1D: "addmm", nn.Embedding: "embedding"}
     uses = [use(name, kinds[type(m)]) for name, m in model.named_modules() if type(m) in kinds]
-    config = LoraConfig(
-        target_modules="all-linear", task_type=TaskType.SEQ_CLS, fan_in_fan_out=family == "gpt2"
-    )
+    config = LoraConfig(target_modules="all-linear", task_type=TaskType.SEQ_CLS, fan_in_fan_out=family == "gpt2")
     adapted = get_peft_model(model, config).named_modules()  # pyright: ignore[reportArgumentType]
     prefix = "base_model.model."
     expected = {name.removeprefix(prefix) for name, module in adapted if isinstance(module, LoraLayer)}

@@ -72,9 +72,9 @@ def sound(batch: int, length: int) -> dict[str, Any]:
 
 # ---- builders
 
-_TEXT = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_TEXT: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _TEXT |= {"intermediate_size": 48, "max_position_embeddings": 80, "num_labels": LABELS, "pad_token_id": 1}
-_DECODER = {**_TEXT, "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 2, "eos_token_id": 3}
+DECODER: dict[str, Any] = {**_TEXT, "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 2, "eos_token_id": 3}
 
 
 def _hidden(p: float) -> dict[str, Any]:
@@ -90,15 +90,25 @@ def _roberta(p: float) -> nn.Module:
 
 
 def _distilbert(p: float) -> nn.Module:
-    sizes = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 80}
-    dropouts = {"dropout": p, "attention_dropout": p, "seq_classif_dropout": p}
-    config = hf.DistilBertConfig(vocab_size=VOCABULARY, num_labels=LABELS, pad_token_id=1, **sizes, **dropouts)
+    sizes: dict[str, Any] = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 80}
+    dropouts: dict[str, Any] = {"dropout": p, "attention_dropout": p, "seq_classif_dropout": p}
+    tokens: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 1, "num_labels": LABELS}
+    config = hf.DistilBertConfig(**tokens, **sizes, **dropouts)
     return hf.DistilBertForSequenceClassification(config)
 
 
 def _deberta(p: float) -> nn.Module:
-    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
-    buckets = {"position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True, "max_relative_positions": -1}
+    relative: dict[str, Any] = {
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+    }
+    buckets: dict[str, Any] = {
+        "position_buckets": 8,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "max_relative_positions": -1,
+    }
     config = hf.DebertaV2Config(**_TEXT, **_hidden(p), **relative, **buckets, pooler_dropout=p)
     return hf.DebertaV2ForSequenceClassification(config)
 
@@ -109,53 +119,59 @@ def _albert(p: float) -> nn.Module:
 
 
 def _modernbert(p: float) -> nn.Module:
-    dropouts = {"embedding_dropout": p, "mlp_dropout": p, "attention_dropout": p, "classifier_dropout": p}
-    window = {"local_attention": 8, "layer_types": ["full_attention", "sliding_attention"]}
-    config = hf.ModernBertConfig(**_TEXT, **dropouts, **window, bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3)
+    dropouts: dict[str, Any] = {
+        "embedding_dropout": p,
+        "mlp_dropout": p,
+        "attention_dropout": p,
+        "classifier_dropout": p,
+    }
+    window: dict[str, Any] = {"local_attention": 8, "layer_types": ["full_attention", "sliding_attention"]}
+    config = hf.ModernBertConfig(
+        **_TEXT, **dropouts, **window, bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3
+    )
     return hf.ModernBertForSequenceClassification(config)
 
 
 def _gpt2(p: float) -> nn.Module:
-    sizes = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 80}
-    dropouts = {"resid_pdrop": p, "embd_pdrop": p, "attn_pdrop": p}
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 80}
+    dropouts: dict[str, Any] = {"resid_pdrop": p, "embd_pdrop": p, "attn_pdrop": p}
     return hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, **dropouts, bos_token_id=2, eos_token_id=3, pad_token_id=1))
 
 
 def _llama(p: float) -> nn.Module:
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**_DECODER, attention_dropout=p))
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER, attention_dropout=p))
 
 
 def _qwen3(p: float) -> nn.Module:
-    return hf.Qwen3ForCausalLM(hf.Qwen3Config(**_DECODER, attention_dropout=p, tie_word_embeddings=True))
+    return hf.Qwen3ForCausalLM(hf.Qwen3Config(**DECODER, attention_dropout=p, tie_word_embeddings=True))
 
 
 def _gemma(p: float) -> nn.Module:
-    return hf.GemmaForCausalLM(hf.GemmaConfig(**_DECODER, attention_dropout=p))
+    return hf.GemmaForCausalLM(hf.GemmaConfig(**DECODER, attention_dropout=p))
 
 
 def _mistral(p: float) -> nn.Module:
-    return hf.MistralForCausalLM(hf.MistralConfig(**_DECODER, attention_dropout=p, sliding_window=8))
+    return hf.MistralForCausalLM(hf.MistralConfig(**DECODER, attention_dropout=p, sliding_window=8))
 
 
 def _mixtral(p: float) -> nn.Module:
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    return hf.MixtralForCausalLM(hf.MixtralConfig(**_DECODER, attention_dropout=p, **experts))
+    experts: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return hf.MixtralForCausalLM(hf.MixtralConfig(**DECODER, attention_dropout=p, **experts))
 
 
 def _t5(p: float) -> nn.Module:
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    config = hf.T5Config(
-        vocab_size=VOCABULARY, **sizes, dropout_rate=p, pad_token_id=1, decoder_start_token_id=1, eos_token_id=3
-    )
-    return hf.T5ForConditionalGeneration(config)
+    sizes: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    tokens: dict[str, Any] = {"pad_token_id": 1, "decoder_start_token_id": 1, "eos_token_id": 3}
+    return hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=VOCABULARY, **sizes, **tokens, dropout_rate=p))
 
 
-_IMAGE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+_IMAGE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 _IMAGE |= {"image_size": 16, "patch_size": 8}
+_LABELS: dict[str, Any] = {"num_labels": LABELS}
 
 
 def _vit(p: float) -> nn.Module:
-    return hf.ViTForImageClassification(hf.ViTConfig(**_IMAGE, **_hidden(p), num_labels=LABELS))
+    return hf.ViTForImageClassification(hf.ViTConfig(**_IMAGE, **_hidden(p), **_LABELS))
 
 
 def _clip(p: float) -> nn.Module:
@@ -165,9 +181,9 @@ def _clip(p: float) -> nn.Module:
 def _whisper(p: float) -> nn.Module:
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-    sizes = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48}
-    dropouts = {"dropout": p, "attention_dropout": p, "activation_dropout": p}
-    tokens = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 4}
+    sizes: dict[str, Any] = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48}
+    dropouts: dict[str, Any] = {"dropout": p, "attention_dropout": p, "activation_dropout": p}
+    tokens: dict[str, Any] = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 4}
     return WhisperEncoder(
         hf.WhisperConfig(**sizes, **dropouts, **tokens, num_mel_bins=8, max_source_positions=16, vocab_size=VOCABULARY)
     )
@@ -225,7 +241,7 @@ def eager(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def randomised(program: Program, size: float = 0.3) -> Program:
-    """``program`` with normal random numbers in every adapter tensor that starts as zero, so that adapters do something."""
+    """``program`` with normal random numbers in every adapter tensor that is zero, so that adapters do something."""
     generator = torch.Generator().manual_seed(1)
     values = {name: program.tensor(name) for name in program.names("adapter")}
     zero = [name for name, value in values.items() if not value.any()]
