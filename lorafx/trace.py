@@ -175,9 +175,11 @@ def _check_free(exported: ExportedProgram, shapes: Any) -> None:
     nodes = {node.name: node for node in exported.graph.find_nodes(op="placeholder") if node.name in inputs}
     for name, dims in (shapes or {}).items():
         value = nodes[name].meta.get("val") if name in nodes else None
-        for dim in dims or () if isinstance(value, Tensor) else ():
-            if is_concrete_int(value.shape[dim]):
-                size = value.shape[dim]
+        if not isinstance(value, Tensor):
+            continue
+        for dim in dims or ():
+            size = value.shape[dim]
+            if is_concrete_int(size):
                 raise RuntimeError(f"the model's code fixes dimension {dim} of input {name!r} to {size}")
 
 

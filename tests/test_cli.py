@@ -97,7 +97,7 @@ def test_the_folders_open_without_lorafx(run: Path, tiny_checkpoint: Path, tmp_p
     import torch
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    from transformers.exporters import ExportedModel
+    from transformers.exporters.base import ExportedModel
 
     folded, onnx = tmp_path / "folded", tmp_path / "onnx"
     assert call("fold", run, "-o", folded).exit_code == 0
