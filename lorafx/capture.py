@@ -22,7 +22,7 @@ from .checkpoint import open_model, weight_hashes
 from .errors import CaptureError, UsageError
 from .normal import normalise
 from .program import Program, Signature, Source
-from .trace import cacheless, collector_paused, export_graph
+from .trace import cacheless, export_graph, lean
 from .tree import has_tensor, named_tensors, put_tensor
 
 _log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def capture(
     return _captured(origin, example, shapes, check=not meta)
 
 
-@collector_paused()
+@lean()
 def _captured(origin: Source, example: dict[str, Any], shapes: Any, *, check: bool) -> Program:
     """Traced in training mode if that gives the model's evaluation too, else in evaluation mode."""
     failure = None

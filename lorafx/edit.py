@@ -69,11 +69,14 @@ class Edit:
         key = short.removesuffix(".weight")
         if key not in entry.tensors:
             base = self.program.tensor(site.parameter)
-            device = torch.device("cpu") if base.is_meta else base.device
-            value = torch.zeros(shape, dtype=torch.promote_types(torch.float32, base.dtype), device=device)
+            # Made on the CPU, so that a seed gives the same values on every device; filled by numpy, since torch would
+            # wake its threads for each of these small tensors, which costs milliseconds on a busy machine.
+            value = torch.empty(shape, dtype=torch.promote_types(torch.float32, base.dtype))
+            value.numpy().fill(0)
             if init is not None:
                 with torch.no_grad():
                     init(value)
+            value = value if base.is_meta else value.to(base.device)
             name = self._unique(f"{site.module}.{short}")
             put_tensor(self.program.root, name, nn.Parameter(value))
             self.program.roles[name] = role

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,6 +88,22 @@ def test_quiet_models_log_nothing(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING, logger="lorafx"):
         check(zoo.build("bert"), zoo.text(2, 7))
     assert not [record for record in caplog.records if record.name.startswith("lorafx")]
+
+
+# ---- heads
+
+
+def test_what_the_checkpoint_did_not_hold_belongs_to_the_head(tmp_path: Path):
+    """A pooler that was trained is adapted, as in PEFT; one that was just made up has to be trained whole."""
+    whole = zoo.build("deberta-v2")
+    assert zoo.captured("deberta-v2").heads == ("classifier",)
+    whole.save_pretrained(tmp_path / "whole")  # type: ignore[operator]
+    assert lorafx.capture(tmp_path / "whole").heads == ("classifier",)
+    whole.deberta.save_pretrained(tmp_path / "bare")  # type: ignore[operator, union-attr]
+    bare = lorafx.capture(tmp_path / "bare", task="text-classification", num_labels=zoo.LABELS)
+    assert bare.heads == bare.default_trainable() == ("pooler", "classifier")
+    adapted = {item.module for item in lorafx.rewrite(bare, [Lora(rank=2)]).history[-1].inserted}
+    assert not {"pooler.dense", "classifier"} & adapted
 
 
 # ---- inner graphs and state
