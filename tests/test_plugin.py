@@ -18,6 +18,7 @@ SCRIPT = """
 import json, sys, tomllib
 import torch
 import lorafx
+from lorafx.observe import VerifyEach
 from lorafx.recipe import Recipe
 from lorafx.registry import known, pass_class, summary
 from zoo import build
@@ -36,7 +37,8 @@ penalty = model.penalty()
 penalty.backward()
 program.save(sys.argv[1] + "/run")
 again = lorafx.load(sys.argv[1] + "/run")
-folded = lorafx.fold(again)
+# In fp64, to 1e-12: these random adapters amplify fp32 rounding past the tolerance of a trained model.
+folded = lorafx.fold(again, [VerifyEach(double=True)])
 print(json.dumps({
     "known": dict(known()),
     "summary": summary("ia3"),
@@ -45,7 +47,7 @@ print(json.dumps({
     "step_zero": step_zero.max_abs,
     "penalty": float(penalty),
     "gradients": sum(value.grad is not None for value in program.trainable().values()),
-    "folded": lorafx.verify(program, folded).ok,
+    "folded": len(folded.history) > len(again.history),
     "names": sorted(folded.roles) == sorted(captured.roles),
     "peft": json.loads(open(sys.argv[1] + "/run/lorafx.json").read())["meta"]["peft"],
 }))
