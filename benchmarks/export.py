@@ -2,7 +2,7 @@
 
     python -m benchmarks.export
 
-MiniLM with LoRA on every linear layer: lorafx folds, replays its history on the exporter's capture and converts;
+MiniLM with LoRA on every linear layer: lorafx folds and converts;
 transformers exports the base model. Interleaved, medians of pairs.
 """
 

@@ -6,6 +6,7 @@ This module opens the model, chooses example inputs and dynamic shapes, has it t
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 from collections.abc import Mapping
@@ -238,7 +239,7 @@ def program_from(
     roles = {name: _role(name, id(value) in read, heads) for name, value in held.items()}
     roles.update({name: "constant" for name in held if name not in tensors})
     program = Program(graph, root, roles, signature, dict(example), source, heads)
-    return program.copy()
+    return dataclasses.replace(program.copy(), captured=program)
 
 
 def _range_of(exported: ExportedProgram) -> dict[str, Any]:

@@ -192,13 +192,12 @@ class RewritingExporter(DynamoExporter):
     def _rewrite(self, captured: ExportedProgram, model: nn.Module, inputs: Any, config: Any) -> ExportedProgram:
         root = self.rewritten.source.model
         names = {id(value): name for name, value in named_tensors(root)}
-        local = {names.get(id(value), name): name for name, value in named_tensors(model)}
+        if only_values_differ(self.rewritten):
+            local = {names.get(id(value), name): name for name, value in named_tensors(model)}
+            return _with_values(captured, self.rewritten, local)
         base = program_from(captured, Source(model), inputs, names)
         base.source, base.heads = self.rewritten.source, self.rewritten.heads
-        before = structure(base.graph)
         replayed = replay(self.rewritten, base, whole=model is root)
-        if structure(replayed.graph) == before:
-            return _with_values(captured, replayed, local)
         codegen = captured.module(check_guards=False).graph._codegen  # type: ignore[union-attr]
         module = fx.GraphModule(replayed.root, replayed.graph)
         module.graph.set_codegen(codegen)
@@ -238,19 +237,31 @@ def _cast(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return nn.Parameter(cast, requires_grad=False) if isinstance(value, nn.Parameter) else cast
 
 
+def only_values_differ(program: Program) -> bool:
+    """Whether ``program`` computes what was captured with other values in its tensors, as after merging adapters."""
+    if program.captured is None or program.config_changes:
+        return False
+    return structure(program.graph) == structure(to_eval(program.captured).graph)
+
+
 def structure(graph: fx.Graph) -> list[tuple[Any, ...]]:
-    """The graph without the names of its nodes: equal for graphs that differ in their tensors' values only."""
-    live = [node for node in graph.nodes if node.op != "get_attr" or node.users]
-    number = {node: index for index, node in enumerate(live)}
-    return [(n.op, str(n.target), str(fx.map_arg((n.args, n.kwargs), lambda a: f"%{number[a]}"))) for n in live]
+    """Operators and the shapes of tensors: equal for graphs that differ in their tensors' values only."""
+    operators = [node for node in graph.nodes if node.op != "get_attr"]
+    number = {node: f"%{index}" for index, node in enumerate(operators)}
+
+    def name(node: fx.Node) -> str:
+        return number.get(node) or f"{node.target}{getattr(node.meta.get('val'), 'shape', '')}"
+
+    return [(n.op, str(n.target), str(fx.map_arg((n.args, n.kwargs), name))) for n in operators]
 
 
 def _with_values(captured: ExportedProgram, program: Program, local: Mapping[str, str]) -> ExportedProgram:
-    """The capture with the program's values: nothing but weights changed, so no second trace is needed."""
+    """The capture with the program's values; it needs no second trace."""
+    shared: dict[int, torch.Tensor] = {}
     for name, value in named_tensors(program.root):
-        key = local.get(name, name)
-        if key in captured.state_dict and captured.state_dict[key].shape == value.shape:
-            captured.state_dict[key] = value
+        slot = captured.state_dict.get(local.get(name, name))
+        if slot is not None:
+            captured.state_dict[local.get(name, name)] = shared.setdefault(id(value), _cast(value, slot))
     return captured
 
 

@@ -91,6 +91,7 @@ class Program:
         stage: ``"train"`` (dropout and noise live) or ``"eval"``
         history: the passes applied, oldest first
         origin: the program this one was folded from, or None
+        captured: the program before any pass, or None when it was not kept
     """
 
     graph: fx.Graph
@@ -103,6 +104,7 @@ class Program:
     stage: str = "train"
     history: tuple[Applied, ...] = ()
     origin: Program | None = None
+    captured: Program | None = None
     #: Changes the config needs to describe the program, e.g. an output layer that is no longer tied.
     config_changes: dict[str, Any] = field(default_factory=dict)
 
