@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -27,6 +28,11 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 import lorafx  # noqa: E402  (after the settings above)
 from examples import assets  # noqa: E402
 from lorafx.passes.lora import Lora  # noqa: E402
+
+if TYPE_CHECKING:
+    from lorafx.bench import BenchResult
+    from lorafx.parity import Comparison
+    from lorafx.training import TrainResult
 
 
 def say(text: str, started: float) -> None:
@@ -52,17 +58,17 @@ def hugging_face_export(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
-def main() -> None:
-    """Run the demo."""
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--epochs", type=float, default=1.0, help="passes over the training sentences")
     parser.add_argument("--rows", type=int, default=None, help="train on the first so many sentences only")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="where to write")
-    options = parser.parse_args()
-    started = time.perf_counter()
-    out = options.out
-    out.mkdir(parents=True, exist_ok=True)
+    return parser.parse_args()
 
+
+def fine_tune(options: argparse.Namespace, started: float) -> tuple[lorafx.Program, TrainResult]:
+    """Capture, add LoRA, train, and save the trained run."""
     checkpoint, (train_csv, test_csv) = assets.minilm(), assets.movie_split()
     say(f"weights in {checkpoint}, {train_csv.name} and {test_csv.name} beside {train_csv.parent}", started)
 
@@ -74,33 +80,55 @@ def main() -> None:
     trained = lorafx.train(
         program, train_csv, eval_data=test_csv, epochs=options.epochs, max_steps=steps, max_length=64
     )
-    accuracy = trained.metrics["eval_accuracy"]
-    say(f"held-out accuracy {accuracy:.3f}", started)
-    program.save(out / "run", overwrite=True)
+    say(f"held-out accuracy {trained.metrics['eval_accuracy']:.3f}", started)
+    program.save(options.out / "run", overwrite=True)
+    return program, trained
 
+
+def deploy(program: lorafx.Program, out: Path, started: float) -> tuple[lorafx.Program, Comparison | None]:
+    """Fold the adapters into the weights; write the merged checkpoint and the verified ONNX model."""
     folded = lorafx.fold(program)
     lorafx.export(folded, out / "checkpoint", format="hf", overwrite=True)
     parity = lorafx.export(folded, out / "onnx", format="onnx", provider="cpu", overwrite=True)
     say(f"folded, exported and verified: {parity}", started)
+    return folded, parity
+
+
+def time_side_by_side(out: Path, started: float) -> BenchResult:
+    """Time what was deployed beside PyTorch and Hugging Face's own export."""
+    from lorafx.bench import bench
 
     baseline = hugging_face_export(out / "checkpoint", out / "hugging-face-onnx")
     say("Hugging Face's own export of the merged model is beside it", started)
-
-    from lorafx.bench import bench
-
-    timings = bench(
+    return bench(
         ("PyTorch, LoRA unmerged", out / "run"),
         ("PyTorch, merged", out / "checkpoint"),
         ("Hugging Face export", baseline),
         ("lorafx", out / "onnx"),
         repeats=10,
     )
-    report = folded.report.plus(training=trained.to_json(), parity=parity, bench=timings)
+
+
+def write_report(report: lorafx.Report, out: Path) -> None:
+    """The report in its three forms."""
     (out / "report.html").write_text(report.html(), encoding="utf-8")
     (out / "report.json").write_text(json.dumps(report.to_json(), indent=2), encoding="utf-8")
     (out / "report.txt").write_text(report.text(), encoding="utf-8")
 
-    print(f"held-out accuracy   {accuracy:.3f} on 1,500 sentences the training did not see")
+
+def main() -> None:
+    """Run the demo."""
+    options = arguments()
+    started = time.perf_counter()
+    out = options.out
+    out.mkdir(parents=True, exist_ok=True)
+
+    program, trained = fine_tune(options, started)
+    folded, parity = deploy(program, out, started)
+    timings = time_side_by_side(out, started)
+    write_report(folded.report.plus(training=trained.to_json(), parity=parity, bench=timings), out)
+
+    print(f"held-out accuracy   {trained.metrics['eval_accuracy']:.3f} on 1,500 sentences the training did not see")
     print(f"verified ONNX       {out / 'onnx'} ({parity})")
     print(timings.text())
     print(f"report              {(out / 'report.html').resolve()}")

@@ -151,3 +151,11 @@ class Method(SitePass):
 
     def after_step(self, state: MethodState) -> None:
         """Called after each optimiser step: schedules, masks, multipliers."""
+
+    def optimiser(self) -> Mapping[str, Mapping[str, float]]:
+        """Optimiser settings in which inserted parameters differ, by short name: ``{"gate": {"lr": 2e-2}}``."""
+        return {}
+
+    def describe(self, state: MethodState) -> Mapping[str, Any]:
+        """What was learned, for the report: titles and JSON values (a list of objects is shown as a table)."""
+        return {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,12 +13,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from .base import Method
 from .program import Inserted
+from .site import module_path
 from .tree import drop_tensor, get_tensor, has_tensor, named_tensors, own, put_tensor
 
 if TYPE_CHECKING:
     from .base import Pass
     from .program import Program
     from .site import Site
+
+aten = torch.ops.aten
 
 
 class Edit:
@@ -32,6 +35,7 @@ class Edit:
         self.program = program
         self.step = step
         self._inserted: dict[str, Inserted] = {}
+        self._owned: dict[tuple[str, str], str] = {}
         self._place: fx.Node | None = None
         self._meta: dict[str, Any] = {}
         self._fresh: set[fx.Node] = set()
@@ -53,6 +57,7 @@ class Edit:
         shape: tuple[int, ...],
         init: Callable[[Tensor], object] | None = None,
         role: str = "adapter",
+        owner: str | None = None,
     ) -> fx.Node:
         """A trainable parameter of ``site``'s module, made and initialised on first use.
 
@@ -64,24 +69,60 @@ class Edit:
             shape: its shape
             init: fills the new tensor in place; it is zero without
             role: one of :data:`lorafx.program.ROLES`
+            owner: the path to keep it under instead of the module's; all who name one owner share its tensor, which is
+                stored once
         """
-        entry = self._inserted.setdefault(site.module, Inserted(site.module, site.block, {}))
+        entry = self._entry(site)
         key = short.removesuffix(".weight")
+        if owner is not None and (owner, key) in self._owned:
+            entry.tensors[key] = self._owned[owner, key]
         if key not in entry.tensors:
             base = self.program.tensor(site.parameter)
-            # Made on the CPU, so that a seed gives the same values on every device; filled by numpy, since torch would
-            # wake its threads for each of these small tensors, which costs milliseconds on a busy machine.
-            value = torch.empty(shape, dtype=torch.promote_types(torch.float32, base.dtype))
-            value.numpy().fill(0)
+            # Made on the CPU, so that a seed gives the same values on every device.
+            value = torch.zeros(shape, dtype=torch.promote_types(torch.float32, base.dtype))
             if init is not None:
                 with torch.no_grad():
                     init(value)
             value = value if base.is_meta else value.to(base.device)
-            name = self._unique(f"{site.module}.{short}")
+            name = self._unique(f"{owner or site.module}.{short}")
             put_tensor(self.program.root, name, nn.Parameter(value))
             self.program.roles[name] = role
-            entry.tensors[key] = name
+            entry.tensors[key] = self._owned[owner or site.module, key] = name
         return self.tensor(entry.tensors[key])
+
+    def earlier(self, site: Site, *shorts: str) -> Pass | None:
+        """The pass that inserted tensors of these short names at ``site`` before; from now on they are this one's too.
+
+        None when no pass did.
+        """
+        for applied in reversed(self.program.history):
+            for entry in applied.inserted:
+                if entry.module == site.module and set(shorts) <= set(entry.tensors):
+                    self._entry(site).tensors.update({short: entry.tensors[short] for short in shorts})
+                    return applied.step
+        return None
+
+    def statistic(self, short: str, value: Tensor, site: Site | None = None) -> str:
+        """A buffer that training keeps: one of ``site``'s module, or of the pass as a whole. Returns its name.
+
+        Saved, resumed, and the same in every process of a data-parallel group.
+        """
+        entry = self._entry(site)
+        if short not in entry.tensors:
+            owner = site.module if site is not None else self.step.pass_name().replace("-", "_")
+            name = self._unique(f"{owner}.{short}")
+            put_tensor(self.program.root, name, value.to(self.program.device))
+            self.program.roles[name] = "statistic"
+            entry.tensors[short] = name
+        return entry.tensors[short]
+
+    def names(self, site: Site) -> dict[str, str]:
+        """The tensors this pass has at ``site``, by short name."""
+        return self._entry(site).tensors
+
+    def _entry(self, site: Site | None) -> Inserted:
+        module, block = (site.module, site.block) if site is not None else ("", None)
+        return self._inserted.setdefault(module, Inserted(module, block, {}))
 
     def tensor(self, name: str) -> fx.Node:
         """The node that reads the tensor ``name``; one a graph, at its top."""
@@ -135,9 +176,13 @@ class Edit:
             if value.is_floating_point() and any(name == m or name.startswith(m + ".") for m in modules)
         ]
         for name in names:
-            value = get_tensor(self.program.root, name)
-            (value if value.is_meta else own(self.program.root, name)).requires_grad_(True)
+            self.train_tensor(name)
         return names
+
+    def train_tensor(self, name: str) -> None:
+        """Make one parameter trainable, with storage of its own."""
+        value = get_tensor(self.program.root, name)
+        (value if value.is_meta else own(self.program.root, name)).requires_grad_(True)
 
     def freeze(self) -> None:
         """Stop the base from training, unless an earlier method did: what that one trains goes on training."""
@@ -160,8 +205,19 @@ class Edit:
     @contextmanager
     def after(self, node: fx.Node) -> Iterator[None]:
         """Insert what follows right after ``node``, in order, as part of the module that ran it."""
+        with self._at(node.next, node):
+            yield
+
+    @contextmanager
+    def before(self, node: fx.Node) -> Iterator[None]:
+        """Insert what follows right before ``node``, in order, as part of the module that runs it."""
+        with self._at(node, node):
+            yield
+
+    @contextmanager
+    def _at(self, place: fx.Node, module: fx.Node) -> Iterator[None]:
         previous = self._place, self._meta
-        self._place, self._meta = node.next, self._provenance(node)
+        self._place, self._meta = place, self._provenance(module)
         try:
             yield
         finally:
@@ -176,6 +232,48 @@ class Edit:
         node.meta["val"] = self.evaluate(node)
         self._fresh.add(node)
         return node
+
+    def noise(self, kind: Literal["normal", "uniform"], like: fx.Node) -> fx.Node:
+        """Noise of ``like``'s shape, N(0, 1) or U(0, 1), drawn anew in each training forward.
+
+        Evaluation takes its median (0 or ½), and recomputed activations see the same draw.
+        """
+        return self.call(aten.randn_like.default if kind == "normal" else aten.rand_like.default, like)
+
+    def accumulate(self, name: str, value: fx.Node) -> None:
+        """Add ``value`` to the statistic ``name`` in every training forward.
+
+        Done at the end of the graph, outside all blocks: recomputing a block's activations must not count twice.
+        """
+        total = self.tensor(name)
+        with self.program.graph.inserting_before(self.program.graph.output_node()):
+            detached = self.program.graph.call_function(aten.detach.default, (value,))
+            added = self.program.graph.call_function(aten.add_.Tensor, (total, detached))
+        for node in (detached, added):
+            node.meta.update(nn_module_stack={}, lorafx_pass=self.step.pass_name(), val=value.meta["val"])
+
+    # ---- what stands around a weight
+
+    def output(self, site: Site) -> fx.Node:
+        """The node of ``site``'s result with all that earlier passes added to it."""
+        node = site.node
+        while True:
+            following = [user for user in node.users if user.target is aten.add.Tensor and user.args[0] is node]
+            added = [user for user in following if self._belongs(user, site)]
+            if not added:
+                return node
+            node = added[0]
+
+    def replace_input(self, site: Site, new: fx.Node) -> None:
+        """Let ``site``'s weight, and what earlier passes put beside it, read ``new`` instead of its input."""
+        old = site.input
+        for user in list(old.users):
+            if user is site.node or (user not in self._fresh and self._belongs(user, site)):
+                user.replace_input_with(old, new)
+        self._fresh = set()
+
+    def _belongs(self, node: fx.Node, site: Site) -> bool:
+        return "lorafx_pass" in node.meta and module_path(node, "") == site.module
 
     def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         """``node`` in ``dtype``; ``node`` itself when it has it already."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from .base import Method
 from .errors import UsageError
+from .program import updated
 from .segments import compile_graph
 from .tree import get_tensor
 
@@ -45,11 +47,31 @@ class MethodState:
         sites: one entry for each module the pass rewrote
         step: optimiser steps taken so far
         total_steps: how many there will be, or None when the loop did not say
+        shared: the tensors that belong to the pass as a whole, by short name
     """
 
     sites: tuple[SiteState, ...]
     step: int
     total_steps: int | None
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def planned_steps(self) -> int:
+        """``total_steps``; UsageError when a schedule needs it and the loop did not say."""
+        if self.total_steps is None:
+            raise UsageError("a schedule needs the number of steps: set model.total_steps before the first one")
+        return self.total_steps
+
+
+def method_state(
+    applied: Applied, tensor: Callable[[str], Tensor], step: int = 0, total_steps: int | None = None
+) -> MethodState:
+    """The state of one entry of a program's history; ``tensor`` gives the tensors by name."""
+    states = [
+        SiteState(i.module, i.block, {k: tensor(name) for k, name in i.tensors.items()}) for i in applied.inserted
+    ]
+    shared = next((state.tensors for state in states if not state.module), {})
+    return MethodState(tuple(state for state in states if state.module), step, total_steps, shared)
 
 
 class RewrittenModel(nn.Module):
@@ -105,11 +127,30 @@ class RewrittenModel(nn.Module):
                 yield applied.step, applied
 
     def _state(self, applied: Applied) -> MethodState:
-        sites = tuple(
-            SiteState(i.module, i.block, {short: get_tensor(self, name) for short, name in i.tensors.items()})
-            for i in applied.inserted
-        )
-        return MethodState(sites, int(self.clock), self.total_steps)
+        return method_state(applied, lambda name: get_tensor(self, name), int(self.clock), self.total_steps)
+
+    def parameter_settings(self) -> dict[str, Mapping[str, float]]:
+        """Optimiser settings in which parameters differ from the others, by name (a learning rate of gates, say)."""
+        return {
+            name: settings
+            for method, applied in self._methods()
+            for entry in applied.inserted
+            for short, settings in method.optimiser().items()
+            if (name := entry.tensors.get(short)) is not None
+        }
+
+    def parameter_groups(self, **settings: Any) -> list[dict[str, Any]]:
+        """The trainable parameters as an optimiser takes them: ``AdamW(model.parameter_groups(lr=1e-3))``.
+
+        ``settings`` hold for all but those that a method sets apart.
+        """
+        own = self.parameter_settings()
+        groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for name, value in self.named_parameters():
+            if value.requires_grad:
+                chosen = {**settings, **own.get(name, {})}
+                groups.setdefault(tuple(sorted(chosen.items())), {"params": [], **chosen})["params"].append(value)
+        return list(groups.values())
 
     def penalty(self) -> Tensor | None:
         """The sum of the methods' loss terms for the current parameters, or None when no method has one."""
@@ -128,11 +169,16 @@ class RewrittenModel(nn.Module):
         """Give every process of a data-parallel group the same statistics, so that all take the same decisions."""
         if not (distributed.is_available() and distributed.is_initialized()):
             return
-        for name in self.program.names("statistic"):
+        for name in sorted(self._measured):
             value = get_tensor(self, name)
-            if value.is_floating_point():
-                distributed.all_reduce(value.data)
-                value.data.div_(distributed.get_world_size())
+            distributed.all_reduce(value.data)
+            value.data.div_(distributed.get_world_size())
+
+    @cached_property
+    def _measured(self) -> set[str]:
+        """The statistics that the forward pass takes, which differ from process to process; others follow from them."""
+        statistics = set(self.program.names("statistic"))
+        return {name for name in updated(self.program.graph) & statistics if get_tensor(self, name).is_floating_point()}
 
     @torch.no_grad()
     def after_step(self) -> None:

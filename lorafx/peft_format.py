@@ -18,7 +18,7 @@ from torch import nn
 from .edit import aliases
 
 if TYPE_CHECKING:
-    from .passes.lora import Lora
+    from .lowrank import LowRank
     from .program import Inserted, Program
     from .site import Site
 
@@ -42,11 +42,12 @@ class _InexpressibleError(Exception):
 
 @dataclass(frozen=True)
 class _Adapted:
-    """One module that a LoRA pass adapted."""
+    """One module that a pass of the LoRA family adapted."""
 
     module: str
-    step: Lora
+    step: LowRank
     site: Site
+    rank: int
 
 
 def adapter_keys(program: Program) -> dict[str, str]:
@@ -92,17 +93,24 @@ def adapter_config(program: Program) -> tuple[dict[str, Any] | None, str]:
 
 
 def _adapted(program: Program) -> list[_Adapted]:
-    from .passes.lora import Lora
+    from .lowrank import LowRank
 
     sites = {site.module: site for site in program.sites() if program.roles.get(site.parameter) != "adapter"}
     result: list[_Adapted] = []
+    seen: set[str] = set()
     for applied in program.history:
         for entry in applied.inserted:
-            if not isinstance(applied.step, Lora) or not _plain_pair(program, entry):
+            factors = {name for name in entry.tensors.values() if program.roles[name] != "statistic"}
+            if factors <= seen:  # a pass that only looks after what an earlier one inserted, or keeps counts
+                continue
+            seen |= factors
+            if not isinstance(applied.step, LowRank) or not _plain_pair(program, entry):
                 raise _InexpressibleError(f"{applied.step.pass_name()} inserted what PEFT's LoRA does not have")
             if entry.module not in sites or not _supported(program, entry.module):
                 raise _InexpressibleError(f"PEFT cannot adapt {entry.module}")
-            result.append(_Adapted(entry.module, applied.step, sites[entry.module]))
+            first = next(name for short, name in entry.tensors.items() if short.endswith("_A"))
+            rank = program.tensor(first).shape[0]
+            result.append(_Adapted(entry.module, applied.step, sites[entry.module], rank))
     if not result:
         raise _InexpressibleError("no LoRA adapter was inserted")
     return result
@@ -199,8 +207,8 @@ def _task_type(model: str, paths: list[str], saved: list[str]) -> str | None:
 
 def _scales(adapted: list[_Adapted]) -> dict[str, Any]:
     """Rank, alpha and dropout with their exceptions."""
-    rslora = all(entry.step.rslora for entry in adapted)
-    ranks = {entry.module: entry.step.rank_of(entry.site) for entry in adapted}
+    rslora = all(getattr(entry.step, "rslora", False) for entry in adapted)
+    ranks = {entry.module: entry.rank for entry in adapted}
     # What PEFT divides alpha by, to get back the scale.
     divisors = {module: math.sqrt(rank) if rslora else rank for module, rank in ranks.items()}
     alphas = {e.module: _plain(e.step.scale_of(e.site) * divisors[e.module]) for e in adapted}

@@ -72,7 +72,7 @@ class Report:
         passes: the history, oldest first
         roles: tensors by role
         notes: plain sentences: what the passes buy, what to know
-        sections: what was measured afterwards (``parity``, ``training``, ``benchmark``, ``sizes``, …), JSON values
+        sections: what methods learned, and what was measured (``parity``, ``training``, ``benchmark``, …), JSON values
     """
 
     model: Mapping[str, Any]
@@ -155,7 +155,23 @@ def report_of(program: Program) -> Report:
     }
     passes = tuple(_pass_report(program, applied) for applied in program.history)
     roles = _roles(program)
-    return Report(model, passes, roles, tuple(_notes(program, roles)))
+    return Report(model, passes, roles, tuple(_notes(program, roles)), _learned(program))
+
+
+def _learned(program: Program) -> dict[str, Any]:
+    """What each method says of what it learned, by titles that name it; of the program before it was folded."""
+    from .base import Method
+    from .module import method_state
+
+    source = program.origin or program
+    if source.device.type == "meta":
+        return {}
+    return {
+        f"{applied.step.pass_name()}: {title}": json_value(value)
+        for applied in source.history
+        if isinstance(applied.step, Method)
+        for title, value in applied.step.describe(method_state(applied, source.tensor)).items()
+    }
 
 
 def _pass_report(program: Program, applied: Applied) -> PassReport:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,6 +66,7 @@ class Site:
         block: index of the block, read from the module path; None outside blocks
         role: what the weight does, e.g. ``attn.query``
         node: the operator's node in the program's graph
+        blocks: how many blocks its stack has (an encoder's and a decoder's are two); 0 outside blocks
     """
 
     module: str
@@ -75,6 +77,7 @@ class Site:
     block: int | None
     role: str
     node: fx.Node = field(repr=False, compare=False)
+    blocks: int = 0
 
     def __str__(self) -> str:
         return f"{self.module} ({self.kind} {self.out_features}x{self.in_features}, {self.role})"
@@ -95,6 +98,12 @@ class Site:
 def block_of(module: str) -> int | None:
     """The first number in a module path: ``encoder.layer.3.output`` is in block 3."""
     return next((int(part) for part in module.split(".") if part.isdigit()), None)
+
+
+def stack_of(module: str) -> str:
+    """What stands before the first number in a module path: ``encoder.layer`` for ``encoder.layer.3.output``."""
+    parts = module.split(".")
+    return ".".join(itertools.takewhile(lambda part: not part.isdigit(), parts))
 
 
 def module_path(node: fx.Node, fallback: str) -> str:
@@ -124,7 +133,12 @@ def find_sites(program: Program) -> list[Site]:
         if _is_matrix(program.root, weight):
             for user in _users(weight):
                 read[user].append(weight)
-    return [_site(program, node, weight) for node in program.graph.nodes for weight in read[node]]
+    sites = [_site(program, node, weight) for node in program.graph.nodes for weight in read[node]]
+    blocks: dict[str, int] = defaultdict(int)
+    for site in sites:
+        if site.block is not None:
+            blocks[stack_of(site.module)] = max(blocks[stack_of(site.module)], site.block + 1)
+    return [replace(site, blocks=blocks[stack_of(site.module)]) if site.block is not None else site for site in sites]
 
 
 #: Operators that show a stack of weights from another side; the use is what follows.

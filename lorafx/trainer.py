@@ -114,8 +114,9 @@ class LorafxCallback(TrainerCallback):
 class MethodTrainerMixin(_TrainerBase):
     """What a transformers Trainer needs to train a rewritten model: ``class MyTrainer(MethodTrainerMixin, Trainer)``.
 
-    Adds the methods' penalty to the training loss, calls them around the optimiser's step, keeps weight decay off
-    gates, and writes checkpoints of what is learned alone, from which training resumes bit by bit.
+    Adds the methods' penalty to the training loss, calls them around the optimiser's step, gives gates the learning
+    rate a method asks for and keeps weight decay off them, and writes checkpoints of what is learned alone, from which
+    training resumes bit by bit.
     """
 
     def __init__(self, model: Any = None, args: Any = None, *rest: Any, **kwargs: Any):
@@ -170,6 +171,24 @@ class MethodTrainerMixin(_TrainerBase):
         """The parameters weight decay acts on: not gates, which it would pull towards their threshold."""
         roles = rewritten_model(model).program.roles
         return [name for name in super().get_decay_parameter_names(model) if roles.get(name) != "gate"]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' optimiser, with groups of their own for parameters that a method sets apart."""
+        given = self.optimizer is not None
+        optimizer: Any = super().create_optimizer(*args, **kwargs)
+        if given:
+            return optimizer
+        model = rewritten_model(self.model)
+        apart = {id(get_tensor(model, name)): chosen for name, chosen in model.parameter_settings().items()}
+        for group in list(optimizer.param_groups):
+            moved: dict[tuple[Any, ...], list[nn.Parameter]] = {}
+            for value in group["params"]:
+                if id(value) in apart:
+                    moved.setdefault(tuple(sorted(apart[id(value)].items())), []).append(value)
+            group["params"] = [value for value in group["params"] if id(value) not in apart]
+            for chosen, values in moved.items():
+                optimizer.add_param_group({**group, **dict(chosen), "params": values})
+        return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:

@@ -40,12 +40,30 @@ def _argument(name: str, value: object) -> Callable[[fx.Node], None]:
     return change
 
 
+def _median(operator: Any, *rest: object) -> Callable[[fx.Node], None]:
+    def change(node: fx.Node) -> None:
+        node.target, node.args = operator, (node.args[0], *rest)
+
+    return change
+
+
+#: The median of the noise that a pass inserted. A model's own random numbers are its own affair.
+_MEDIANS: dict[Any, Callable[[fx.Node], None]] = {
+    aten.randn_like.default: _median(aten.zeros_like.default),
+    aten.rand_like.default: _median(aten.full_like.default, 0.5),
+}
+
 #: What evaluation changes, operator by operator.
 RULES: dict[Any, Callable[[fx.Node], None]] = {
     **dict.fromkeys(_DROPOUTS, _bypass),
     aten.scaled_dot_product_attention.default: _argument("dropout_p", 0.0),
     aten.batch_norm.default: _argument("training", False),
 }
+
+
+def _rule(node: fx.Node) -> Callable[[fx.Node], None] | None:
+    inserted = "lorafx_pass" in node.meta
+    return RULES.get(node.target) or (_MEDIANS.get(node.target) if inserted else None)
 
 
 def _inner(root: nn.Module, node: fx.Node) -> bool:
@@ -61,8 +79,8 @@ def _inner(root: nn.Module, node: fx.Node) -> bool:
 class ToEval(Pass):
     """Turn a training graph into its evaluation graph.
 
-    Before: ``y = dropout(x, 0.1, True)``, attention with ``dropout_p = 0.1``, batch norm in training.
-    After: ``y = x``, ``dropout_p = 0``, batch norm from its running statistics.
+    Before: ``y = dropout(x, 0.1, True)``, attention with ``dropout_p = 0.1``, batch norm in training, a gate's noise.
+    After: ``y = x``, ``dropout_p = 0``, batch norm from its running statistics, the median of the noise.
 
     Keeps: the evaluation outputs, bit by bit: those of the model's own ``eval()``. Does nothing to a graph in
     evaluation form.
@@ -75,11 +93,12 @@ class ToEval(Pass):
         if program.stage == "eval":
             return Selection(())
         root = program.root
-        return Selection(tuple(n for n in program.graph.nodes if n.target in RULES or _inner(root, n)))  # type: ignore
+        return Selection(tuple(n for n in program.graph.nodes if _rule(n) is not None or _inner(root, n)))  # type: ignore
 
     def rewrite(self, edit: Edit, site: Any) -> None:
-        if site.target in RULES:
-            RULES[site.target](site)
+        rule = _rule(site)
+        if rule is not None:
+            rule(site)
             return
         # Under a name of its own: a module holds the training graph and the evaluation graph side by side.
         region = copy.deepcopy(getattr(edit.program.root, site.target))
@@ -98,6 +117,7 @@ class ToEval(Pass):
         for node in counts:
             counter = node.args[0]
             if counter.op == "get_attr" and all(user in counts for user in counter.users):
-                edit.program.roles[counter.target] = "unread"
+                if edit.program.roles[counter.target] != "statistic":  # the base's belong to its checkpoint
+                    edit.program.roles[counter.target] = "unread"
                 edit.program.graph.erase_node(node)
         edit.program.graph.eliminate_dead_code()

@@ -1,0 +1,101 @@
+"""The commands that change nothing: verify, bench, inspect, passes.
+
+Imports inside the functions keep ``lorafx --help`` fast: torch and transformers load when a command needs them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .command_options import as_json_option, checkpoint_options, emit, open_program, quiet, task_options
+from .flags import parse_shape
+
+
+@click.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.option("--texts", type=click.Path(path_type=Path), help="Compare on the lines of this file, not random tokens.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random inputs.")
+@as_json_option
+def verify(a: Path, b: Path, texts: Path | None, seed: int, as_json: bool) -> None:
+    """Compare what two folders compute, on the same inputs at several shapes; exit 4 when they differ."""
+    from .errors import ParityError
+    from .parity import verify as compare
+
+    lines = texts.read_text(encoding="utf-8").splitlines() if texts else None
+    with quiet():
+        result = compare(a, b, texts=lines, seed=seed)
+    emit(result.to_json(), result.text(), as_json)
+    if not result.ok:
+        raise ParityError(f"{a} and {b} differ: {result.summary}")
+
+
+@click.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--shape", "shapes", multiple=True, help="batch x length, e.g. 8x64 (repeat).")
+@click.option("--threads", type=int, help="Threads of each candidate.")
+@click.option("--repeats", type=int, default=20, show_default=True)
+@as_json_option
+def bench(folders: tuple[Path, ...], shapes: tuple[str, ...], threads: int | None, repeats: int, as_json: bool) -> None:
+    """Time folders side by side: interleaved, medians and ratios, memory and size."""
+    from .bench import bench as measure
+
+    parsed = tuple(parse_shape(text) for text in shapes) or ((1, 64), (8, 64), (32, 128))
+    with quiet():
+        result = measure(*folders, shapes=parsed, threads=threads, repeats=repeats)
+    emit(result.to_json(), result.text(), as_json)
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@task_options
+@checkpoint_options
+@as_json_option
+def inspect(folder: Path, as_json: bool, **o: Any) -> None:
+    """Show what a folder holds: its sites, tensors by role and history."""
+    from .store import find_manifest
+
+    with quiet():
+        manifest = find_manifest(folder)
+        if manifest is not None and manifest.kind in ("onnx", "pt2"):
+            emit(manifest.to_json(), json.dumps(manifest.to_json(), indent=2), as_json)
+            return
+        program = open_program(folder, **o)
+    sites = program.sites()
+    rows = [{"site": site.module, "kind": site.kind, "role": site.role, "block": site.block} for site in sites]
+    report = program.report
+    text = "\n".join([report.text(), "", *map(str, sites)])
+    emit({**report.to_json(), "weight_uses": rows}, text, as_json)
+
+
+@click.command()
+@click.argument("name", required=False)
+@as_json_option
+def passes(name: str | None, as_json: bool) -> None:
+    """List the passes, or show one with its options."""
+    from .registry import known, summary
+
+    if name is None:
+        rows = {name: summary(name) for name in known()}
+        width = max(map(len, rows))
+        emit(rows, "\n".join(f"{name:<{width}}  {line}" for name, line in rows.items()), as_json)
+        return
+    import inspect as python_inspect
+    import typing
+
+    from .recipe import type_name
+    from .registry import options, pass_class
+
+    cls = pass_class(name)
+    hints = typing.get_type_hints(cls)
+    rows = {
+        key: {"type": type_name(hints[key]), "default": getattr(cls(), key), "help": field.metadata["help"]}
+        for key, field in options(cls).items()
+    }
+    lines = [python_inspect.getdoc(cls) or "", "", f"Promise: {cls.promise.value}", "", "Options:"]
+    lines += [f"  {key} ({row['type']}; default {row['default']!r}): {row['help']}" for key, row in rows.items()]
+    emit({"name": name, "promise": cls.promise.value, "options": rows}, "\n".join(lines), as_json)

@@ -1,0 +1,162 @@
+"""The low-rank branch beside a weight: what every method of the LoRA family inserts, and the few places they differ.
+
+A branch computes ``delta = leave(B · s · within(A · x))``. A pass says the rank, the scale and the initial values, and
+may work on the rank-r activation (``within``) or on the result (``leave``); everything else is the same for all.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from .base import Method, Promise, option
+from .edit import Edit
+from .errors import UsageError
+from .program import Program
+from .site import Site
+
+aten = torch.ops.aten
+
+
+def pattern_value(pattern: Mapping[str, int | float], module: str, default: float) -> float:
+    """The value of the first key that names ``module``, as in PEFT: by a suffix of its path, or by a regex."""
+    matches = (value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", module))
+    return next(matches, default)
+
+
+def kaiming(tensor: Tensor) -> None:
+    """Kaiming-uniform with a = √5, as the reference implementation of LoRA initialises A."""
+    nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+
+
+@dataclass(frozen=True)
+class LowRank(Method):
+    """Base of the passes that insert ``y + B (s · A drop(x))``; subclasses define ``rank_of`` and ``scale_of``.
+
+    A: (rank, in) Kaiming-uniform, B: (out, rank) zero, both fp32. For an embedding, A reads the one-hot index; for a
+    convolution A has the kernel and B is 1×1. The scale acts on the rank-r activation: the same maths as on the output
+    at rank/out of the traffic.
+    """
+
+    promise: ClassVar[Promise] = Promise.EXACT
+    #: Whether the pass itself makes A or B sparse, so that no other may.
+    prunes: ClassVar[bool] = False
+
+    dropout: float = option(0.0, "dropout before A while training")
+    trainable: tuple[str, ...] = option(("auto",), "modules that train in full; auto: a classification head")
+
+    # ---- what a method chooses
+
+    def rank_of(self, site: Site) -> int:
+        """The rank at ``site``; UsageError when it exceeds what the weight can hold."""
+        raise TypeError(f"{self.pass_name()} does not say its ranks: define rank_of()")
+
+    def scale_of(self, site: Site) -> float:
+        """The factor s at ``site``."""
+        raise TypeError(f"{self.pass_name()} does not say its scale: define scale_of()")
+
+    def factor_a(self, edit: Edit, site: Site, shape: tuple[int, ...]) -> fx.Node:
+        """The node that reads A (rank, in)."""
+        return edit.parameter(site, "lora_A.weight", shape, kaiming)
+
+    def factor_b(self, edit: Edit, site: Site, shape: tuple[int, ...]) -> fx.Node:
+        """The node that reads B (out, rank)."""
+        return edit.parameter(site, "lora_B.weight", shape)
+
+    def within(self, edit: Edit, site: Site, hidden: fx.Node) -> fx.Node:
+        """Work on the rank-r activation ``A x`` (…, rank), before the scale."""
+        return hidden
+
+    def leave(self, edit: Edit, site: Site, delta: fx.Node) -> fx.Node:
+        """Work on the branch's result (…, out), before it is added."""
+        return delta
+
+    # ---- what all share
+
+    def checked_rank(self, rank: int, site: Site) -> int:
+        """``rank``, if ``site`` can hold it; UsageError with the site's name otherwise."""
+        limit = min(site.out_features, site.in_features)
+        if not 0 < rank <= limit:
+            raise UsageError(f"{self.pass_name()}: rank {rank} at {site.module}, whose weight allows 1 to {limit}")
+        return rank
+
+    def refuse(self, program: Program, site: Site) -> str | None:
+        if site.kind == "conv2d" and _conv_groups(site.node) != 1:
+            return "grouped convolutions are not handled"
+        if any(f"{site.module}.".startswith(f"{path}.") for path in self._in_full(program)):
+            return "trains in full"
+        return super().refuse(program, site)
+
+    def _in_full(self, program: Program) -> tuple[str, ...]:
+        return modules_in_full(program, self.trainable)
+
+    def rewrite(self, edit: Edit, site: Site) -> None:
+        rank, scale = self.rank_of(site), self.scale_of(site)
+        with edit.after(site.node):
+            delta = _BRANCHES[site.kind](self, edit, site, rank, scale)
+            delta = edit.cast(self.leave(edit, site, delta), site.node.meta["val"].dtype)
+            edit.replace(site.node, edit.call(aten.add.Tensor, site.node, delta))
+
+    def finish(self, edit: Edit) -> None:
+        train_in_full(edit, self.trainable)
+
+
+def modules_in_full(program: Program, trainable: tuple[str, ...]) -> tuple[str, ...]:
+    """Paths of the modules an option ``trainable`` names; ``auto`` is a classification head."""
+    named = (path for name in trainable if name != "auto" for path in program.modules_named(name))
+    return (*named, *(program.default_trainable() if "auto" in trainable else ()))
+
+
+def train_in_full(edit: Edit, trainable: tuple[str, ...]) -> None:
+    """Make those modules train; UsageError for a name without parameters."""
+    for name in trainable:
+        if name != "auto" and not edit.train(edit.program.modules_named(name)):
+            raise UsageError(f"{edit.step.pass_name()}: trainable module {name!r} has no parameters in this model")
+    edit.train(modules_in_full(edit.program, trainable))
+
+
+def _input(step: LowRank, edit: Edit, site: Site, weight: fx.Node) -> fx.Node:
+    value = edit.cast(site.input, weight.meta["val"].dtype)
+    return edit.call(aten.dropout.default, value, step.dropout, True) if step.dropout > 0 else value
+
+
+def _scaled(step: LowRank, edit: Edit, site: Site, hidden: fx.Node, scale: float) -> fx.Node:
+    hidden = step.within(edit, site, hidden)
+    return hidden if scale == 1.0 else edit.call(aten.mul.Tensor, hidden, scale)
+
+
+def _linear(step: LowRank, edit: Edit, site: Site, rank: int, scale: float) -> fx.Node:
+    a = step.factor_a(edit, site, (rank, site.in_features))
+    b = step.factor_b(edit, site, (site.out_features, rank))
+    hidden = edit.call(aten.linear.default, _input(step, edit, site, a), a)
+    return edit.call(aten.linear.default, _scaled(step, edit, site, hidden, scale), b)
+
+
+def _embedding(step: LowRank, edit: Edit, site: Site, rank: int, scale: float) -> fx.Node:
+    # Zero A and normal B, the other way round than a linear: the reference implementation's choice for embeddings.
+    a = edit.parameter(site, "lora_embedding_A", (rank, site.in_features))
+    b = edit.parameter(site, "lora_embedding_B", (site.out_features, rank), nn.init.normal_)
+    hidden = edit.call(aten.embedding.default, edit.call(aten.t.default, a), site.input)
+    return edit.call(aten.linear.default, _scaled(step, edit, site, hidden, scale), b)
+
+
+def _conv2d(step: LowRank, edit: Edit, site: Site, rank: int, scale: float) -> fx.Node:
+    kernel = tuple(edit.program.tensor(site.parameter).shape[1:])
+    a = step.factor_a(edit, site, (rank, *kernel))
+    b = step.factor_b(edit, site, (site.out_features, rank, 1, 1))
+    geometry = site.node.args[3:]
+    hidden = edit.call(aten.conv2d.default, _input(step, edit, site, a), a, None, *geometry)
+    return edit.call(aten.conv2d.default, _scaled(step, edit, site, hidden, scale), b)
+
+
+def _conv_groups(node: fx.Node) -> object:
+    return node.args[6] if len(node.args) > 6 else 1
+
+
+_BRANCHES = {"linear": _linear, "addmm": _linear, "embedding": _embedding, "conv2d": _conv2d}

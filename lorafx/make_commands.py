@@ -1,0 +1,183 @@
+"""The commands that make a folder: rewrite, train, fold, export, and run for all of them.
+
+Imports inside the functions keep ``lorafx --help`` fast: torch and transformers load when a command needs them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .command_options import (
+    as_json_option,
+    checkpoint_options,
+    emit,
+    open_program,
+    out_option,
+    overwrite_option,
+    quiet,
+    recipe_options,
+    task_options,
+)
+from .errors import UsageError
+from .flags import read_recipe, train_flags, train_options
+
+_FLAGS = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+@click.command(context_settings=_FLAGS)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@recipe_options
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="The run folder to make.")
+@task_options
+@checkpoint_options
+@click.option("--dry-run", is_flag=True, help="Print every site and every miss, and change nothing.")
+@click.option("--verify-each", is_flag=True, help="Hold every pass to its numeric promise (reads the weights).")
+@click.option("--double", is_flag=True, help="Verify in fp64.")
+@click.option("--dump", type=click.Path(path_type=Path), help="Write the graph after every pass into this folder.")
+@click.option("--seed", type=int, default=None, help="Seed of the initial adapter values.")
+@overwrite_option
+@as_json_option
+@click.pass_context
+def rewrite(ctx: click.Context, checkpoint: Path, recipe: Path | None, passes: tuple[str, ...], **o: Any) -> None:
+    """Insert a recipe's passes into CHECKPOINT and write a trainable run folder."""
+    from .capture import capture
+    from .observe import Dump, Observer, VerifyEach
+    from .pipeline import rewrite as apply
+    from .store import save_run
+
+    steps = read_recipe(recipe, passes, ctx.args)
+    if o["out"] is None and not o["dry_run"]:
+        raise UsageError("give -o FOLDER for the run, or --dry-run to look at the sites")
+    task = o["task"] or steps.model.get("task")
+    num_labels = o["num_labels"] or steps.model.get("num_labels")
+    dtype = {"dtype": steps.model["dtype"]} if "dtype" in steps.model else {}
+    opened = {"allow_pickle": o["allow_pickle"], "trust_remote_code": o["trust_remote_code"], **dtype}
+    seed = o["seed"] if o["seed"] is not None else steps.model.get("seed", 0)
+    _seed(seed)
+    observers: list[Observer] = [Dump(o["dump"])] if o["dump"] else []
+    observers += [VerifyEach(double=o["double"])] if o["verify_each"] else []
+    with quiet():
+        program = capture(checkpoint, task, num_labels, meta=not o["verify_each"], **opened)
+        program = apply(program, steps, observers)
+        if o["out"] is not None and not o["dry_run"]:
+            save_run(program, o["out"], o["overwrite"], train=steps.train, seed=seed)
+    report = program.report
+    emit(report.to_json(), report.text(), o["as_json"])
+
+
+def _seed(seed: int) -> None:
+    from transformers import set_seed
+
+    set_seed(seed)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Training table: csv, jsonl or parquet.")
+@click.option("--eval", "eval_data", type=click.Path(path_type=Path), help="Evaluation table.")
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="Write the trained run here (default: into RUN).")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint of an interrupted training.")
+@train_flags
+@overwrite_option
+@as_json_option
+def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, resume: bool, **o: Any) -> None:
+    """Train the run folder RUN on a table, with HF Trainer."""
+    import shutil
+
+    from .folder import check_free
+    from .store import load, run_recipe, save_run
+    from .training import train as fit
+
+    options = train_options(run_recipe(run), o)
+    target, overwrite = out or run, o["overwrite"] or out is None
+    check_free(target, overwrite)  # before hours of training, not after
+    checkpoints = Path(f"{target}.checkpoints")
+    with quiet():
+        program = load(run)
+        result = fit(program, data, eval_data=eval_data, output_dir=checkpoints, resume=resume, **options)
+        if not result.is_main:
+            return
+        report = program.report.plus(training=result.to_json())
+        save_run(program, target, overwrite, train=options, report=report)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    emit(report.to_json(), report.text(), o["as_json"])
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@out_option
+@click.option("--verify-each", is_flag=True, help="Hold every fold pass to its numeric promise.")
+@click.option("--double", is_flag=True, help="Verify in fp64.")
+@overwrite_option
+@as_json_option
+def fold(run: Path, out: Path, verify_each: bool, double: bool, overwrite: bool, as_json: bool) -> None:
+    """Fold everything RUN learned into its base and write an ordinary checkpoint (or a .pt2 where none can hold it)."""
+    from .export import export as write
+    from .export import fits_checkpoint
+    from .observe import VerifyEach
+    from .pipeline import fold as merge
+
+    with quiet():
+        program = open_program(run)
+        folded = merge(program, [VerifyEach(double=double)] if verify_each else [])
+        kind = "hf" if fits_checkpoint(folded) else "pt2"
+        result = write(folded, out, kind, overwrite=overwrite)
+    report = folded.report.plus(parity=result.to_json() if result else None, output=str(out))
+    emit(report.to_json(), report.text(), as_json)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@out_option
+@click.option("--format", "kind", type=click.Choice(["onnx", "hf", "pt2"]), default="onnx", show_default=True)
+@click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Convert to this dtype.")
+@click.option("--adapters", type=click.Choice(["merged", "separate"]), default="merged", show_default=True)
+@click.option("--generate", is_flag=True, help="Prefill and decode graphs with a cache (causal language models).")
+@task_options
+@overwrite_option
+@as_json_option
+def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, adapters: Any, **o: Any) -> None:
+    """Export a run, a folded folder or a checkpoint: ONNX by default, verified before the folder gets its name."""
+    import torch
+
+    from .export import export as write
+
+    with quiet():
+        program = open_program(run, task=o["task"], num_labels=o["num_labels"])
+        result = write(
+            program,
+            out,
+            kind,
+            provider=provider,
+            adapters=adapters,
+            dtype=getattr(torch, dtype) if dtype else None,
+            generate=o["generate"],
+            overwrite=o["overwrite"],
+        )
+    report = program.report.plus(parity=result.to_json() if result else None, output=str(out))
+    emit(report.to_json(), report.text(), o["as_json"])
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="The base folder (default: the recipe's).")
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Training table: csv, jsonl or parquet.")
+@click.option("--eval", "eval_data", type=click.Path(path_type=Path), help="Evaluation table.")
+@out_option
+@click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@train_flags
+@as_json_option
+def run(recipe: Path, checkpoint: Path | None, data: Path, eval_data: Path | None, out: Path, **o: Any) -> None:
+    """Do all of RECIPE: rewrite, train, fold, export. Run again after an interruption, it goes on where it was."""
+    from .recipe import Recipe
+    from .workflow import Job, checkpoint_of, run_job
+
+    steps = Recipe.read(recipe)
+    job = Job(steps, checkpoint_of(steps, checkpoint), data, eval_data, out, train_options(steps, o), o["provider"])
+    with quiet():
+        report = run_job(job, lambda line: click.echo(line, err=True))
+    emit(report.to_json(), report.text(), o["as_json"])

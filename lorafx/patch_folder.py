@@ -1,0 +1,151 @@
+"""Patches on checkpoint folders: put on, taken off and made tensor by tensor, so memory holds one tensor at a time.
+
+Weight files are copied and the changed tensors written over in place: header, order and padding stay, so that a folder
+patched and reverted has the very files it had before.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import check_safetensors, read_config, weight_files
+from .errors import ArtifactError, UsageError
+from .folder import MANIFEST, find_manifest, new_folder
+from .patch import Change, Patch, make
+
+#: The weights again, in formats a patch does not reach: a copy of them would not be what the folder says it is.
+_OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data"}
+#: What safetensors calls the dtypes weights come in.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor lies: its file, the bytes from ``start`` to ``end``, dtype and shape."""
+
+    file: Path
+    start: int
+    end: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        """The tensor."""
+        with self.file.open("rb") as stream:
+            stream.seek(self.start)
+            data = bytearray(stream.read(self.end - self.start))
+        flat = torch.frombuffer(data, dtype=self.dtype) if data else torch.empty(0, dtype=self.dtype)
+        return flat.reshape(self.shape)
+
+    def write(self, folder: Path, value: Tensor) -> None:
+        """Put ``value`` in its place in the copy of the file that lies in ``folder``."""
+        with (folder / self.file.name).open("r+b") as stream:
+            stream.seek(self.start)
+            stream.write(value.reshape(-1).view(torch.uint8).numpy())
+
+
+def apply(checkpoint: str | PathLike[str], patch: Patch, out: str | PathLike[str], *, overwrite: bool = False) -> None:
+    """Write the patched checkpoint: the folder's files again, with the patch's weights in its safetensors files.
+
+    Args:
+        checkpoint: an ordinary checkpoint folder, sharded or not
+        patch: what to change
+        out: the folder to make; it appears whole or not at all. Weights in other formats are not copied
+        overwrite: replace ``out`` if lorafx wrote it
+
+    Raises:
+        ArtifactError: the folder is damaged, is not the one the patch is for (names the tensor), or is patched already
+        UsageError: no checkpoint folder, or ``out`` exists
+    """
+    _exchange(checkpoint, patch, out, undo=False, overwrite=overwrite)
+
+
+def revert(checkpoint: str | PathLike[str], patch: Patch, out: str | PathLike[str], *, overwrite: bool = False) -> None:
+    """Write the checkpoint as it was before :func:`apply`, every byte of every tensor. Arguments and errors as there.
+
+    ArtifactError when the patch is not applied to ``checkpoint``.
+    """
+    _exchange(checkpoint, patch, out, undo=True, overwrite=overwrite)
+
+
+def between(base: str | PathLike[str], edited: str | PathLike[str]) -> Patch:
+    """The patch from one checkpoint folder to another of the same tensors, e.g. from a base to its folded rewrite."""
+    old, new = slots(Path(base)), slots(Path(edited))
+    for name in sorted(old.keys() ^ new.keys()):
+        raise UsageError(f"no patch between {base} and {edited}: {name} is in one of the two only")
+    changes: list[Change] = []
+    for name in old:
+        changes += make({name: old[name].read()}, {name: new[name].read()}).changes
+    return Patch(tuple(changes))
+
+
+def slots(checkpoint: Path) -> dict[str, Slot]:
+    """Where every tensor of a checkpoint folder lies, by name, in the order of its files."""
+    manifest = find_manifest(checkpoint)
+    if manifest is not None and manifest.kind != "hf":
+        raise UsageError(
+            f"{checkpoint}: a folder of kind {manifest.kind}, not a checkpoint; patches are for checkpoints"
+        )
+    read_config(checkpoint)
+    files = weight_files(checkpoint, allow_pickle=True)
+    odd = [file for file in files if file.suffix != ".safetensors"]
+    if odd or not files:
+        found = f"{odd[0].name} is pickled" if odd else "there are none"
+        raise ArtifactError(
+            f"{checkpoint}: a patch needs weights in safetensors files; {found}: save it again as those"
+        )
+    return {name: slot for file in files for name, slot in _slots(file)}
+
+
+def _slots(file: Path) -> Iterator[tuple[str, Slot]]:
+    with file.open("rb") as stream:
+        start = 8 + int.from_bytes(stream.read(8), "little")
+    for name, entry in check_safetensors(file).items():
+        if entry["dtype"] not in _DTYPES:
+            raise ArtifactError(f"{file}: {name} is {entry['dtype']}, which patches cannot read")
+        begin, end = entry["data_offsets"]
+        yield name, Slot(file, start + begin, start + end, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+
+
+def _exchange(checkpoint: Any, patch: Patch, out: Any, *, undo: bool, overwrite: bool) -> None:
+    folder = Path(checkpoint)
+    held = slots(folder)
+    pairs = [(change, slot) for change in patch.changes for slot in _found(folder, held, change)]
+    for change, slot in pairs:  # all before the first byte is copied: a wrong base is seen at once
+        change.check(slot.read(), str(folder), undo=undo)
+    meta = {"checkpoint": str(folder.absolute()), "patch": "reverted" if undo else "applied", "changed": patch.changed}
+    with new_folder(out, "hf", meta, overwrite) as target:
+        for file in sorted(folder.iterdir()):
+            if file.is_file() and file.name != MANIFEST and file.suffix not in _OTHER_WEIGHTS:
+                shutil.copyfile(file, target / file.name)
+        for change, slot in pairs:
+            slot.write(target, change.exchanged(slot.read(), undo=undo))
+
+
+def _found(folder: Path, held: dict[str, Slot], change: Change) -> list[Slot]:
+    """The tensor's places: a tied one is stored once as a rule, under any of its names."""
+    found = [held[name] for name in change.names if name in held]
+    if not found:
+        raise ArtifactError(f"{folder}: wrong base: it holds no {change.name}; the patch is for another model")
+    return found

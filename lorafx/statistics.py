@@ -1,0 +1,53 @@
+"""What a training forward measures: sums over real tokens, kept in buffers that are saved, resumed and all-reduced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from .edit import Edit
+from .site import Site
+
+aten = torch.ops.aten
+
+
+def measure_input(edit: Edit, site: Site) -> None:
+    """Keep two statistics of what enters ``site``: ``square_sum`` (in,) and ``token_count`` (1,), both fp32.
+
+    Summed over the tokens that the attention mask lets through, of every training forward since they were last set to
+    zero; call it inside ``edit.after(site.node)``.
+    """
+    square_sum = edit.statistic("square_sum", torch.zeros(site.in_features), site)
+    token_count = edit.statistic("token_count", torch.zeros(1), site)
+    value = edit.cast(edit.call(aten.detach.default, site.input), torch.float32)
+    mask = token_mask(edit, value)
+    ones = edit.call(aten.ones_like.default, edit.call(aten.select.int, value, -1, 0))
+    if mask is not None:
+        value = edit.call(aten.mul.Tensor, value, edit.call(aten.unsqueeze.default, mask, -1))
+        ones = edit.call(aten.mul.Tensor, ones, mask)
+    over = list(range(site.input.meta["val"].dim() - 1))
+    squares = edit.call(aten.sum.dim_IntList, edit.call(aten.mul.Tensor, value, value), over)
+    edit.accumulate(square_sum, squares)
+    edit.accumulate(token_count, edit.call(aten.reshape.default, edit.call(aten.sum.default, ones), [1]))
+
+
+def token_mask(edit: Edit, value: fx.Node) -> fx.Node | None:
+    """The attention mask as fp32 in the shape of ``value`` (…, features) without its last dimension.
+
+    None when no mask of the graph's inputs has that many tokens: a pooled value, an image.
+    """
+    leading = _sizes(value)[:-1]
+    for node in edit.program.graph.find_nodes(op="placeholder"):
+        if not node.name.endswith("attention_mask") or "val" not in node.meta:
+            continue
+        if _sizes(node) == leading:
+            return edit.cast(node, torch.float32)
+        if len(leading) == 1 and str(node.meta["val"].numel()) == str(value.meta["val"].shape[0]):
+            return edit.cast(edit.call(aten.reshape.default, node, [-1]), torch.float32)
+    return None
+
+
+def _sizes(node: fx.Node) -> list[Any]:
+    return [str(size) for size in node.meta["val"].shape]

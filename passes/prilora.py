@@ -1,0 +1,116 @@
+"""Insert low-rank branches whose ranks grow with depth, and prune A while training (PRILoRA)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..base import Promise, option
+from ..edit import Edit
+from ..lowrank import LowRank
+from ..module import MethodState, SiteState
+from ..site import Site
+from ..sparsity import density, lowest_by_group
+from ..statistics import measure_input
+
+
+@dataclass(frozen=True)
+class Prilora(LowRank):
+    """Insert low-rank branches whose ranks grow with depth, and prune A while training.
+
+    Before: ``y = W x + b``
+    After: ``y = W x + b + B (s · A drop(x))`` with a rank that goes linearly from ``rank_first`` in the first block to
+    ``rank_last`` in the last, rounded half up; a weight outside the blocks counts as one in the last.
+
+    Every ``interval`` steps the entries of A with the lowest ``|A_ij| · n̄_j`` are set to zero, an exact share of each
+    group; ``n̄_j`` is the running average (decay ``beta``, fp32, one update an optimiser step) of the norm of input
+    feature j over the square root of the unmasked tokens. Zeroed entries may grow again.
+
+    Keeps: the outputs, bit by bit, since B = 0. Does nothing where no target matches (and says so).
+    Source: PRILoRA, arXiv 2401.11316: linear ranks, importance from magnitude and input statistic. The paper gives no
+    code: ``rank_first``, ``rank_last``, ``scale``, ``beta``, ``interval``, ``fraction``, ``group``, ``regrow`` and
+    ``final_prune`` are this library's defaults.
+    """
+
+    promise: ClassVar[Promise] = Promise.EXACT
+
+    rank_first: int = option(4, "rank in the first block")
+    rank_last: int = option(12, "rank in the last block")
+    alpha: float = option(8.0, "scale: the branch is multiplied by alpha over the mean rank")
+    scale: Literal["constant", "per_rank"] = option("constant", "divide alpha by the mean rank, or by each site's own")
+    fraction: float = option(0.5, "share of A that pruning sets to zero; 0 prunes nothing")
+    interval: int = option(40, "optimiser steps between prunings")
+    beta: float = option(0.9, "decay of the input statistic")
+    group: str = option("row", "prune per row of A, per matrix, or n:m, e.g. 2:4")
+    regrow: bool = option(True, "let pruned entries grow again")
+    final_prune: bool = option(True, "prune after the last step, so that the stated share is zero at the end")
+
+    @property
+    def prunes(self) -> bool:  # type: ignore[override]
+        return self.fraction > 0
+
+    def rank_of(self, site: Site) -> int:
+        first, last = self.rank_first, self.rank_last
+        share = 1.0 if site.block is None or site.blocks < 2 else site.block / (site.blocks - 1)
+        return self.checked_rank(math.floor(first + share * (last - first) + 0.5), site)
+
+    def scale_of(self, site: Site) -> float:
+        mean = (self.rank_first + self.rank_last) / 2
+        return self.alpha / (mean if self.scale == "constant" else self.rank_of(site))
+
+    def rewrite(self, edit: Edit, site: Site) -> None:
+        super().rewrite(edit, site)
+        if self.prunes:
+            edit.statistic("input_norm", torch.zeros(site.in_features), site)
+            edit.statistic("pruned", torch.zeros(self.rank_of(site), site.in_features, dtype=torch.bool), site)
+            with edit.after(site.node):
+                measure_input(edit, site)
+
+    def before_step(self, state: MethodState) -> None:
+        if not self.prunes:
+            return
+        for site in state.sites:
+            norm = (site["square_sum"] / site["token_count"].clamp(min=1)).sqrt()
+            seen = bool(site["input_norm"].any())
+            site["input_norm"].copy_(torch.lerp(norm, site["input_norm"], self.beta) if seen else norm)
+            site["square_sum"].zero_()
+            site["token_count"].zero_()
+
+    def after_step(self, state: MethodState) -> None:
+        if not self.prunes:
+            return
+        last = self.final_prune and state.step == state.total_steps
+        for site in state.sites:
+            a = site["lora_A"]
+            if last or state.step % self.interval == 0:
+                site["pruned"].copy_(self.to_prune(a, site["input_norm"]))
+                a.masked_fill_(site["pruned"], 0.0)
+            elif not self.regrow:
+                a.masked_fill_(site["pruned"], 0.0)
+
+    def to_prune(self, a: Tensor, input_norm: Tensor) -> Tensor:
+        """The mask (rank, in) of the entries of A that count least: ``|A_ij| · n̄_j``."""
+        return lowest_by_group(a.detach().float().abs() * input_norm, self.fraction, self.group)
+
+    def describe(self, state: MethodState) -> Mapping[str, Any]:
+        return {"Ranks by block": ranks_by_block(state), "Density of A": [_density(site) for site in state.sites]}
+
+
+def ranks_by_block(state: MethodState) -> list[dict[str, Any]]:
+    """One row a block: the ranks of its sites, and their sum."""
+    blocks: dict[int | None, list[int]] = {}
+    for site in state.sites:
+        blocks.setdefault(site.block, []).append(site["lora_A"].shape[0])
+    return [
+        {"block": "outside" if block is None else block, "ranks": " ".join(map(str, ranks)), "sum": sum(ranks)}
+        for block, ranks in blocks.items()
+    ]
+
+
+def _density(site: SiteState) -> dict[str, Any]:
+    return {"module": site.module, "rank": site["lora_A"].shape[0], "density": density(site["lora_A"])}
