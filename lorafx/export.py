@@ -25,18 +25,19 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.exporter_onnx import OnnxExporter
 
 from . import __version__
+from .adapters import as_lora
 from .capture import dynamic_shapes, program_from
 from .errors import CaptureError, ParityError, UsageError
 from .parity import Comparison, verify
 from .pipeline import fold, run, to_eval
 from .program import Program, Source
 from .runner import open_runner
-from .store import base_record, copy_tokenizer, new_folder
+from .store import base_record, copy_tokenizer, new_folder, write_adapter
 from .trace import trace_with
 from .tree import get_tensor, has_tensor, named_tensors, put_tensor
 
-Format = Literal["onnx", "hf", "pt2"]
-FORMATS = ("onnx", "hf", "pt2")
+Format = Literal["onnx", "hf", "pt2", "peft"]
+FORMATS = ("onnx", "hf", "pt2", "peft")
 PROVIDERS = ("cpu", "cuda")
 
 
@@ -58,7 +59,8 @@ def export(
         program: rewritten or folded; merged adapters are folded here if they are not yet
         path: the folder to make; refused if it exists, unless ``overwrite``
         format: ``onnx`` (opens with ``ExportedModel.from_pretrained``), ``hf`` (an ordinary checkpoint),
-            ``pt2`` (``ExportedModel`` over ``torch.export``)
+            ``pt2`` (``ExportedModel`` over ``torch.export``), ``peft`` (a LoRA adapter for PEFT, of a program that is
+            not folded: gates and tied scalings become part of A and B, closed ranks are left out)
         provider: the ONNX Runtime provider whose fused operators are used
         adapters: ``merged`` into the base weights, or ``separate`` operators as they were trained
         dtype: convert weights and activations to this dtype; folding happens before, so weights round once
@@ -76,18 +78,20 @@ def export(
         raise UsageError(f"cannot export to {format!r} for {provider!r}; formats: {FORMATS}, providers: {PROVIDERS}")
     if program.device.type == "meta":
         raise UsageError("the program was captured on the meta device and has no weights; capture or load it with them")
-    final = _final(program, adapters)
+    final = as_lora(program) if format == "peft" else _final(program, adapters)
     meta = {"base": base_record(final), "history": _history_record(final), "provider": provider, "adapters": adapters}
     with new_folder(path, kind=format, meta=meta, overwrite=overwrite) as folder:
         if format == "hf":
             _write_hf(final, folder, dtype)
+        elif format == "peft":
+            write_adapter(final, folder, dtype)
         else:
             _write_exported(final, folder, format, provider, dtype, generate)
         if final.source.path is not None:
             copy_tokenizer(final.source.path, folder)
         if not check or generate:
             return None
-        result = verify(final, open_runner(folder, sealed=False))
+        result = verify(program, final) if format == "peft" else verify(final, open_runner(folder, sealed=False))
         if not result.ok:
             raise ParityError(f"{format} export differs from the program: {result.summary}")
         return result

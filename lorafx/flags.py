@@ -66,29 +66,41 @@ def _value(flag: str, text: str, hint: Any) -> Any:
         raise UsageError(f"{flag}: {text!r} is not {type_name(hint)}") from None
 
 
+def option_flags(cls: type) -> Any:
+    """A decorator that gives a command one flag for each field of the options class ``cls``."""
+
+    def decorate(function: Any) -> Any:
+        for entry in reversed(dataclasses.fields(cls)):
+            flag, about = "--" + entry.name.replace("_", "-"), entry.metadata["help"]
+            declared = f"{flag}/--no-{flag[2:]}" if entry.type == "bool" else flag
+            function = click.option(declared, default=None, help=about)(function)
+        return function
+
+    return decorate
+
+
+def option_values(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of those flags of ``cls`` that were given."""
+    hints = typing.get_type_hints(cls)
+    chosen = {name: given[name] for name in hints if given.get(name) is not None}
+    return {
+        name: _value(f"--{name.replace('_', '-')}", value, hints[name]) if isinstance(value, str) else value
+        for name, value in chosen.items()
+    }
+
+
 def train_flags(function: Any) -> Any:
     """One flag for each field of TrainOptions."""
     from .options import TrainOptions
 
-    for entry in reversed(dataclasses.fields(TrainOptions)):
-        flag, about = "--" + entry.name.replace("_", "-"), entry.metadata["help"]
-        declared = f"{flag}/--no-{flag[2:]}" if entry.type == "bool" else flag
-        function = click.option(declared, default=None, help=about)(function)
-    return function
+    return option_flags(TrainOptions)(function)
 
 
 def train_options(recipe: Recipe | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """The training options of a command: those of the recipe, then the flags that were given."""
     from .options import TrainOptions
 
-    hints = typing.get_type_hints(TrainOptions)
-    result = dict(recipe.train) if recipe is not None else {}
-    for name in hints:
-        value = given.get(name)
-        if value is not None:
-            flag = f"--{name.replace('_', '-')}"
-            result[name] = _value(flag, value, hints[name]) if isinstance(value, str) else value
-    return result
+    return {**(recipe.train if recipe is not None else {}), **option_values(TrainOptions, given)}
 
 
 def parse_shape(text: str) -> tuple[int, int]:

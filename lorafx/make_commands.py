@@ -132,7 +132,7 @@ def fold(run: Path, out: Path, verify_each: bool, double: bool, overwrite: bool,
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @out_option
-@click.option("--format", "kind", type=click.Choice(["onnx", "hf", "pt2"]), default="onnx", show_default=True)
+@click.option("--format", "kind", type=click.Choice(["onnx", "hf", "pt2", "peft"]), default="onnx", show_default=True)
 @click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Convert to this dtype.")
 @click.option("--adapters", type=click.Choice(["merged", "separate"]), default="merged", show_default=True)

@@ -6,8 +6,8 @@ from torch import Tensor
 
 
 def steps_of(moment: float, total_steps: int) -> int:
-    """A moment of training in steps: below 1 it is a share of ``total_steps``, else a number of steps."""
-    return round(moment * total_steps) if moment < 1 else round(moment)
+    """A moment of training in steps: up to 1 it is a share of ``total_steps``, else a number of steps."""
+    return round(moment * total_steps) if moment <= 1 else round(moment)
 
 
 def linear(step: float, start: float, end: float, first: float, last: float) -> float:

@@ -45,6 +45,7 @@ __all__ = [
     "recipe_of",
     "run_recipe",
     "save_run",
+    "write_adapter",
 ]
 
 VALUES = "adapter_model.safetensors"
@@ -108,6 +109,19 @@ def save_run(
             _save_tensors(inputs, folder / INPUTS)
         if peft is not None:
             _write_json(folder / "adapter_config.json", peft)
+
+
+def write_adapter(program: Program, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the two files of a PEFT adapter; UsageError when PEFT cannot compute this program's function."""
+    config, reason = adapter_config(program)
+    if config is None:
+        raise UsageError(f"PEFT cannot hold this program: {reason}")
+    keys = adapter_keys(program)
+    values = {
+        keys[name]: _plain(value if dtype is None else value.to(dtype)) for name, value in program.learned().items()
+    }
+    _save_tensors(values, folder / VALUES)
+    _write_json(folder / "adapter_config.json", config)
 
 
 def base_record(program: Program) -> dict[str, Any]:

@@ -83,7 +83,8 @@ class TiedLora(LowRank):
         """What shares A: the weights at one place, or the fused projections of one module."""
         fused = any(site.role == name or f".{site.module}".endswith(f".{name}") for name in self.fuse)
         place = _place((site.module, _shape(site)))
-        return _plain(f"{place.rpartition('.')[0]}.fused_{site.in_features}" if fused else place)
+        parent = place.rsplit(".", 2)[0]  # without the projection's own name, and its shape
+        return _plain(f"{parent}.fused_{site.in_features}" if fused else place)
 
     def _factor(
         self, edit: Edit, site: Site, name: str, short: str, shape: tuple[int, ...], owner: str | None

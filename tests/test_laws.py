@@ -199,7 +199,8 @@ def test_the_history_is_honest(name: str, model: str) -> None:
         new = set(dict(named_tensors(result.root))) - set(dict(named_tensors(program.root)))
         if isinstance(step, Method):
             assert new == said, "what a method says it inserted is exactly what is new"
-            assert {entry.module for entry in applied.inserted} == {site.module for site in selection.taken}
+            modules = {entry.module for entry in applied.inserted} - {""}  # without what belongs to the pass as a whole
+            assert modules == {site.module for site in selection.taken}
         else:
             assert not said, "a compiler pass inserts nothing to be trained"
             assert held(result) <= held(program), "a compiler pass never makes the model larger"

@@ -1,0 +1,155 @@
+"""The commands of knowledge editing: edit, and patch to put what it makes on and off.
+
+Imports inside the functions keep ``lorafx --help`` fast: torch and transformers load when a command needs them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .command_options import as_json_option, emit, out_option, overwrite_option, quiet
+from .edit_requests import EditOptions
+from .flags import option_flags, option_values
+
+if TYPE_CHECKING:
+    from .editing import EditResult
+
+_CHECKPOINT = click.argument("checkpoint", type=click.Path(path_type=Path))
+_PATCH = click.argument("patch", type=click.Path(path_type=Path))
+
+
+@click.command()
+@_CHECKPOINT
+@click.option("--edits", required=True, type=click.Path(path_type=Path), help="JSON Lines: prompt, target, …")
+@out_option
+@click.option("--prompts", type=click.Path(path_type=Path), help="Unrelated prompts, one a line: what else changes?")
+@click.option(
+    "--sequential/--separate",
+    default=True,
+    show_default=True,
+    help="Each edit on the result of the one before, one patch of all; or each on CHECKPOINT, a patch each.",
+)
+@option_flags(EditOptions)
+@overwrite_option
+@as_json_option
+def edit(checkpoint: Path, edits: Path, out: Path, prompts: Path | None, sequential: bool, **o: Any) -> None:
+    """Teach a causal language model new continuations and write them as sparse patches.
+
+    A row of the edits file has a prompt and a target; paraphrases (further prompts the target should follow) and
+    locality (prompts whose continuation should stay) are optional lists of texts.
+    """
+    from .edit_requests import read_edits
+    from .folder import check_free
+
+    options = EditOptions(**option_values(EditOptions, o))
+    requests, unrelated = read_edits(edits), _lines(prompts) if prompts is not None else ()
+    check_free(out.resolve(), o["overwrite"])  # before minutes of training, not after
+
+    from .editing import edit as run
+
+    with quiet():
+        result = run(
+            checkpoint,
+            requests,
+            prompts=unrelated,
+            sequential=sequential,
+            options=options,
+            say=lambda line: click.echo(line, err=True),
+        )
+    _write(result, checkpoint, out, o["overwrite"])
+    emit(result.to_json(), result.text(), o["as_json"])
+
+
+def _lines(file: Path) -> tuple[str, ...]:
+    from .errors import ArtifactError
+
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{file}: cannot be read as text ({error}); give a UTF-8 file, a prompt a line") from None
+    return tuple(line for line in lines if line.strip())
+
+
+def _write(result: EditResult, checkpoint: Path, out: Path, overwrite: bool) -> None:
+    from .checkpoint import weight_hashes
+    from .folder import new_folder
+    from .patch import PATCH
+
+    names = [PATCH] if result.sequential else [f"patch-{n:03d}.safetensors" for n in range(len(result.patches))]
+    base = {"path": str(checkpoint.absolute()), "hashes": weight_hashes(checkpoint)}
+    meta = {"base": base, "patches": names, "options": dataclasses.asdict(result.options)}
+    with new_folder(out, "edit", meta, overwrite) as folder:
+        for name, patch in zip(names, result.patches, strict=True):
+            patch.save(folder / name)
+        text = json.dumps(result.to_json(), indent=2, ensure_ascii=False)
+        (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+
+
+@click.group()
+def patch() -> None:
+    """Put sparse patches on checkpoints and take them off, bit by bit."""
+
+
+@patch.command()
+@_CHECKPOINT
+@_PATCH
+@out_option
+@overwrite_option
+def apply(checkpoint: Path, patch: Path, out: Path, overwrite: bool) -> None:
+    """Write CHECKPOINT with PATCH applied."""
+    from .patch import Patch
+    from .patch_folder import apply as run
+
+    loaded = Patch.load(patch)
+    run(checkpoint, loaded, out, overwrite=overwrite)
+    click.echo(f"{out}: {loaded.changed:,} weights changed in {len(loaded.changes)} tensors")
+
+
+@patch.command()
+@_CHECKPOINT
+@_PATCH
+@out_option
+@overwrite_option
+def revert(checkpoint: Path, patch: Path, out: Path, overwrite: bool) -> None:
+    """Write CHECKPOINT as it was before PATCH was applied, byte by byte."""
+    from .patch import Patch
+    from .patch_folder import revert as run
+
+    loaded = Patch.load(patch)
+    run(checkpoint, loaded, out, overwrite=overwrite)
+    click.echo(f"{out}: {loaded.changed:,} weights put back in {len(loaded.changes)} tensors")
+
+
+@patch.command()
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("edited", type=click.Path(path_type=Path))
+@click.option("--out", "-o", required=True, type=click.Path(path_type=Path), help="The patch file to make.")
+@overwrite_option
+def make(base: Path, edited: Path, out: Path, overwrite: bool) -> None:
+    """Write the patch that leads from BASE to EDITED, two checkpoints of the same tensors."""
+    from .patch_folder import between
+
+    made = between(base, edited)
+    made.save(out, overwrite=overwrite)
+    click.echo(f"{out}: {made.changed:,} weights in {len(made.changes)} tensors")
+
+
+@patch.command()
+@_PATCH
+@as_json_option
+def inspect(patch: Path, as_json: bool) -> None:
+    """Show what PATCH changes."""
+    from .patch import Patch
+    from .render import draw_text, section_of
+
+    loaded = Patch.load(patch)
+    shown = ("dtype", "shape", "changed", "share", "largest_change")
+    rows = [{"tensor": change.name} | {key: change.to_json()[key] for key in shown} for change in loaded.changes]
+    sections = [section_of("Made for", loaded.about)] if loaded.about else []
+    lines = [f"{loaded.changed:,} weights in {len(loaded.changes)} tensors"]
+    emit(loaded.to_json(), draw_text(lines, [*sections, section_of("Tensors", rows)], 120), as_json)
