@@ -150,10 +150,11 @@ def lorafx_run(
     with tempfile.TemporaryDirectory() as folder:
         facts = fit(Trainer, program.module(), TrainingArguments(**arguments(folder, seed)), rows, collate)
     folded = lorafx.fold(program)
-    changed = [float((folded.tensor(n) != value).float().mean()) for n, value in base.items() if value.dim() == 2]
+    kept = {name: value for name, value in base.items() if folded.tensor(name).shape == value.shape and value.dim() == 2}
+    changed = [float((folded.tensor(name) != value).float().mean()) for name, value in kept.items()]
     runner = open_runner(folded)
     adapter = sum(value.numel() for name, value in program.trainable().items() if "classifier" not in name)
-    learned = {"adapter": adapter, "sections": dict(program.report.sections), "changed": max(changed)}
+    learned = {"adapter": adapter, "sections": dict(program.report.sections), "changed": max(changed, default=1.0)}
     return Trained(lambda batch: runner(batch)["logits"], {**facts, **learned})
 
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import ArtifactError, UsageError
-
-if TYPE_CHECKING:
-    from .program import Program
 
 #: Prompts in one forward pass: the logits of a batch are its largest tensor.
 _BATCH = 16
@@ -21,9 +18,12 @@ Pair = tuple[list[int], list[int]]
 
 
 class Encoder:
-    """Texts to token ids with the tokenizer of a checkpoint folder. ArtifactError when the folder has none."""
+    """Texts to token ids with the tokenizer of a checkpoint folder. ArtifactError when the folder has none.
 
-    def __init__(self, checkpoint: Path, program: Program):
+    A text of more than ``limit`` tokens is a UsageError.
+    """
+
+    def __init__(self, checkpoint: Path, limit: int | None = None):
         from transformers import AutoTokenizer
 
         try:
@@ -31,7 +31,7 @@ class Encoder:
         except (OSError, ValueError, KeyError, TypeError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ArtifactError(f"{checkpoint}: its tokenizer cannot be opened: {first}") from error
-        self._limit = getattr(program.config.get_text_config(), "max_position_embeddings", None)
+        self._limit = limit
 
     def prompt(self, text: str) -> list[int]:
         """The ids of a prompt, with the special tokens that come before a text and without those after it."""

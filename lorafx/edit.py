@@ -303,6 +303,13 @@ class Edit:
             self.program.graph.erase_node(node)
             gone.add(node)
 
+    def recompute(self) -> None:
+        """Compute the fake values of all operators anew, after tensors changed their shapes."""
+        self._values.clear()
+        for node in self.program.graph.nodes:
+            if node.op == "call_function":
+                node.meta["val"] = self.evaluate(node)
+
     def evaluate(self, node: fx.Node) -> Any:
         """The node's value on fake tensors.
 

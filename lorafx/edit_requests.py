@@ -30,22 +30,41 @@ class EditRequest:
 
 @dataclass(frozen=True)
 class EditOptions:
-    """How :func:`lorafx.editing.edit` edits."""
+    """How :func:`lorafx.editing.edit` edits.
 
-    targets: tuple[str, ...] = option(("role:attn.query", "role:attn.value"), "weights to adapt, as a pass names them")
-    blocks: str | int | None = option(None, "only these blocks, e.g. 10..20")
-    rank: int = option(8, "rank of the update")
+    Source: RoseLoRA, arXiv 2406.10777; ``start`` and ``end`` are those of its code, whose other settings are
+    :data:`PAPER`. The defaults here were found with SmolLM2-135M, where the paper's change 1.1 % of the adapted weights
+    (at most ``rank · density²`` can change, so at most 0.81 % here) and fail in one edit of five: the feed-forward
+    layers of the last blocks learn an edit with the fewest changes elsewhere.
+    """
+
+    targets: tuple[str, ...] = option(("role:ffn.*",), "weights to adapt, as a pass names them")
+    blocks: str | int | None = option("-10..-1", "only in these blocks; negative ones count from the last")
+    rank: int = option(4, "rank of the update")
     alpha: float = option(32.0, "scale: the update is multiplied by alpha / rank")
-    density: float = option(0.05, "share kept of each row of A and each column of B")
+    density: float = option(0.045, "share kept of each row of A and each column of B")
     start: int = option(3, "steps before sparsity begins")
     end: int = option(20, "the step at which it is reached")
-    steps: int = option(25, "steps at most; fewer when the target is learned and the update is sparse")
-    learning_rate: float = option(5e-4, "of Adam")
-    margin: float = option(1.0, "by how much the logits of the target must lead before training may stop")
+    steps: int = option(60, "steps at most; fewer when the target is learned and the update is sparse")
+    learning_rate: float = option(1e-3, "of Adam")
+    margin: float | None = option(0.5, "lead of the target's logits that ends training (none: take all steps)")
     clamp: float | None = option(None, "hold the entries of A and B within plus and minus this")
-    prefix_weight: float = option(0.0, "weight of the divergence from the base within the prompt")
-    locality_weight: float = option(0.0, "weight of the divergence from the base on an edit's locality prompts")
+    prefix_weight: float = option(3.0, "weight of the KL divergence from before the edit within the prompt")
+    locality_weight: float = option(0.0, "the same on an edit's locality prompts")
     seed: int = option(0, "seed of the initial values")
+
+
+#: The settings of the paper's code: dense for 3 steps, sparse by step 20 of 25, the query and value projections.
+PAPER = EditOptions(
+    targets=("role:attn.query", "role:attn.value"),
+    blocks=None,
+    rank=8,
+    density=0.05,
+    steps=25,
+    learning_rate=5e-4,
+    margin=None,
+    prefix_weight=0.0,
+)
 
 
 def read_edits(path: str | PathLike[str]) -> tuple[EditRequest, ...]:
@@ -59,16 +78,19 @@ def read_edits(path: str | PathLike[str]) -> tuple[EditRequest, ...]:
         if name not in known:
             row = next(row for row, value in enumerate(values) if value is not None)
             raise table.error(row, f"unknown key {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
-    single = {name: table.texts(name) for name in ("prompt", "target")}
-    several = {name: table.columns.get(name, [None] * len(table)) for name in ("paraphrases", "locality")}
+    prompts, targets = table.texts("prompt"), table.texts("target")
+    none = [None] * len(table)
+    paraphrases, locality = (table.columns.get(name, none) for name in ("paraphrases", "locality"))
     for row in range(len(table)):
-        for name, values in single.items():
+        for name, values in (("prompt", prompts), ("target", targets)):
             if not values[row].strip():
                 raise table.error(row, f"{name!r} is empty")
     return tuple(
         EditRequest(
-            **{name: values[row] for name, values in single.items()},
-            **{name: _texts(table, row, name, values[row]) for name, values in several.items()},
+            prompts[row],
+            targets[row],
+            _texts(table, row, "paraphrases", paraphrases[row]),
+            _texts(table, row, "locality", locality[row]),
         )
         for row in range(len(table))
     )

@@ -1,6 +1,6 @@
 """Knowledge editing: teach a causal language model one continuation by changing very few weights, as a sparse patch.
 
-An edit is a rewrite with `rose-lora`, a short training, and a fold; what then differs from the checkpoint is the patch.
+An edit is a rewrite with `rose-lora`, a short training and a merge; the patch is what then differs from the checkpoint.
 What is reported is measured on the base with that patch applied, so it holds for the patch, not for the training.
 Source: RoseLoRA, arXiv 2406.10777, and the knowledge editing of its code.
 """
@@ -8,7 +8,7 @@ Source: RoseLoRA, arXiv 2406.10777, and the knowledge editing of its code.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import repeat
 from os import PathLike
@@ -25,10 +25,13 @@ from .continuations import Encoder, batch_of, says, top_tokens
 from .edit_requests import EditOptions, EditRequest
 from .errors import UsageError, did_you_mean
 from .module import loss_type
+from .passes.fold_affine import FoldAffine
+from .passes.fold_constants import FoldConstants
 from .passes.rose_lora import RoseLora
+from .passes.to_eval import ToEval
 from .patch import Patch, make, program_name, tensor_hash
 from .patch_folder import slots
-from .pipeline import fold, rewrite
+from .pipeline import rewrite, run
 from .program import Program
 from .render import draw_text, section_of
 from .tree import has_tensor
@@ -48,7 +51,7 @@ class Outcome:
         changed: weights this edit changed
         share: of the weights in the adapted matrices
         steps: optimiser steps taken
-        seconds: of training, folding and making the patch
+        seconds: of training, merging and making the patch
     """
 
     prompt: str
@@ -149,7 +152,10 @@ def edit(
         raise UsageError(f"unknown option {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
     if not edits:
         raise UsageError("no edits: give at least one prompt and target")
-    editor = _Editor(Path(checkpoint), replace(options or EditOptions(), **changes), prompts)
+    chosen = replace(options or EditOptions(), **changes)
+    if chosen.steps < chosen.end:
+        raise UsageError(f"{chosen.steps} steps end before the update is sparse, at step {chosen.end}; give more steps")
+    editor = _Editor(Path(checkpoint), chosen, prompts)
     current, made = editor.base, []
     for number, request in enumerate(edits, 1):
         work = editor.work(current, request)
@@ -157,8 +163,8 @@ def edit(
         say(f"edit {number} of {len(edits)}: {work.patch.changed:,} weights, {work.steps} steps, {work.seconds:.1f} s")
         if sequential:
             current = work.patch.apply_to(current)
-    results = repeat(current) if sequential else (work.patch.apply_to(current) for work in made)
-    outcomes = editor.measured(edits, made, results)
+    views = repeat(editor.view(current)) if sequential else map(editor.view, (w.patch.apply_to(current) for w in made))
+    outcomes = tuple(editor.outcome(*each) for each in zip(edits, made, views, strict=False))
     patches = (editor.between(editor.base, current),) if sequential else tuple(work.patch for work in made)
     return EditResult(outcomes, patches, sequential, editor.adapted, editor.options)
 
@@ -168,6 +174,12 @@ class _Work:
     patch: Patch
     steps: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class _View:
+    model: Any
+    locality: float | None
 
 
 class _Editor:
@@ -182,7 +194,8 @@ class _Editor:
         #: The checkpoint's name of each of the program's tensors that it stores.
         self.names = {program_name(self.base, (name,)): name for name in slots(checkpoint) if _held(self.base, name)}
         self.adapted = self._adapted(checkpoint)
-        self.encoder = Encoder(checkpoint, self.base)
+        limit = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        self.encoder = Encoder(checkpoint, limit)
         self.model = self.base.module().eval()
         self.prompts = [self.encoder.prompt(text) for text in prompts]
         self.tops = top_tokens(self.model, self.prompts)
@@ -205,7 +218,9 @@ class _Editor:
         """Make one edit on ``current``."""
         started = time.perf_counter()
         trained, steps = self._trained(current, request)
-        patch = self.between(current, fold(trained)).noting(prompt=request.prompt, target=request.target)
+        # Merged, not folded: fold() also takes dead channels out, and a patch needs every tensor in its shape.
+        merged = run(trained, (ToEval(), FoldConstants(), FoldAffine()))
+        patch = self.between(current, merged).noting(prompt=request.prompt, target=request.target)
         return _Work(patch, steps, time.perf_counter() - started)
 
     def _trained(self, current: Program, request: EditRequest) -> tuple[Program, int]:
@@ -218,15 +233,18 @@ class _Editor:
         model.total_steps = options.steps
         optimiser = torch.optim.Adam(model.parameter_groups(lr=options.learning_rate))
         prompt, target = self.encoder.pair(request.prompt, request.target)
-        chosen = torch.tensor(target, device=current.device)
-        stay = self._stay(model, request, prompt)
+        chosen, first = torch.tensor(target, device=current.device), len(prompt) - 1
+        before, near = _said(model, prompt)[:first], self._near(model, request)
         for step in range(options.steps):
-            logits = _logits(model, prompt + target)[len(prompt) - 1 : -1]
-            if step >= options.end and _lead(logits, chosen) >= options.margin:
+            logits = _logits(model, prompt + target)
+            wanted = logits[first:-1]
+            if step >= options.end and options.margin is not None and _lead(wanted, chosen) >= options.margin:
                 return program, step
-            loss = F.cross_entropy(logits, chosen)
-            for term in (model.penalty(), *(weight * _divergence(model, row, base) for weight, row, base in stay)):
-                loss = loss if term is None else loss + term
+            loss = F.cross_entropy(wanted, chosen)
+            if options.prefix_weight > 0 and first > 0:
+                loss = loss + options.prefix_weight * _divergence(logits[:first], before)
+            for row, said in near:
+                loss = loss + options.locality_weight / len(near) * _divergence(_logits(model, row), said)
             optimiser.zero_grad()
             loss.backward()
             model.before_step()
@@ -234,14 +252,12 @@ class _Editor:
             model.after_step()
         return program, options.steps
 
-    def _stay(self, model: Any, request: EditRequest, prompt: list[int]) -> list[tuple[float, list[int], Tensor]]:
-        """Token ids after which the model shall say what it says now (log-probabilities), and the weight of that."""
-        options = self.options
-        near = [self.encoder.prompt(text) for text in request.locality]
-        weighted = [(options.locality_weight / max(1, len(near)), row) for row in near]
-        weighted += [(options.prefix_weight, prompt[:-1])] if len(prompt) > 1 else []
-        with torch.no_grad():
-            return [(weight, row, _logits(model, row).log_softmax(-1)) for weight, row in weighted if weight > 0]
+    def _near(self, model: Any, request: EditRequest) -> list[tuple[list[int], Tensor]]:
+        """The edit's locality prompts and what the model says after their tokens; none if they weigh nothing."""
+        if self.options.locality_weight <= 0:
+            return []
+        rows = [self.encoder.prompt(text) for text in request.locality]
+        return [(row, _said(model, row)) for row in rows]
 
     def between(self, before: Program, after: Program) -> Patch:
         """The patch from one program to another, by the checkpoint's names."""
@@ -249,34 +265,28 @@ class _Editor:
             raise UsageError("an edit cannot change a tied weight alone; leave the output layer out of the targets")
         pairs = {self.names[name]: (before.tensor(name), after.tensor(name)) for name in self.names}
         moved = {name: pair for name, pair in pairs.items() if pair[0].data_ptr() != pair[1].data_ptr()}
-        # Folding adds 0 to the weights outside the support, which turns -0 into 0: an equal weight is no change.
+        # Merging adds 0 to the weights outside the support, which turns -0 into 0: an equal weight is no change.
         new = {name: torch.where(a == b, a, b) for name, (a, b) in moved.items()}
         return make({name: a for name, (a, _) in moved.items()}, new)
 
-    def measured(
-        self, edits: Sequence[EditRequest], made: Sequence[_Work], results: Iterable[Program]
-    ) -> tuple[Outcome, ...]:
-        """Every edit's outcome on the program that came of it."""
-        outcomes, seen, kept = [], None, None
-        for request, work, result in zip(edits, made, results, strict=False):
-            if result is not seen:
-                model, seen = result.module().eval(), result
-                kept = _share(self.tops, top_tokens(model, self.prompts))
-            outcomes.append(self._outcome(request, work, model, kept))
-        return tuple(outcomes)
+    def view(self, program: Program) -> _View:
+        """The program as a model, and the share of the unrelated prompts it goes on with as the base does."""
+        model = program.module().eval()
+        return _View(model, _share(self.tops, top_tokens(model, self.prompts)))
 
-    def _outcome(self, request: EditRequest, work: _Work, model: Any, kept: float | None) -> Outcome:
+    def outcome(self, request: EditRequest, work: _Work, view: _View) -> Outcome:
+        """What came of an edit, on the model it led to."""
         pairs = [self.encoder.pair(text, request.target) for text in (request.prompt, *request.paraphrases)]
         rows = [self.encoder.prompt(text) for text in request.locality]
-        hits = says(model, pairs)
+        hits = says(view.model, pairs)
         return Outcome(
             prompt=request.prompt,
             target=request.target,
             success=hits[0],
             before=says(self.model, pairs[:1])[0],
             paraphrases=tuple(hits[1:]),
-            near=_share(top_tokens(self.model, rows), top_tokens(model, rows)),
-            locality=kept,
+            near=_share(top_tokens(self.model, rows), top_tokens(view.model, rows)),
+            locality=view.locality,
             changed=work.patch.changed,
             share=work.patch.changed / self.adapted,
             steps=work.steps,
@@ -315,9 +325,15 @@ def _lead(logits: Tensor, target: Tensor) -> float:
     return float((logits.detach().gather(1, chosen)[:, 0] - best).min())
 
 
-def _divergence(model: Any, row: list[int], base: Tensor) -> Tensor:
-    """The mean KL divergence of what the model says after each token of a row from what the base said."""
-    return F.kl_div(_logits(model, row).log_softmax(-1), base, reduction="batchmean", log_target=True)
+@torch.no_grad()
+def _said(model: Any, row: list[int]) -> Tensor:
+    """The log-probabilities (row, vocabulary) of what the model says now after each token of a row."""
+    return _logits(model, row).log_softmax(-1)
+
+
+def _divergence(logits: Tensor, said: Tensor) -> Tensor:
+    """The mean over tokens of the KL divergence of the logits' distribution from what was said."""
+    return F.kl_div(logits.log_softmax(-1), said, reduction="batchmean", log_target=True)
 
 
 def _share(before: list[int], after: list[int]) -> float | None:

@@ -28,6 +28,7 @@ from . import __version__
 from .adapters import as_lora
 from .capture import dynamic_shapes, program_from
 from .errors import CaptureError, ParityError, UsageError
+from .hf_format import hf_model
 from .parity import Comparison, verify
 from .pipeline import fold, run, to_eval
 from .program import Program, Source
@@ -125,55 +126,6 @@ def _write_hf(program: Program, folder: Path, dtype: torch.dtype | None) -> None
     model.save_pretrained(folder)  # type: ignore[operator]
 
 
-def hf_model(program: Program) -> nn.Module:
-    """The program as an ordinary transformers model; UsageError when its config cannot say the program's shapes."""
-    source = program.source.model
-    if not hasattr(source, "save_pretrained"):
-        raise UsageError(f"{program.name} is no transformers model; export it as onnx or pt2")
-    config = copy.deepcopy(program.config)
-    for key, value in program.config_changes.items():
-        setattr(config, key, value)
-    with torch.device("meta"):
-        model = type(source)(config)
-    values = {**dict(source.named_buffers(remove_duplicate=False)), **dict(named_tensors(program.root))}
-    for name, slot in named_tensors(model):
-        value = values.get(name)
-        if value is None or value.shape != slot.shape:
-            found = "nothing" if value is None else f"shape {tuple(value.shape)}"
-            raise UsageError(
-                f"a {type(source).__name__} checkpoint cannot hold this program: {name} is {tuple(slot.shape)} in its "
-                f"architecture, {found} here; export it as onnx or pt2"
-            )
-    unknown = [name for name in program.names("adapter", "gate", "statistic") if name != "clock"]
-    if unknown:
-        raise UsageError(f"a checkpoint cannot hold {unknown[0]}; fold the program first, or export it as onnx or pt2")
-    shared: dict[int, torch.Tensor] = {}
-    for name, _ in list(named_tensors(model)):
-        value = shared.setdefault(id(values[name]), _as_parameter(values[name]))
-        _assign(model, name, value)
-    return model.eval()
-
-
-def fits_checkpoint(program: Program) -> bool:
-    """Whether an ordinary transformers checkpoint can hold the program."""
-    try:
-        hf_model(program)
-    except UsageError:
-        return False
-    return True
-
-
-def _as_parameter(value: torch.Tensor) -> torch.Tensor:
-    return nn.Parameter(value.detach(), requires_grad=False) if isinstance(value, nn.Parameter) else value
-
-
-def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    table = module._parameters if leaf in module._parameters else module._buffers
-    table[leaf] = value  # type: ignore[assignment]
-
-
 # ---- transformers.exporters
 
 
@@ -217,21 +169,37 @@ class RewritingOnnxExporter(OnnxExporter, RewritingExporter):  # type: ignore[mi
 def replay(program: Program, base: Program, *, whole: bool = True) -> Program:
     """Apply ``program``'s history to ``base``, another capture of the same model, and give it ``program``'s values.
 
-    ``whole`` says that ``base`` is the whole model, not a component of it. Raises CaptureError when a pass then inserts
-    other tensors than it did in ``program``.
+    What came after training (folding, removing dead channels) runs on the trained values, since they decide what it
+    does. ``whole`` says that ``base`` is the whole model, not a component of it. Raises CaptureError when a pass then
+    inserts other tensors than it did in ``program``, or leaves others behind.
     """
-    result = run(base, [applied.step for applied in program.history])
-    for applied, again in zip(program.history, result.history, strict=True):
+    trained = program.origin or program
+    steps = [applied.step for applied in program.history]
+    result = run(base, steps[: len(trained.history)])
+    for applied, again in zip(trained.history, result.history, strict=True):
         ours = {name for inserted in applied.inserted for name in inserted.tensors.values()}
         theirs = {name for inserted in again.inserted for name in inserted.tensors.values()}
         if theirs - ours or (whole and ours - theirs):
             odd = sorted(ours ^ theirs)[0]
             raise CaptureError(f"{applied.step.pass_name()}: {odd} is not in both captures of {program.name}")
+    _take_values(result, trained)
+    if program is not trained:
+        result = run(result, steps[len(trained.history) :])
+        _take_values(result, program)
+    return result
+
+
+def _take_values(result: Program, program: Program) -> None:
+    """Give ``result`` the values ``program`` has under the same names; CaptureError where their shapes differ."""
     constants = set(program.names("constant"))
     for name, value in named_tensors(program.root):
-        if name not in constants and has_tensor(result.root, name):
-            put_tensor(result.root, name, _cast(value, get_tensor(result.root, name)))
-    return result
+        if name in constants or not has_tensor(result.root, name):
+            continue
+        slot = get_tensor(result.root, name)
+        if slot.shape != value.shape:
+            shapes = f"{tuple(slot.shape)} and {tuple(value.shape)}"
+            raise CaptureError(f"{name} has two shapes, {shapes}, in two captures of {program.name}; export it as pt2")
+        put_tensor(result.root, name, _cast(value, slot))
 
 
 def _cast(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

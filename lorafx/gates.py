@@ -6,12 +6,14 @@ Each kind is the graph it inserts and the same formulas on tensors, for loss ter
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from .edit import Edit
+from .module import MethodState, SiteState
 
 aten = torch.ops.aten
 
@@ -69,10 +71,57 @@ class ClampedGaussian:
         """The gates in evaluation (ε = 0)."""
         return (theta.tanh() + 0.5).clamp(0.0, 1.0)
 
+    @classmethod
+    def surrogate(cls, theta: Tensor) -> Tensor:
+        """``q = Φ((tanh θ + ½)/½)``: wide enough that fully open gates have a gradient."""
+        return cls.open_probability(theta, 0.5)
+
     @staticmethod
     def open_probability(theta: Tensor, deviation: float) -> Tensor:
         """``Φ((tanh θ + ½) / deviation)``: how likely noise of that deviation leaves each gate above 0."""
         return torch.special.ndtr((theta.tanh() + 0.5) / deviation)
+
+
+# ---- the gates of a program
+
+
+#: The short names of gate vectors: of what is removed together, of columns, of rows.
+GATES = ("gate", "gate_in", "gate_out")
+
+
+def own_gates(site: SiteState) -> dict[str, Tensor]:
+    """The θ of one module's gates, by short name."""
+    return {name: site[name] for name in GATES if name in site.tensors}
+
+
+def gates_of(state: MethodState) -> list[Tensor]:
+    """The θ of all gates, one tensor a vector."""
+    return [theta for site in state.sites for theta in own_gates(site).values()]
+
+
+def is_open(theta: Tensor) -> Tensor:
+    """Whether each clamped Gaussian gate is open in evaluation."""
+    return ClampedGaussian.median(theta) > 0
+
+
+def kept_share(state: MethodState, openness: Callable[[Tensor], Tensor] = is_open) -> Tensor:
+    """What is kept of the selected weights, by a measure of how open a gate is; as evaluation sees it by default.
+
+    Coupled gates have a cost each; of independent ones open rows times open columns count.
+    """
+    if "total" in state.shared:
+        total = state.shared["total"] + torch.stack([site["attention"] for site in state.sites]).sum()
+        lost = [((1 - openness(site["gate"]).float()) * site["cost"]).sum() for site in state.sites]
+        return 1 - torch.stack(lost).sum() / total
+    sides = [(site["gate_in"], site["gate_out"]) for site in state.sites]
+    kept = [openness(columns).float().sum() * openness(rows).float().sum() for columns, rows in sides]
+    return torch.stack(kept).sum() / sum(columns.numel() * rows.numel() for columns, rows in sides)
+
+
+def open_gates(site: SiteState) -> dict[str, Any]:
+    """One row of a report: a module and how many of its gates are open."""
+    counts = {name: f"{int(is_open(theta).sum())} of {theta.numel()}" for name, theta in own_gates(site).items()}
+    return {"module": site.module, **counts}
 
 
 def histogram(gates: Tensor) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, resum
 def fold(run: Path, out: Path, verify_each: bool, double: bool, overwrite: bool, as_json: bool) -> None:
     """Fold everything RUN learned into its base and write an ordinary checkpoint (or a .pt2 where none can hold it)."""
     from .export import export as write
-    from .export import fits_checkpoint
+    from .hf_format import fits_checkpoint
     from .observe import VerifyEach
     from .pipeline import fold as merge
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -88,6 +90,15 @@ class RewrittenModel(nn.Module):
     total_steps: int | None = None
     accepts_loss_kwargs = True
     checkpointing: bool = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModel:
+        """A model with tensors of its own, tied as here, and a program over them; graphs and eager model are shared."""
+        twin = self.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy({k: v for k, v in self.__dict__.items() if k != "program"}, memo))
+        root = copy.deepcopy(self.program.root, memo)
+        object.__setattr__(twin, "program", dataclasses.replace(self.program.copy(), root=root))
+        return twin
 
     @property
     def config(self) -> Any:

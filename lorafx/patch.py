@@ -276,7 +276,7 @@ def _place(name: str, value: Tensor) -> Any:
 def tensor_hash(value: Tensor) -> str:
     """sha256 of a tensor's bytes, in row-major order."""
     plain = value.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(plain.view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(plain.view(torch.uint8).numpy().data).hexdigest()
 
 
 def _bits(value: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class Slot:
         """Put ``value`` in its place in the copy of the file that lies in ``folder``."""
         with (folder / self.file.name).open("r+b") as stream:
             stream.seek(self.start)
-            stream.write(value.reshape(-1).view(torch.uint8).numpy())
+            stream.write(value.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def apply(checkpoint: str | PathLike[str], patch: Patch, out: str | PathLike[str], *, overwrite: bool = False) -> None:

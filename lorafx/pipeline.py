@@ -85,12 +85,14 @@ def fold(program: Program, observers: Sequence[Observer] = ()) -> Program:
     """Fold everything learned into the base, by ordinary compiler simplification, to a fixed point.
 
     Returns a new Program in evaluation form whose ``origin`` is ``program``. Knows no method: adapters, gates and
-    masks, lorafx's or anyone's, fold because they are constant or affine subgraphs.
+    masks, lorafx's or anyone's, fold because they are constant or affine subgraphs, and what they closed is removed
+    because it is zero.
     """
+    from .passes.dead_channels import DeadChannels
     from .passes.fold_affine import FoldAffine
     from .passes.fold_constants import FoldConstants
     from .passes.tidy import Tidy
     from .passes.to_eval import ToEval
 
-    folded = run(program, (ToEval(), FoldConstants(), FoldAffine(), Tidy()), observers)
+    folded = run(program, (ToEval(), FoldConstants(), FoldAffine(), DeadChannels(), Tidy()), observers)
     return dataclasses.replace(folded, origin=program.origin or program)

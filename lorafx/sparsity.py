@@ -35,27 +35,31 @@ def dropped(fraction: float, size: int) -> int:
     return math.floor(fraction * size + 1e-9 * size)
 
 
+def check_group(group: str, columns: int, where: str) -> None:
+    """UsageError, saying ``where``, unless rows of ``columns`` entries can be pruned by ``group``."""
+    if group in ("row", "matrix"):
+        return
+    found = _N_OF_M.fullmatch(group)
+    if found is None or not 0 < int(found[1]) < int(found[2]):
+        raise UsageError(f"{where}: group {group!r}: write row, matrix or n:m with n below m, e.g. 2:4")
+    if columns % int(found[2]):
+        raise UsageError(f"{where}: group {group!r}: rows of {columns} entries are no multiple of {found[2]}")
+
+
 def lowest_by_group(score: Tensor, fraction: float, group: str) -> Tensor:
     """A mask of the lowest ``fraction`` of every group of a matrix.
 
     Args:
         score: (rows, columns)
         fraction: of each group; exactly ⌊fraction · size⌋ entries
-        group: ``row``, ``matrix``, or ``n:m`` (n of every m neighbours in a row, whatever ``fraction`` is)
-
-    Raises:
-        UsageError: another group, or rows that are no multiple of m
+        group: ``row``, ``matrix``, or ``n:m`` (n of every m neighbours in a row, whatever ``fraction`` is); one that
+            :func:`check_group` allows
     """
     if group == "row":
         return lowest(score, dropped(fraction, score.shape[1]))
     if group == "matrix":
         return lowest(score.reshape(1, -1), dropped(fraction, score.numel())).reshape(score.shape)
-    found = _N_OF_M.fullmatch(group)
-    if found is None or not 0 < int(found[1]) < int(found[2]):
-        raise UsageError(f"group {group!r}: write row, matrix or n:m with n below m, e.g. 2:4")
-    count, size = int(found[1]), int(found[2])
-    if score.shape[1] % size:
-        raise UsageError(f"group {group!r}: rows of {score.shape[1]} entries are no multiple of {size}")
+    count, size = map(int, group.split(":"))
     return lowest(score.reshape(-1, size), count).reshape(score.shape)
 
 

@@ -21,7 +21,8 @@ def measure_input(edit: Edit, site: Site) -> None:
     """
     square_sum = edit.statistic("square_sum", torch.zeros(site.in_features), site)
     token_count = edit.statistic("token_count", torch.zeros(1), site)
-    value = edit.cast(edit.call(aten.detach.default, site.input), torch.float32)
+    # Whatever its dtype was at capture: under autocast it is bf16, which sums of squares need more digits than.
+    value = edit.call(aten.to.dtype, edit.call(aten.detach.default, site.input), torch.float32)
     mask = token_mask(edit, value)
     ones = edit.call(aten.ones_like.default, edit.call(aten.select.int, value, -1, 0))
     if mask is not None:

@@ -116,7 +116,8 @@ def _train(job: Job, folder: Path) -> None:
 
 
 def _fold(job: Job, folder: Path) -> None:
-    from .export import export, fits_checkpoint
+    from .export import export
+    from .hf_format import fits_checkpoint
     from .pipeline import fold
     from .store import load
 

@@ -1,4 +1,4 @@
-"""Gate the rows and columns of frozen weights, so that training can close them (FineGates)."""
+"""Gate frozen weights, so that training can close what it does not need (FineGates)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from ..base import Method, Promise, option
+from ..base import Method, Miss, Promise, Selection, option
 from ..edit import Edit, aliases
-from ..gates import ClampedGaussian, histogram
+from ..gates import GATES, ClampedGaussian, gates_of, histogram, is_open, kept_share, open_gates
 from ..lowrank import train_in_full
-from ..module import MethodState, SiteState
+from ..module import MethodState
 from ..program import Program
 from ..schedules import ascend, linear, steps_of
 from ..site import Site, is_tensor_node
+from ..units import UnitAnalysis, Units
 
 aten = torch.ops.aten
 #: The least initial θ of a gate that is fully open in evaluation (tanh θ = ½), and one for a gate held barely open.
@@ -25,27 +26,32 @@ _OPEN, _AJAR = 0.5494, -0.5
 
 @dataclass(frozen=True)
 class Finegates(Method):
-    """Gate the rows and columns of frozen weights, so that training can close them (FineGates).
+    """Gate frozen weights, so that training can close what it does not need (FineGates).
 
     Before: ``y = W x + b`` (with whatever earlier passes put beside W)
     After: ``y = g_r ⊙ (W (g_c ⊙ x) + b)``, ``g_c`` (in) and ``g_r`` (out) clamped Gaussian gates of parameters θ
 
-    What drives gates to close is ``mode``: ``achieved`` steers with the share of weights that are really kept (open
-    rows times open columns), a multiplier ascending until it meets ``budget``, which comes down from 1 over the first
-    ``ramp`` of the steps; ``target`` is the authors' surrogate, ``strength`` times the mean over sites of
-    ``½(|mean q_r - k| + |mean q_c - k|)`` with ``q = Φ((tanh θ + ½)/½)`` and ``k = 1 - target``; ``penalty`` is
-    ``strength`` times the mean of ``Φ((tanh θ + ½)/noise)``. The last open gate of a site's side never closes.
+    With ``couple`` what can only be removed together has one gate — a neuron, a head, a key-value group, found by the
+    axis analysis — where its channels are read: ``y = W (g ⊙ x) + b``; without, rows and columns have gates of their
+    own, as in the paper. What drives gates to close is ``mode``: ``achieved`` steers with what is really kept of the
+    selected weights, a multiplier ascending until it meets ``budget``, which comes down from 1 over the first ``ramp``
+    of the steps; ``target`` is the authors' surrogate, ``strength`` times the mean over vectors of ``|mean q - k|``
+    with ``q = Φ((tanh θ + ½)/½)`` and ``k = 1 - target``; ``penalty`` is ``strength`` times the mean of ``Φ((tanh θ +
+    ½)/noise)``. The last open gate of a vector never closes.
 
     Keeps: the outputs, bit by bit, since every gate starts at 1. Does nothing where no target matches (and says so).
     Source: FineGates, arXiv 2412.12951 (gates, θ ~ N(1, 0.1²), noise 0.1) and its 2026 code (``target``: 50, 0.4);
-    penalty: Yamada et al. 2020, arXiv 1810.04247. ``achieved``, its ``budget``, ``ramp`` and rates are this library's,
-    as is the lower end of the initial θ, without which some gates would start below 1.
+    penalty: Yamada et al. 2020, arXiv 1810.04247. ``couple``, ``achieved``, its ``budget``, ``measure``, ``ramp`` and
+    rates are this library's, as is the lower end of the initial θ, without which some gates would start below 1.
     """
 
     promise: ClassVar[Promise] = Promise.EXACT
 
+    couple: bool = option(True, "one gate for what can only be removed together")
     mode: Literal["achieved", "target", "penalty"] = option("achieved", "what drives gates to close")
-    budget: float = option(0.6, "share of the gated weights to keep (achieved)")
+    budget: float = option(0.6, "share to keep of the selected weights (achieved)")
+    measure: Literal["parameters", "flops"] = option("parameters", "what the budget counts (achieved, with couple)")
+    length: int = option(64, "tokens of a text, for the FLOPs of attention")
     target: float = option(0.4, "share of gates to close (target)")
     strength: float = option(50.0, "weight of the loss term (target, penalty)")
     ramp: float = option(0.6, "share of the steps over which the budget comes down (achieved)")
@@ -64,21 +70,44 @@ class Finegates(Method):
             return "tied weight"
         return super().refuse(program, site)
 
-    def rewrite(self, edit: Edit, site: Site) -> None:
+    def sites(self, program: Program) -> Selection:
+        found = super().sites(program)
+        if not self.couple or not found.taken:
+            return found
+        analysis = UnitAnalysis(program, found.taken)
+        units = [(site, analysis.find(site)) for site in found.taken]
+        missed = [Miss(site, f"gated where its result is read: {why}") for site, why in units if isinstance(why, str)]
+        taken = tuple(unit for _, unit in units if isinstance(unit, Units))
+        return Selection(taken, (*found.missed, *missed))  # type: ignore[arg-type]
+
+    def rewrite(self, edit: Edit, site: Any) -> None:
         edit.statistic("multiplier", torch.zeros(()))
+        if isinstance(site, Units):
+            self._couple(edit, site)
+            return
         with edit.before(site.node):
-            gated = self._gated(edit, site, "gate_in", site.input, site.in_features)
-            edit.replace_input(site, gated)
+            edit.replace_input(site, self._gated(edit, site, "gate_in", site.input, site.in_features))
         result = edit.output(site)
         with edit.after(result):
             edit.replace(result, self._gated(edit, site, "gate_out", result, site.out_features))
-        bias = site.node.args[site.op.bias] if site.op.bias is not None and len(site.node.args) > site.op.bias else None
-        if self.train_biases and is_tensor_node(bias):
-            edit.train_tensor(str(bias.target))  # type: ignore[union-attr]
 
-    def _gated(self, edit: Edit, site: Site, short: str, value: fx.Node, size: int) -> fx.Node:
+    def _couple(self, edit: Edit, units: Units) -> None:
+        attention = 2.0 * self.length * units.inner * (units.attends and self.measure == "flops")
+        edit.statistic("cost", torch.tensor(units.costs + attention, dtype=torch.float32), units.site)
+        edit.statistic("attention", torch.tensor(attention.sum(), dtype=torch.float32), units.site)
+        edit.statistic("total", torch.tensor(float(units.total)))
+        of = None if (units.of == range(len(units.of))).all() else torch.tensor(units.of)
+        with edit.before(units.site.node):
+            gated = self._gated(edit, units.site, "gate", units.site.input, len(units.costs), of)
+            edit.replace_input(units.site, gated)
+
+    def _gated(
+        self, edit: Edit, site: Site, short: str, value: fx.Node, size: int, of: Tensor | None = None
+    ) -> fx.Node:
         theta = edit.parameter(site, short, (size,), self._start, "gate")
         gate = ClampedGaussian.insert(edit, theta, self.noise)
+        if of is not None:
+            gate = edit.call(aten.index_select.default, gate, 0, edit.tensor(edit.statistic("unit_of", of, site)))
         return edit.call(aten.mul.Tensor, value, edit.cast(gate, value.meta["val"].dtype))
 
     def _start(self, theta: Tensor) -> None:
@@ -86,20 +115,23 @@ class Finegates(Method):
 
     def finish(self, edit: Edit) -> None:
         train_in_full(edit, self.trainable)
+        for site in super().sites(edit.program).taken if self.train_biases else ():
+            place = site.op.bias
+            bias = site.node.args[place] if place is not None and len(site.node.args) > place else None
+            if is_tensor_node(bias):
+                edit.train_tensor(str(bias.target))  # type: ignore[union-attr]
 
     def penalty(self, state: MethodState) -> Tensor:
         if self.mode == "achieved":
-            return state.shared["multiplier"].detach() * _share(state, _surrogate)
+            return state.shared["multiplier"].detach() * kept_share(state, ClampedGaussian.surrogate)
         if self.mode == "target":
-            keep = 1 - self.target
-            terms = [_surrogate(theta).mean() - keep for site in state.sites for theta in _gates(site)]
+            terms = [ClampedGaussian.surrogate(theta).mean() - (1 - self.target) for theta in gates_of(state)]
             return self.strength * torch.stack(terms).abs().mean()
-        every = torch.cat([theta for site in state.sites for theta in _gates(site)])
-        return self.strength * ClampedGaussian.open_probability(every, self.noise).mean()
+        return self.strength * ClampedGaussian.open_probability(torch.cat(gates_of(state)), self.noise).mean()
 
     def after_step(self, state: MethodState) -> None:
-        for theta in (theta for site in state.sites for theta in _gates(site)):
-            if bool((ClampedGaussian.median(theta) == 0).all()):
+        for theta in gates_of(state):
+            if not bool(is_open(theta).any()):
                 theta[theta.argmax()] = _AJAR
         if self.mode == "achieved":
             end = max(1, steps_of(self.ramp, state.planned_steps))
@@ -107,41 +139,9 @@ class Finegates(Method):
             ascend(state.shared["multiplier"], kept_share(state) - allowed, self.multiplier_rate)
 
     def optimiser(self) -> Mapping[str, Mapping[str, float]]:
-        settings = {"lr": self.gate_rate, "weight_decay": 0.0}
-        return {"gate_in": settings, "gate_out": settings}
+        return {name: {"lr": self.gate_rate, "weight_decay": 0.0} for name in GATES}
 
     def describe(self, state: MethodState) -> Mapping[str, Any]:
-        gates = {key: torch.cat([ClampedGaussian.median(site[key]) for site in state.sites]) for key in _SIDES}
-        every = torch.cat(list(gates.values()))
+        every = torch.cat([ClampedGaussian.median(theta) for theta in gates_of(state)])
         total = {"gates": every.numel(), "weights kept": float(kept_share(state)), **histogram(every)}
-        return {"Gates": [total], "Open gates by module": [_open(site) for site in state.sites]}
-
-
-_SIDES = ("gate_in", "gate_out")
-
-
-def _gates(site: SiteState) -> tuple[Tensor, Tensor]:
-    return site["gate_in"], site["gate_out"]
-
-
-def _surrogate(theta: Tensor) -> Tensor:
-    """``q = Φ((tanh θ + ½)/½)``: wide enough that fully open gates have a gradient."""
-    return ClampedGaussian.open_probability(theta, 0.5)
-
-
-def _share(state: MethodState, openness: Any) -> Tensor:
-    """The kept share of all gated weights: open rows times open columns, by a measure of openness."""
-    kept = [openness(columns).sum() * openness(rows).sum() for columns, rows in map(_gates, state.sites)]
-    return torch.stack(kept).sum() / sum(columns.numel() * rows.numel() for columns, rows in map(_gates, state.sites))
-
-
-def kept_share(state: MethodState) -> Tensor:
-    """The share of the gated weights in open rows and open columns, as evaluation sees them."""
-    return _share(state, lambda theta: (ClampedGaussian.median(theta) > 0).float())
-
-
-def _open(site: SiteState) -> dict[str, Any]:
-    counts = {side: int((ClampedGaussian.median(site[side]) > 0).sum()) for side in _SIDES}
-    rows, columns = counts["gate_out"], counts["gate_in"]
-    total = site["gate_out"].numel() * site["gate_in"].numel()
-    return {"module": site.module, "rows": rows, "columns": columns, "weights kept": rows * columns / total}
+        return {"Gates": [total], "Open gates by module": [open_gates(site) for site in state.sites]}

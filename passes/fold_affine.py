@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..affine import Region
@@ -52,8 +53,9 @@ class FoldAffine(Pass):
 
 
 def _pack(kind: str, matrix: Tensor, like: Tensor) -> Tensor:
-    stored = matrix.t() if kind in ("addmm", "embedding") else matrix
-    return stored.reshape(like.shape).to(like.dtype).contiguous()
+    stored = (matrix.t() if kind in ("addmm", "embedding") else matrix).reshape(like.shape).to(like.dtype)
+    # A weight that did not change keeps its bits: -0.0 + 0 is +0.0.
+    return torch.where(stored == like, like.detach(), stored).contiguous()
 
 
 def _store(edit: Edit, region: Region) -> tuple[str, str | None]:

@@ -15,7 +15,7 @@ from ..edit import Edit
 from ..lowrank import LowRank
 from ..module import MethodState, SiteState
 from ..site import Site
-from ..sparsity import density, lowest_by_group
+from ..sparsity import check_group, density, lowest_by_group
 from ..statistics import measure_input
 
 
@@ -64,6 +64,8 @@ class Prilora(LowRank):
         return self.alpha / (mean if self.scale == "constant" else self.rank_of(site))
 
     def rewrite(self, edit: Edit, site: Site) -> None:
+        if self.prunes:
+            check_group(self.group, site.in_features, f"{self.pass_name()} at {site.module}")
         super().rewrite(edit, site)
         if self.prunes:
             edit.statistic("input_norm", torch.zeros(site.in_features), site)
@@ -84,7 +86,7 @@ class Prilora(LowRank):
     def after_step(self, state: MethodState) -> None:
         if not self.prunes:
             return
-        last = self.final_prune and state.step == state.total_steps
+        last = self.final_prune and state.step == state.planned_steps
         for site in state.sites:
             a = site["lora_A"]
             if last or state.step % self.interval == 0:

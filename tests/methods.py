@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import lorafx
 from lorafx.base import Method, Pass
+from lorafx.errors import LorafxError
 from lorafx.module import MethodState, RewrittenModel, method_state
 from lorafx.passes.finegates import Finegates
-from lorafx.passes.lora import Lora
 from lorafx.passes.prilora import Prilora
 from lorafx.passes.rose_lora import RoseLora
 from lorafx.passes.salora import Salora
@@ -27,8 +28,9 @@ RECIPES: dict[str, tuple[Pass, ...]] = {
     "salora": (Salora(rank=6, alpha=3.0),),
     "tied-lora": (TiedLora(rank=3),),
     "finegates": (Finegates(),),
+    "finegates, apart": (Finegates(couple=False),),
     "rose-lora": (RoseLora(rank=3, alpha=6.0, density=0.3, start=2, end=5),),
-    "tied-lora + finegates": (TiedLora(rank=3), Finegates()),
+    "tied-lora + finegates": (TiedLora(rank=3), Finegates(couple=False)),
     "salora + finegates": (Salora(rank=6, alpha=3.0), Finegates()),
     "prilora + rose-lora": (
         Prilora(rank_first=2, rank_last=4, fraction=0.0),
@@ -40,6 +42,8 @@ NOISELESS = ("prilora", "tied-lora", "rose-lora", "prilora + rose-lora")
 
 
 TOKENS = 30
+#: Every linear of a tower's blocks.
+EVERY = ("query", "key", "value", "up_proj", "down_proj")
 
 
 # ---- towers
@@ -114,10 +118,6 @@ def state_of(model: RewrittenModel, index: int = -1) -> MethodState:
     return method_state(applied, lambda name: get_tensor(model, name), int(model.clock), model.total_steps)
 
 
-def method_of(model: RewrittenModel, index: int = -1) -> Any:
-    return [applied.step for applied in model.program.history if isinstance(applied.step, Method)][index]
-
-
 # ---- training
 
 
@@ -132,16 +132,15 @@ def square(outputs: Tensor) -> Tensor:
 
 def fit(
     model: RewrittenModel,
-    batches: Iterator[dict[str, Tensor]] | list[dict[str, Tensor]],
+    batches: Iterable[dict[str, Tensor]],
     optimizer: torch.optim.Optimizer | None = None,
-    loss: Callable[[Any], Tensor] = square,
     before: Callable[[], object] = lambda: None,
 ) -> None:
     """The plain loop, one batch a step; ``before`` sees the gradients before the methods do."""
     optimizer = optimizer or optimiser(model)
     model.train()
     for inputs in batches:
-        (loss(model(**inputs)) + (model.penalty() or 0)).backward()
+        (square(model(**inputs)) + (model.penalty() or 0)).backward()
         before()
         model.before_step()
         optimizer.step()
@@ -149,7 +148,7 @@ def fit(
         optimizer.zero_grad()
 
 
-def inputs_of(program: Program, inputs: dict[str, Tensor], run: Callable[[nn.Module], object]) -> dict[str, Tensor]:
+def inputs_of(program: Program, run: Callable[[nn.Module], object]) -> dict[str, Tensor]:
     """What entered each module of the eager model while ``run`` called it, by module path."""
     seen: dict[str, Tensor] = {}
     hooks = []
@@ -167,4 +166,50 @@ def inputs_of(program: Program, inputs: dict[str, Tensor], run: Callable[[nn.Mod
     return seen
 
 
-__all__ = [name for name in dir() if not name.startswith("_")]
+# ---- ready to train
+
+
+def rewritten(*passes: Pass, base: Program | None = None, seed: int = 1) -> Program:
+    """The tower under ``passes``, with initial values fixed by ``seed``."""
+    base = base or tower()
+    torch.manual_seed(seed)
+    return lorafx.rewrite(base, passes)
+
+
+def training(
+    *passes: Pass, base: Program | None = None, total_steps: int | None = 100, seed: int = 1
+) -> RewrittenModel:
+    """Its module, told how many steps there will be."""
+    model = rewritten(*passes, base=base, seed=seed).module()
+    model.total_steps = total_steps
+    return model
+
+
+def refused(kind: type[LorafxError], passes: tuple[Pass, ...], base: Program | None = None) -> str:
+    """The message of the refusal, which is one line."""
+    with pytest.raises(kind) as caught:
+        rewritten(*passes, base=base)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Layer(nn.Module):
+    """One block of one linear without a bias, whose weight is a number times the identity."""
+
+    def __init__(self, value: float):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(16, 16, bias=False)])
+        self.layers[0].weight.data = value * torch.eye(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0](x)
+
+
+def layer(value: float, step: Pass) -> RewrittenModel:
+    """It under a method."""
+    return training(step, base=lorafx.capture(Layer(value), inputs={"x": torch.ones(3, 5, 16)}))

@@ -156,4 +156,4 @@ def learned(program: Program) -> dict[str, Tensor]:
 
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     assert a.keys() == b.keys()
-    return max(float((a[name] - b[name]).abs().max()) for name in a)
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)

@@ -1,0 +1,174 @@
+"""What elementwise operators and weights say of channels: which are one, which keep step, which must stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .axes import Array, Axes, Axis, Known, axis_of
+from .axis_moves import rank_of
+
+aten = torch.ops.aten
+
+Rule = Callable[[Axes, fx.Node], Known]
+
+
+# ---- elementwise
+
+
+def _tensors(node: fx.Node) -> list[fx.Node]:
+    return [value for value in node.all_input_nodes if isinstance(value.meta.get("val"), Tensor)]
+
+
+def elementwise(axes: Axes, node: fx.Node) -> Known:
+    """Entries at one place are one channel; a vector broadcast over rows keeps step with every row."""
+    rank = rank_of(node)
+    result: list[Axis] = []
+    bare: list[tuple[int, ...]] = []
+    for value in _tensors(node):
+        shape = value.meta["val"].shape
+        shift = rank - len(shape)
+        own = [axis.moved(lambda dim: dim + shift) for axis in axes.axes(value)]  # noqa: B023  (used at once)
+        labelled = {dim for axis in own for dim in axis.dims}
+        bare.append(tuple(d + shift for d, size in enumerate(shape) if not is_one(size) and d + shift not in labelled))
+        for axis in own:
+            join(axes, result, axis, str(node.target))
+    for dims in bare:
+        for axis in result:
+            for dim in set(dims) & set(axis.dims):
+                axes.hold(axis, dim, f"{node.target} with a value that has positions there")
+    return result
+
+
+def is_one(size: Any) -> bool:
+    """Whether a dimension of that size is broadcast."""
+    return isinstance(size, int) and size == 1
+
+
+def join(axes: Axes, result: list[Axis], axis: Axis, why: str) -> None:
+    """Add an operand's axis to those of the result."""
+    shared = [other for other in result if set(other.dims) & set(axis.dims)]
+    if not shared:
+        result.append(axis)
+    elif len(shared) == 1 and shared[0].dims == axis.dims:
+        axes.same(shared[0].data, axis.data)
+    elif len(shared) == 1 and set(axis.dims) < set(shared[0].dims):
+        axes.tie(shared[0].data, spread(axis, shared[0].dims))
+    elif len(shared) == 1 and set(shared[0].dims) < set(axis.dims):
+        axes.tie(axis.data, spread(shared[0], axis.dims))
+        result[result.index(shared[0])] = axis
+    else:
+        for other in (axis, *shared):
+            axes.pin(other.data, why)
+
+
+def spread(axis: Axis, dims: tuple[int, ...]) -> Array:
+    """The data of ``axis`` with dimensions of size 1 for those of ``dims`` it lacks."""
+    return axis.data.reshape([axis.data.shape[axis.dims.index(dim)] if dim in axis.dims else 1 for dim in dims])
+
+
+# ---- weights
+
+
+def _contract(axes: Axes, axis: Axis | None, labels: Array, why: str) -> None:
+    """The channels of ``axis`` (its last dimension) meet ``labels``."""
+    if axis is None:
+        axes.pin(labels, why)
+    elif len(axis.dims) == 1:
+        axes.same(axis.data, labels)
+    else:
+        # One matrix for every head: all keep the same channels, and heads are told apart no more.
+        axes.tie(axis.data, labels)
+        for dim in axis.dims[:-1]:
+            axes.hold(axis, dim, why)
+
+
+def matrix_labels(axes: Axes, node: object, dim: int) -> Array:
+    """The labels of a weight along one dimension; fresh ones where it has none."""
+    axis = axis_of(axes.axes(node), dim)
+    return axis.data if axis is not None and len(axis.dims) == 1 else axes.new(_size(node, dim))
+
+
+def _size(node: object, dim: int) -> int:
+    size = node.meta["val"].shape[dim]  # type: ignore[union-attr]
+    return size if isinstance(size, int) else 1
+
+
+def linear(axes: Axes, node: fx.Node) -> Known:
+    """``y = W x + b``: the columns of W are the channels that enter, its rows and b those that leave."""
+    value, weight = node.args[:2]
+    return affine(axes, node, value, matrix_labels(axes, weight, 1), matrix_labels(axes, weight, 0), node.args[2:3])
+
+
+def addmm(axes: Axes, node: fx.Node) -> Known:
+    """The same with the weight stored (in, out)."""
+    bias, value, weight = node.args[:3]
+    return affine(axes, node, value, matrix_labels(axes, weight, 0), matrix_labels(axes, weight, 1), (bias,))
+
+
+def affine(axes: Axes, node: fx.Node, value: Any, ins: Array, outs: Array, bias: tuple[Any, ...]) -> Known:
+    """A weight with channels ``ins`` and ``outs`` on the last dimension of ``value``."""
+    last = rank_of(value) - 1
+    found = axes.axes(value)
+    axis = axis_of(found, last)
+    _contract(axes, axis, ins, f"{node.target} of a value whose channels are not known")
+    for shift in bias:
+        held = axis_of(axes.axes(shift), 0)
+        if held is not None:
+            axes.same(outs, held.data)
+    rest = [other for other in found if other is not axis]
+    return [*rest, Axis((rank_of(node) - 1,), outs)] if outs.size > 1 else rest
+
+
+def convolution(axes: Axes, node: fx.Node) -> Known:
+    """Channels of the kernel are those of the values; a depthwise one keeps them."""
+    value, weight = node.args[:2]
+    bias = node.args[2] if len(node.args) > 2 else None
+    ins, outs = matrix_labels(axes, weight, 1), matrix_labels(axes, weight, 0)
+    entering = axis_of(axes.axes(value), 1)
+    groups = node.args[6] if len(node.args) > 6 else 1
+    if groups == 1:
+        _contract(axes, entering, ins, "convolution of a value whose channels are not known")
+    elif groups == outs.size and ins.size == 1 and entering is not None and entering.dims == (1,):
+        axes.same(entering.data, outs)
+    else:
+        for labels in (ins, outs, *([entering.data] if entering is not None else [])):
+            axes.pin(labels, "grouped convolution")
+    for axis in axes.axes(weight):
+        if axis.dims[0] > 1:
+            axes.pin(axis.data, "the kernel of a convolution")
+    for axis in axes.axes(bias):
+        axes.same(outs, axis.data)
+    return [Axis((1,), outs)] if outs.size > 1 else []
+
+
+def embedding(axes: Axes, node: fx.Node) -> Known:
+    """The columns of a table are the channels that leave; its rows are looked up by number."""
+    axes.pin(matrix_labels(axes, node.args[0], 0), "rows of a table are looked up by number")
+    for axis in axes.axes(node.args[1]):
+        axes.pin(axis.data, "numbers of rows of a table")
+    columns = axis_of(axes.axes(node.args[0]), 1)
+    return [Axis((rank_of(node) - 1,), columns.data)] if columns is not None else []
+
+
+def batch_norm(axes: Axes, node: fx.Node) -> Known:
+    """All parameters run along the channels."""
+    channels = axis_of(axes.axes(node.args[0]), 1)
+    if channels is None or len(channels.dims) > 1:
+        return pinned(axes, node, "batch norm of a value whose channels are not known")
+    for operand in node.args[1:5]:
+        for axis in axes.axes(operand):
+            axes.same(channels.data, axis.data)
+    return [channels]
+
+
+def pinned(axes: Axes, node: fx.Node, why: str) -> Known:
+    """Pin everything an operator reads: its channels are followed no further."""
+    for value in node.all_input_nodes:
+        for axis in axes.axes(value):
+            if isinstance(axis, Axis):
+                axes.pin(axis.data, why)
+    return []

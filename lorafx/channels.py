@@ -1,0 +1,326 @@
+"""What is known of channels: which have one constant value, and which anybody needs.
+
+Constants go forward: a zero row gives its bias, elementwise operators map it, a factor 0 absorbs. Needs go backward: a
+weight operator needs the channels that its needed outputs read through a weight that is not 0, and no constant one
+(that goes into the bias). A channel that nobody needs is dead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from .axes import Array, Axes, Axis, axis_of
+from .axis_moves import MOVES, rank_of
+from .axis_rules import spread
+from .axis_table import ELEMENTWISE
+from .constants import Constants
+from .tree import get_tensor
+
+aten = torch.ops.aten
+
+_PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar)
+#: Operators that choose between two operands, and where these stand.
+_CHOICES = {
+    **dict.fromkeys((aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar), (1, 2)),
+    **dict.fromkeys((aten.masked_fill.Scalar, aten.masked_fill.Tensor), (0, 2)),
+}
+_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+
+
+class _Carried:
+    """Facts, as what moves carry: what cannot be followed is forgotten."""
+
+    def lose(self, axis: Axis, why: str) -> None:
+        pass
+
+    def rows(self, data: Array) -> None:
+        pass
+
+    def squash(self, axis: Axis, dim: int, why: str) -> Axis | None:
+        if len(axis.dims) == 1:
+            return None
+        data = np.moveaxis(axis.data, axis.dims.index(dim), 0)
+        return Axis(tuple(d for d in axis.dims if d != dim), np.where((data == data[:1]).all(0), data[0], np.nan))
+
+    def alike(self, axes: list[Axis], why: str) -> Axis:
+        data = np.stack([axis.data for axis in axes])
+        return Axis(axes[0].dims, np.where((data == data[:1]).all(0), data[0], np.nan))
+
+
+class Facts:
+    """For every axis of every value, the constant that each of its channels is; not-a-number where it is none."""
+
+    def __init__(self, axes: Axes):
+        self.axes = axes
+        self.constants = Constants(axes.program.root)
+        self.known: dict[fx.Node, Any] = {}
+        for node in axes.program.graph.nodes:
+            self.known[node] = self._visit(node)
+
+    def of(self, value: object) -> list[Axis]:
+        """The facts about a value, in the axes its labels have."""
+        return self.known[value] if isinstance(value, fx.Node) else []
+
+    def _visit(self, node: fx.Node) -> Any:
+        labels = self.axes.known[node]
+        if not labels or node.op not in ("get_attr", "call_function"):
+            return labels
+        if node.op == "get_attr":
+            return [
+                Axis(axis.dims, _uniform(get_tensor(self.axes.program.root, str(node.target)), axis.dims[0]))
+                for axis in labels
+            ]
+        if node.target in MOVES:
+            return MOVES[node.target](_Carried(), node, self.of)
+        if node.target in ELEMENTWISE:
+            return [Axis(axis.dims, self._elementwise(node, axis)) for axis in labels]
+        if node.target is aten.scaled_dot_product_attention.default:
+            return [Axis(axis.dims, self._attention(node, axis)) for axis in labels]
+        last = self._computed(node)
+        return [
+            Axis(axis.dims, last if axis.dims == (_place(node),) and last is not None else _unknown(axis))
+            for axis in labels
+        ]
+
+    def _computed(self, node: fx.Node) -> Array | None:
+        if node.target in (aten.linear.default, aten.addmm.default):
+            return self._linear(node)
+        if node.target in _CONVOLUTIONS:
+            return self._convolution(node)
+        if node.target is aten.batch_norm.default:
+            return self._batch_norm(node)
+        if node.target is aten.embedding.default:
+            weight = self.weight(node.args[0])
+            return None if weight is None else _uniform(weight, 1)
+        return None
+
+    def weight(self, value: object) -> Tensor | None:
+        """The value of a constant operand in fp64, or None when it is computed from inputs."""
+        if not isinstance(value, fx.Node) or self.constants.reads(value) is None:
+            return None
+        return self.constants.value(value, torch.float64)
+
+    def _linear(self, node: fx.Node) -> Array | None:
+        value, weight, bias = operands(node)
+        matrix, shift = self.weight(weight), self.weight(bias) if bias is not None else None
+        entering = axis_of(self.of(value), rank_of(value) - 1)
+        if matrix is None or (bias is not None and shift is None):
+            return None
+        matrix = matrix if node.target is aten.linear.default else matrix.t()
+        known = entering.data if entering is not None and len(entering.dims) == 1 else np.full(matrix.shape[1], np.nan)
+        return _combined(matrix, known, shift)
+
+    def _convolution(self, node: fx.Node) -> Array | None:
+        weight, bias = self.weight(node.args[1]), node.args[2] if len(node.args) > 2 else None
+        shift = self.weight(bias) if bias is not None else None
+        entering = axis_of(self.of(node.args[0]), 1)
+        if weight is None or weight.shape[1] == 1 or (bias is not None and shift is None):
+            return None
+        known = entering.data if entering is not None and entering.dims == (1,) else np.full(weight.shape[1], np.nan)
+        # The zeros around the border are no constant's: only a constant of 0 goes through a padded convolution.
+        known = np.where(known == 0, known, np.nan)
+        return _combined(weight.flatten(2).sum(2), known, shift, (weight != 0).flatten(2).any(2))
+
+    def _batch_norm(self, node: fx.Node) -> Array | None:
+        entering = axis_of(self.of(node.args[0]), 1)
+        scale, shift, mean, variance = (None if arg is None else self.weight(arg) for arg in node.args[1:5])
+        if entering is None or mean is None or variance is None or node.args[5]:
+            return None
+        factor = (scale if scale is not None else 1.0) / (variance + float(node.args[7])).sqrt()  # type: ignore[arg-type]
+        offset = shift if shift is not None else torch.zeros_like(mean)
+        mapped = (torch.tensor(entering.data) - mean.cpu()) * factor.cpu() + offset.cpu()
+        return torch.where(factor.cpu() == 0, offset.cpu(), mapped).numpy()
+
+    def _attention(self, node: fx.Node, axis: Axis) -> Array:
+        # A row of the mask may let nothing through, which gives 0 instead of an average: only 0 is sure to stay.
+        value: Any = node.args[2]
+        found = axis_of(self.of(value), 3)
+        if found is None or found.dims != (1, 3):
+            return np.full(axis.data.shape, np.nan)
+        data = np.repeat(found.data, axis.data.shape[0] // found.data.shape[0], axis=0)
+        return np.where(data == 0, data, np.nan)
+
+    def _elementwise(self, node: fx.Node, axis: Axis) -> Array:
+        """The operator on what is constant; a factor 0 absorbs whatever it meets."""
+        rank = rank_of(node)
+        if node.target in _CHOICES:
+            return self._choice(node, axis, rank)
+        if not all(_is_float(value) for value in (node, *node.all_input_nodes)):
+            return _unknown(axis)
+        facts = {value: self._along(value, axis, rank) for value in node.all_input_nodes}
+        shaped = {value: torch.tensor(data) for value, data in facts.items()}
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda value: shaped[value])
+        result = np.broadcast_to(node.target(*args, **kwargs).double().numpy(), axis.data.shape)  # type: ignore
+        unknown = [np.isnan(np.broadcast_to(data, axis.data.shape)) for data in facts.values()]
+        result = np.where(np.any(unknown, axis=0), np.nan, result) if unknown else result
+        if node.target in _PRODUCTS:
+            zero = np.any([np.broadcast_to(data == 0, axis.data.shape) for data in facts.values()], axis=0)
+            result = np.where(zero, 0.0, result)
+        return result
+
+    def _choice(self, node: fx.Node, axis: Axis, rank: int) -> Array:
+        """A choice between two values is constant where both are the same constant, however it falls out."""
+        ways = [
+            self._along(way, axis, rank) if isinstance(way, fx.Node) else np.full([1] * len(axis.dims), float(way))
+            for way in (node.args[position] for position in _CHOICES[node.target])  # type: ignore[arg-type]
+        ]
+        first, second = (np.broadcast_to(way, axis.data.shape) for way in ways)
+        return np.where(first == second, first, np.nan)
+
+    def _along(self, value: fx.Node, axis: Axis, rank: int) -> Array:
+        """What is known of ``value`` along an axis of a result of that rank."""
+        meta: Tensor = value.meta["val"]
+        if meta.numel() == 1 and (tensor := self.weight(value)) is not None:
+            return tensor.double().cpu().numpy().reshape([1] * len(axis.dims))
+        shift = rank - meta.dim()
+        for found in (own.moved(lambda dim: dim + shift) for own in self.of(value)):
+            if set(found.dims) <= set(axis.dims):
+                return spread(found, axis.dims)
+        return np.full([1] * len(axis.dims), np.nan)
+
+
+def operands(node: fx.Node) -> tuple[Any, Any, Any]:
+    """Input, weight and bias of a linear or addmm node."""
+    if node.target is aten.addmm.default:
+        return node.args[1], node.args[2], node.args[0]
+    return node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _place(node: fx.Node) -> int:
+    return 1 if node.target in (*_CONVOLUTIONS, aten.batch_norm.default) else rank_of(node) - 1
+
+
+def _unknown(axis: Axis) -> Array:
+    return np.full(axis.data.shape, np.nan)
+
+
+def _uniform(value: Tensor, dim: int) -> Array:
+    """For each position along ``dim`` the one value found there, not-a-number where there are several."""
+    if value.is_meta or not value.is_floating_point():
+        return np.full(value.shape[dim], np.nan)
+    flat = value.detach().movedim(dim, 0).flatten(1) if value.dim() > 1 else value.detach()[:, None]
+    low, high = flat.amin(1), flat.amax(1)
+    return torch.where(low == high, low.double(), torch.nan).cpu().numpy()
+
+
+def _combined(matrix: Tensor, known: Array, shift: Tensor | None, reads: Tensor | None = None) -> Array:
+    """The outputs of a matrix (out, in) that read constants alone: their values."""
+    constant = torch.tensor(known, device=matrix.device)
+    free = constant.isnan()
+    result = matrix @ torch.where(free, 0.0, constant)
+    if shift is not None:
+        result = result + shift
+    depends = ((reads if reads is not None else matrix != 0) & free).any(1)
+    return torch.where(depends, torch.nan, result).cpu().numpy()
+
+
+# ---- needs
+
+
+def needed(axes: Axes, facts: Facts) -> Array:
+    """For every channel class, whether anybody needs it."""
+    need = np.zeros(axes.count, bool)
+    if axes.reasons:
+        need[axes.channel[np.fromiter(axes.reasons, int)]] = True
+    readers = [node for node in reversed(list(axes.program.graph.nodes)) if node.target in _SINKS]
+    reads = {node: _reads(facts, node) for node in readers}
+    while True:
+        before = need.copy()
+        for node in readers:
+            _SINKS[node.target](axes, facts, need, node, reads[node])
+        if np.array_equal(before, need):
+            return need
+
+
+def _mark(axes: Axes, need: Array, labels: Array) -> None:
+    need[axes.channel[labels.ravel()]] = True
+
+
+def _reads(facts: Facts, node: fx.Node) -> Tensor | None:
+    """Which outputs of a weight operator read which inputs (out, in); None when the weight is not known."""
+    if node.target in (aten.linear.default, aten.addmm.default):
+        weight = facts.weight(operands(node)[1])
+        return None if weight is None else (weight if node.target is aten.linear.default else weight.t()) != 0
+    if node.target in _CONVOLUTIONS:
+        weight = facts.weight(node.args[1])
+        return None if weight is None else (weight != 0).flatten(2).any(2)
+    return None
+
+
+def _weight_needs(axes: Axes, facts: Facts, need: Array, node: fx.Node, reads: Tensor | None) -> None:
+    value = operands(node)[0] if node.target in (aten.linear.default, aten.addmm.default) else node.args[0]
+    convolution = node.target in _CONVOLUTIONS
+    dim = 1 if convolution else rank_of(value) - 1
+    entering, leaving = (
+        axis_of(axes.axes(value), dim),
+        axis_of(axes.axes(node), 1 if convolution else rank_of(node) - 1),
+    )
+    if entering is None:
+        return
+    if convolution and entering.data.size != (reads.shape[1] if reads is not None else -1):
+        return  # depthwise: input and output are one channel
+    wanted = np.ones(entering.data.shape[-1], bool)
+    if reads is not None:
+        live = (
+            torch.from_numpy(need[axes.channel[leaving.data]])
+            if leaving is not None
+            else torch.ones(1, dtype=torch.bool)
+        )
+        wanted = reads[live.to(reads.device)].any(0).cpu().numpy()
+    known = axis_of(facts.of(value), dim)
+    if known is not None and known.dims == entering.dims:
+        # A convolution's padding shows beside a constant, unless the constant is 0.
+        free = known.data == 0 if convolution else ~np.isnan(known.data)
+        wanted = wanted & ~free
+    _mark(axes, need, entering.data[np.broadcast_to(wanted, entering.data.shape)])
+
+
+def _attention_needs(axes: Axes, facts: Facts, need: Array, node: fx.Node, reads: Tensor | None) -> None:
+    query, key = node.args[:2]
+    count = query.meta["val"].shape[1]  # type: ignore[union-attr]
+    result = axis_of(axes.axes(node), 3)
+    if result is None or not isinstance(count, int):
+        return
+    live = need[axes.channel[result.data]].any(1)
+    labels = heads_of(axes, query, count)
+    if labels is None:
+        return
+    wanted = np.broadcast_to(live[:, None], labels.shape).copy()
+    for operand in (query, key):
+        found = axis_of(facts.of(operand), 3)
+        if found is not None and found.dims == (1, 3):
+            wanted &= np.repeat(found.data, count // found.data.shape[0], axis=0) != 0
+    _mark(axes, need, labels[wanted])
+
+
+def heads_of(axes: Axes, value: Any, count: int) -> Array | None:
+    """The labels (heads, channels) of a query, or None where they are not of heads (and pinned)."""
+    axis = axis_of(axes.axes(value), 3)
+    return axis.data if axis is not None and axis.dims == (1, 3) else None
+
+
+def _product_needs(axes: Axes, facts: Facts, need: Array, node: fx.Node, reads: Tensor | None) -> None:
+    a, b = node.args[:2]
+    for value, other, dim, twin in ((a, b, rank_of(a) - 1, rank_of(b) - 2), (b, a, rank_of(b) - 2, rank_of(a) - 1)):
+        axis, found = axis_of(axes.axes(value), dim), axis_of(facts.of(other), twin)
+        if axis is not None:
+            zero = found is not None and found.data.shape == axis.data.shape
+            _mark(axes, need, axis.data[found.data != 0] if zero else axis.data)  # type: ignore[union-attr]
+
+
+_SINKS: dict[Any, Any] = {
+    aten.linear.default: _weight_needs,
+    aten.addmm.default: _weight_needs,
+    **dict.fromkeys(_CONVOLUTIONS, _weight_needs),
+    aten.scaled_dot_product_attention.default: _attention_needs,
+    **dict.fromkeys((aten.bmm.default, aten.matmul.default, aten.mm.default), _product_needs),
+}

@@ -1,0 +1,116 @@
+"""Ordinary transformers checkpoints: the model class and the config that say a program's shapes, if there are any."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import UsageError
+from .program import Program
+from .tree import named_tensors
+
+#: More ways than this to explain the sizes are not tried.
+_TRIES = 256
+
+
+def hf_model(program: Program) -> nn.Module:
+    """The program as an ordinary transformers model; UsageError when its config cannot say the program's shapes."""
+    source = program.source.model
+    if not hasattr(source, "save_pretrained"):
+        raise UsageError(f"{program.name} is no transformers model; export it as onnx or pt2")
+    unknown = [name for name in program.names("adapter", "gate", "statistic") if name != "clock"]
+    if unknown:
+        raise UsageError(f"a checkpoint cannot hold {unknown[0]}; fold the program first, or export it as onnx or pt2")
+    values = {**dict(source.named_buffers(remove_duplicate=False)), **dict(named_tensors(program.root))}
+    model = _model_of_shapes(program, values)
+    shared: dict[int, torch.Tensor] = {}
+    for name, _ in list(named_tensors(model)):
+        value = shared.setdefault(id(values[name]), _as_parameter(values[name]))
+        _assign(model, name, value)
+    return model.eval()
+
+
+def _model_of_shapes(program: Program, values: Mapping[str, torch.Tensor]) -> nn.Module:
+    """The model's class, without values, under the config that gives the tensors their shapes."""
+    source = program.source.model
+    before = {name: slot.shape for name, slot in named_tensors(source)}
+    after = {name: value.shape for name, value in values.items()}
+    misfit = None
+    for sizes in resized(program.config, before, after):
+        config = copy.deepcopy(program.config)
+        for key, value in {**sizes, **program.config_changes}.items():
+            setattr(config, key, value)
+        with torch.device("meta"):
+            model = type(source)(config)
+        misfit = _misfit(model, values)
+        if misfit is None:
+            return model
+    name, expected, found = misfit or ("the config", "", "")
+    raise UsageError(
+        f"a {type(source).__name__} checkpoint cannot hold this program: {name} is {expected} in its architecture, "
+        f"{found} here; remove channels with uniform = true, or export it as onnx or pt2"
+    )
+
+
+def _misfit(model: nn.Module, values: Mapping[str, torch.Tensor]) -> tuple[str, str, str] | None:
+    for name, slot in named_tensors(model):
+        value = values.get(name)
+        if value is None or value.shape != slot.shape:
+            return name, str(tuple(slot.shape)), "nothing" if value is None else f"shape {tuple(value.shape)}"
+    return None
+
+
+def fits_checkpoint(program: Program) -> bool:
+    """Whether an ordinary transformers checkpoint can hold the program."""
+    try:
+        hf_model(program)
+    except UsageError:
+        return False
+    return True
+
+
+def _as_parameter(value: torch.Tensor) -> torch.Tensor:
+    return nn.Parameter(value.detach(), requires_grad=False) if isinstance(value, nn.Parameter) else value
+
+
+def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    table = module._parameters if leaf in module._parameters else module._buffers
+    table[leaf] = value  # type: ignore[assignment]
+
+
+# ---- the config
+
+
+def resized(config: Any, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[dict[str, int]]:
+    """Settings that might turn the shapes ``before`` into ``after``, the likeliest first; the caller tries them.
+
+    A size is a setting of the config, or a setting times the width of a head. Which one is meant its value alone does
+    not tell (a model may be as wide as its heads together), so every reading is offered. Without changed sizes, or when
+    a size changed in two ways, there is nothing to offer but the config as it is.
+    """
+    changed: dict[int, set[int]] = {}
+    for name, old in before.items():
+        for a, b in zip(old, after.get(name, old), strict=False):
+            if a != b:
+                changed.setdefault(a, set()).add(b)
+    if not changed or any(len(new) > 1 for new in changed.values()):
+        yield {}
+        return
+    readings = [list(_readings(config, old, next(iter(new)))) for old, new in sorted(changed.items())]
+    for chosen in itertools.islice(itertools.product(*readings), _TRIES):
+        yield {key: value for reading in chosen for key, value in reading.items()}
+
+
+def _readings(config: Any, old: int, new: int) -> Iterator[dict[str, int]]:
+    settings = {key: value for key, value in vars(config).items() if type(value) is int}
+    yield from ({key: new} for key, value in settings.items() if value == old)
+    width = settings.get("head_dim")
+    if width and new % width == 0:
+        yield from ({key: new // width} for key, value in settings.items() if value * width == old and "head" in key)

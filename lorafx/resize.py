@@ -1,0 +1,125 @@
+"""Make the literals of a graph agree with its tensors again after channels were removed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from .axes import Axes, Axis, axis_of
+from .axis_moves import pieces, slice_bounds
+from .edit import Edit
+from .removal import Removal
+
+aten = torch.ops.aten
+
+_SHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
+_CUTS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
+
+
+def resize(edit: Edit, axes: Axes, removal: Removal) -> None:
+    """Rewrite sizes, slices, splits and scales that the removal changed, and compute the values' shapes anew."""
+    for node in list(edit.program.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in _SHAPES:
+            _shape(node, _sizes(axes.known[node], removal))
+        elif node.target is aten.unflatten.int:
+            _unflatten(node, _sizes(axes.known[node], removal))
+        elif node.target in _CUTS:
+            _pieces(node, axes, removal)
+        elif node.target is aten.slice.Tensor:
+            _slice(node, axes, removal)
+        elif node.target is aten.select.int:
+            _select(node, axes, removal)
+        elif node.target is aten.scaled_dot_product_attention.default:
+            _scale(node)
+        elif node.target in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default):
+            _groups(node, axes, removal)
+    edit.recompute()
+
+
+def _sizes(known: Any, removal: Removal) -> dict[int, int]:
+    """The new size of every dimension that has labels."""
+    return {dim: size for axis in known for dim, size in zip(axis.dims, removal.shape(axis), strict=True)}
+
+
+def _shape(node: fx.Node, sizes: dict[int, int]) -> None:
+    shape: Any = node.args[1]
+    node.update_arg(1, [sizes.get(d, size) if _fixed(size) else size for d, size in enumerate(shape)])
+
+
+def _fixed(size: Any) -> bool:
+    return isinstance(size, int) and size != -1
+
+
+def _unflatten(node: fx.Node, sizes: dict[int, int]) -> None:
+    value, dim, shape = node.args[:3]
+    first = int(dim) % value.meta["val"].dim()  # type: ignore[arg-type, union-attr]
+    new = [sizes.get(first + i, size) if _fixed(size) else size for i, size in enumerate(shape)]  # type: ignore
+    node.update_arg(2, new)
+
+
+def _along(axis: Axis, dim: int, removal: Removal) -> list[bool]:
+    """For each position along ``dim``, whether anything of it stays."""
+    kept = removal.stays(axis.data)
+    others = tuple(i for i, own in enumerate(axis.dims) if own != dim)
+    return kept.any(others).tolist()
+
+
+def _inside(axis: Axis, dim: int, start: int, end: int, removal: Removal) -> int:
+    """How wide the part from ``start`` to ``end`` along ``dim`` is afterwards."""
+    if start >= end:
+        return 0
+    place = axis.dims.index(dim)
+    part = axis.data[(slice(None),) * place + (slice(start, end),)]
+    return removal.shape(Axis(axis.dims, part))[place]
+
+
+def _pieces(node: fx.Node, axes: Axes, removal: Removal) -> None:
+    dim, sizes = pieces(node)
+    axis = axis_of(axes.axes(node.args[0]), dim)
+    if axis is None:
+        return
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    new = [_inside(axis, dim, start, start + size, removal) for start, size in zip(starts, sizes, strict=True)]
+    if new != sizes:
+        node.target, node.args = aten.split_with_sizes.default, (node.args[0], new, dim)
+
+
+def _slice(node: fx.Node, axes: Axes, removal: Removal) -> None:
+    value: Any = node.args[0]
+    dim = int(node.args[1]) % value.meta["val"].dim() if len(node.args) > 1 else 0  # type: ignore[arg-type]
+    axis = axis_of(axes.axes(value), dim)
+    if axis is None:
+        return
+    bounds = slice_bounds(node, axis.data.shape[axis.dims.index(dim)])
+    if bounds is not None:
+        start, end, _ = bounds
+        first = _inside(axis, dim, 0, start, removal)
+        node.args = (value, dim, first, first + _inside(axis, dim, start, end, removal))
+
+
+def _select(node: fx.Node, axes: Axes, removal: Removal) -> None:
+    value, dim, index = node.args[:3]
+    dim = int(dim) % value.meta["val"].dim()  # type: ignore[arg-type, union-attr]
+    axis = axis_of(axes.axes(value), dim)
+    if axis is not None and isinstance(index, int):
+        position = index % axis.data.shape[axis.dims.index(dim)]
+        node.update_arg(2, sum(_along(axis, dim, removal)[:position]))
+
+
+def _scale(node: fx.Node) -> None:
+    """Attention divides by the root of its width unless told a scale: say the one it had."""
+    if node.kwargs.get("scale") is None:
+        width = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
+        node.update_kwarg("scale", 1 / math.sqrt(width))
+
+
+def _groups(node: fx.Node, axes: Axes, removal: Removal) -> None:
+    if len(node.args) > 6 and node.args[6] != 1:
+        axis = axis_of(axes.known[node], 1)
+        if axis is not None:
+            node.update_arg(6, removal.shape(axis)[0])

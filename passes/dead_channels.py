@@ -1,0 +1,132 @@
+"""Remove channels that compute nothing: the same function from smaller tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from ..axes import Axes, axis_of
+from ..axis_table import RULES
+from ..base import Pass, Promise, Selection, option
+from ..channels import Facts, needed, operands
+from ..edit import Edit, aliases
+from ..program import Program
+from ..removal import Removal, Widths
+from ..resize import resize
+from ..site import module_path
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is removed from one program.
+
+    Attributes:
+        axes, facts: the analysis
+        removal: which channels stay
+        cut: for each tensor that shrinks, the indices that stay along each of its dimensions
+    """
+
+    axes: Axes
+    facts: Facts
+    removal: Removal
+    cut: dict[str, list[Tensor]]
+
+    def __str__(self) -> str:
+        return f"{len(self.cut)} tensors"
+
+
+@dataclass(frozen=True)
+class DeadChannels(Pass):
+    """Remove channels that compute nothing: the same function from smaller tensors.
+
+    Before: ``y = V f(U x)``, a row of U or a column of V zero
+    After: the same with smaller U and V; what a constant channel contributed is in the next bias
+
+    An axis analysis over the operators says which channels of which tensors stand and fall together, and operators it
+    does not know pin what they touch. A channel goes when it is constant or nobody needs it: hidden units, heads,
+    channels in heads, convolution channels, ranks of adapters. What zeros came from does not matter.
+
+    Keeps: the outputs, up to rounding (sums run over fewer terms). Does nothing to a program in training form, or
+    without dead channels.
+    Source: structural pruning as in DepGraph, Fang et al. 2023, arXiv 2301.12900, here with a proof of equality.
+    """
+
+    promise: ClassVar[Promise] = Promise.CLOSE
+    fixed_point: ClassVar[bool] = True
+
+    round_to: int = option(1, "keep widths multiples of this, for the hardware")
+    keep_at_least: int = option(1, "never fewer channels than this")
+    uniform: bool = option(False, "the same widths in every block, so that an ordinary config can say them")
+
+    def sites(self, program: Program) -> Selection:
+        plan = self.plan(program) if program.stage == "eval" and program.device.type != "meta" else None
+        return Selection((plan,) if plan is not None and plan.cut else ())  # type: ignore[arg-type]
+
+    def plan(self, program: Program) -> Plan:
+        """The analysis of a program, and what it allows to remove."""
+        axes = Axes(program, RULES)
+        facts = Facts(axes)
+        removal = Removal(axes, needed(axes, facts), Widths(self.round_to, self.keep_at_least, self.uniform))
+        cut = {}
+        for name, dims in axes.members.items():
+            # A dimension of size 1 is broadcast, not a channel.
+            kept = [torch.from_numpy(np.flatnonzero(removal.stays(d) if d.size > 1 else d == d)) for d in dims]
+            if any(len(part) < len(labels) for part, labels in zip(kept, dims, strict=True)):
+                cut[name] = kept
+        return Plan(axes, facts, removal, cut)
+
+    def rewrite(self, edit: Edit, site: Any) -> None:
+        for node in list(edit.program.graph.nodes):
+            if node.target in (aten.linear.default, aten.addmm.default):
+                _absorb(edit, site, node)
+        done: dict[int, nn.Parameter] = {}
+        for name, kept in site.cut.items():
+            value = edit.program.tensor(name)
+            if id(value) not in done:
+                done[id(value)] = _cut(value, kept)
+            new = done[id(value)]
+            for alias in aliases(edit.program.root, name):
+                edit.set_tensor(alias, new)
+        resize(edit, site.axes, site.removal)
+
+
+def _cut(value: Tensor, kept: list[Tensor]) -> nn.Parameter:
+    result = value.detach()
+    for dim, part in enumerate(kept):
+        if len(part) < result.shape[dim]:
+            result = result.index_select(dim, part.to(result.device))
+    return nn.Parameter(result.contiguous(), requires_grad=False)
+
+
+def _absorb(edit: Edit, plan: Plan, node: fx.Node) -> None:
+    """Put what removed constant channels contribute into the bias of the operator that reads them."""
+    value, weight, bias = operands(node)
+    last = value.meta["val"].dim() - 1
+    labels, known = axis_of(plan.axes.axes(value), last), axis_of(plan.facts.of(value), last)
+    if labels is None or known is None or len(labels.dims) > 1:
+        return
+    lost = ~plan.removal.stays(labels.data) & ~np.isnan(known.data) & (known.data != 0)
+    matrix = plan.facts.weight(weight)
+    if not lost.any() or matrix is None:
+        return
+    matrix = matrix if node.target is aten.linear.default else matrix.t()
+    share = matrix[:, torch.tensor(lost)] @ torch.tensor(known.data[lost]).to(matrix.device)
+    if not share.any():
+        return
+    old = plan.facts.weight(bias) if bias is not None else torch.zeros_like(share)
+    assert old is not None, "a bias that is computed from inputs has no rule"
+    like = edit.program.tensor(str(weight.target)) if weight.op == "get_attr" else weight.meta["val"]
+    name = edit.add_tensor(f"{module_path(node, 'folded')}.bias_with_constants", (old + share).to(like.dtype), "base")
+    place = 0 if node.target is aten.addmm.default else 2
+    node.args = (*node.args, *[None] * (place + 1 - len(node.args)))
+    node.update_arg(place, edit.tensor(name))
+    out = axis_of(plan.axes.axes(node), node.meta["val"].dim() - 1)
+    if out is not None:
+        kept = torch.from_numpy(np.flatnonzero(plan.removal.stays(out.data)))
+        edit.set_tensor(name, _cut(edit.program.tensor(name), [kept]))
