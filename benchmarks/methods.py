@@ -67,7 +67,7 @@ def _first(title: str, column: str, words: str) -> Callable[[dict[str, Any]], st
 
 
 _LORA = {"name": "lora", "rank": 8, "alpha": 16.0, "targets": TARGETS}
-_GATES = {"name": "finegates", "targets": TARGETS}
+_GATES = {"name": "finegates", "couple": False, "targets": TARGETS}
 ROWS: dict[str, Row] = {
     "PEFT LoRA r 8": Row(None),
     "LoRA r 8": Row((_LORA,)),
@@ -150,7 +150,9 @@ def lorafx_run(
     with tempfile.TemporaryDirectory() as folder:
         facts = fit(Trainer, program.module(), TrainingArguments(**arguments(folder, seed)), rows, collate)
     folded = lorafx.fold(program)
-    kept = {name: value for name, value in base.items() if folded.tensor(name).shape == value.shape and value.dim() == 2}
+    kept = {
+        name: value for name, value in base.items() if folded.tensor(name).shape == value.shape and value.dim() == 2
+    }
     changed = [float((folded.tensor(name) != value).float().mean()) for name, value in kept.items()]
     runner = open_runner(folded)
     adapter = sum(value.numel() for name, value in program.trainable().items() if "classifier" not in name)

@@ -111,7 +111,9 @@ class Edit:
         if short not in entry.tensors:
             owner = site.module if site is not None else self.step.pass_name().replace("-", "_")
             name = self._unique(f"{owner}.{short}")
-            put_tensor(self.program.root, name, value.to(self.program.device))
+            device = self.program.device
+            # Known even where the weights are not, as adapters are.
+            put_tensor(self.program.root, name, value if device.type == "meta" else value.to(device))
             self.program.roles[name] = "statistic"
             entry.tensors[short] = name
         return entry.tensors[short]

@@ -54,8 +54,9 @@ def bench(folders: tuple[Path, ...], shapes: tuple[str, ...], threads: int | Non
 @click.argument("folder", type=click.Path(path_type=Path))
 @task_options
 @checkpoint_options
+@click.option("--axes", is_flag=True, help="List which channels of which tensors can be removed together, and why not.")
 @as_json_option
-def inspect(folder: Path, as_json: bool, **o: Any) -> None:
+def inspect(folder: Path, axes: bool, as_json: bool, **o: Any) -> None:
     """Show what a folder holds: its sites, tensors by role and history."""
     from .store import find_manifest
 
@@ -65,6 +66,12 @@ def inspect(folder: Path, as_json: bool, **o: Any) -> None:
             emit(manifest.to_json(), json.dumps(manifest.to_json(), indent=2), as_json)
             return
         program = open_program(folder, **o)
+    if axes:
+        from .axis_report import axis_groups, group_rows
+
+        groups = axis_groups(program)
+        emit({"axes": group_rows(groups)}, "\n".join(map(str, groups)), as_json)
+        return
     sites = program.sites()
     rows = [{"site": site.module, "kind": site.kind, "role": site.role, "block": site.block} for site in sites]
     report = program.report

@@ -6,10 +6,12 @@ columns that read it, the query and key of a head.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .axes import Array, Axes, axis_of
 from .axis_table import RULES
@@ -25,6 +27,7 @@ class Units:
         site: the use of the weight
         of: for each of its input channels, the number of its unit (in,)
         costs: how many numbers of the weights under consideration go with each unit
+        squares: for each unit, the sum of squares of those numbers
         inner: for each unit, how many numbers one position of the input holds of it (a head's channels)
         attends: whether the units are heads, which attention mixes over positions
         total: how many numbers all weights under consideration hold
@@ -33,6 +36,7 @@ class Units:
     site: Site
     of: Array
     costs: Array
+    squares: Array
     inner: Array
     attends: bool
     total: int
@@ -67,7 +71,8 @@ class UnitAnalysis:
         self._row_stuck[[*self.axes.held_rows]] = True
         considered = {site.parameter for site in weights}
         self.total = sum(program.tensor(name).numel() for name in considered)
-        self._costs = self._cost_of_labels(considered)
+        self._costs = self._sums(considered, torch.ones_like)
+        self._squares = self._sums(considered, torch.square)
 
     def find(self, site: Site) -> Units | str:
         """The units that ``site`` reads, or why they cannot be removed."""
@@ -88,20 +93,21 @@ class UnitAnalysis:
         number[order] = np.arange(len(order))
         of = number[of]
         every = self.axes.row if grouped else self.axes.step
-        costs = np.bincount(
-            np.searchsorted(unique, every[np.isin(every, unique)]), self._costs[np.isin(every, unique)], len(unique)
-        )
-        return Units(site, of, costs[np.argsort(number, kind="stable")], np.bincount(of), grouped, self.total)
+        inside = np.isin(every, unique)
+        places = number[np.searchsorted(unique, every[inside])]
+        costs, squares = (np.bincount(places, sums[inside], len(unique)) for sums in (self._costs, self._squares))
+        return Units(site, of, costs, squares, np.bincount(of), grouped, self.total)
 
-    def _cost_of_labels(self, weights: set[str]) -> Array:
-        """For each label, how many numbers of the weights lie at it."""
-        costs = np.zeros(self.axes.count)
+    def _sums(self, weights: set[str], measure: Callable[[Tensor], Tensor]) -> Array:
+        """For each label, the sum of a measure over the numbers of the weights that lie at it."""
+        sums = np.zeros(self.axes.count)
         for name in weights & set(self.axes.members):
-            dims = self.axes.members[name]
-            total = int(np.prod([labels.size for labels in dims]))
-            for labels in dims:
-                np.add.at(costs, labels, total / labels.size)
-        return costs
+            value = self.axes.program.tensor(name).detach()
+            measured = measure(torch.ones_like(value, device="cpu") if value.is_meta else value).double()
+            for dim, labels in enumerate(self.axes.members[name]):
+                others = [other for other in range(value.dim()) if other != dim]
+                np.add.at(sums, labels, measured.sum(others).cpu().numpy())
+        return sums
 
     def _reason(self, labels: Array) -> str:
         classes = set(self.axes.step[labels].tolist())

@@ -15,7 +15,7 @@ from ..edit import Edit
 from ..gates import HardConcrete, histogram
 from ..lowrank import LowRank
 from ..module import MethodState, SiteState
-from ..schedules import ascend
+from ..schedules import ascend, linear, steps_of
 from ..site import Site
 
 
@@ -27,13 +27,16 @@ class Salora(LowRank):
     After: ``y = W x + b + B (s · g ⊙ A drop(x))``, one hard-concrete gate ``g_i`` a rank, ``s = alpha / rank``
 
     The gate stands where the singular value would: the loss gets ``orthogonality`` times the mean over sites of
-    ``‖AAᵀ - I‖² + ‖BᵀB - I‖²`` over the open ranks, and the expected share of open ranks is held at ``density``, by a
-    multiplier that ascends after each step (``lagrangian``) or by ``weight · (E0 - density · N)²`` (``penalty``).
+    ``‖AAᵀ - I‖² + ‖BᵀB - I‖²`` over the open ranks. The share of open ranks is brought to ``density`` by ``λ (E0/N -
+    density)``, E0 the expected number of open ranks, whose multiplier λ ascends after each step (``lagrangian``), or by
+    ``weight · (E0 - density · N)²`` (``penalty``). λ watches the share that evaluation sees open (``achieved``) or
+    E0/N (``expected``, as published), against a density that comes down from 1 over the first ``ramp`` of the steps.
 
     Keeps: the outputs, bit by bit, since B = 0. Does nothing where no target matches (and says so).
     Source: SaLoRA, Mathematics 2023, 11(20):4317 (form of gates, orthogonality and penalty; its constants could not be
     read); gates: Louizos et al. 2018, arXiv 1712.01312, with the constants of its code; lagrangian: Gallego-Posada et
-    al. 2022, arXiv 2208.04425. ``density``, ``orthogonality``, ``initial`` and the two rates are this library's.
+    al. 2022, arXiv 2208.04425. ``density``, ``orthogonality``, ``initial``, ``steer``, ``ramp`` and the two rates are
+    this library's: with E0 alone, gates that are mostly closed count as partly open, and too many close.
     """
 
     promise: ClassVar[Promise] = Promise.EXACT
@@ -44,11 +47,13 @@ class Salora(LowRank):
     density: float = option(0.5, "share of ranks to keep open")
     constraint: Literal["lagrangian", "penalty"] = option("lagrangian", "how the share is reached")
     weight: float = option(1e-3, "weight of the quadratic penalty on the number of open ranks")
-    multiplier_rate: float = option(0.05, "step of the multiplier")
-    restart: bool = option(False, "set the multiplier to 0 when the constraint holds")
+    steer: Literal["achieved", "expected"] = option("achieved", "the share of open ranks that the multiplier watches")
+    ramp: float = option(0.6, "share of the steps over which the density comes down to its target; 0 starts there")
+    multiplier_rate: float = option(0.5, "step of the multiplier")
+    restart: bool = option(True, "set the multiplier to 0 when the constraint holds")
     orthogonality: float = option(0.1, "weight of the orthogonality of A and B")
     initial: float = option(1.0, "initial log alpha of the gates; 1.0 is open")
-    gate_rate: float = option(5e-2, "learning rate of the gates")
+    gate_rate: float = option(0.2, "learning rate of the gates")
 
     def rank_of(self, site: Site) -> int:
         return self.checked_rank(self.rank, site)
@@ -73,11 +78,21 @@ class Salora(LowRank):
     def after_step(self, state: MethodState) -> None:
         for site in state.sites:
             site["lora_gate"].clamp_(-math.log(100), math.log(100))
-        expected, count = _expected(state)
         if self.constraint == "lagrangian":
-            ascend(
-                state.shared["multiplier"], expected / count - self.density, self.multiplier_rate, restart=self.restart
-            )
+            violation = self._open_share(state) - self._allowed(state)
+            ascend(state.shared["multiplier"], violation, self.multiplier_rate, restart=self.restart)
+
+    def _open_share(self, state: MethodState) -> float:
+        if self.steer == "expected":
+            expected, count = _expected(state)
+            return float(expected) / count
+        gates = torch.cat([site["lora_gate"] for site in state.sites])
+        return float((HardConcrete.median(gates) > 0).float().mean())
+
+    def _allowed(self, state: MethodState) -> float:
+        if self.ramp == 0:
+            return self.density
+        return linear(state.step, 0, max(1, steps_of(self.ramp, state.planned_steps)), 1.0, self.density)
 
     def optimiser(self) -> Mapping[str, Mapping[str, float]]:
         return {"lora_gate": {"lr": self.gate_rate, "weight_decay": 0.0}}

@@ -1,0 +1,117 @@
+"""The axes of a program for people: which tensors' dimensions go together, and what keeps those that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+import numpy as np
+
+from .axes import Array, Axes
+from .axis_table import RULES
+from .program import Program
+
+
+@dataclass(frozen=True)
+class Member:
+    """One dimension of one tensor in a group.
+
+    Attributes:
+        tensor: its name
+        dim: the dimension
+        size: how long it is
+        offset: where along it the group's channels begin (three projections in one weight have three)
+    """
+
+    tensor: str
+    dim: int
+    size: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Dimensions whose channels stand and fall together.
+
+    Attributes:
+        members: the dimensions, in graph order
+        channels: how many different channels they have
+        rows: how many rows (heads) the channels lie in; 0 when in none
+        removable: how many channels could go if they were zero, alone or with their row
+        pinned_by: why the others stay
+    """
+
+    members: tuple[Member, ...]
+    channels: int
+    rows: int
+    removable: int
+    pinned_by: tuple[str, ...]
+
+    def __str__(self) -> str:
+        rows = f" in {self.rows} rows" if self.rows else ""
+        where = ", ".join(f"{m.tensor}[{m.dim}]" + (f"+{m.offset}" if m.offset else "") for m in self.members)
+        why = f"; pinned: {'; '.join(self.pinned_by)}" if self.pinned_by else ""
+        return f"{self.removable} of {self.channels} channels removable{rows}: {where}{why}"
+
+
+def axis_groups(program: Program) -> list[Group]:
+    """Every group of dimensions of a program's tensors, those that can shrink first, in graph order."""
+    axes = Axes(program, RULES)
+    pinned = np.zeros(axes.count, bool)
+    if axes.reasons:
+        pinned[axes.channel[np.fromiter(axes.reasons, int)]] = True
+    steps = np.zeros(axes.count, bool)
+    steps[axes.step[pinned[axes.channel]]] = True
+    rows = np.zeros(axes.row_count + 1, bool)
+    rows[axes.row[pinned[axes.channel]]] = True
+    rows[[-1, *axes.held_rows]] = True
+    stuck = steps[axes.step] & rows[axes.row]  # neither the channel alone nor its row can go
+    groups = [_group(axes, sorted(part), stuck) for part in _parts(axes)]
+    return sorted(groups, key=lambda group: group.removable == 0)
+
+
+def _parts(axes: Axes) -> Iterator[list[tuple[int, str, int]]]:
+    """Connected parts of the graph whose nodes are dimensions and whose edges are shared classes."""
+    graph = nx.Graph()
+    first: dict[int, tuple[int, str, int]] = {}
+    for place, (name, dims) in enumerate(axes.members.items()):
+        for dim, labels in enumerate(dims):
+            if labels.size < 2:
+                continue
+            node = (place, name, dim)
+            graph.add_node(node)
+            for step in np.unique(axes.step[labels]).tolist():
+                graph.add_edge(node, first.setdefault(step, node))
+    yield from (list(part) for part in nx.connected_components(graph))
+
+
+def _group(axes: Axes, part: list[tuple[int, str, int]], stuck: Array) -> Group:
+    every = np.concatenate([axes.members[name][dim] for _, name, dim in part])
+    channels = np.unique(axes.channel[every])
+    rows = np.unique(axes.row[every])
+    smallest = np.unique(axes.step[every])
+    members = []
+    for _, name, dim in part:
+        labels = axes.members[name][dim]
+        offset = int(np.flatnonzero(np.isin(axes.step[labels], smallest))[0])
+        members.append(Member(name, dim, labels.size, offset))
+    kept = set(axes.step[every[stuck[every]]].tolist())
+    why = dict.fromkeys(why for label, why in axes.reasons.items() if int(axes.step[label]) in kept)
+    removable = int((~stuck[channels]).sum())
+    return Group(tuple(members), len(channels), int((rows >= 0).sum()), removable, tuple(why))
+
+
+def group_rows(groups: list[Group]) -> list[dict[str, Any]]:
+    """The groups as JSON values."""
+    return [
+        {
+            "removable": group.removable,
+            "channels": group.channels,
+            "rows": group.rows,
+            "members": [vars(member) for member in group.members],
+            "pinned_by": list(group.pinned_by),
+        }
+        for group in groups
+    ]

@@ -1,0 +1,62 @@
+"""Closing units without training: by an importance, the least important first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Miss, Promise, Selection, SitePass, option
+from .edit import Edit
+from .errors import UsageError
+from .program import Program
+from .sparsity import dropped, lowest
+from .units import UnitAnalysis, Units
+
+
+@dataclass(frozen=True)
+class CloseUnits(SitePass):
+    """Base of the passes that close neurons and heads by an importance; subclasses define :meth:`importance`.
+
+    A unit is closed by zeros in the columns that read it; removing it is the folding passes' business.
+    """
+
+    promise: ClassVar[Promise] = Promise.SHAPES
+
+    keep: float = option(0.7, "share of the units of each weight to keep")
+
+    def importance(self, program: Program, units: tuple[Units, ...]) -> Mapping[str, Tensor]:
+        """For each module, the importance of the units it reads: (units,)."""
+        raise TypeError(f"{self.pass_name()} does not say what is important: define importance()")
+
+    def sites(self, program: Program) -> Selection:
+        if not 0 < self.keep <= 1:
+            raise UsageError(f"{self.pass_name()}: keep = {self.keep}, but it is a share above 0 and up to 1")
+        found = super().sites(program)
+        if not found.taken:
+            return found
+        analysis = UnitAnalysis(program, found.taken)
+        units = [(site, analysis.find(site)) for site in found.taken]
+        missed = [Miss(site, f"closed where its result is read: {why}") for site, why in units if isinstance(why, str)]
+        return Selection(tuple(u for _, u in units if isinstance(u, Units)), (*found.missed, *missed))  # type: ignore
+
+    def rewrite(self, edit: Edit, site: Any) -> None:
+        """Nothing yet: the importances of all sites are measured together, in :meth:`finish`."""
+
+    def finish(self, edit: Edit) -> None:
+        units: tuple[Any, ...] = self.sites(edit.program).taken
+        importance = self.importance(edit.program, units)
+        for unit in units:
+            score = importance[unit.module]
+            closed = lowest(score, dropped(1 - self.keep, len(score)))
+            _close(edit, unit, closed[torch.from_numpy(unit.of)])
+
+
+def _close(edit: Edit, unit: Units, columns: Tensor) -> None:
+    value = edit.program.tensor(unit.site.parameter).detach().clone()
+    dim = 0 if unit.site.kind == "addmm" else 1
+    value.index_fill_(dim, columns.nonzero().flatten().to(value.device), 0.0)
+    edit.set_tensor(unit.site.parameter, value)

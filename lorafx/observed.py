@@ -1,0 +1,88 @@
+"""What flows into weights on real texts, measured by running the evaluation graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .errors import UsageError
+from .pipeline import to_eval
+from .program import Program
+from .site import Site
+
+_BATCH = 8
+
+
+def input_power(
+    program: Program, sites: Iterable[Site], data: str | None, column: str, samples: int, length: int
+) -> dict[str, Tensor]:
+    """For each module, the mean square of every channel that enters its weight (in,), over real tokens, fp64.
+
+    Raises:
+        UsageError: texts without a tokenizer, or a program without weights
+    """
+    if program.device.type == "meta":
+        raise UsageError("the program was captured without weights; capture it with them to measure activations")
+    final = to_eval(program)
+    wanted = {site.module for site in sites}
+    modules = {site.input: site.module for site in final.sites() if site.module in wanted and site.kind != "embedding"}
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    for batch in _batches(program, data, column, samples, length):
+        mask = next((value for name, value in batch.items() if name.endswith("attention_mask")), None)
+        recorder = _Recorder(fx.GraphModule(final.root, final.graph), set(modules))
+        with torch.no_grad():
+            recorder.run(*final.flatten(batch))
+        for node, module in modules.items():
+            value = recorder.seen[node.name].double()
+            real = mask is not None and value.shape[:-1] == mask.shape
+            tokens = value[mask.bool()] if real else value.flatten(0, -2)  # type: ignore[union-attr]
+            sums[module] = sums.get(module, torch.zeros(())) + tokens.square().sum(0)
+            counts[module] = counts.get(module, 0) + tokens.shape[0]
+    return {module: total / max(1, counts[module]) for module, total in sums.items()}
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps the values of some nodes."""
+
+    def __init__(self, module: fx.GraphModule, wanted: set[fx.Node]):
+        super().__init__(module)
+        self.wanted = {node.name for node in wanted}
+        self.seen: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.name in self.wanted:
+            self.seen[n.name] = result
+        return result
+
+
+def _batches(program: Program, data: str | None, column: str, samples: int, length: int) -> Iterator[dict[str, Any]]:
+    if data is None:
+        yield dict(program.example)
+        return
+    from transformers import AutoTokenizer
+
+    if program.source.path is None:
+        raise UsageError("a model from memory has no tokenizer to read texts with; capture a checkpoint folder")
+    tokenizer = AutoTokenizer.from_pretrained(program.source.path)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    texts = _texts(Path(data), column)[:samples]
+    for start in range(0, len(texts), _BATCH):
+        batch = tokenizer(
+            texts[start : start + _BATCH], padding=True, truncation=True, max_length=length, return_tensors="pt"
+        )
+        yield {name: value for name, value in batch.items() if name in program.signature.inputs}
+
+
+def _texts(file: Path, column: str) -> list[str]:
+    if file.suffix == ".txt":
+        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    from .table import read_table
+
+    return read_table(file).texts(column)
