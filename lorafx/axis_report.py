@@ -115,3 +115,17 @@ def group_rows(groups: list[Group]) -> list[dict[str, Any]]:
         }
         for group in groups
     ]
+
+
+def zeros_left(axes: Axes) -> list[dict[str, Any]]:
+    """Rows and columns of weights that are zero and stay, with the reason."""
+    why = {int(axes.step[label]): reason for label, reason in axes.reasons.items()}
+    rows = []
+    for name, dims in axes.members.items():
+        value = axes.program.tensor(name)
+        for dim, labels in enumerate(dims if value.dim() == 2 and value.is_floating_point() else []):
+            zero = (value == 0).all(1 - dim).nonzero().flatten().tolist()
+            if zero and labels.size > 1:
+                reason = why.get(int(axes.step[labels[zero[0]]]), "others beside them stay")
+                rows.append({"weight": name, "dimension": dim, "zero": len(zero), "of": labels.size, "why": reason})
+    return rows

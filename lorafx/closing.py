@@ -39,9 +39,15 @@ class CloseUnits(SitePass):
         if not found.taken:
             return found
         analysis = UnitAnalysis(program, found.taken)
-        units = [(site, analysis.find(site)) for site in found.taken]
-        missed = [Miss(site, f"closed where its result is read: {why}") for site, why in units if isinstance(why, str)]
+        units = [(site, self._reason(program, analysis.find(site))) for site in found.taken]
+        missed = [Miss(site, why) for site, why in units if isinstance(why, str)]
         return Selection(tuple(u for _, u in units if isinstance(u, Units)), (*found.missed, *missed))  # type: ignore
+
+    def _reason(self, program: Program, units: Units | str) -> Units | str:
+        if isinstance(units, str):
+            return f"closed where its result is read: {units}"
+        count = dropped(1 - self.keep, len(units.costs))
+        return units if _closed(program, units) < count else f"{count} of its units are closed already"
 
     def rewrite(self, edit: Edit, site: Any) -> None:
         """Nothing yet: the importances of all sites are measured together, in :meth:`finish`."""
@@ -53,6 +59,15 @@ class CloseUnits(SitePass):
             score = importance[unit.module]
             closed = lowest(score, dropped(1 - self.keep, len(score)))
             _close(edit, unit, closed[torch.from_numpy(unit.of)])
+
+
+def _closed(program: Program, units: Units) -> int:
+    """How many units nothing reads any more."""
+    value = program.tensor(units.site.parameter).detach()
+    if value.is_meta:
+        return 0
+    read = (value if units.site.kind != "addmm" else value.t()).ne(0).any(0).cpu().double()
+    return int((torch.bincount(torch.from_numpy(units.of), read) == 0).sum())
 
 
 def _close(edit: Edit, unit: Units, columns: Tensor) -> None:

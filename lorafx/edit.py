@@ -12,6 +12,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from .base import Method
+from .fake import FakeValues
 from .program import Inserted
 from .site import module_path
 from .tree import drop_tensor, get_tensor, has_tensor, named_tensors, own, put_tensor
@@ -34,14 +35,16 @@ class Edit:
     def __init__(self, program: Program, step: Pass):
         self.program = program
         self.step = step
+        #: What the pass has to say for the report: titles and JSON values.
+        self.facts: dict[str, Any] = {}
         self._inserted: dict[str, Inserted] = {}
         self._owned: dict[tuple[str, str], str] = {}
         self._place: fx.Node | None = None
         self._meta: dict[str, Any] = {}
         self._fresh: set[fx.Node] = set()
-        self._values: dict[Any, Any] = {}
         vals = [node.meta["val"] for node in program.graph.nodes if isinstance(node.meta.get("val"), FakeTensor)]
         self._fake: FakeTensorMode = detect_fake_mode(vals) or FakeTensorMode(allow_non_fake_inputs=True)
+        self._values = FakeValues(self._fake)
 
     @property
     def inserted(self) -> tuple[Inserted, ...]:
@@ -307,24 +310,14 @@ class Edit:
 
     def recompute(self) -> None:
         """Compute the fake values of all operators anew, after tensors changed their shapes."""
-        self._values.clear()
+        self._values = FakeValues(self._fake)
         for node in self.program.graph.nodes:
             if node.op == "call_function":
                 node.meta["val"] = self.evaluate(node)
 
     def evaluate(self, node: fx.Node) -> Any:
-        """The node's value on fake tensors.
-
-        Blocks repeat, so most calls are the like of an earlier one; symbolic shapes are slow to compute, and a fake
-        value is nothing but its metadata, so those nodes share one.
-        """
-        key = (node.target, _likeness(node.args), _likeness(tuple(node.kwargs.items())))
-        if key not in self._values:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-            operator: Any = node.target
-            with self._fake, torch.no_grad():
-                self._values[key] = operator(*args, **kwargs)
-        return self._values[key]
+        """The node's value on fake tensors."""
+        return self._values.of(node)
 
     def _fake_like(self, value: Tensor) -> Tensor:
         # Everything lies on the device of the captured graph (meta, when captured without weights), so that operators
@@ -344,17 +337,3 @@ def aliases(root: nn.Module, name: str) -> list[str]:
     """All names of the tensor called ``name``, itself included (more than one when it is tied)."""
     value = get_tensor(root, name)
     return [other for other, tensor in named_tensors(root) if tensor is value]
-
-
-def _likeness(value: Any) -> Any:
-    """What of an argument decides an operator's fake result, as something hashable."""
-    if isinstance(value, fx.Node):
-        return _likeness(value.meta["val"])
-    if isinstance(value, (list, tuple)):
-        return tuple(_likeness(item) for item in value)
-    if isinstance(value, Tensor):
-        sizes = _likeness(value.shape), _likeness(value.stride())
-        return sizes, value.dtype, value.device, value.requires_grad
-    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return value.node.expr
-    return type(value), value

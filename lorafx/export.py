@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import fx, nn
 from torch.export import ExportedProgram
 from transformers.exporters.configs import DynamoConfig, OnnxConfig
@@ -30,10 +31,13 @@ from .capture import dynamic_shapes, program_from
 from .errors import CaptureError, ParityError, UsageError
 from .hf_format import hf_model
 from .parity import Comparison, verify
+from .peft_format import adapter_config, adapter_keys
 from .pipeline import fold, run, to_eval
 from .program import Program, Source
+from .report import shrunk_blocks
 from .runner import open_runner
-from .store import base_record, copy_tokenizer, new_folder, write_adapter
+from .sizes import chart
+from .store import VALUES, base_record, copy_tokenizer, new_folder, plain_tensor
 from .trace import trace_with
 from .tree import get_tensor, has_tensor, named_tensors, put_tensor
 
@@ -85,11 +89,12 @@ def export(
         if format == "hf":
             _write_hf(final, folder, dtype)
         elif format == "peft":
-            write_adapter(final, folder, dtype)
+            _write_adapter(final, folder, dtype)
         else:
             _write_exported(final, folder, format, provider, dtype, generate)
         if final.source.path is not None:
             copy_tokenizer(final.source.path, folder)
+        _write_report(final, folder)
         if not check or generate:
             return None
         result = verify(program, final) if format == "peft" else verify(final, open_runner(folder, sealed=False))
@@ -110,6 +115,14 @@ def _final(program: Program, adapters: str) -> Program:
     return folded
 
 
+def _write_report(program: Program, folder: Path) -> None:
+    """What happened, beside the model; with a chart when channels were removed."""
+    (folder / "report.json").write_text(json.dumps(program.report.to_json(), indent=2) + "\n", encoding="utf-8")
+    rows = shrunk_blocks(program)
+    if rows:
+        (folder / "blocks.svg").write_text(chart(rows), encoding="utf-8")
+
+
 def _history_record(program: Program) -> list[dict[str, Any]]:
     from .recipe import pass_dict
 
@@ -124,6 +137,17 @@ def _write_hf(program: Program, folder: Path, dtype: torch.dtype | None) -> None
     if dtype is not None:
         model = model.to(dtype)
     model.save_pretrained(folder)  # type: ignore[operator]
+
+
+def _write_adapter(program: Program, folder: Path, dtype: torch.dtype | None) -> None:
+    """The two files of a PEFT adapter; UsageError when PEFT cannot compute this program's function."""
+    config, reason = adapter_config(program)
+    if config is None:
+        raise UsageError(f"PEFT cannot hold this program: {reason}")
+    keys = adapter_keys(program)
+    values = {keys[name]: plain_tensor(value.to(dtype or value.dtype)) for name, value in program.learned().items()}
+    save_file(values, folder / VALUES, metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 # ---- transformers.exporters

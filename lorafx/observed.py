@@ -20,7 +20,7 @@ _BATCH = 8
 def input_power(
     program: Program, sites: Iterable[Site], data: str | None, column: str, samples: int, length: int
 ) -> dict[str, Tensor]:
-    """For each module, the mean square of every channel that enters its weight (in,), over real tokens, fp64.
+    """For each site's weight, the mean square of every channel that enters it (in,), over real tokens, fp64.
 
     Raises:
         UsageError: texts without a tokenizer, or a program without weights
@@ -28,22 +28,22 @@ def input_power(
     if program.device.type == "meta":
         raise UsageError("the program was captured without weights; capture it with them to measure activations")
     final = to_eval(program)
-    wanted = {site.module for site in sites}
-    modules = {site.input: site.module for site in final.sites() if site.module in wanted and site.kind != "embedding"}
+    wanted = {site.parameter for site in sites}
+    weights = {site.input: site.parameter for site in final.sites() if site.parameter in wanted}
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     for batch in _batches(program, data, column, samples, length):
         mask = next((value for name, value in batch.items() if name.endswith("attention_mask")), None)
-        recorder = _Recorder(fx.GraphModule(final.root, final.graph), set(modules))
+        recorder = _Recorder(fx.GraphModule(final.root, final.graph), set(weights))
         with torch.no_grad():
             recorder.run(*final.flatten(batch))
-        for node, module in modules.items():
+        for node, weight in weights.items():
             value = recorder.seen[node.name].double()
             real = mask is not None and value.shape[:-1] == mask.shape
             tokens = value[mask.bool()] if real else value.flatten(0, -2)  # type: ignore[union-attr]
-            sums[module] = sums.get(module, torch.zeros(())) + tokens.square().sum(0)
-            counts[module] = counts.get(module, 0) + tokens.shape[0]
-    return {module: total / max(1, counts[module]) for module, total in sums.items()}
+            sums[weight] = sums.get(weight, torch.zeros(())) + tokens.square().sum(0)
+            counts[weight] = counts.get(weight, 0) + tokens.shape[0]
+    return {weight: total / max(1, counts[weight]) for weight, total in sums.items()}
 
 
 class _Recorder(fx.Interpreter):

@@ -58,7 +58,7 @@ def _apply(program: Program, step: Pass) -> None:
     step.finish(edit)
     program.graph.lint()
     seconds = time.perf_counter() - started
-    program.history += (Applied(step, edit.inserted, tuple(taken), first.missed, seconds),)
+    program.history += (Applied(step, edit.inserted, tuple(taken), first.missed, seconds, edit.facts),)
 
 
 def rewrite(

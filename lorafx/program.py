@@ -67,13 +67,17 @@ class Inserted:
 
 @dataclass(frozen=True)
 class Applied:
-    """One entry of a program's history: a pass, what it inserted where, what it missed, and the time it took (s)."""
+    """One entry of a program's history: a pass, what it inserted where, what it missed, and the time it took (s).
+
+    ``facts`` are what it has to say for the report: titles and JSON values.
+    """
 
     step: Pass
     inserted: tuple[Inserted, ...] = ()
     taken: tuple[str, ...] = ()
     missed: tuple[Miss, ...] = ()
     seconds: float = 0.0
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass

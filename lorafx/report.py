@@ -158,20 +158,32 @@ def report_of(program: Program) -> Report:
     return Report(model, passes, roles, tuple(_notes(program, roles)), _learned(program))
 
 
+def shrunk_blocks(program: Program) -> list[dict[str, Any]]:
+    """Weights and FLOPs by block beside those of the captured program; nothing when none got smaller."""
+    from .sizes import block_rows
+
+    if program.origin is None or program.captured is None:
+        return []
+    rows = block_rows(program.captured, program)
+    return rows if any(row["parameters after"] < row["parameters before"] for row in rows) else []
+
+
 def _learned(program: Program) -> dict[str, Any]:
-    """What each method says of what it learned, by titles that name it; of the program before it was folded."""
+    """What passes have to say, by titles that name them; methods of what they learned, before it was folded."""
     from .base import Method
     from .module import method_state
 
     source = program.origin or program
-    if source.device.type == "meta":
-        return {}
-    return {
+    sections = {
         f"{applied.step.pass_name()}: {title}": json_value(value)
         for applied in source.history
-        if isinstance(applied.step, Method)
+        if isinstance(applied.step, Method) and source.device.type != "meta"
         for title, value in applied.step.describe(method_state(applied, source.tensor)).items()
     }
+    for applied in program.history:
+        sections.update({f"{applied.step.pass_name()}: {title}": json_value(v) for title, v in applied.facts.items()})
+    rows = shrunk_blocks(program)
+    return {**sections, "Blocks": rows} if rows else sections
 
 
 def _pass_report(program: Program, applied: Applied) -> PassReport:

@@ -45,7 +45,6 @@ __all__ = [
     "recipe_of",
     "run_recipe",
     "save_run",
-    "write_adapter",
 ]
 
 VALUES = "adapter_model.safetensors"
@@ -90,7 +89,7 @@ def save_run(
         raise UsageError("a folded program is no run any more: write it with lorafx.export, or save it before fold()")
     inputs, capturing = _capture_record(program)
     keys = adapter_keys(program)
-    values = {keys[name]: _plain(value) for name, value in program.learned().items() if not value.is_meta}
+    values = {keys[name]: plain_tensor(value) for name, value in program.learned().items() if not value.is_meta}
     peft, reason = adapter_config(program)
     meta = {
         "base": base_record(program),
@@ -109,19 +108,6 @@ def save_run(
             _save_tensors(inputs, folder / INPUTS)
         if peft is not None:
             _write_json(folder / "adapter_config.json", peft)
-
-
-def write_adapter(program: Program, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write the two files of a PEFT adapter; UsageError when PEFT cannot compute this program's function."""
-    config, reason = adapter_config(program)
-    if config is None:
-        raise UsageError(f"PEFT cannot hold this program: {reason}")
-    keys = adapter_keys(program)
-    values = {
-        keys[name]: _plain(value if dtype is None else value.to(dtype)) for name, value in program.learned().items()
-    }
-    _save_tensors(values, folder / VALUES)
-    _write_json(folder / "adapter_config.json", config)
 
 
 def base_record(program: Program) -> dict[str, Any]:
@@ -157,7 +143,8 @@ def _capture_record(program: Program) -> tuple[dict[str, Tensor], dict[str, Any]
     odd = [name for name, value in program.example.items() if not isinstance(value, Tensor) or value.is_meta]
     if odd:
         raise UsageError(f"the example input {odd[0]!r} is no tensor with values, so the run cannot keep it")
-    return {name: _plain(value) for name, value in program.example.items()}, {**record, "inputs": list(program.example)}
+    inputs = {name: plain_tensor(value) for name, value in program.example.items()}
+    return inputs, {**record, "inputs": list(inputs)}
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -175,7 +162,7 @@ def _option(name: str, value: Any) -> Any:
     raise UsageError(f"the option {name} = {value!r} cannot be written down; capture with plain values to save a run")
 
 
-def _plain(value: Tensor) -> Tensor:
+def plain_tensor(value: Tensor) -> Tensor:
     """A tensor as safetensors wants it: on the CPU, contiguous, sharing storage with no other."""
     return value.detach().to("cpu", copy=True).contiguous()
 

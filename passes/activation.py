@@ -38,7 +38,7 @@ class Activation(CloseUnits):
         for unit in units:
             weight = program.tensor(unit.site.parameter).detach().double()
             columns = (weight if unit.site.kind != "addmm" else weight.t()).square().sum(0)
-            share = power[unit.site.module].to(columns.device) * columns
+            share = power[unit.site.parameter].to(columns.device) * columns
             sums = torch.zeros(len(unit.costs), dtype=torch.float64, device=columns.device)
             result[unit.module] = sums.index_add_(0, torch.from_numpy(unit.of).to(columns.device), share).cpu()
         return result

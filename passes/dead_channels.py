@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..axes import Axes, axis_of
+from ..axis_report import zeros_left
 from ..axis_table import RULES
 from ..base import Pass, Promise, Selection, option
 from ..channels import Facts, needed, operands
@@ -94,6 +95,17 @@ class DeadChannels(Pass):
             for alias in aliases(edit.program.root, name):
                 edit.set_tensor(alias, new)
         resize(edit, site.axes, site.removal)
+        removed = edit.facts.setdefault("Removed", [])
+        for name, kept in site.cut.items():
+            sizes = [len(labels) for labels in site.axes.members[name]]
+            removed.append({"tensor": name, "before": str(sizes), "after": str([len(part) for part in kept])})
+
+    def finish(self, edit: Edit) -> None:
+        if not edit.facts:
+            return
+        left = zeros_left(self.plan(edit.program).axes)
+        if left:
+            edit.facts["Zero but kept"] = left
 
 
 def _cut(value: Tensor, kept: list[Tensor]) -> nn.Parameter:

@@ -211,9 +211,9 @@ def wanted(name: str, bias: float) -> tuple[float, float]:
     """Learning rate and decay by the last part of a parameter's name; ``bias`` is the decay of biases."""
     short = name.rpartition(".")[2]
     if short == "lora_gate":
-        return (0.05, 0.0)
+        return (Salora().gate_rate, 0.0)
     if short in ("gate", "gate_in", "gate_out"):
-        return (0.02, 0.0)
+        return (Finegates().gate_rate, 0.0)
     return (1e-3, 0.0 if short in ("lora_u", "lora_v") else bias if short == "bias" else 0.1)
 
 
@@ -245,10 +245,10 @@ def test_the_rates_follow_the_schedule(tmp_path: Path) -> None:
             rates.append({group["lr"] for group in optimizer.param_groups if group["params"]})
 
     fit(program, max_steps=4, callbacks=[Watch()], schedule="linear")
+    ratio = Finegates().gate_rate / FAST["learning_rate"]
     assert len(rates) == 4
     assert all(len(found) == 2 for found in rates[:-1])
-    ratios = [max(found) / min(found) for found in rates[:-1]]
-    assert ratios == pytest.approx([2.0] * len(ratios))
+    assert [max(found) / min(found) for found in rates[:-1]] == pytest.approx([ratio] * 3)
     assert max(rates[2]) < max(rates[0])
 
 

@@ -66,8 +66,12 @@ def test_training_draws_one_gate_a_rank_and_forward() -> None:
     assert float(expected[1]) == pytest.approx(1 / (1 + math.exp(-1.5986)), abs=1e-5)
 
 
+#: The Lagrangian as published: the multiplier watches the expected share, against the target from the start.
+PUBLISHED: dict[str, Any] = {"steer": "expected", "ramp": 0.0, "multiplier_rate": 0.05, "restart": False}
+
+
 def salora(**options: Any) -> RewrittenModel:
-    return training(Salora(**{"rank": 4, "alpha": 4.0, **options}), total_steps=10)
+    return training(Salora(**{"rank": 4, "alpha": 4.0, **PUBLISHED, **options}), total_steps=10)
 
 
 def test_open_gates_get_a_gradient_from_the_l0_term_alone() -> None:
@@ -176,9 +180,10 @@ def test_recomputed_activations_see_the_same_noise() -> None:
         assert any(bool(value.any()) for key, value in found[0].items() if "gate" in key)
 
 
-def test_the_density_asked_for_is_reached() -> None:
-    # The rate suits the loss: it is of size 0.1, and 400 steps are few.
-    step = Salora(targets=EVERY, rank=8, alpha=8.0, density=0.5, multiplier_rate=0.01)
+@pytest.mark.parametrize("options", [{}, {**PUBLISHED, "multiplier_rate": 0.01, "gate_rate": 0.05}])
+def test_the_density_asked_for_is_reached(options: dict[str, Any]) -> None:
+    # As published the multiplier has no way back, so its rate has to suit the loss, which is of size 0.1.
+    step = Salora(targets=EVERY, rank=8, alpha=8.0, density=0.5, **options)
     model = training(step, total_steps=400, seed=0)
     fit(model, (batch(8, 6, seed) for seed in range(400)))
     shown = model.program.report.sections["salora: Open ranks"][0]
@@ -186,6 +191,19 @@ def test_the_density_asked_for_is_reached() -> None:
     rows = model.program.report.sections["salora: Rank by module"]
     assert sum(row["rank"] for row in rows) == round(shown["open"] * 80)
     assert {row["of"] for row in rows} == {8}
+
+
+def test_the_multiplier_watches_what_evaluation_sees_open() -> None:
+    model = salora(steer="achieved", ramp=0.5, multiplier_rate=2.0, density=0.2)
+    state = state_of(model)
+    with torch.no_grad():
+        for site in state.sites:
+            site["lora_gate"].copy_(torch.tensor([-4.0, -1.0, 0.0, 4.0]))  # three of four are open
+    multiplier = 0.0
+    for allowed in (0.84, 0.68, 0.52, 0.36, 0.2, 0.2):
+        model.after_step()
+        multiplier = max(0.0, multiplier + 2.0 * (0.75 - allowed))
+        assert float(state.shared["multiplier"]) == pytest.approx(multiplier, rel=1e-5)
 
 
 def test_closing_gates_does_not_move_the_scale() -> None:

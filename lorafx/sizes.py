@@ -1,0 +1,88 @@
+"""What a program weighs and computes, block by block: before and after channels were removed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .program import Program
+from .site import block_of, module_path, stack_of
+
+aten = torch.ops.aten
+
+#: Tokens of a text in figures of FLOPs; attention's share depends on it.
+TOKENS = 64
+
+
+def weights_by_block(program: Program) -> dict[str, int]:
+    """How many numbers the weights of each block hold (``encoder.layer.3``), the rest under an empty name."""
+    sizes: dict[str, int] = {}
+    seen: set[int] = set()
+    for name, value in program.root.named_parameters():
+        if id(value) not in seen:
+            seen.add(id(value))
+            block = _block(name)
+            sizes[block] = sizes.get(block, 0) + value.numel()
+    return sizes
+
+
+def flops_by_block(program: Program, tokens: int = TOKENS) -> dict[str, int]:
+    """Floating-point operations of each block for one token of a text of ``tokens``: two for each use of a weight in a
+    linear layer, and four for each channel of attention and token it looks at."""
+    sizes: dict[str, int] = {}
+    for site in program.sites():
+        if site.kind in ("linear", "addmm"):
+            block = _block(site.module)
+            sizes[block] = sizes.get(block, 0) + 2 * site.out_features * site.in_features
+    for node in program.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+        heads, width = (node.args[0].meta["val"].shape[dim] for dim in (1, 3))  # type: ignore[union-attr]
+        block = _block(module_path(node, ""))
+        sizes[block] = sizes.get(block, 0) + 4 * tokens * int(heads) * int(width)
+    return sizes
+
+
+def block_rows(before: Program, after: Program) -> list[dict[str, Any]]:
+    """One row a block: weights and FLOPs before and after, and what is left of them."""
+    weights = weights_by_block(before), weights_by_block(after)
+    flops = flops_by_block(before), flops_by_block(after)
+    rows = []
+    for block in dict.fromkeys((*weights[0], *flops[0])):
+        held, computed = ([size.get(block, 0) for size in pair] for pair in (weights, flops))
+        rows.append(
+            {
+                "block": block or "outside",
+                "parameters before": held[0],
+                "parameters after": held[1],
+                "left": held[1] / max(1, held[0]),
+                "FLOPs before": computed[0],
+                "FLOPs after": computed[1],
+            }
+        )
+    return rows
+
+
+def _block(name: str) -> str:
+    number = block_of(name)
+    return f"{stack_of(name)}.{number}" if number is not None else ""
+
+
+def chart(rows: list[dict[str, Any]], title: str = "Parameters left by block") -> str:
+    """Block rows as an SVG bar chart: a bar a block, its filled part what is left."""
+    height, width, left = 22, 640, 190
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{(len(rows) + 2) * height}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<text x="8" y="16" font-weight="bold">{title}</text>',
+    ]
+    most = max((row["parameters before"] for row in rows), default=1) or 1
+    for place, row in enumerate(rows, 1):
+        y = place * height + 6
+        full, kept = ((width - left - 70) * row[key] / most for key in ("parameters before", "parameters after"))
+        lines += [
+            f'<text x="8" y="{y + 12}">{row["block"]}</text>',
+            f'<rect x="{left}" y="{y}" width="{full:.1f}" height="{height - 6}" fill="#dddddd"/>',
+            f'<rect x="{left}" y="{y}" width="{kept:.1f}" height="{height - 6}" fill="#3b6ea5"/>',
+            f'<text x="{left + full + 6:.1f}" y="{y + 12}">{row["left"]:.0%}</text>',
+        ]
+    return "\n".join([*lines, "</svg>", ""])
