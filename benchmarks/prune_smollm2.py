@@ -66,7 +66,7 @@ def main() -> None:
     }
     exact = lorafx.verify(masked, sliced, dtype=torch.float64)
     lorafx.export(sliced, options.out, "hf", overwrite=True)
-    opened = AutoModelForCausalLM.from_pretrained(options.out).eval()
+    opened: Any = AutoModelForCausalLM.from_pretrained(options.out).eval()
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     said = tokenizer.decode(opened.generate(**prompt, max_new_tokens=8, do_sample=False)[0])
     counts = {

@@ -28,12 +28,14 @@ class Carrier(Protocol):
 
     def squash(self, axis: Axis, dim: int, why: str) -> Axis | None:
         """``axis`` without ``dim``, whose positions are not told apart any more; None when nothing is left."""
+        ...
 
     def rows(self, data: Array) -> None:
         """A flat dimension was split: the last dimension of ``data`` runs inside a row."""
 
     def alike(self, axes: list[Axis], why: str) -> Axis:
         """One axis for several that run over the same channels."""
+        ...
 
 
 Move: TypeAlias = "Callable[[Carrier, fx.Node, Callable[[object], list[Any]]], list[Any]]"
@@ -132,8 +134,8 @@ def rank_of(node: object) -> int:
 
 
 def _transpose(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
-    rank = rank_of(node)
-    a, b = (int(dim) % rank for dim in (node.args[1:3] if len(node.args) > 2 else (0, 1)))  # type: ignore[arg-type]
+    rank, given = rank_of(node), list(node.args[1:3]) or [0, 1]
+    a, b = (int(dim) % rank for dim in given)  # type: ignore[arg-type]
     return [axis.moved(lambda dim: {a: b, b: a}.get(dim, dim)) for axis in known(node.args[0])]
 
 

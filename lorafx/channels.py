@@ -115,9 +115,10 @@ class Facts:
         return _combined(matrix, known, shift)
 
     def _convolution(self, node: fx.Node) -> Array | None:
-        weight, bias = self.weight(node.args[1]), node.args[2] if len(node.args) > 2 else None
+        value, kernel, *rest = node.args
+        weight, bias = self.weight(kernel), rest[0] if rest else None
         shift = self.weight(bias) if bias is not None else None
-        entering = axis_of(self.of(node.args[0]), 1)
+        entering = axis_of(self.of(value), 1)
         if weight is None or weight.shape[1] == 1 or (bias is not None and shift is None):
             return None
         known = entering.data if entering is not None and entering.dims == (1,) else np.full(weight.shape[1], np.nan)
@@ -165,7 +166,7 @@ class Facts:
     def _choice(self, node: fx.Node, axis: Axis, rank: int) -> Array:
         """A choice between two values is constant where both are the same constant, however it falls out."""
         ways = [
-            self._along(way, axis, rank) if isinstance(way, fx.Node) else np.full([1] * len(axis.dims), float(way))
+            self._along(way, axis, rank) if isinstance(way, fx.Node) else np.full([1] * len(axis.dims), float(way))  # type: ignore[arg-type]  # a number
             for way in (node.args[position] for position in _CHOICES[node.target])  # type: ignore[arg-type]
         ]
         first, second = (np.broadcast_to(way, axis.data.shape) for way in ways)
@@ -290,7 +291,7 @@ def _attention_needs(axes: Axes, facts: Facts, need: Array, node: fx.Node, reads
     result = axis_of(axes.axes(node), 3)
     if result is None or not isinstance(count, int):
         return
-    live = need[axes.channel[result.data]].any(1)
+    live = np.asarray(need[axes.channel[result.data]].any(axis=1))
     labels = heads_of(axes, query, count)
     if labels is None:
         return

@@ -5,6 +5,7 @@ Each kind is the graph it inserts and the same formulas on tensors, for loss ter
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -116,6 +117,31 @@ def kept_share(state: MethodState, openness: Callable[[Tensor], Tensor] = is_ope
     sides = [(site["gate_in"], site["gate_out"]) for site in state.sites]
     kept = [openness(columns).float().sum() * openness(rows).float().sum() for columns, rows in sides]
     return torch.stack(kept).sum() / sum(columns.numel() * rows.numel() for columns, rows in sides)
+
+
+#: The θ of a gate that is held barely open.
+AJAR = -0.5
+
+
+def keep_open(state: MethodState, share: float) -> None:
+    """Hold barely open the gates that closed last, as many as it takes to keep ``share``.
+
+    Gates that move in step close all at once; what is closed has no gradient of the task and would not come back.
+    """
+    if float(kept_share(state)) >= share:
+        return
+    thetas = gates_of(state)
+    before = [theta.clone() for theta in thetas]
+    closed = torch.cat([theta[~is_open(theta)] for theta in before]).sort(descending=True).values
+
+    def enough(count: int) -> bool:
+        for theta, old in zip(thetas, before, strict=True):
+            reopened = ~is_open(old) & (old >= closed[count - 1])
+            theta.copy_(torch.where(reopened, torch.full_like(old, AJAR), old))
+        return float(kept_share(state)) >= share
+
+    fewest = bisect.bisect_left(range(1, len(closed)), True, key=enough) + 1
+    enough(fewest)
 
 
 def open_gates(site: SiteState) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -66,7 +67,7 @@ def _along(axis: Axis, dim: int, removal: Removal) -> list[bool]:
     """For each position along ``dim``, whether anything of it stays."""
     kept = removal.stays(axis.data)
     others = tuple(i for i, own in enumerate(axis.dims) if own != dim)
-    return kept.any(others).tolist()
+    return np.any(kept, axis=others).reshape(-1).tolist()
 
 
 def _inside(axis: Axis, dim: int, start: int, end: int, removal: Removal) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from ..base import Method, Miss, Promise, Selection, option
 from ..edit import Edit, aliases
-from ..gates import GATES, ClampedGaussian, gates_of, histogram, is_open, kept_share, open_gates
+from ..gates import AJAR, GATES, ClampedGaussian, gates_of, histogram, is_open, keep_open, kept_share, open_gates
 from ..lowrank import train_in_full
 from ..module import MethodState
 from ..program import Program
@@ -20,8 +20,8 @@ from ..site import Site, is_tensor_node
 from ..units import UnitAnalysis, Units
 
 aten = torch.ops.aten
-#: The least initial θ of a gate that is fully open in evaluation (tanh θ = ½), and one for a gate held barely open.
-_OPEN, _AJAR = 0.5494, -0.5
+#: The least initial θ of a gate that is fully open in evaluation: tanh θ = ½.
+_OPEN = 0.5494
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Finegates(Method):
     axis analysis — where its channels are read: ``y = W (g ⊙ x) + b``; without, rows and columns have gates of their
     own, as in the paper. What drives gates to close is ``mode``: ``achieved`` steers with what is really kept of the
     selected weights, a multiplier ascending until it meets ``budget``, which comes down from 1 over the first ``ramp``
-    of the steps; ``target`` is the authors' surrogate, ``strength`` times the mean over vectors of ``|mean q - k|``
-    with ``q = Φ((tanh θ + ½)/½)`` and ``k = 1 - target``; ``penalty`` is ``strength`` times the mean of ``Φ((tanh θ +
-    ½)/noise)``. The last open gate of a vector never closes.
+    of the steps, and the gates that closed last are held open where too many did; ``target`` is the authors' surrogate,
+    ``strength`` times the mean over vectors of ``|mean q - k|`` with ``q = Φ((tanh θ + ½)/½)`` and ``k = 1 - target``;
+    ``penalty`` is ``strength`` times the mean of ``Φ((tanh θ + ½)/noise)``. A vector's last open gate never closes.
 
     Keeps: the outputs, bit by bit, since every gate starts at 1. Does nothing where no target matches (and says so).
     Source: FineGates, arXiv 2412.12951 (gates, θ ~ N(1, 0.1²), noise 0.1) and its 2026 code (``target``: 50, 0.4);
@@ -56,6 +56,7 @@ class Finegates(Method):
     strength: float = option(50.0, "weight of the loss term (target, penalty)")
     ramp: float = option(0.6, "share of the steps over which the budget comes down (achieved)")
     multiplier_rate: float = option(1.0, "step of the multiplier (achieved)")
+    restart: bool = option(True, "set the multiplier to 0 when the budget is met (achieved)")
     noise: float = option(0.1, "standard deviation of the gates' noise")
     initial: float = option(1.0, "mean of the initial θ")
     deviation: float = option(0.1, "standard deviation of the initial θ")
@@ -132,11 +133,13 @@ class Finegates(Method):
     def after_step(self, state: MethodState) -> None:
         for theta in gates_of(state):
             if not bool(is_open(theta).any()):
-                theta[theta.argmax()] = _AJAR
+                theta[theta.argmax()] = AJAR
         if self.mode == "achieved":
             end = max(1, steps_of(self.ramp, state.planned_steps))
             allowed = linear(state.step, 0, end, 1.0, self.budget)
-            ascend(state.shared["multiplier"], kept_share(state) - allowed, self.multiplier_rate)
+            violation = kept_share(state) - allowed
+            ascend(state.shared["multiplier"], violation, self.multiplier_rate, restart=self.restart)
+            keep_open(state, allowed)
 
     def optimiser(self) -> Mapping[str, Mapping[str, float]]:
         return {name: {"lr": self.gate_rate, "weight_decay": 0.0} for name in GATES}
