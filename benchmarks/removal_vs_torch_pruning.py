@@ -1,6 +1,6 @@
 """Removing the same channels with lorafx and with Torch-Pruning: parameters left, equality with the masked model, time.
 
-    pip install torch-pruning && python -m benchmarks.removal_vs_torch_pruning
+    pip install -e ".[bench]" && python -m benchmarks.removal_vs_torch_pruning
 
 MiniLM without 30 % of each block's neurons and heads, chosen by group magnitude. First their weights are zero
 everywhere a reader looks (columns), then only where they are made (rows; biases stay), so that neurons are constants

@@ -8,7 +8,6 @@ import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +16,6 @@ from torch.utils import _pytree as pytree
 
 from .base import Method
 from .errors import UsageError
-from .program import updated
 from .segments import compile_graph
 from .tree import get_tensor
 
@@ -180,16 +178,11 @@ class RewrittenModel(nn.Module):
         """Give every process of a data-parallel group the same statistics, so that all take the same decisions."""
         if not (distributed.is_available() and distributed.is_initialized()):
             return
-        for name in sorted(self._measured):
+        for name in self.program.names("statistic"):
             value = get_tensor(self, name)
-            distributed.all_reduce(value.data)
-            value.data.div_(distributed.get_world_size())
-
-    @cached_property
-    def _measured(self) -> set[str]:
-        """The statistics that the forward pass takes, which differ from process to process; others follow from them."""
-        statistics = set(self.program.names("statistic"))
-        return {name for name in updated(self.program.graph) & statistics if get_tensor(self, name).is_floating_point()}
+            if value.is_floating_point():
+                distributed.all_reduce(value.data)
+                value.data.div_(distributed.get_world_size())
 
     @torch.no_grad()
     def after_step(self) -> None:
