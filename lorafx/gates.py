@@ -27,6 +27,8 @@ class HardConcrete:
     """
 
     GAMMA, ZETA, TEMPERATURE, EPSILON = -0.1, 1.1, 2 / 3, 1e-6
+    #: The log α of a gate that is barely open.
+    AJAR = -1.55
 
     @classmethod
     def insert(cls, edit: Edit, log_alpha: fx.Node) -> fx.Node:
@@ -45,6 +47,11 @@ class HardConcrete:
         return (soft * (cls.ZETA - cls.GAMMA) + cls.GAMMA).clamp(0.0, 1.0)
 
     @classmethod
+    def is_open(cls, log_alpha: Tensor) -> Tensor:
+        """Whether each gate is open in evaluation."""
+        return cls.median(log_alpha) > 0
+
+    @classmethod
     def expected_open(cls, log_alpha: Tensor) -> Tensor:
         """The probability that each gate is not 0."""
         return torch.sigmoid(log_alpha - cls.TEMPERATURE * math.log(-cls.GAMMA / cls.ZETA))
@@ -56,6 +63,9 @@ class ClampedGaussian:
     Source: stochastic gates, Yamada et al. 2020, arXiv 1810.04247; tanh and constants as in FineGates, arXiv
     2412.12951.
     """
+
+    #: The θ of a gate that is barely open.
+    AJAR = -0.5
 
     @staticmethod
     def insert(edit: Edit, theta: fx.Node, noise: float) -> fx.Node:
@@ -119,26 +129,30 @@ def kept_share(state: MethodState, openness: Callable[[Tensor], Tensor] = is_ope
     return torch.stack(kept).sum() / sum(columns.numel() * rows.numel() for columns, rows in sides)
 
 
-#: The θ of a gate that is held barely open.
-AJAR = -0.5
-
-
-def keep_open(state: MethodState, share: float) -> None:
-    """Hold barely open the gates that closed last, as many as it takes to keep ``share``.
+def keep_open(
+    gates: list[Tensor], opened: Callable[[Tensor], Tensor], share: Callable[[], float], least: float, ajar: float
+) -> None:
+    """Hold barely open the gates that closed last, as many as it takes for ``share()`` to be ``least``; in place.
 
     Gates that move in step close all at once; what is closed has no gradient of the task and would not come back.
+
+    Args:
+        gates: the parameters of gates; of closed ones the higher closed later
+        opened: whether each is open
+        share: what is kept now
+        least: what has to be kept
+        ajar: the parameter of a gate that is barely open
     """
-    if float(kept_share(state)) >= share:
+    if share() >= least:
         return
-    thetas = gates_of(state)
-    before = [theta.clone() for theta in thetas]
-    closed = torch.cat([theta[~is_open(theta)] for theta in before]).sort(descending=True).values
+    before = [gate.clone() for gate in gates]
+    closed = torch.cat([gate[~opened(gate)] for gate in before]).sort(descending=True).values
 
     def enough(count: int) -> bool:
-        for theta, old in zip(thetas, before, strict=True):
-            reopened = ~is_open(old) & (old >= closed[count - 1])
-            theta.copy_(torch.where(reopened, torch.full_like(old, AJAR), old))
-        return float(kept_share(state)) >= share
+        for gate, old in zip(gates, before, strict=True):
+            again = ~opened(old) & (old >= closed[count - 1])
+            gate.copy_(torch.where(again, torch.full_like(old, ajar), old))
+        return share() >= least
 
     fewest = bisect.bisect_left(range(1, len(closed)), True, key=enough) + 1
     enough(fewest)

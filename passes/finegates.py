@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from ..base import Method, Miss, Promise, Selection, option
 from ..edit import Edit, aliases
-from ..gates import AJAR, GATES, ClampedGaussian, gates_of, histogram, is_open, keep_open, kept_share, open_gates
+from ..gates import GATES, ClampedGaussian, gates_of, histogram, is_open, keep_open, kept_share, open_gates
 from ..lowrank import train_in_full
 from ..module import MethodState
 from ..program import Program
@@ -133,13 +133,13 @@ class Finegates(Method):
     def after_step(self, state: MethodState) -> None:
         for theta in gates_of(state):
             if not bool(is_open(theta).any()):
-                theta[theta.argmax()] = AJAR
+                theta[theta.argmax()] = ClampedGaussian.AJAR
         if self.mode == "achieved":
             end = max(1, steps_of(self.ramp, state.planned_steps))
             allowed = linear(state.step, 0, end, 1.0, self.budget)
             violation = kept_share(state) - allowed
             ascend(state.shared["multiplier"], violation, self.multiplier_rate, restart=self.restart)
-            keep_open(state, allowed)
+            keep_open(gates_of(state), is_open, lambda: float(kept_share(state)), allowed, ClampedGaussian.AJAR)
 
     def optimiser(self) -> Mapping[str, Mapping[str, float]]:
         return {name: {"lr": self.gate_rate, "weight_decay": 0.0} for name in GATES}

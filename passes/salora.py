@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from ..base import Promise, option
 from ..edit import Edit
-from ..gates import HardConcrete, histogram
+from ..gates import HardConcrete, histogram, keep_open
 from ..lowrank import LowRank
 from ..module import MethodState, SiteState
 from ..schedules import ascend, linear, steps_of
@@ -30,7 +30,8 @@ class Salora(LowRank):
     ``‖AAᵀ - I‖² + ‖BᵀB - I‖²`` over the open ranks. The share of open ranks is brought to ``density`` by ``λ (E0/N -
     density)``, E0 the expected number of open ranks, whose multiplier λ ascends after each step (``lagrangian``), or by
     ``weight · (E0 - density · N)²`` (``penalty``). λ watches the share that evaluation sees open (``achieved``) or
-    E0/N (``expected``, as published), against a density that comes down from 1 over the first ``ramp`` of the steps.
+    E0/N (``expected``, as published), against a density that comes down from 1 over the first ``ramp`` of the steps;
+    with ``achieved`` the ranks that closed last are held open where too many did.
 
     Keeps: the outputs, bit by bit, since B = 0. Does nothing where no target matches (and says so).
     Source: SaLoRA, Mathematics 2023, 11(20):4317 (form of gates, orthogonality and penalty; its constants could not be
@@ -79,15 +80,12 @@ class Salora(LowRank):
         for site in state.sites:
             site["lora_gate"].clamp_(-math.log(100), math.log(100))
         if self.constraint == "lagrangian":
-            violation = self._open_share(state) - self._allowed(state)
-            ascend(state.shared["multiplier"], violation, self.multiplier_rate, restart=self.restart)
-
-    def _open_share(self, state: MethodState) -> float:
-        if self.steer == "expected":
-            expected, count = _expected(state)
-            return float(expected) / count
-        gates = torch.cat([site["lora_gate"] for site in state.sites])
-        return float((HardConcrete.median(gates) > 0).float().mean())
+            allowed, achieved = self._allowed(state), self.steer == "achieved"
+            share = (lambda: open_share(state)) if achieved else (lambda: _expected_share(state))
+            ascend(state.shared["multiplier"], share() - allowed, self.multiplier_rate, restart=self.restart)
+            if achieved:
+                gates = [site["lora_gate"] for site in state.sites]
+                keep_open(gates, HardConcrete.is_open, share, allowed, HardConcrete.AJAR)
 
     def _allowed(self, state: MethodState) -> float:
         if self.ramp == 0:
@@ -112,6 +110,17 @@ def _expected(state: MethodState) -> tuple[Tensor, int]:
     """The expected number of open ranks, and how many there are."""
     gates = torch.cat([site["lora_gate"] for site in state.sites])
     return HardConcrete.expected_open(gates).sum(), gates.numel()
+
+
+def _expected_share(state: MethodState) -> float:
+    expected, count = _expected(state)
+    return float(expected) / count
+
+
+def open_share(state: MethodState) -> float:
+    """The share of ranks that are open in evaluation."""
+    gates = torch.cat([site["lora_gate"] for site in state.sites])
+    return float(HardConcrete.is_open(gates).float().mean())
 
 
 def _orthogonality(site: SiteState) -> Tensor:

@@ -199,11 +199,28 @@ def test_the_multiplier_watches_what_evaluation_sees_open() -> None:
     with torch.no_grad():
         for site in state.sites:
             site["lora_gate"].copy_(torch.tensor([-4.0, -1.0, 0.0, 4.0]))  # three of four are open
+        model.clock.fill_(1)  # of ten steps; at the first, 0.84 would have to be open
     multiplier = 0.0
-    for allowed in (0.84, 0.68, 0.52, 0.36, 0.2, 0.2):
+    for allowed in (0.68, 0.52, 0.36, 0.2, 0.2):
         model.after_step()
         multiplier = max(0.0, multiplier + 2.0 * (0.75 - allowed))
         assert float(state.shared["multiplier"]) == pytest.approx(multiplier, rel=1e-5)
+
+
+def test_the_ranks_that_closed_last_stay_open_when_too_many_did() -> None:
+    model = salora(steer="achieved", ramp=0.5, density=0.2)
+    gates = [site["lora_gate"] for site in state_of(model).sites]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for gate in gates:
+            gate.copy_(-1.7 - 2 * torch.rand(gate.shape, generator=generator))  # all closed
+    before = torch.cat([gate.detach().clone() for gate in gates])
+    model.after_step()  # of ten steps the first, which is to keep 0.84
+    after = torch.cat([gate.detach() for gate in gates])
+    opened = HardConcrete.median(after) > 0
+    assert int(opened.sum()) == math.ceil(0.84 * len(after))
+    assert before[opened].min() >= before[~opened].max(), "those of highest log alpha"
+    assert float(HardConcrete.median(after[opened]).max()) < 0.01, "barely"
 
 
 def test_closing_gates_does_not_move_the_scale() -> None:
