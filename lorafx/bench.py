@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import subprocess
 import sys
 import time
@@ -153,7 +154,7 @@ def bench(
     Args:
         candidates: programs, modules, runners or folders, or ``(label, one of them)``; the first is the reference
         shapes: batch × length of the inputs, clipped to what all of them take
-        repeats: rounds for each shape; a round runs every candidate once, in order
+        repeats: rounds for each shape; a round runs every candidate once
         threads: CPU threads of each candidate
         provider: ``cpu`` or ``cuda``
         seconds: time to spend in all; a shape that takes too long gets fewer rounds, but five at least
@@ -217,7 +218,10 @@ def _call(runner: Runner, inputs: Mapping[str, Tensor]) -> Callable[[], float]:
 
 
 def _times(calls: Sequence[Callable[[], float]], repeats: int, budget: float) -> list[list[float]]:
-    """Seconds of every call in every round. Candidates take turns, so that drift and disturbance hit all alike."""
+    """Seconds of every call in every round. Candidates take turns, so that drift and disturbance hit all alike, in
+    another order each round, since what ran before leaves its caches and waking threads behind."""
+    order = list(range(len(calls)))
+    shuffled = random.Random(0)
     started = time.perf_counter()
     for call in calls:
         call()  # the first runs allocate, compile and choose kernels
@@ -226,8 +230,9 @@ def _times(calls: Sequence[Callable[[], float]], repeats: int, budget: float) ->
     for done in range(repeats):
         if done >= _ROUNDS and time.perf_counter() - started > budget:
             break
-        for own, call in zip(times, calls, strict=True):
-            own.append(call())
+        shuffled.shuffle(order)
+        for place in order:
+            times[place].append(calls[place]())
     return times
 
 

@@ -14,11 +14,11 @@ import click
 from . import __version__
 from .edit_commands import edit, patch
 from .errors import LorafxError
-from .look_commands import bench, inspect, passes, verify
+from .look_commands import bench, inspect, latency, passes, verify
 from .make_commands import export, fold, rewrite, run, train
 
 # A new command is imported above and named here; its module must not import torch or transformers when imported.
-_COMMANDS = (rewrite, train, fold, export, run, verify, bench, inspect, passes, edit, patch)
+_COMMANDS = (rewrite, train, fold, export, run, verify, bench, inspect, latency, passes, edit, patch)
 
 
 class _Group(click.Group):

@@ -51,20 +51,28 @@ def open_exported(folder: Path, place: Place, label: str) -> Runner:
 
 
 def _session_options(place: Place) -> dict[str, Any]:
-    """Options of an ONNX Runtime session that computes, and shares the machine, as torch does."""
+    """How an ONNX Runtime session is opened so that it computes, and shares the machine, as torch does."""
+    import onnxruntime
+
+    options = session_options(place.threads)
+    cpu, cuda = PROVIDERS["cpu"], PROVIDERS["cuda"]
+    if place.provider == "cpu" or cuda not in onnxruntime.get_available_providers():
+        return {"session_options": options, "providers": [cpu]}
+    # torch computes fp32 matrix products in fp32 by default; ONNX Runtime would use TF32, 13 bits coarser.
+    return {"session_options": options, "providers": [(cuda, {"use_tf32": "0"}), cpu]}
+
+
+def session_options(threads: int) -> Any:
+    """Options of an ONNX Runtime session that uses so many threads, and none when it is done."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
     # By default a session takes every core of the machine, and its threads go on spinning when it is done, which slows
     # down whoever runs next.
-    options.intra_op_num_threads = place.threads
+    options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.force_spinning_stop", "1")
-    cpu, cuda = PROVIDERS["cpu"], PROVIDERS["cuda"]
-    if place.provider == "cpu" or cuda not in onnxruntime.get_available_providers():
-        return {"session_options": options, "providers": [cpu]}
-    # torch computes fp32 matrix products in fp32 by default; ONNX Runtime would use TF32, 13 bits coarser.
-    return {"session_options": options, "providers": [(cuda, {"use_tf32": "0"}), cpu]}
+    return options
 
 
 def _exported_dtype(exported: Any) -> torch.dtype:

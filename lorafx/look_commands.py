@@ -1,4 +1,4 @@
-"""The commands that change nothing: verify, bench, inspect, passes.
+"""The commands that change nothing: verify, bench, inspect, latency, passes.
 
 Imports inside the functions keep ``lorafx --help`` fast: torch and transformers load when a command needs them.
 """
@@ -77,6 +77,23 @@ def inspect(folder: Path, axes: bool, as_json: bool, **o: Any) -> None:
     report = program.report
     text = "\n".join([report.text(), "", *map(str, sites)])
     emit({**report.to_json(), "weight_uses": rows}, text, as_json)
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--shape", default="8x64", show_default=True, help="batch x length of the texts.")
+@click.option("--threads", type=int, help="CPU threads.")
+@checkpoint_options
+@as_json_option
+def latency(folder: Path, shape: str, threads: int | None, as_json: bool, **o: Any) -> None:
+    """Time weights and attention on this machine: the table that a budget of latency reads, for a recipe."""
+    from .latency import latency_table
+
+    batch, length = parse_shape(shape)
+    with quiet():
+        table = latency_table(open_program(folder, **o), batch=batch, length=length, threads=threads)
+    lines = [f'"{name}" = {seconds:.4e}' for name, seconds in table.items()]
+    emit(table, "\n".join(["[pass.latency]", *lines]), as_json)
 
 
 @click.command()

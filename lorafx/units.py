@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .axes import Array, Axes, axis_of
 from .axis_table import RULES
+from .prices import Prices
 from .program import Program
 from .site import Site
 
@@ -26,20 +27,18 @@ class Units:
     Attributes:
         site: the use of the weight
         of: for each of its input channels, the number of its unit (in,)
-        costs: how many numbers of the weights under consideration go with each unit
+        costs: what goes with each unit costs: numbers of the weights under consideration, and a head's attention
         squares: for each unit, the sum of squares of those numbers
-        inner: for each unit, how many numbers one position of the input holds of it (a head's channels)
-        attends: whether the units are heads, which attention mixes over positions
-        total: how many numbers all weights under consideration hold
+        mixing: what attention costs over all units, if they are heads; 0 elsewhere
+        total: what all numbers of the weights under consideration cost
     """
 
     site: Site
     of: Array
     costs: Array
     squares: Array
-    inner: Array
-    attends: bool
-    total: int
+    mixing: float
+    total: float
 
     @property
     def module(self) -> str:
@@ -56,9 +55,11 @@ class UnitAnalysis:
     Args:
         program: the program
         weights: the sites whose numbers count as costs
+        prices: what a number and a channel of attention cost
     """
 
-    def __init__(self, program: Program, weights: Iterable[Site]):
+    def __init__(self, program: Program, weights: Iterable[Site], prices: Prices | None = None):
+        self.prices = prices or Prices()
         self.axes = Axes(program, RULES)
         pinned = np.zeros(self.axes.count, bool)
         if self.axes.reasons:
@@ -69,10 +70,10 @@ class UnitAnalysis:
         self._row_stuck = np.zeros(self.axes.row_count + 1, bool)
         self._row_stuck[self.axes.row[stuck]] = True
         self._row_stuck[[*self.axes.held_rows]] = True
-        considered = {site.parameter for site in weights}
-        self.total = sum(program.tensor(name).numel() for name in considered)
-        self._costs = self._sums(considered, torch.ones_like)
-        self._squares = self._sums(considered, torch.square)
+        price = {site.parameter: self.prices.of(site) for site in weights}
+        self.total = sum(price[name] * program.tensor(name).numel() for name in price)
+        self._costs = self._sums(price, lambda name, value: torch.full_like(value, price[name], dtype=torch.float64))
+        self._squares = self._sums(price, lambda name, value: value.double().square())
 
     def find(self, site: Site) -> Units | str:
         """The units that ``site`` reads, or why they cannot be removed."""
@@ -96,14 +97,15 @@ class UnitAnalysis:
         inside = np.isin(every, unique)
         places = number[np.searchsorted(unique, every[inside])]
         costs, squares = (np.bincount(places, sums[inside], len(unique)) for sums in (self._costs, self._squares))
-        return Units(site, of, costs, squares, np.bincount(of), grouped, self.total)
+        mixing = self.prices.channel * np.bincount(of) * grouped  # rows of channels are heads
+        return Units(site, of, costs + mixing, squares, float(mixing.sum()), self.total)
 
-    def _sums(self, weights: set[str], measure: Callable[[Tensor], Tensor]) -> Array:
+    def _sums(self, weights: Iterable[str], measure: Callable[[str, Tensor], Tensor]) -> Array:
         """For each label, the sum of a measure over the numbers of the weights that lie at it."""
         sums = np.zeros(self.axes.count)
-        for name in weights & set(self.axes.members):
+        for name in sorted(set(weights) & set(self.axes.members)):
             value = self.axes.program.tensor(name).detach()
-            measured = measure(torch.ones_like(value, device="cpu") if value.is_meta else value).double()
+            measured = measure(name, torch.ones_like(value, device="cpu") if value.is_meta else value)
             for dim, labels in enumerate(self.axes.members[name]):
                 others = [other for other in range(value.dim()) if other != dim]
                 np.add.at(sums, labels, measured.sum(others).cpu().numpy())

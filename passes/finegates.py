@@ -14,6 +14,7 @@ from ..edit import Edit, aliases
 from ..gates import GATES, ClampedGaussian, gates_of, histogram, is_open, keep_open, kept_share, open_gates
 from ..lowrank import train_in_full
 from ..module import MethodState
+from ..prices import Measure, prices
 from ..program import Program
 from ..schedules import ascend, linear, steps_of
 from ..site import Site, is_tensor_node
@@ -50,11 +51,12 @@ class Finegates(Method):
     couple: bool = option(True, "one gate for what can only be removed together")
     mode: Literal["achieved", "target", "penalty"] = option("achieved", "what drives gates to close")
     budget: float = option(0.6, "share to keep of the selected weights (achieved)")
-    measure: Literal["parameters", "flops"] = option("parameters", "what the budget counts (achieved, with couple)")
+    measure: Measure = option("parameters", "what the budget counts (achieved, with couple)")
     length: int = option(64, "tokens of a text, for the FLOPs of attention")
+    latency: dict[str, float] = option({}, "the table that lorafx latency prints (measure = latency)")
     target: float = option(0.4, "share of gates to close (target)")
     strength: float = option(50.0, "weight of the loss term (target, penalty)")
-    ramp: float = option(0.6, "share of the steps over which the budget comes down (achieved)")
+    ramp: float = option(0.4, "share of the steps over which the budget comes down (achieved)")
     multiplier_rate: float = option(1.0, "step of the multiplier (achieved)")
     restart: bool = option(True, "set the multiplier to 0 when the budget is met (achieved)")
     noise: float = option(0.1, "standard deviation of the gates' noise")
@@ -75,7 +77,7 @@ class Finegates(Method):
         found = super().sites(program)
         if not self.couple or not found.taken:
             return found
-        analysis = UnitAnalysis(program, found.taken)
+        analysis = UnitAnalysis(program, found.taken, prices(self.measure, self.length, self.latency))
         units = [(site, analysis.find(site)) for site in found.taken]
         missed = [Miss(site, f"gated where its result is read: {why}") for site, why in units if isinstance(why, str)]
         taken = tuple(unit for _, unit in units if isinstance(unit, Units))
@@ -93,10 +95,9 @@ class Finegates(Method):
             edit.replace(result, self._gated(edit, site, "gate_out", result, site.out_features))
 
     def _couple(self, edit: Edit, units: Units) -> None:
-        attention = 2.0 * self.length * units.inner * (units.attends and self.measure == "flops")
-        edit.statistic("cost", torch.tensor(units.costs + attention, dtype=torch.float32), units.site)
-        edit.statistic("attention", torch.tensor(attention.sum(), dtype=torch.float32), units.site)
-        edit.statistic("total", torch.tensor(float(units.total)))
+        edit.statistic("cost", torch.tensor(units.costs, dtype=torch.float32), units.site)
+        edit.statistic("attention", torch.tensor(units.mixing), units.site)
+        edit.statistic("total", torch.tensor(units.total))
         of = None if (units.of == range(len(units.of))).all() else torch.tensor(units.of)
         with edit.before(units.site.node):
             gated = self._gated(edit, units.site, "gate", units.site.input, len(units.costs), of)

@@ -43,6 +43,7 @@ class TiedLora(LowRank):
     train: tuple[str, ...] = option(("A", "B", "u", "v"), "which of A, B, u, v train; the others keep their start")
     init: Literal["normal", "kaiming"] = option("normal", "initial values of A (and of a frozen B)")
     deviation: float = option(0.2, "standard deviation of normal initial values")
+    scaling_rate: float | None = option(None, "learning rate of u and v; that of the training without")
     fuse: tuple[str, ...] = option(
         ("attn.query", "attn.key", "attn.value"), "roles or module names that share A and u inside a block"
     )
@@ -106,7 +107,8 @@ class TiedLora(LowRank):
         return node
 
     def optimiser(self) -> Mapping[str, Mapping[str, float]]:
-        return {"lora_u": {"weight_decay": 0.0}, "lora_v": {"weight_decay": 0.0}}
+        rate = {} if self.scaling_rate is None else {"lr": self.scaling_rate}
+        return {name: {"weight_decay": 0.0, **rate} for name in ("lora_u", "lora_v")}
 
     def describe(self, state: MethodState) -> Mapping[str, Any]:
         tensors = {id(value): value for site in state.sites for value in site.tensors.values()}
