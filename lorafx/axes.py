@@ -86,6 +86,7 @@ class Axes:
         known: the axes of each node
         members: for each tensor the graph reads, one array of labels a dimension
         reasons: why labels are pinned
+        aligned: labels of which only a multiple of a number may stay
     """
 
     def __init__(self, program: Program, rules: dict[Any, Callable[[Axes, fx.Node], Known]]):
@@ -99,6 +100,7 @@ class Axes:
         self._row_count = 0
         self._row_pairs: list[tuple[Array, Array]] = []
         self._held_rows: list[Array] = []
+        self.aligned: list[tuple[Array, int]] = []
         self._by_tensor: dict[int, list[Array]] = {}
         for node in program.graph.nodes:
             self.known[node] = self._visit(node, rules)
@@ -136,6 +138,10 @@ class Axes:
         """None of these rows may go."""
         self._held_rows.append(labels)
 
+    def align(self, labels: Array, multiple: int) -> None:
+        """Of these channels a multiple of ``multiple`` stays."""
+        self.aligned.append((labels, multiple))
+
     def pin(self, labels: Array, why: str) -> None:
         """These channels stay."""
         for label in labels.ravel().tolist():
@@ -159,7 +165,8 @@ class Axes:
             return self._tensor(node)
         if node.op == "placeholder":
             return []
-        rule = rules.get(node.target) if node.op == "call_function" else None
+        # Operators of other libraries, which may not be there, stand in the table by name.
+        rule = rules.get(node.target) or rules.get(str(node.target)) if node.op == "call_function" else None
         if rule is not None:
             return rule(self, node)
         why = "an output of the model" if node.op == "output" else f"{_name(node)} has no rule"

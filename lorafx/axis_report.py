@@ -123,8 +123,8 @@ def zeros_left(axes: Axes) -> list[dict[str, Any]]:
     rows = []
     for name, dims in axes.members.items():
         value = axes.program.tensor(name)
-        for dim, labels in enumerate(dims if value.dim() == 2 and value.is_floating_point() else []):
-            zero = (value == 0).all(1 - dim).nonzero().flatten().tolist()
+        for dim, labels in enumerate(dims if value.dim() in (2, 3) and value.is_floating_point() else []):
+            zero = (value == 0).movedim(dim, 0).flatten(1).all(1).nonzero().flatten().tolist()
             if zero and labels.size > 1:
                 reason = why.get(int(axes.step[labels[zero[0]]]), "others beside them stay")
                 rows.append({"weight": name, "dimension": dim, "zero": len(zero), "of": labels.size, "why": reason})

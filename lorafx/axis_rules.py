@@ -87,9 +87,14 @@ def _contract(axes: Axes, axis: Axis | None, labels: Array, why: str) -> None:
 
 
 def matrix_labels(axes: Axes, node: object, dim: int) -> Array:
-    """The labels of a weight along one dimension; fresh ones where it has none."""
+    """The labels of a weight along one dimension; fresh ones, which stay, where it has none."""
     axis = axis_of(axes.axes(node), dim)
-    return axis.data if axis is not None and len(axis.dims) == 1 else axes.new(_size(node, dim))
+    if axis is not None and len(axis.dims) == 1:
+        return axis.data
+    fresh = axes.new(_size(node, dim))
+    for labels in (fresh, *([axis.data] if axis is not None else [])):
+        axes.pin(labels, "a weight whose channels are not known")
+    return fresh
 
 
 def _size(node: object, dim: int) -> int:

@@ -12,6 +12,7 @@ from .axes import Array, Axes, Axis, Known
 from .axis_mixing import attention, layer_norm, normalised, pooling, product, reduction
 from .axis_moves import MOVES
 from .axis_rules import Rule, addmm, batch_norm, convolution, elementwise, embedding, linear
+from .grouped import GROUPED, grouped
 
 aten = torch.ops.aten
 
@@ -107,4 +108,5 @@ RULES: dict[Any, Rule] = {
     aten.batch_norm.default: batch_norm,
     aten.layer_norm.default: layer_norm,
     aten.scaled_dot_product_attention.default: attention,
+    **dict.fromkeys(GROUPED, grouped),
 }

@@ -1,12 +1,11 @@
-"""What is known of channels: which have one constant value, and which anybody needs.
+"""What is known of channels: which have one constant value.
 
-Constants go forward: a zero row gives its bias, elementwise operators map it, a factor 0 absorbs. Needs go backward: a
-weight operator needs the channels that its needed outputs read through a weight that is not 0, and no constant one
-(that goes into the bias). A channel that nobody needs is dead.
+Constants go forward: a zero row gives its bias, elementwise operators map it, a factor 0 absorbs.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from .axis_moves import MOVES, rank_of
 from .axis_rules import spread
 from .axis_table import ELEMENTWISE
 from .constants import Constants
+from .grouped import grouped_reads, is_grouped
 from .tree import get_tensor
 
 aten = torch.ops.aten
@@ -28,7 +28,8 @@ _CHOICES = {
     **dict.fromkeys((aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar), (1, 2)),
     **dict.fromkeys((aten.masked_fill.Scalar, aten.masked_fill.Tensor), (0, 2)),
 }
-_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+#: Operators whose channels are the second dimension of values and weights.
+CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 
 
 class _Carried:
@@ -52,7 +53,13 @@ class _Carried:
 
 
 class Facts:
-    """For every axis of every value, the constant that each of its channels is; not-a-number where it is none."""
+    """For every axis of every value, the constant that each of its channels is; not-a-number where it is none.
+
+    Attributes:
+        experts: the experts whose rows are meant, where rows are sorted by expert
+    """
+
+    experts = slice(None)
 
     def __init__(self, axes: Axes):
         self.axes = axes
@@ -64,6 +71,14 @@ class Facts:
     def of(self, value: object) -> list[Axis]:
         """The facts about a value, in the axes its labels have."""
         return self.known[value] if isinstance(value, fx.Node) else []
+
+    def among(self, experts: slice, nodes: list[fx.Node]) -> Facts:
+        """The facts about ``nodes``, in graph order, in the rows of these experts alone."""
+        result = copy.copy(self)
+        result.experts, result.known = experts, dict(self.known)
+        for node in nodes:
+            result.known[node] = result._visit(node)
+        return result
 
     def _visit(self, node: fx.Node) -> Any:
         labels = self.axes.known[node]
@@ -89,10 +104,12 @@ class Facts:
     def _computed(self, node: fx.Node) -> Array | None:
         if node.target in (aten.linear.default, aten.addmm.default):
             return self._linear(node)
-        if node.target in _CONVOLUTIONS:
+        if node.target in CONVOLUTIONS:
             return self._convolution(node)
         if node.target is aten.batch_norm.default:
             return self._batch_norm(node)
+        if is_grouped(node):
+            return self._grouped(node)
         if node.target is aten.embedding.default:
             weight = self.weight(node.args[0])
             return None if weight is None else _uniform(weight, 1)
@@ -125,6 +142,14 @@ class Facts:
         # The zeros around the border are no constant's: only a constant of 0 goes through a padded convolution.
         known = np.where(known == 0, known, np.nan)
         return _combined(weight.flatten(2).sum(2), known, shift, (weight != 0).flatten(2).any(2))
+
+    def _grouped(self, node: fx.Node) -> Array | None:
+        # Another constant than 0 would differ from expert to expert.
+        reads, entering = grouped_reads(self.constants, node, self.experts), axis_of(self.of(node.args[0]), 1)
+        if reads is None:
+            return None
+        zero = entering.data == 0 if entering is not None and entering.dims == (1,) else np.zeros(reads.shape[1], bool)
+        return np.where(reads.cpu().numpy()[:, ~zero].any(1), np.nan, 0.0)
 
     def _batch_norm(self, node: fx.Node) -> Array | None:
         entering = axis_of(self.of(node.args[0]), 1)
@@ -197,7 +222,7 @@ def _is_float(node: fx.Node) -> bool:
 
 
 def _place(node: fx.Node) -> int:
-    return 1 if node.target in (*_CONVOLUTIONS, aten.batch_norm.default) else rank_of(node) - 1
+    return 1 if node.target in (*CONVOLUTIONS, aten.batch_norm.default) else rank_of(node) - 1
 
 
 def _unknown(axis: Axis) -> Array:
@@ -222,106 +247,3 @@ def _combined(matrix: Tensor, known: Array, shift: Tensor | None, reads: Tensor 
         result = result + shift
     depends = ((reads if reads is not None else matrix != 0) & free).any(1)
     return torch.where(depends, torch.nan, result).cpu().numpy()
-
-
-# ---- needs
-
-
-def needed(axes: Axes, facts: Facts) -> Array:
-    """For every channel class, whether anybody needs it."""
-    need = np.zeros(axes.count, bool)
-    if axes.reasons:
-        need[axes.channel[np.fromiter(axes.reasons, int)]] = True
-    readers = [node for node in reversed(list(axes.program.graph.nodes)) if node.target in _SINKS]
-    reads = {node: _reads(facts, node) for node in readers}
-    while True:
-        before = need.copy()
-        for node in readers:
-            _SINKS[node.target](axes, facts, need, node, reads[node])
-        if np.array_equal(before, need):
-            return need
-
-
-def _mark(axes: Axes, need: Array, labels: Array) -> None:
-    need[axes.channel[labels.ravel()]] = True
-
-
-def _reads(facts: Facts, node: fx.Node) -> Tensor | None:
-    """Which outputs of a weight operator read which inputs (out, in); None when the weight is not known."""
-    if node.target in (aten.linear.default, aten.addmm.default):
-        weight = facts.weight(operands(node)[1])
-        return None if weight is None else (weight if node.target is aten.linear.default else weight.t()) != 0
-    if node.target in _CONVOLUTIONS:
-        weight = facts.weight(node.args[1])
-        return None if weight is None else (weight != 0).flatten(2).any(2)
-    return None
-
-
-def _weight_needs(axes: Axes, facts: Facts, need: Array, node: fx.Node, reads: Tensor | None) -> None:
-    value = operands(node)[0] if node.target in (aten.linear.default, aten.addmm.default) else node.args[0]
-    convolution = node.target in _CONVOLUTIONS
-    dim = 1 if convolution else rank_of(value) - 1
-    entering, leaving = (
-        axis_of(axes.axes(value), dim),
-        axis_of(axes.axes(node), 1 if convolution else rank_of(node) - 1),
-    )
-    if entering is None:
-        return
-    if convolution and entering.data.size != (reads.shape[1] if reads is not None else -1):
-        return  # depthwise: input and output are one channel
-    wanted = np.ones(entering.data.shape[-1], bool)
-    if reads is not None:
-        live = (
-            torch.from_numpy(need[axes.channel[leaving.data]])
-            if leaving is not None
-            else torch.ones(1, dtype=torch.bool)
-        )
-        wanted = reads[live.to(reads.device)].any(0).cpu().numpy()
-    known = axis_of(facts.of(value), dim)
-    if known is not None and known.dims == entering.dims:
-        # A convolution's padding shows beside a constant, unless the constant is 0.
-        free = known.data == 0 if convolution else ~np.isnan(known.data)
-        wanted = wanted & ~free
-    _mark(axes, need, entering.data[np.broadcast_to(wanted, entering.data.shape)])
-
-
-def _attention_needs(axes: Axes, facts: Facts, need: Array, node: fx.Node, reads: Tensor | None) -> None:
-    query, key = node.args[:2]
-    count = query.meta["val"].shape[1]  # type: ignore[union-attr]
-    result = axis_of(axes.axes(node), 3)
-    if result is None or not isinstance(count, int):
-        return
-    live = np.asarray(need[axes.channel[result.data]].any(axis=1))
-    labels = heads_of(axes, query, count)
-    if labels is None:
-        return
-    wanted = np.broadcast_to(live[:, None], labels.shape).copy()
-    for operand in (query, key):
-        found = axis_of(facts.of(operand), 3)
-        if found is not None and found.dims == (1, 3):
-            wanted &= np.repeat(found.data, count // found.data.shape[0], axis=0) != 0
-    _mark(axes, need, labels[wanted])
-
-
-def heads_of(axes: Axes, value: Any, count: int) -> Array | None:
-    """The labels (heads, channels) of a query, or None where they are not of heads (and pinned)."""
-    axis = axis_of(axes.axes(value), 3)
-    return axis.data if axis is not None and axis.dims == (1, 3) else None
-
-
-def _product_needs(axes: Axes, facts: Facts, need: Array, node: fx.Node, reads: Tensor | None) -> None:
-    a, b = node.args[:2]
-    for value, other, dim, twin in ((a, b, rank_of(a) - 1, rank_of(b) - 2), (b, a, rank_of(b) - 2, rank_of(a) - 1)):
-        axis, found = axis_of(axes.axes(value), dim), axis_of(facts.of(other), twin)
-        if axis is not None:
-            zero = found is not None and found.data.shape == axis.data.shape
-            _mark(axes, need, axis.data[found.data != 0] if zero else axis.data)  # type: ignore[union-attr]
-
-
-_SINKS: dict[Any, Any] = {
-    aten.linear.default: _weight_needs,
-    aten.addmm.default: _weight_needs,
-    **dict.fromkeys(_CONVOLUTIONS, _weight_needs),
-    aten.scaled_dot_product_attention.default: _attention_needs,
-    **dict.fromkeys((aten.bmm.default, aten.matmul.default, aten.mm.default), _product_needs),
-}

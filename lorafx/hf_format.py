@@ -91,9 +91,9 @@ def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
 def resized(config: Any, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[dict[str, int]]:
     """Settings that might turn the shapes ``before`` into ``after``, the likeliest first; the caller tries them.
 
-    A size is a setting of the config, or a setting times the width of a head. Which one is meant its value alone does
-    not tell (a model may be as wide as its heads together), so every reading is offered. Without changed sizes, or when
-    a size changed in two ways, there is nothing to offer but the config as it is.
+    A size is a setting of the config, twice one (gate and up in one tensor), or one times the width of a head. Which is
+    meant its value alone does not tell (a model may be as wide as its heads together), so every reading is offered.
+    Without changed sizes, or when a size changed in two ways, there is nothing to offer but the config as it is.
     """
     changed: dict[int, set[int]] = {}
     for name, old in before.items():
@@ -111,6 +111,8 @@ def resized(config: Any, before: Mapping[str, Any], after: Mapping[str, Any]) ->
 def _readings(config: Any, old: int, new: int) -> Iterator[dict[str, int]]:
     settings = {key: value for key, value in vars(config).items() if type(value) is int}
     yield from ({key: new} for key, value in settings.items() if value == old)
+    if new % 2 == 0:
+        yield from ({key: new // 2} for key, value in settings.items() if value * 2 == old)
     width = settings.get("head_dim")
     if width and new % width == 0:
         yield from ({key: new // width} for key, value in settings.items() if value * width == old and "head" in key)

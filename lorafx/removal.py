@@ -76,6 +76,8 @@ class Removal:
                 self._rectangle(data)
             for labels in self._widest():
                 self._restore(labels)
+            for labels, multiple in self.axes.aligned:
+                self._align(labels, multiple)
             if before == self._step.sum() + self._row.sum():
                 return
 
@@ -94,9 +96,16 @@ class Removal:
         rows = self.axes.row[flat[:, 0]]
         alive = np.where((rows >= 0) & (data.ndim > 1), self._row[rows], counts > 0)
         for row in np.flatnonzero(alive & (counts < target)):
-            self._restore(flat[row][~kept[row]][: target - counts[row]])
+            self._restore(self._fewest(flat[row][~kept[row]], target - counts[row]))
         if data.ndim > 2:
             self._rectangle_of_rows(data, alive.reshape(data.shape[:-1]), target)
+
+    def _fewest(self, lacking: Array, count: int) -> Array:
+        """The first of these labels that bring back as many; one may hold several places (gate and up of a unit)."""
+        _, first, places = np.unique(self.axes.step[lacking], return_index=True, return_counts=True)
+        order = np.argsort(first)
+        enough = np.searchsorted(np.cumsum(places[order]), count) + 1
+        return lacking[first[order][:enough]]
 
     def _rectangle_of_rows(self, data: Array, alive: Array, target: int) -> None:
         """Rows in rows: where one stays, as many stay beside it."""
@@ -105,6 +114,10 @@ class Removal:
         for place in zip(*np.nonzero((counts > 0) & (counts < most)), strict=True):
             for lacking in np.flatnonzero(~alive[place])[: most - int(counts[place])]:
                 self._restore(data[place][lacking][:target])
+
+    def _align(self, labels: Array, multiple: int) -> None:
+        while (kept := self.stays(labels)).sum() % multiple and not kept.all():
+            self._restore(labels[~kept][:1])
 
     def _widest(self) -> Iterator[Array]:
         """With uniform widths, what to take back so that a tensor of one place is alike in every block."""

@@ -13,8 +13,10 @@ from ..axes import Axes, axis_of
 from ..axis_report import zeros_left
 from ..axis_table import RULES
 from ..base import Pass, Promise, Selection, option
-from ..channels import Facts, needed, operands
+from ..channels import Facts, operands
 from ..edit import Edit, aliases
+from ..experts import Order, ordered, reordered
+from ..needs import needed
 from ..program import Program
 from ..removal import Removal, Widths
 from ..resize import resize
@@ -30,12 +32,14 @@ class Plan:
     Attributes:
         axes, facts: the analysis
         removal: which channels stay
+        orders: what experts put in another order before that
         cut: for each tensor that shrinks, the indices that stay along each of its dimensions
     """
 
     axes: Axes
     facts: Facts
     removal: Removal
+    orders: list[Order]
     cut: dict[str, list[Tensor]]
 
     def __str__(self) -> str:
@@ -51,7 +55,8 @@ class DeadChannels(Pass):
 
     An axis analysis over the operators says which channels of which tensors stand and fall together, and operators it
     does not know pin what they touch. A channel goes when it is constant or nobody needs it: hidden units, heads,
-    channels in heads, convolution channels, ranks of adapters. What zeros came from does not matter.
+    channels in heads, convolution channels, ranks of adapters. Experts of a mixture may each have other hidden units:
+    the width is the largest that any of them needs. What zeros came from does not matter.
 
     Keeps: the outputs, up to rounding (sums run over fewer terms). Does nothing to a program in training form, or
     without dead channels.
@@ -73,14 +78,16 @@ class DeadChannels(Pass):
         """The analysis of a program, and what it allows to remove."""
         axes = Axes(program, RULES)
         facts = Facts(axes)
-        removal = Removal(axes, needed(axes, facts), Widths(self.round_to, self.keep_at_least, self.uniform))
+        need, orders = ordered(axes, facts, needed(axes, facts))
+        removal = Removal(axes, need, Widths(self.round_to, self.keep_at_least, self.uniform))
+        orders = [order for order in orders if not removal.stays(order.units).all()]
         cut = {}
         for name, dims in axes.members.items():
             # A dimension of size 1 is broadcast, not a channel.
             kept = [torch.from_numpy(np.flatnonzero(removal.stays(d) if d.size > 1 else d == d)) for d in dims]
             if any(len(part) < len(labels) for part, labels in zip(kept, dims, strict=True)):
                 cut[name] = kept
-        return Plan(axes, facts, removal, cut)
+        return Plan(axes, facts, removal, orders, cut)
 
     def rewrite(self, edit: Edit, site: Any) -> None:
         for node in list(edit.program.graph.nodes):
@@ -90,7 +97,7 @@ class DeadChannels(Pass):
         for name, kept in site.cut.items():
             value = edit.program.tensor(name)
             if id(value) not in done:
-                done[id(value)] = _cut(value, kept)
+                done[id(value)] = _cut(reordered(site.orders, name, value), kept)
             new = done[id(value)]
             for alias in aliases(edit.program.root, name):
                 edit.set_tensor(alias, new)

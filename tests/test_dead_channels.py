@@ -261,3 +261,25 @@ def test_every_unit_dead_leaves_one() -> None:
         model.up.bias.fill_(-1.0)
     sliced = removed(captured(model, torch.randn(3, 6).double()))
     assert sliced.tensor("up.weight").shape == (1, 6)
+
+
+class Factorised(nn.Module):
+    """A table of few columns and a linear that makes more of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.up = nn.Embedding(50, 16), nn.Linear(16, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.table(x))
+
+
+def test_columns_of_a_table_go() -> None:
+    torch.manual_seed(0)
+    model = Factorised()
+    with torch.no_grad():
+        model.up.weight[:, [1, 5, 15]] = 0.0
+        model.table.weight[:, 2] = 0.5  # a constant, which goes into the bias
+    sliced = removed(captured(model, torch.randint(0, 50, (2, 5))))
+    assert sliced.tensor("table.weight").shape == (50, 12)
+    assert sliced.tensor("up.weight").shape == (32, 12)

@@ -1,0 +1,66 @@
+"""The product with the experts of a mixture: ``(rows, in) × (experts, in, out)``, the rows sorted by expert.
+
+A third operand says where each expert's rows end. A channel is one for all experts: it goes when none needs it.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+
+from .axes import Axes, Known, axis_of
+from .axis_moves import rank_of
+from .axis_rules import affine, matrix_labels, pinned
+from .constants import Constants
+
+#: By name: transformers registers its own operator when its experts are first imported, and not in every version.
+FALLBACK, KERNEL = "transformers.grouped_mm_fallback.default", "aten._grouped_mm.default"
+GROUPED = (FALLBACK, KERNEL)
+#: The kernel wants rows of its operands to begin at multiples of so many bytes.
+_ALIGNED = 16
+
+
+def is_grouped(node: fx.Node) -> bool:
+    """Whether the node is such a product; the kernel has other forms too (batched, or with a bias)."""
+    if str(node.target) not in GROUPED or (len(node.args) > 3 and node.args[3] is not None):
+        return False
+    value, weight = node.args[:2]
+    return (rank_of(value), rank_of(weight)) == (2, 3) and node.kwargs.get("bias") is None and offsets(node) is not None
+
+
+def offsets(node: fx.Node) -> object:
+    """The operand that says where each expert's rows end."""
+    return node.args[2] if len(node.args) > 2 else node.kwargs.get("offs")
+
+
+def grouped(axes: Axes, node: fx.Node) -> Known:
+    """The weight's second dimension are the channels that enter, its third those that leave; experts stay."""
+    if not is_grouped(node):
+        return pinned(axes, node, f"{node.target} in a form that has no rule")
+    value, weight = node.args[:2]
+    axes.pin(matrix_labels(axes, weight, 0), "experts are chosen by number")
+    for axis in [*axes.axes(offsets(node)), *(axis for axis in axes.axes(value) if 0 in axis.dims)]:
+        axes.pin(axis.data, "rows are sorted by expert")
+    ins, outs = matrix_labels(axes, weight, 1), matrix_labels(axes, weight, 2)
+    if str(node.target) == KERNEL:
+        tensor: Tensor = weight.meta["val"]  # type: ignore[union-attr]
+        axes.align(ins, _ALIGNED // tensor.element_size())
+        if tensor.stride(2) == 1:
+            axes.align(outs, _ALIGNED // tensor.element_size())
+    return affine(axes, node, value, ins, outs, ())
+
+
+def grouped_reads(constants: Constants, node: fx.Node, experts: slice) -> Tensor | None:
+    """Which outputs read which inputs (out, in) in any of these experts; None when the weight is not known."""
+    weight = node.args[1]
+    if not is_grouped(node) or not isinstance(weight, fx.Node) or constants.reads(weight) is None:
+        return None
+    return (constants.value(weight)[experts] != 0).any(0).t()
+
+
+def products(axes: Axes) -> dict[object, list[fx.Node]]:
+    """The grouped products of a graph, in order, by the operand that says which rows are whose."""
+    found: dict[object, list[fx.Node]] = {}
+    for node in axes.program.graph.nodes:
+        if is_grouped(node) and axis_of(axes.axes(node.args[1]), 0) is not None:  # one expert alone has no labels
+            found.setdefault(offsets(node), []).append(node)
+    return found
