@@ -23,7 +23,7 @@ def is_grouped(node: fx.Node) -> bool:
     """Whether the node is such a product; the kernel has other forms too (batched, or with a bias)."""
     if str(node.target) not in GROUPED or (len(node.args) > 3 and node.args[3] is not None):
         return False
-    value, weight = node.args[:2]
+    value, weight = node.args[0], node.args[1]  # type: ignore[misc]  # both always given
     return (rank_of(value), rank_of(weight)) == (2, 3) and node.kwargs.get("bias") is None and offsets(node) is not None
 
 
