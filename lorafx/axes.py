@@ -230,6 +230,19 @@ class Axes:
         return self._row_count
 
 
+def stuck(axes: Axes) -> Array:
+    """For each label, whether neither its channel alone nor the row it lies in can ever go."""
+    pinned = np.zeros(axes.count, bool)
+    if axes.reasons:
+        pinned[axes.channel[np.fromiter(axes.reasons, int)]] = True
+    steps = np.zeros(axes.count, bool)
+    steps[axes.step[pinned[axes.channel]]] = True
+    rows = np.zeros(axes.row_count + 1, bool)  # the last one, -1, stands for "in no row"
+    rows[axes.row[pinned[axes.channel]]] = True
+    rows[[-1, *axes.held_rows]] = True
+    return steps[axes.step] & rows[axes.row]
+
+
 def _flat(known: Known) -> list[Axis]:
     return [axis for item in known for axis in (item if isinstance(item, list) else [item])]
 

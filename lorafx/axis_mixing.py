@@ -117,6 +117,8 @@ def layer_norm(axes: Axes, node: fx.Node) -> Known:
     result = list(found)
     for operand in node.args[2:4]:
         for axis in axes.axes(operand):
+            if axis_of(found, rank - 1) is None:
+                axes.pin(axis.data, "a norm over channels that are not known")
             join(axes, result, axis.moved(lambda dim: dim + rank - len(node.args[1])), "a norm")  # type: ignore
     return result
 

@@ -9,7 +9,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
-from .axes import Array, Axes
+from .axes import Array, Axes, stuck
 from .axis_table import RULES
 from .program import Program
 
@@ -59,16 +59,8 @@ class Group:
 def axis_groups(program: Program) -> list[Group]:
     """Every group of dimensions of a program's tensors, those that can shrink first, in graph order."""
     axes = Axes(program, RULES)
-    pinned = np.zeros(axes.count, bool)
-    if axes.reasons:
-        pinned[axes.channel[np.fromiter(axes.reasons, int)]] = True
-    steps = np.zeros(axes.count, bool)
-    steps[axes.step[pinned[axes.channel]]] = True
-    rows = np.zeros(axes.row_count + 1, bool)
-    rows[axes.row[pinned[axes.channel]]] = True
-    rows[[-1, *axes.held_rows]] = True
-    stuck = steps[axes.step] & rows[axes.row]  # neither the channel alone nor its row can go
-    groups = [_group(axes, sorted(part), stuck) for part in _parts(axes)]
+    fixed = stuck(axes)
+    groups = [_group(axes, sorted(part), fixed) for part in _parts(axes)]
     return sorted(groups, key=lambda group: group.removable == 0)
 
 
@@ -87,7 +79,7 @@ def _parts(axes: Axes) -> Iterator[list[tuple[int, str, int]]]:
     yield from (list(part) for part in nx.connected_components(graph))
 
 
-def _group(axes: Axes, part: list[tuple[int, str, int]], stuck: Array) -> Group:
+def _group(axes: Axes, part: list[tuple[int, str, int]], fixed: Array) -> Group:
     every = np.concatenate([axes.members[name][dim] for _, name, dim in part])
     channels = np.unique(axes.channel[every])
     rows = np.unique(axes.row[every])
@@ -97,9 +89,9 @@ def _group(axes: Axes, part: list[tuple[int, str, int]], stuck: Array) -> Group:
         labels = axes.members[name][dim]
         offset = int(np.flatnonzero(np.isin(axes.step[labels], smallest))[0])
         members.append(Member(name, dim, labels.size, offset))
-    kept = set(axes.step[every[stuck[every]]].tolist())
+    kept = set(axes.step[every[fixed[every]]].tolist())
     why = dict.fromkeys(why for label, why in axes.reasons.items() if int(axes.step[label]) in kept)
-    removable = int((~stuck[channels]).sum())
+    removable = int((~fixed[channels]).sum())
     return Group(tuple(members), len(channels), int((rows >= 0).sum()), removable, tuple(why))
 
 

@@ -157,6 +157,13 @@ class Edit:
         self.set_tensor(free, value, role)
         return free
 
+    def constant(self, name: str, value: Tensor) -> str:
+        """Store a buffer that nobody learned (indices, say) under a name not yet taken. Returns the name."""
+        free = self._unique(name)
+        put_tensor(self.program.root, free, value.to(self.program.device))
+        self.program.roles[free] = "constant"
+        return free
+
     def readers(self, name: str) -> list[fx.Node]:
         """The nodes that read the tensor ``name`` (under this name, when it has several)."""
         return [user for node in self.program.graph.find_nodes(op="get_attr", target=name) for user in node.users]

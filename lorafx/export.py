@@ -83,7 +83,7 @@ def export(
         raise UsageError(f"cannot export to {format!r} for {provider!r}; formats: {FORMATS}, providers: {PROVIDERS}")
     if program.device.type == "meta":
         raise UsageError("the program was captured on the meta device and has no weights; capture or load it with them")
-    final = as_lora(program) if format == "peft" else _final(program, adapters)
+    final = as_lora(program) if format == "peft" else _final(program, adapters, format)
     meta = {"base": base_record(final), "history": _history_record(final), "provider": provider, "adapters": adapters}
     with new_folder(path, kind=format, meta=meta, overwrite=overwrite) as folder:
         if format == "hf":
@@ -103,12 +103,14 @@ def export(
         return result
 
 
-def _final(program: Program, adapters: str) -> Program:
+def _final(program: Program, adapters: str, kind: str) -> Program:
     if adapters == "separate":
         if program.origin is not None:
             raise UsageError("this program is folded: its adapters are merged; export the program before fold()")
         return to_eval(program)
-    folded = program if program.origin is not None else fold(program)
+    # A checkpoint's architecture has no gathers.
+    gather = "never" if kind == "hf" else "auto"
+    folded = program if program.origin is not None else fold(program, gather=gather)
     left = folded.names("adapter", "gate")
     if left:
         raise UsageError(f"{left[0]} cannot be merged into the base; export with adapters='separate'")

@@ -26,6 +26,12 @@ def hf_model(program: Program) -> nn.Module:
     unknown = [name for name in program.names("adapter", "gate", "statistic") if name != "clock"]
     if unknown:
         raise UsageError(f"a checkpoint cannot hold {unknown[0]}; fold the program first, or export it as onnx or pt2")
+    gathered = program.facts("Gathered")
+    if gathered:
+        raise UsageError(
+            f"a checkpoint cannot hold {gathered[0]['weight']}, which was left with the columns it uses; fold with "
+            'gather-columns at when = "never" (fold(program, gather="never")), or export it as onnx or pt2'
+        )
     values = {**dict(source.named_buffers(remove_duplicate=False)), **dict(named_tensors(program.root))}
     model = _model_of_shapes(program, values)
     shared: dict[int, torch.Tensor] = {}

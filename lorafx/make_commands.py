@@ -122,7 +122,7 @@ def fold(run: Path, out: Path, verify_each: bool, double: bool, overwrite: bool,
 
     with quiet():
         program = open_program(run)
-        folded = merge(program, [VerifyEach(double=double)] if verify_each else [])
+        folded = merge(program, [VerifyEach(double=double)] if verify_each else [], gather="never")
         kind = "hf" if fits_checkpoint(folded) else "pt2"
         result = write(folded, out, kind, overwrite=overwrite)
     report = folded.report.plus(parity=result.to_json() if result else None, output=str(out))

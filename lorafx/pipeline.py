@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from .base import Method, Pass
 from .edit import Edit
@@ -81,18 +81,24 @@ def to_eval(program: Program) -> Program:
     return program if program.stage == "eval" else run(program, (ToEval(),))
 
 
-def fold(program: Program, observers: Sequence[Observer] = ()) -> Program:
+def fold(
+    program: Program, observers: Sequence[Observer] = (), *, gather: Literal["auto", "always", "never"] = "auto"
+) -> Program:
     """Fold everything learned into the base, by ordinary compiler simplification, to a fixed point.
 
     Returns a new Program in evaluation form whose ``origin`` is ``program``. Knows no method: adapters, gates and
     masks, lorafx's or anyone's, fold because they are constant or affine subgraphs, and what they closed is removed
-    because it is zero.
+    because it is zero. ``gather`` says when zero columns over a residual stream are skipped (``gather-columns``);
+    what was gathered fits no checkpoint any more.
     """
     from .passes.dead_channels import DeadChannels
     from .passes.fold_affine import FoldAffine
     from .passes.fold_constants import FoldConstants
+    from .passes.gather_columns import GatherColumns
     from .passes.tidy import Tidy
     from .passes.to_eval import ToEval
 
-    folded = run(program, (ToEval(), FoldConstants(), FoldAffine(), DeadChannels(), Tidy()), observers)
+    # Gathering comes after removal, which would have to see through a gather.
+    steps = (ToEval(), FoldConstants(), FoldAffine(), DeadChannels(), GatherColumns(gather), Tidy())
+    folded = run(program, steps, observers)
     return dataclasses.replace(folded, origin=program.origin or program)

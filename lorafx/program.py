@@ -154,6 +154,10 @@ class Program:
         """The names of the tensors that have one of ``roles``."""
         return [name for name, role in self.roles.items() if role in roles]
 
+    def facts(self, title: str) -> list[Any]:
+        """The rows that passes have for the report under ``title``, oldest first."""
+        return [row for applied in self.history for row in applied.facts.get(title, ())]
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that train, aliases of a tied one left out."""
         return {name: value for name, value in self.root.named_parameters() if value.requires_grad}

@@ -181,9 +181,21 @@ def _learned(program: Program) -> dict[str, Any]:
         for title, value in applied.step.describe(method_state(applied, source.tensor)).items()
     }
     for applied in program.history:
-        sections.update({f"{applied.step.pass_name()}: {title}": json_value(v) for title, v in applied.facts.items()})
+        for title, value in applied.facts.items():
+            rows = [row for row in value if not _settled(row, program)] if isinstance(value, list) else value
+            if rows:
+                sections[f"{applied.step.pass_name()}: {title}"] = json_value(rows)
     rows = shrunk_blocks(program)
     return {**sections, "Blocks": rows} if rows else sections
+
+
+def _settled(row: Any, program: Program) -> bool:
+    """Whether a row tells of zeros in a weight that a later pass no longer reads."""
+    if not isinstance(row, dict) or "zero" not in row:
+        return False
+    place = row["weight"], row["dimension"]
+    gone = {(g["weight"], g["dimension"]): g["before"] - g["after"] for g in program.facts("Gathered")}
+    return row["zero"] <= gone.get(place, 0)
 
 
 def _pass_report(program: Program, applied: Applied) -> PassReport:

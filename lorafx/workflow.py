@@ -121,7 +121,7 @@ def _fold(job: Job, folder: Path) -> None:
     from .pipeline import fold
     from .store import load
 
-    folded = fold(load(job.out / "run"))
+    folded = fold(load(job.out / "run"), gather="never")
     export(folded, folder, "hf" if fits_checkpoint(folded) else "pt2", overwrite=True)
 
 

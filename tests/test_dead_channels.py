@@ -145,6 +145,17 @@ def removed(program: Program) -> Program:
     return sliced
 
 
+class Holder(nn.Module):
+    """A model around layers, with the input called ``x``."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
 class Mlp(nn.Module):
     """Two linears around an activation."""
 
@@ -271,6 +282,14 @@ def test_nothing_beyond_an_unknown_operator_is_touched() -> None:
     assert sliced.tensor("up.weight").shape == (6, 6)
     assert sliced.tensor("last.weight").shape == (4, 6)
     assert any("aten.sort" in why for why in Axes(program, RULES).reasons.values()), "what pinned it is named"
+
+
+def test_a_norm_over_an_input_keeps_its_channels() -> None:
+    model = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 3))
+    with torch.no_grad():
+        model[1].weight[:, :4] = 0.0  # type: ignore[index, operator]
+    sliced = removed(captured(Holder(model), torch.randn(2, 5, 6).double()))
+    assert sliced.tensor("inner.0.weight").shape == (6,)
 
 
 def test_every_unit_dead_leaves_one() -> None:

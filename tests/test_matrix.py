@@ -64,10 +64,13 @@ def test_training_graph_equals_eager_model_in_training(name: str, dropout: float
     for batch, length in shapes(name, FEW):
         inputs = zoo.ZOO[name].inputs(batch, length)
         (expected, expected_gradients), (actual, gradients) = backward(model, inputs), backward(graph, inputs)
-        # Bit by bit, dropout included: same operators in the same order draw the same numbers.
+        # Bit by bit, dropout included: same operators in the same order draw the same numbers. Products in the backward
+        # pass may sum in another order, as their operands lie in memory: that is rounding.
         assert all(torch.equal(actual[key], expected[key]) for key in expected), (batch, length)
         assert gradients.keys() == expected_gradients.keys()
-        assert all(torch.equal(gradients[key], expected_gradients[key]) for key in gradients), (batch, length)
+        for key, gradient in gradients.items():
+            largest = expected_gradients[key].abs().max()
+            assert (gradient - expected_gradients[key]).abs().max() <= 1e-6 * largest, (key, batch, length)
 
 
 # ---- LoRA
