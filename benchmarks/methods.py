@@ -4,8 +4,8 @@
 
 MiniLM, every row trained the same way: AdamW at 1e-3 (RoseLoRA 2e-3, Tied-LoRA 3e-3) with linear decay, batch 32, at
 most 64 tokens, batches of like lengths, 3 epochs; on 5,000 of the movie sentences with three seeds (1,500 held out), on
-1,500 articles of Reuters R8 with one. Every run is a process of its own; finished runs are kept in ``--out`` and not run
-again.
+1,500 articles of Reuters R8 with one. Every run is a process of its own; finished runs are kept in ``--out`` and not
+run again.
 """
 
 from __future__ import annotations
