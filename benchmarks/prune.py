@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,9 @@ def _blocks(sizes: dict[str, int]) -> int:
     return sum(size for block, size in sizes.items() if block)
 
 
-def run_missing(out: Path, jobs: int) -> None:
+def run_missing(out: Path, budgets: Sequence[float], jobs: int) -> None:
     """Train what is missing, each run in a process of its own, the cores shared out evenly."""
-    waiting = [(budget, seed) for seed in SEEDS for budget in BUDGETS]
+    waiting = [(budget, seed) for seed in SEEDS for budget in budgets]
     waiting = [run for run in waiting if not (folder_of(out, *run) / "score.json").is_file()]
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     running: list[subprocess.Popen[bytes]] = []
@@ -101,13 +102,13 @@ def scores(out: Path, budget: float) -> list[dict[str, Any]]:
     return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
 
 
-def deployed(out: Path) -> dict[str, Path]:
+def deployed(out: Path, budgets: Sequence[float]) -> dict[str, Path]:
     """ONNX folders of the first seed's models; LoRA merged by transformers' exporter is the first."""
     import lorafx
     from examples.demo import hugging_face_export
 
     found = {}
-    for budget in BUDGETS:
+    for budget in budgets:
         folder = folder_of(out, budget, SEEDS[0])
         if not (folder / "onnx" / "lorafx.json").is_file():
             lorafx.export(lorafx.load(folder / "run"), folder / "onnx", overwrite=True)
@@ -121,11 +122,11 @@ def deployed(out: Path) -> dict[str, Path]:
     return found
 
 
-def table(out: Path, repeats: int) -> str:
+def table(out: Path, budgets: Sequence[float], repeats: int) -> str:
     """The rows as Markdown: accuracy over seeds, what is left, and times of the first seed's models."""
     from lorafx.bench import bench
 
-    folders = deployed(out)
+    folders = deployed(out, budgets)
     result = bench(*folders.items(), shapes=SHAPES, repeats=repeats)
     timed = {(timing.candidate, (timing.batch, timing.length)): timing for timing in result.timings}
     lines = [
@@ -152,6 +153,7 @@ def main() -> None:
     """Train what is missing, export, time and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/prune"), help="folder of finished runs")
+    parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS, help="these rows only")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--repeats", type=int, default=20, help="timed calls of each model and shape")
     parser.add_argument("--one", nargs=2, type=float, metavar=("BUDGET", "SEED"), help=argparse.SUPPRESS)
@@ -160,8 +162,8 @@ def main() -> None:
     if options.one:
         train_one(options.out, options.one[0], int(options.one[1]))
         return
-    run_missing(options.out, options.jobs)
-    print(table(options.out, options.repeats))
+    run_missing(options.out, options.budgets, options.jobs)
+    print(table(options.out, options.budgets, options.repeats))
 
 
 if __name__ == "__main__":
