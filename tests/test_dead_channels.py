@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.axes import Axes
 from lorafx.axis_table import RULES
+from lorafx.errors import CaptureError
 from lorafx.passes.dead_channels import DeadChannels
 from lorafx.pipeline import run, to_eval
 from lorafx.precision import recast
@@ -90,7 +91,7 @@ def test_sliced_equals_masked(model: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", list(zoo.ZOO))
+@pytest.mark.parametrize("model", [name for name in zoo.ZOO if name != "t5"])
 @pytest.mark.filterwarnings("default")  # the converter's own
 def test_onnx_equals_sliced(model: str, tmp_path: Path) -> None:
     from transformers.exporters.base import ExportedModel
@@ -103,6 +104,16 @@ def test_onnx_equals_sliced(model: str, tmp_path: Path) -> None:
     inputs = zoo.ZOO[model].inputs(2, 7)
     # fp32 rounding through other kernels, relative to the outputs' scale.
     assert zoo.distance(zoo.run(sliced, inputs), zoo.tensors(exported(**inputs))) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the converter's own
+def test_a_sliced_t5_is_refused_as_onnx_and_nothing_is_written(tmp_path: Path) -> None:
+    # Its capture for ONNX shares the position bias otherwise, so that other heads could go there.
+    sliced = lorafx.fold(recast(closed(evaluating("t5"), 1)[0], torch.float32))
+    with pytest.raises(CaptureError, match="has two shapes .* export it as pt2"):
+        lorafx.export(sliced, tmp_path / "onnx", format="onnx", provider="cpu")
+    assert not (tmp_path / "onnx").exists()
 
 
 @pytest.mark.parametrize("widths", [{"round_to": 4}, {"keep_at_least": 3}, {"uniform": True}])
