@@ -109,9 +109,9 @@ def test_onnx_equals_sliced(model: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # the converter's own
 def test_a_sliced_t5_is_refused_as_onnx_and_nothing_is_written(tmp_path: Path) -> None:
-    # Its capture for ONNX shares the position bias otherwise, so that other heads could go there.
+    # In the capture that transformers makes for ONNX other channels can go than in the program's own.
     sliced = lorafx.fold(recast(closed(evaluating("t5"), 1)[0], torch.float32))
-    with pytest.raises(CaptureError, match="has two shapes .* export it as pt2"):
+    with pytest.raises(CaptureError, match=r"has two shapes .* export it as pt2"):
         lorafx.export(sliced, tmp_path / "onnx", format="onnx", provider="cpu")
     assert not (tmp_path / "onnx").exists()
 
