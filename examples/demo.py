@@ -159,8 +159,11 @@ def main() -> None:
 
     print(timings.text())
     print("held-out accuracy, on 1,500 sentences that no training saw")
-    print(f"  LoRA              {accuracy(tuned):.3f}")
-    print(f"  LoRA + FineGates  {accuracy(trained):.3f}, {left(folded):.1%} of the encoder's parameters left")
+    print(f"  LoRA              {accuracy(tuned):.3f}, after {options.epochs:g} epochs")
+    print(
+        f"  LoRA + FineGates  {accuracy(trained):.3f}, after {options.gated_epochs:g} more; "
+        f"{left(folded):.1%} of the encoder's parameters left"
+    )
     print(f"verified ONNX       {out / 'onnx'} ({parity})")
     print(f"report              {(out / 'report.html').resolve()}")
     print(f"time                {time.perf_counter() - started:.0f} s")
