@@ -2,8 +2,8 @@
 
 Every dimension of fixed size gets a *label* for each of its channels; operators say which labels are one channel
 (:meth:`Axes.same`), which only have to keep step (:meth:`Axes.tie`, where a vector is broadcast over heads), which form
-a row that can go as a whole (a head, when a flat dimension is viewed as heads × channels), and which must stay
-(:meth:`Axes.pin`). An operator without a rule pins everything it touches: the safe answer.
+a row that can go as a whole (a head, when a flat dimension is viewed as heads × channels), of which there is one a row
+(:meth:`Axes.broadcast`, a number for each head), and which must stay (:meth:`Axes.pin`). An operator without a rule pins everything it touches: the safe answer.
 
 A dimension without labels (a free size, or positions) never shrinks.
 """
@@ -87,6 +87,7 @@ class Axes:
         members: for each tensor the graph reads, one array of labels a dimension
         reasons: why labels are pinned
         aligned: labels of which only a multiple of a number may stay
+        per_row: labels of rows (the last dimension runs inside one), and labels that stay while any of their rows does
     """
 
     def __init__(self, program: Program, rules: dict[Any, Callable[[Axes, fx.Node], Known]]):
@@ -96,6 +97,8 @@ class Axes:
         self.reasons: dict[int, str] = {}
         self._count = 0
         self._same, self._tied = Classes(), Classes()
+        self._broadcasts: list[tuple[Array, Array]] = []
+        self.per_row: list[tuple[Array, Array]] = []
         self._row_of: list[tuple[Array, Array]] = []
         self._row_count = 0
         self._row_pairs: list[tuple[Array, Array]] = []
@@ -122,6 +125,14 @@ class Axes:
     def tie(self, a: Array, b: Array) -> None:
         """Entries at one place keep step: one stays while the other does, except where a whole row goes."""
         self._tied.join(a, b)
+
+    def broadcast(self, wide: Array, narrow: Array) -> None:
+        """Entries of ``narrow`` are repeated along its dimensions of size 1, to meet those of ``wide``.
+
+        Where these dimensions run inside rows there is one entry a row, whatever channels the row keeps; elsewhere
+        entries at one place keep step.
+        """
+        self._broadcasts.append((wide, narrow))
 
     def rows(self, labels: Array) -> None:
         """The last dimension of ``labels`` runs inside a row; rows can go as a whole."""
@@ -191,6 +202,7 @@ class Axes:
     def _solve(self) -> None:
         self.channel = self._same.solve(self._count)
         self.row = self._solve_rows()
+        self._solve_broadcasts()
         self._tied.join(np.arange(self._count), self.channel)
         self.step = self._tied.solve(self._count)
         self.held_rows: set[int] = set()
@@ -198,7 +210,27 @@ class Axes:
             labels = held.ravel()
             self.held_rows.update(np.unique(self.row[labels]).tolist())
             self.pin(labels[self.row[labels] < 0], "its size is held")
+        self._hold_per_row()
         self.held_rows.discard(-1)
+
+    def _solve_broadcasts(self) -> None:
+        for wide, narrow in self._broadcasts:
+            rows = self.row[wide]
+            inside = bool((rows >= 0).all() and (rows == rows[..., :1]).all())
+            if inside and narrow.shape[-1] == 1 < wide.shape[-1]:
+                self.per_row.append((wide, narrow))
+            else:
+                self._tied.join(wide, narrow)
+
+    def _hold_per_row(self) -> None:
+        """A row stays if its entry must, and an entry if its row must."""
+        pinned = np.zeros(self._count, bool)
+        pinned[self.channel[np.fromiter(self.reasons, int)]] = True
+        for wide, narrow in self.per_row:
+            rows = self.row[wide][..., :1]
+            entries = np.broadcast_to(narrow, rows.shape)
+            self.held_rows.update(rows[pinned[self.channel[entries]]].tolist())
+            self.pin(entries[np.isin(rows, list(self.held_rows))], "its row is held")
 
     def _solve_rows(self) -> Array:
         """The row of each label, -1 where it lies in none. Two rows that one channel lies in are one row."""

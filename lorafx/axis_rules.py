@@ -56,9 +56,9 @@ def join(axes: Axes, result: list[Axis], axis: Axis, why: str) -> None:
     elif len(shared) == 1 and shared[0].dims == axis.dims:
         axes.same(shared[0].data, axis.data)
     elif len(shared) == 1 and set(axis.dims) < set(shared[0].dims):
-        axes.tie(shared[0].data, spread(axis, shared[0].dims))
+        axes.broadcast(shared[0].data, spread(axis, shared[0].dims))
     elif len(shared) == 1 and set(shared[0].dims) < set(axis.dims):
-        axes.tie(axis.data, spread(shared[0], axis.dims))
+        axes.broadcast(axis.data, spread(shared[0], axis.dims))
         result[result.index(shared[0])] = axis
     else:
         for other in (axis, *shared):

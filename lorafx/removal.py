@@ -74,6 +74,8 @@ class Removal:
             before = self._step.sum() + self._row.sum()
             for data in self.values:
                 self._rectangle(data)
+            for wide, narrow in self.axes.per_row:
+                self._per_row(wide, narrow)
             for labels in self._widest():
                 self._restore(labels)
             for labels, multiple in self.axes.aligned:
@@ -99,6 +101,12 @@ class Removal:
             self._restore(self._fewest(flat[row][~kept[row]], target - counts[row]))
         if data.ndim > 2:
             self._rectangle_of_rows(data, alive.reshape(data.shape[:-1]), target)
+
+    def _per_row(self, wide: Array, narrow: Array) -> None:
+        """A row and the entry there is for it stay together."""
+        alive = self.stays(wide).any(-1, keepdims=True) | self.stays(narrow)
+        self._restore(np.broadcast_to(narrow, alive.shape)[alive])
+        self._row[self.axes.row[wide[..., :1][alive]]] = True
 
     def _fewest(self, lacking: Array, count: int) -> Array:
         """The first of these labels that bring back as many; one may hold several places (gate and up of a unit)."""

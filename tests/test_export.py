@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 import zoo
+from torch import Tensor, nn
 
 import lorafx
 from lorafx.edit import Edit
-from lorafx.export import only_values_differ
+from lorafx.errors import CaptureError
+from lorafx.export import only_values_differ, replay
 from lorafx.passes.lora import Lora
 from lorafx.passes.tidy import Tidy
 
@@ -38,3 +41,24 @@ def test_the_capture_is_no_part_of_the_program_that_is_rewritten() -> None:
     program = zoo.captured("bert")
     assert program.captured is not None
     assert program.captured.graph is not program.graph
+
+
+class Mlp(nn.Module):
+    """Two linears, with an operator between them that may hold what lies there."""
+
+    def __init__(self, held: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.held = nn.Linear(4, 6), nn.Linear(6, 3), held
+        self.up.weight.data[0] = self.up.bias.data[0] = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.up(x))
+        return self.down(hidden.sort().values if self.held else hidden)
+
+
+def test_a_capture_in_which_other_channels_go_is_refused() -> None:
+    example = {"x": torch.randn(2, 4)}
+    folded = lorafx.fold(lorafx.capture(Mlp(False), inputs=example))
+    assert folded.tensor("up.weight").shape == (5, 4)
+    with pytest.raises(CaptureError, match=r"up.weight has two shapes, \(6, 4\) and \(5, 4\), .*; export it as pt2"):
+        replay(folded, lorafx.capture(Mlp(True), inputs=example))
