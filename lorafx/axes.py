@@ -2,8 +2,9 @@
 
 Every dimension of fixed size gets a *label* for each of its channels; operators say which labels are one channel
 (:meth:`Axes.same`), which only have to keep step (:meth:`Axes.tie`, where a vector is broadcast over heads), which form
-a row that can go as a whole (a head, when a flat dimension is viewed as heads × channels), of which there is one a row
-(:meth:`Axes.broadcast`, a number for each head), and which must stay (:meth:`Axes.pin`). An operator without a rule pins everything it touches: the safe answer.
+a row that can go as a whole (a head, when a flat dimension is viewed as heads × channels), of which there is one for
+each row (:meth:`Axes.broadcast`), and which must stay (:meth:`Axes.pin`). An operator without a rule pins everything it
+touches: the safe answer.
 
 A dimension without labels (a free size, or positions) never shrinks.
 """

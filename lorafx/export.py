@@ -30,6 +30,7 @@ from .adapters import as_lora
 from .capture import dynamic_shapes, program_from
 from .errors import CaptureError, ParityError, UsageError
 from .hf_format import hf_model
+from .onnx_kernels import unfuse_skip_norms
 from .parity import Comparison, verify
 from .peft_format import adapter_config, adapter_keys
 from .pipeline import fold, run, to_eval
@@ -288,6 +289,8 @@ def _write_exported(
         record["lorafx_base"] = json.dumps(base_record(program))
         for component in exported.components.values():
             component.program.metadata_props.update(record)
+            if provider == "cpu":
+                unfuse_skip_norms(component.program)
     for key, value in program.config_changes.items():
         exported.config = copy.deepcopy(exported.config)
         setattr(exported.config, key, value)
