@@ -41,8 +41,8 @@ def folder_of(out: Path, budget: float, seed: int) -> Path:
     return out / f"keep-{round(100 * budget)}-seed-{seed}"
 
 
-def train_one(out: Path, budget: float, seed: int) -> None:
-    """Train one row, score the folded model, save the run; ``score.json`` is written last."""
+def train_one(folder: Path, passes: list[dict[str, Any]], seed: int) -> None:
+    """Train one model, score it folded, save the run in ``folder``; ``score.json`` is written last."""
     from transformers import AutoTokenizer, DataCollatorWithPadding, TrainingArguments, set_seed
 
     import lorafx
@@ -55,8 +55,7 @@ def train_one(out: Path, budget: float, seed: int) -> None:
     train, test = (methods.encoded(path, tokenizer) for path in assets.movie_split())
     set_seed(seed)
     program = lorafx.capture(assets.minilm(), task="text-classification", num_labels=2)
-    program = lorafx.rewrite(program, {"pass": recipe(budget)})
-    folder = folder_of(out, budget, seed)
+    program = lorafx.rewrite(program, {"pass": passes})
     arguments = TrainingArguments(**methods.arguments(str(folder / "trainer"), seed))
     facts = methods.fit(Trainer, program.module(), arguments, train, collate)
     folded = lorafx.fold(program)
@@ -160,7 +159,8 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.one:
-        train_one(options.out, options.one[0], int(options.one[1]))
+        budget, seed = options.one[0], int(options.one[1])
+        train_one(folder_of(options.out, budget, seed), recipe(budget), seed)
         return
     run_missing(options.out, options.budgets, options.jobs)
     print(table(options.out, options.budgets, options.repeats))

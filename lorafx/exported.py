@@ -71,7 +71,7 @@ def session_options(threads: int) -> Any:
     # By default a session takes every core of the machine, and its threads go on spinning when it is done, which slows
     # down whoever runs next.
     options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.force_spinning_stop", "1")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
 

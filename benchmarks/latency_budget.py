@@ -1,0 +1,91 @@
+"""FineGates with a budget of latency: what the measured table predicts, beside the time of the exported model.
+
+    python -m benchmarks.latency_budget
+
+Times MiniLM's weights and attention at 8x64 (`lorafx latency`), trains LoRA and FineGates for a budget in seconds as
+``benchmarks.prune`` trains them, exports, and times the result beside LoRA alone, which that benchmark has trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks import prune
+from examples import assets
+
+SHAPE = (8, 64)
+
+
+def table(out: Path) -> dict[str, float]:
+    """The table of latencies, measured once."""
+    import lorafx
+    from lorafx.latency import latency_table
+
+    file = out / "latency.json"
+    if not file.is_file():
+        program = lorafx.capture(assets.minilm(), task="text-classification", num_labels=2)
+        measured = latency_table(program, batch=SHAPE[0], length=SHAPE[1])
+        file.write_text(json.dumps(measured, indent=1), encoding="utf-8")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def passes(budget: float, latency: dict[str, float]) -> list[dict[str, Any]]:
+    """The recipe."""
+    lora, gates = prune.recipe(budget)
+    return [lora, {**gates, "measure": "latency", "length": SHAPE[1], "latency": latency}]
+
+
+def gated_seconds(latency: dict[str, float]) -> float:
+    """What all gated weights, and attention, take by the table."""
+    import lorafx
+    from lorafx.passes.finegates import Finegates
+    from lorafx.prices import prices
+    from lorafx.units import UnitAnalysis, Units
+
+    program = lorafx.capture(assets.minilm(), task="text-classification", num_labels=2)
+    taken = Finegates(targets=prune.methods.TARGETS, couple=False).sites(program).taken
+    analysis = UnitAnalysis(program, taken, prices("latency", SHAPE[1], latency))
+    units = [found for site in taken if isinstance(found := analysis.find(site), Units)]
+    return analysis.total + sum(unit.mixing for unit in units)
+
+
+def main() -> None:
+    """Measure, train what is missing, export, time and print the table."""
+    import lorafx
+    from lorafx.bench import bench
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/prune"), help="folder of finished runs")
+    parser.add_argument("--budget", type=float, default=0.6, help="share of the seconds to keep")
+    parser.add_argument("--repeats", type=int, default=40, help="timed calls of each model")
+    parser.add_argument("--train-only", action="store_true", help="time nothing but the table of latencies")
+    options = parser.parse_args()
+    latency = table(options.out)
+    folder = options.out / f"latency-{round(100 * options.budget)}-seed-0"
+    if not (folder / "score.json").is_file():
+        prune.train_one(folder, passes(options.budget, latency), 0)
+    if options.train_only:
+        return
+    lorafx.export(lorafx.load(folder / "run"), folder / "onnx", overwrite=True)
+    whole = prune.deployed(options.out, [1.0])["keep 100%"]
+    result = bench(("whole", whole), ("gated", folder / "onnx"), shapes=(SHAPE,), repeats=options.repeats)
+    before, after = (1e3 * timing.median for timing in result.timings)
+    score = json.loads((folder / "score.json").read_text(encoding="utf-8"))
+    kept = score["sections"]["finegates: Gates"][0]["weights kept"]
+    saved = 1e3 * (1 - kept) * gated_seconds(latency)
+    linear, flops = (score[key][1] / score[key][0] for key in ("weights", "flops"))
+    print(
+        "| budget | seconds kept, by the table | accuracy | linear parameters left | FLOPs left | LoRA alone, ms "
+        "| predicted, ms | measured, ms |\n|--:|--:|--:|--:|--:|--:|--:|--:|"
+    )
+    print(
+        f"| {options.budget:.0%} | {kept:.1%} | {score['accuracy']:.4f} | {linear:.1%} | {flops:.1%} | {before:.1f} "
+        f"| {before - saved:.1f} | {after:.1f} |"
+    )
+
+
+if __name__ == "__main__":
+    main()
