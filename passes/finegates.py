@@ -56,8 +56,7 @@ class Finegates(Method):
     latency: dict[str, float] = option({}, "the table that lorafx latency prints (measure = latency)")
     target: float = option(0.4, "share of gates to close (target)")
     strength: float = option(50.0, "weight of the loss term (target, penalty)")
-    start: float = option(0.0, "share of the steps before the budget comes down (achieved)")
-    ramp: float = option(0.4, "share of the steps after which the budget is down (achieved)")
+    ramp: float = option(0.4, "share of the steps over which the budget comes down (achieved)")
     multiplier_rate: float = option(1.0, "step of the multiplier (achieved)")
     restart: bool = option(True, "set the multiplier to 0 when the budget is met (achieved)")
     noise: float = option(0.1, "standard deviation of the gates' noise")
@@ -137,8 +136,8 @@ class Finegates(Method):
             if not bool(is_open(theta).any()):
                 theta[theta.argmax()] = ClampedGaussian.AJAR
         if self.mode == "achieved":
-            start, end = (steps_of(moment, state.planned_steps) for moment in (self.start, self.ramp))
-            allowed = linear(state.step, start, max(start + 1, end), 1.0, self.budget)
+            end = max(1, steps_of(self.ramp, state.planned_steps))
+            allowed = linear(state.step, 0, end, 1.0, self.budget)
             violation = kept_share(state) - allowed
             ascend(state.shared["multiplier"], violation, self.multiplier_rate, restart=self.restart)
             keep_open(gates_of(state), is_open, lambda: float(kept_share(state)), allowed, ClampedGaussian.AJAR)
