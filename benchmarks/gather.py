@@ -54,6 +54,8 @@ def session(width: int, kept: int | None, outputs: tuple[int, ...], threads: int
     import onnxruntime as ort
     from onnx import TensorProto, helper, numpy_helper
 
+    from lorafx.exported import session_options
+
     random = np.random.default_rng(0)
     nodes, constants = [], []
     if kept is not None:
@@ -72,9 +74,8 @@ def session(width: int, kept: int | None, outputs: tuple[int, ...], threads: int
         opset_imports=[helper.make_opsetid("", 20)],
         ir_version=10,
     )
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    provider = ["CPUExecutionProvider"]
+    return ort.InferenceSession(model.SerializeToString(), session_options(threads), providers=provider)
 
 
 def seconds(actions: list[Callable[[], Any]], budget: float) -> list[float]:

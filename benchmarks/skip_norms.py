@@ -9,12 +9,15 @@ norm without a mean, which it leaves fused.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 
 import numpy as np
 import onnxruntime
 from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from lorafx.exported import session_options
 
 WIDTHS = (384, 768, 2048)
 SHAPES = ((1, 64), (8, 64), (32, 128))
@@ -46,8 +49,8 @@ def seconds(models: tuple[ModelProto, ModelProto], shape: tuple[int, int], width
     """The median time of one norm in each model; the models take turns."""
     values = np.random.default_rng(0).normal(size=(2, *shape, width)).astype(np.float32)
     feed = dict(zip(("x", "skip"), values, strict=True))
-    open_ = onnxruntime.InferenceSession
-    sessions = [open_(model.SerializeToString(), providers=["CPUExecutionProvider"]) for model in models]
+    open_, options, cpu = onnxruntime.InferenceSession, session_options(os.cpu_count() or 1), ["CPUExecutionProvider"]
+    sessions = [open_(model.SerializeToString(), options, providers=cpu) for model in models]
     times: list[list[float]] = [[], []]
     for _ in range(repeats):
         for session, own in zip(sessions, times, strict=True):
