@@ -41,6 +41,6 @@ def _put_apart(node: ir.Node) -> None:
     norm = ir.node("LayerNormalization", [total.outputs[0], scale, shift], attributes)
     old, new = [node.outputs[0], *node.outputs[3:4]], [norm.outputs[0], total.outputs[0]]
     for after in new:
-        after.dtype, after.shape = node.outputs[0].dtype, node.outputs[0].shape
+        after.type, after.shape = node.outputs[0].type, node.outputs[0].shape
     assert node.graph is not None
     ir.convenience.replace_nodes_and_values(node.graph, node, [node], [total, norm], old, new[: len(old)])

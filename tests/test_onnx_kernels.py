@@ -34,7 +34,7 @@ def norm(outputs: list[str], bias: bool = True, dtype: int = TensorProto.FLOAT) 
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-def results(model: onnx.ModelProto) -> list[np.ndarray[Any, Any]]:
+def results(model: onnx.ModelProto) -> list[Any]:
     places = np.arange(2 * 5 * WIDTH, dtype=np.float32).reshape(2, 5, WIDTH)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return list(session.run(None, {"x": np.cos(places), "skip": np.sin(places / 7)}))
