@@ -5,6 +5,12 @@
 LoRA of rank 8 and FineGates, trained together on the movie sentences (3 epochs, batch 32, at most 64 tokens, AdamW at
 1e-3), keeping 80, 60 and 40 % of the encoder's linear parameters, three seeds; LoRA alone beside them. Finished runs
 are kept in ``--out``. The models of the first seed are then exported and timed in one interleaved run.
+
+    python -m benchmarks.prune --folds
+
+Cross-validates instead: every sentence is held out once, in one of five folds, each with a seed of its own. 1,500
+sentences tell accuracies apart by about a point (a model right where the other is wrong on a tenth of them, and the
+other way round, has a standard error of 0.8); 8,530 by 0.35.
 """
 
 from __future__ import annotations
@@ -24,6 +30,7 @@ from benchmarks import methods
 from examples import assets
 
 SEEDS = (0, 1, 2)
+FOLDS = 5
 #: Shares of the encoder's linear parameters to keep; 1.0 is LoRA alone.
 BUDGETS = (1.0, 0.8, 0.6, 0.4)
 SHAPES = ((1, 64), (8, 64), (32, 128))
@@ -36,12 +43,21 @@ def recipe(budget: float) -> list[dict[str, Any]]:
     return [lora] if budget == 1.0 else [lora, gates]
 
 
-def folder_of(out: Path, budget: float, seed: int) -> Path:
+def folder_of(out: Path, budget: float, seed: int, folds: bool = False) -> Path:
     """Where one run is kept."""
-    return out / f"keep-{round(100 * budget)}-seed-{seed}"
+    return out / f"keep-{round(100 * budget)}-{'fold' if folds else 'seed'}-{seed}"
 
 
-def train_one(folder: Path, passes: list[dict[str, Any]], seed: int) -> None:
+def sentences(tokenizer: Any, fold: int | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows to train on, and those held out: of the split, or a fold of all (shuffled) rows."""
+    train, test = (methods.encoded(path, tokenizer) for path in assets.movie_split())
+    if fold is None:
+        return train, test
+    rows = [*train, *test]
+    return [row for number, row in enumerate(rows) if number % FOLDS != fold], rows[fold::FOLDS]
+
+
+def train_one(folder: Path, passes: list[dict[str, Any]], seed: int, fold: int | None = None) -> None:
     """Train one model, score it folded, save the run in ``folder``; ``score.json`` is written last."""
     from transformers import AutoTokenizer, DataCollatorWithPadding, TrainingArguments, set_seed
 
@@ -52,7 +68,7 @@ def train_one(folder: Path, passes: list[dict[str, Any]], seed: int) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(assets.minilm())
     collate = DataCollatorWithPadding(tokenizer)
-    train, test = (methods.encoded(path, tokenizer) for path in assets.movie_split())
+    train, test = sentences(tokenizer, fold)
     set_seed(seed)
     program = lorafx.capture(assets.minilm(), task="text-classification", num_labels=2)
     program = lorafx.rewrite(program, {"pass": passes})
@@ -77,17 +93,17 @@ def _blocks(sizes: dict[str, int]) -> int:
     return sum(size for block, size in sizes.items() if block)
 
 
-def run_missing(out: Path, budgets: Sequence[float], jobs: int) -> None:
+def run_missing(out: Path, budgets: Sequence[float], jobs: int, folds: bool) -> None:
     """Train what is missing, each run in a process of its own, the cores shared out evenly."""
-    waiting = [(budget, seed) for seed in SEEDS for budget in budgets]
-    waiting = [run for run in waiting if not (folder_of(out, *run) / "score.json").is_file()]
+    waiting = [(budget, seed) for seed in (range(FOLDS) if folds else SEEDS) for budget in budgets]
+    waiting = [run for run in waiting if not (folder_of(out, *run, folds) / "score.json").is_file()]
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     running: list[subprocess.Popen[bytes]] = []
     while waiting or running:
         while waiting and len(running) < jobs:
             budget, seed = waiting.pop(0)
             command = [sys.executable, "-m", "benchmarks.prune", "--out", str(out), "--one", str(budget), str(seed)]
-            running.append(subprocess.Popen(command, env=environment))
+            running.append(subprocess.Popen([*command, *["--folds"] * folds], env=environment))
         for process in [process for process in running if process.poll() is not None]:
             if process.returncode:
                 raise SystemExit("a run failed; run again to go on")
@@ -148,6 +164,22 @@ def table(out: Path, budgets: Sequence[float], repeats: int) -> str:
     return "\n".join(lines)
 
 
+def cross_validated(out: Path, budgets: Sequence[float]) -> str:
+    """The accuracy of each fold, and what is lost against the first row: the mean and its standard error over folds."""
+    rows = {}
+    for budget in budgets:
+        files = [folder_of(out, budget, fold, folds=True) / "score.json" for fold in range(FOLDS)]
+        rows[budget] = [json.loads(file.read_text(encoding="utf-8"))["accuracy"] for file in files]
+    lines = ["| | accuracy, by fold | mean | lost against the first row, points |", "|---|---|--:|--:|"]
+    for budget, found in rows.items():
+        lost = [100 * (whole - part) for whole, part in zip(rows[budgets[0]], found, strict=True)]
+        error = statistics.stdev(lost) / len(lost) ** 0.5
+        listed = ", ".join(f"{accuracy:.4f}" for accuracy in found)
+        against = "" if budget == budgets[0] else f"{statistics.mean(lost):.2f} ± {error:.2f}"
+        lines.append(f"| keep {budget:.0%} | {listed} | {statistics.mean(found):.4f} | {against} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Train what is missing, export, time and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -155,15 +187,20 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS, help="these rows only")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--repeats", type=int, default=20, help="timed calls of each model and shape")
+    parser.add_argument("--folds", action="store_true", help="cross-validate, and time nothing")
     parser.add_argument("--one", nargs=2, type=float, metavar=("BUDGET", "SEED"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.one:
         budget, seed = options.one[0], int(options.one[1])
-        train_one(folder_of(options.out, budget, seed), recipe(budget), seed)
+        folder = folder_of(options.out, budget, seed, options.folds)
+        train_one(folder, recipe(budget), seed, seed if options.folds else None)
         return
-    run_missing(options.out, options.budgets, options.jobs)
-    print(table(options.out, options.budgets, options.repeats))
+    run_missing(options.out, options.budgets, options.jobs, options.folds)
+    if options.folds:
+        print(cross_validated(options.out, options.budgets))
+    else:
+        print(table(options.out, options.budgets, options.repeats))
 
 
 if __name__ == "__main__":
