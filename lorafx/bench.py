@@ -148,6 +148,7 @@ def bench(
     provider: str = "cpu",
     seconds: float = 120.0,
     memory: bool = True,
+    trust_remote_code: bool = False,
 ) -> BenchResult:
     """Time models side by side.
 
@@ -159,6 +160,7 @@ def bench(
         provider: ``cpu`` or ``cuda``
         seconds: time to spend in all; a shape that takes too long gets fewer rounds, but five at least
         memory: measure peak memory too, in a process for each folder
+        trust_remote_code: whether code that comes with a folder may run: a checkpoint's own, that in a pickled .pt2
 
     Raises:
         UsageError: no candidates, or inputs that cannot be made
@@ -168,7 +170,9 @@ def bench(
         raise UsageError("nothing to time: give at least one candidate and one repeat")
     named = _labelled(candidates)
     runners = [
-        thing if isinstance(thing, Runner) else open_runner(thing, provider, threads, label=label)
+        thing
+        if isinstance(thing, Runner)
+        else open_runner(thing, provider, threads, label=label, trust_remote_code=trust_remote_code)
         for label, thing in named
     ]
     generator = _generator(runners)
@@ -180,7 +184,7 @@ def bench(
         timings += [_timing(label, batch, length, own, times[0]) for (label, _), own in zip(named, times, strict=True)]
     largest = max(wanted, key=lambda shape: shape[0] * max(1, shape[1]))
     rows = [
-        _candidate(label, thing, runner, largest if memory else None, provider)
+        _candidate(label, thing, runner, largest if memory else None, (provider, trust_remote_code))
         for (label, thing), runner in zip(named, runners, strict=True)
     ]
     return BenchResult(tuple(rows), tuple(timings), _machine())
@@ -252,12 +256,14 @@ def _quantile(values: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def _candidate(label: str, thing: Any, runner: Runner, shape: tuple[int, int] | None, provider: str) -> Candidate:
+def _candidate(
+    label: str, thing: Any, runner: Runner, shape: tuple[int, int] | None, opening: tuple[str, bool]
+) -> Candidate:
     folder = Path(thing) if isinstance(thing, (str, PathLike)) else None
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder is not None else None
     peak, libraries = None, None
     if folder is not None and shape is not None:
-        peak, libraries = _peak_of(folder, shape, provider, runner.threads)
+        peak, libraries = _peak_of(folder, shape, runner.threads, opening)
     dtype = str(runner.dtype).removeprefix("torch.")
     return Candidate(label, runner.kind, runner.provider, runner.threads, dtype, size, peak, libraries, runner.note)
 
@@ -276,9 +282,11 @@ def _machine() -> dict[str, Any]:
 # ---- peak memory
 
 
-def _peak_of(folder: Path, shape: tuple[int, int], provider: str, threads: int) -> tuple[int | None, int | None]:
+def _peak_of(
+    folder: Path, shape: tuple[int, int], threads: int, opening: tuple[str, bool]
+) -> tuple[int | None, int | None]:
     """Peak memory of a process that loads a folder and runs it once, and what its libraries took of that."""
-    request = json.dumps([str(folder.resolve()), *shape, provider, threads])
+    request = json.dumps([str(folder.resolve()), *shape, threads, *opening])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run(
         [sys.executable, "-m", "lorafx.bench", request], capture_output=True, text=True, env=environment, check=False
@@ -294,9 +302,9 @@ def _run_once(request: str) -> None:
     import onnxruntime  # noqa: F401 - imported here so that it counts as a library for every candidate
     import transformers  # noqa: F401
 
-    folder, batch, length, provider, threads = json.loads(request)
+    folder, batch, length, threads, provider, trusted = json.loads(request)
     libraries = peak_memory()
-    runner = open_runner(folder, provider, threads)
+    runner = open_runner(folder, provider, threads, trust_remote_code=trusted)
     generator = _generator([runner])
     runner(generator.batch(batch, length, [length] * batch).values)
     print(json.dumps([peak_memory(), libraries]))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from .passes.dead_channels import DeadChannels
     from .program import Program
 
 
@@ -31,9 +32,14 @@ task_options = _together(
     click.option("--task", help="Open the checkpoint for a task, e.g. text-classification."),
     click.option("--num-labels", type=int, help="Size of the classification head."),
 )
+trust_option = click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a folder.")
 checkpoint_options = _together(
-    click.option("--allow-pickle", is_flag=True, help="Load .bin weights (weights only)."),
-    click.option("--trust-remote-code", is_flag=True, help="Run model code from the checkpoint folder."),
+    click.option("--allow-pickle", is_flag=True, help="Load .bin weights (weights only)."), trust_option
+)
+width_options = _together(
+    click.option("--round-to", type=click.IntRange(1), help="Widths left by removing channels: multiples of this."),
+    click.option("--keep-at-least", type=click.IntRange(1), help="Never fewer channels than this."),
+    click.option("--uniform", is_flag=True, default=None, help="The same widths in every block, as a config can say."),
 )
 recipe_options = _together(
     click.option("--recipe", type=click.Path(path_type=Path), help="A TOML recipe."),
@@ -55,6 +61,14 @@ def quiet() -> Iterator[None]:
 def emit(value: Any, text: str, as_json: bool) -> None:
     """Print a result: ``value`` as JSON when asked for, else ``text``."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False) if as_json else text)
+
+
+def removal_of(**widths: Any) -> DeadChannels | None:
+    """The pass that :data:`width_options` ask for; None without any, so that the recipe decides."""
+    from .passes.dead_channels import DeadChannels
+
+    given = {name: value for name, value in widths.items() if value is not None}
+    return DeadChannels(**given) if given else None
 
 
 def open_program(path: Path, **options: Any) -> Program:

@@ -17,14 +17,18 @@ from .runner import PROVIDERS, Place, Runner
 _ONNX_FLOATS = {"FLOAT16": torch.float16, "BFLOAT16": torch.bfloat16, "FLOAT": torch.float32, "DOUBLE": torch.float64}
 
 
-def open_exported(folder: Path, place: Place, label: str) -> Runner:
+def open_exported(folder: Path, place: Place, label: str, trusted: bool = False) -> Runner:
     """A runner for a folder that transformers' exporters or lorafx wrote; see :func:`lorafx.runner.open_runner`."""
     from transformers.exporters.base import ExportedModel
 
     kind = _read_json(folder / "export.json").get("export_format", "unknown")
+    if kind == "dynamo" and not trusted:
+        raise UsageError(
+            f"{folder}: a .pt2 is pickled, so opening it runs code it holds; if you trust it, pass trust_remote_code"
+        )
     options: dict[str, Any] = _session_options(place) if kind == "onnx" else {"device": place.device()}
     try:
-        exported = ExportedModel.from_pretrained(folder, local_files_only=True, **options)
+        exported = ExportedModel.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted, **options)
         names = list(exported.components)
         if len(names) != 1:
             parts = " and ".join(names)

@@ -46,29 +46,34 @@ def _model_of_shapes(program: Program, values: Mapping[str, torch.Tensor]) -> nn
     source = program.source.model
     before = {name: slot.shape for name, slot in named_tensors(source)}
     after = {name: value.shape for name, value in values.items()}
-    misfit = None
+    misfit = ""
     for sizes in resized(program.config, before, after):
         config = copy.deepcopy(program.config)
-        for key, value in {**sizes, **program.config_changes}.items():
-            setattr(config, key, value)
-        with torch.device("meta"):
-            model = type(source)(config)
+        try:
+            for key, value in {**sizes, **program.config_changes}.items():
+                setattr(config, key, value)
+            with torch.device("meta"):
+                model = type(source)(config)
+        except Exception as error:  # each architecture checks its sizes with errors of its own
+            misfit = misfit or (str(error).strip().splitlines() or [type(error).__name__])[0]
+            continue
         misfit = _misfit(model, values)
-        if misfit is None:
+        if not misfit:
             return model
-    name, expected, found = misfit or ("the config", "", "")
     raise UsageError(
-        f"a {type(source).__name__} checkpoint cannot hold this program: {name} is {expected} in its architecture, "
-        f"{found} here; remove channels with uniform = true, or export it as onnx or pt2"
+        f"a {type(source).__name__} checkpoint cannot hold this program: {misfit}; fold it with uniform widths "
+        "(--uniform), or export it as onnx or pt2"
     )
 
 
-def _misfit(model: nn.Module, values: Mapping[str, torch.Tensor]) -> tuple[str, str, str] | None:
+def _misfit(model: nn.Module, values: Mapping[str, torch.Tensor]) -> str:
+    """The first tensor whose shape is not the architecture's, and both shapes; nothing when all fit."""
     for name, slot in named_tensors(model):
         value = values.get(name)
         if value is None or value.shape != slot.shape:
-            return name, str(tuple(slot.shape)), "nothing" if value is None else f"shape {tuple(value.shape)}"
-    return None
+            found = "nothing" if value is None else f"shape {tuple(value.shape)}"
+            return f"{name} is {tuple(slot.shape)} in its architecture, {found} here"
+    return ""
 
 
 def fits_checkpoint(program: Program) -> bool:

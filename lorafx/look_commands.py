@@ -11,7 +11,15 @@ from typing import Any
 
 import click
 
-from .command_options import as_json_option, checkpoint_options, emit, open_program, quiet, task_options
+from .command_options import (
+    as_json_option,
+    checkpoint_options,
+    emit,
+    open_program,
+    quiet,
+    task_options,
+    trust_option,
+)
 from .flags import parse_shape
 
 
@@ -20,15 +28,16 @@ from .flags import parse_shape
 @click.argument("b", type=click.Path(path_type=Path))
 @click.option("--texts", type=click.Path(path_type=Path), help="Compare on the lines of this file, not random tokens.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random inputs.")
+@trust_option
 @as_json_option
-def verify(a: Path, b: Path, texts: Path | None, seed: int, as_json: bool) -> None:
+def verify(a: Path, b: Path, texts: Path | None, seed: int, trust_remote_code: bool, as_json: bool) -> None:
     """Compare what two folders compute, on the same inputs at several shapes; exit 4 when they differ."""
     from .errors import ParityError
     from .parity import verify as compare
 
     lines = texts.read_text(encoding="utf-8").splitlines() if texts else None
     with quiet():
-        result = compare(a, b, texts=lines, seed=seed)
+        result = compare(a, b, texts=lines, seed=seed, trust_remote_code=trust_remote_code)
     emit(result.to_json(), result.text(), as_json)
     if not result.ok:
         raise ParityError(f"{a} and {b} differ: {result.summary}")
@@ -39,14 +48,15 @@ def verify(a: Path, b: Path, texts: Path | None, seed: int, as_json: bool) -> No
 @click.option("--shape", "shapes", multiple=True, help="batch x length, e.g. 8x64 (repeat).")
 @click.option("--threads", type=int, help="Threads of each candidate.")
 @click.option("--repeats", type=int, default=20, show_default=True)
+@trust_option
 @as_json_option
-def bench(folders: tuple[Path, ...], shapes: tuple[str, ...], threads: int | None, repeats: int, as_json: bool) -> None:
+def bench(folders: tuple[Path, ...], shapes: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Time folders side by side: interleaved, medians and ratios, memory and size."""
     from .bench import bench as measure
 
     parsed = tuple(parse_shape(text) for text in shapes) or ((1, 64), (8, 64), (32, 128))
     with quiet():
-        result = measure(*folders, shapes=parsed, threads=threads, repeats=repeats)
+        result = measure(*folders, shapes=parsed, **options)
     emit(result.to_json(), result.text(), as_json)
 
 

@@ -19,7 +19,9 @@ from .command_options import (
     overwrite_option,
     quiet,
     recipe_options,
+    removal_of,
     task_options,
+    width_options,
 )
 from .errors import UsageError
 from .flags import read_recipe, train_flags, train_options
@@ -111,9 +113,10 @@ def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, resum
 @out_option
 @click.option("--verify-each", is_flag=True, help="Hold every fold pass to its numeric promise.")
 @click.option("--double", is_flag=True, help="Verify in fp64.")
+@width_options
 @overwrite_option
 @as_json_option
-def fold(run: Path, out: Path, verify_each: bool, double: bool, overwrite: bool, as_json: bool) -> None:
+def fold(run: Path, out: Path, verify_each: bool, double: bool, overwrite: bool, as_json: bool, **widths: Any) -> None:
     """Fold everything RUN learned into its base and write an ordinary checkpoint (or a .pt2 where none can hold it)."""
     from .export import export as write
     from .hf_format import fits_checkpoint
@@ -122,7 +125,8 @@ def fold(run: Path, out: Path, verify_each: bool, double: bool, overwrite: bool,
 
     with quiet():
         program = open_program(run)
-        folded = merge(program, [VerifyEach(double=double)] if verify_each else [], gather="never")
+        observers = [VerifyEach(double=double)] if verify_each else []
+        folded = merge(program, observers, removal=removal_of(**widths), gather="never")
         kind = "hf" if fits_checkpoint(folded) else "pt2"
         result = write(folded, out, kind, overwrite=overwrite)
     report = folded.report.plus(parity=result.to_json() if result else None, output=str(out))
@@ -137,6 +141,7 @@ def fold(run: Path, out: Path, verify_each: bool, double: bool, overwrite: bool,
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Convert to this dtype.")
 @click.option("--adapters", type=click.Choice(["merged", "separate"]), default="merged", show_default=True)
 @click.option("--generate", is_flag=True, help="Prefill and decode graphs with a cache (causal language models).")
+@width_options
 @task_options
 @overwrite_option
 @as_json_option
@@ -145,9 +150,15 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ad
     import torch
 
     from .export import export as write
+    from .pipeline import fold as merge
 
+    removal = removal_of(**{name: o[name] for name in ("round_to", "keep_at_least", "uniform")})
+    if removal is not None and (kind == "peft" or adapters == "separate"):
+        raise UsageError("widths are those left by folding, and nothing is folded here; leave the width options out")
     with quiet():
         program = open_program(run, task=o["task"], num_labels=o["num_labels"])
+        if removal is not None:
+            program = merge(program, removal=removal, gather="never" if kind == "hf" else "auto")
         result = write(
             program,
             out,

@@ -196,6 +196,7 @@ def verify(
     inputs: Iterable[Mapping[str, Tensor]] | None = None,
     provider: str = "cpu",
     threads: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Comparison:
     """Compare what two models compute on the same inputs.
 
@@ -210,6 +211,7 @@ def verify(
         inputs: inputs of one's own, instead of all that
         provider: ``cpu`` or ``cuda``
         threads: CPU threads of each side
+        trust_remote_code: whether code that comes with a folder may run: a checkpoint's own, that in a pickled .pt2
 
     Raises:
         ArtifactError: a folder cannot be opened
@@ -217,8 +219,9 @@ def verify(
 
     A shape that both sides refuse is noted and left out; one that only one of them refuses is a difference.
     """
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     left, right = (
-        side if isinstance(side, Runner) else open_runner(side, provider, threads, dtype=dtype) for side in (a, b)
+        side if isinstance(side, Runner) else open_runner(side, provider, threads, **options) for side in (a, b)
     )
     for runner in (left, right):
         if runner.fresh:

@@ -16,6 +16,7 @@ from .recipe import Recipe
 
 if TYPE_CHECKING:
     from .observe import Observer
+    from .passes.dead_channels import DeadChannels
 
 #: A fixed point that takes longer than this many rounds is a bug in a pass, not a large model.
 _ROUNDS = 20
@@ -82,14 +83,19 @@ def to_eval(program: Program) -> Program:
 
 
 def fold(
-    program: Program, observers: Sequence[Observer] = (), *, gather: Literal["auto", "always", "never"] = "auto"
+    program: Program,
+    observers: Sequence[Observer] = (),
+    *,
+    removal: DeadChannels | None = None,
+    gather: Literal["auto", "always", "never"] = "auto",
 ) -> Program:
     """Fold everything learned into the base, by ordinary compiler simplification, to a fixed point.
 
     Returns a new Program in evaluation form whose ``origin`` is ``program``. Knows no method: adapters, gates and
     masks, lorafx's or anyone's, fold because they are constant or affine subgraphs, and what they closed is removed
-    because it is zero. ``gather`` says when zero columns over a residual stream are skipped (``gather-columns``);
-    what was gathered fits no checkpoint any more.
+    because it is zero. ``removal`` says which widths are wanted (multiples of 8, alike in every block, …); without it,
+    what the program's recipe says of ``dead-channels``. ``gather`` says when zero columns over a residual stream are
+    skipped (``gather-columns``); what was gathered fits no checkpoint any more.
     """
     from .passes.dead_channels import DeadChannels
     from .passes.fold_affine import FoldAffine
@@ -98,7 +104,10 @@ def fold(
     from .passes.tidy import Tidy
     from .passes.to_eval import ToEval
 
+    if removal is None:
+        asked = [applied.step for applied in program.history if isinstance(applied.step, DeadChannels)]
+        removal = asked[-1] if asked else DeadChannels()
     # Gathering comes after removal, which would have to see through a gather.
-    steps = (ToEval(), FoldConstants(), FoldAffine(), DeadChannels(), GatherColumns(gather), Tidy())
+    steps = (ToEval(), FoldConstants(), FoldAffine(), removal, GatherColumns(gather), Tidy())
     folded = run(program, steps, observers)
     return dataclasses.replace(folded, origin=program.origin or program)

@@ -129,6 +129,7 @@ def open_runner(
     dtype: torch.dtype | None = None,
     label: str | None = None,
     sealed: bool = True,
+    trust_remote_code: bool = False,
 ) -> Runner:
     """A runner for a Program, an ``nn.Module``, or a folder: a checkpoint, a run, a folded model, an exported model.
 
@@ -138,10 +139,12 @@ def open_runner(
         dtype: compute in this dtype; a checkpoint or a module is then captured, so that the whole graph is converted
         label: how to name it; the path or the class by default
         sealed: refuse a folder lorafx began to write and did not finish
+        trust_remote_code: whether code that comes with a folder may run: a checkpoint's own, that in a pickled .pt2
 
     Raises:
         ArtifactError: the folder is no model, incomplete, or cannot be opened
-        UsageError: a program without weights, a provider that is not there, an exported model in another ``dtype``
+        UsageError: a program without weights, a provider that is not there, an exported model in another ``dtype``, a
+            folder with code that is not trusted
     """
     if provider not in PROVIDERS:
         raise UsageError(f"unknown provider {provider!r}; known: {', '.join(PROVIDERS)}")
@@ -152,7 +155,7 @@ def open_runner(
         return _of_module(source, place, label or type(_inner(source)).__name__)
     if not isinstance(source, (str, PathLike)):
         raise UsageError(f"cannot run {type(source).__name__}; give a program, a module or a folder")
-    return _of_folder(Path(source), place, label or str(source), sealed)
+    return _of_folder(Path(source), place, label or str(source), sealed, trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -268,16 +271,16 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 # ---- folders
 
 
-def _of_folder(folder: Path, place: Place, label: str, sealed: bool) -> Runner:
+def _of_folder(folder: Path, place: Place, label: str, sealed: bool, trusted: bool) -> Runner:
     manifest = find_manifest(folder) if sealed or not folder.is_dir() else None
     if (folder / "export.json").is_file():
         from .exported import open_exported
 
-        return open_exported(folder, place, label)
+        return open_exported(folder, place, label, trusted)
     if manifest is not None and manifest.kind == "run":
         from .store import load
 
-        return _of_program(load(folder), place, label, "run")
-    model, fresh = open_model(folder, None, {})
+        return _of_program(load(folder, trust_remote_code=trusted), place, label, "run")
+    model, fresh = open_model(folder, None, {"trust_remote_code": True} if trusted else {})
     kind = "checkpoint" if manifest is None else "folded"
     return _of_module(model, place, label, kind, folder, fresh)

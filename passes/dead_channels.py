@@ -15,6 +15,7 @@ from ..axis_table import RULES
 from ..base import Pass, Promise, Selection, option
 from ..channels import Facts, operands
 from ..edit import Edit, aliases
+from ..errors import RecipeError
 from ..experts import Order, ordered, reordered
 from ..needs import needed
 from ..program import Program
@@ -58,8 +59,8 @@ class DeadChannels(Pass):
     channels in heads, convolution channels, ranks of adapters. Experts of a mixture may each have other hidden units:
     the width is the largest that any of them needs. What zeros came from does not matter.
 
-    Keeps: the outputs, up to rounding (sums run over fewer terms). Does nothing to a program in training form, or
-    without dead channels.
+    Keeps: the outputs, up to rounding (sums run over fewer terms). Does nothing to a program without dead channels, nor
+    to one in training form, where a recipe names it to say which widths folding is to leave.
     Source: structural pruning as in DepGraph, Fang et al. 2023, arXiv 2301.12900, here with a proof of equality.
     """
 
@@ -71,6 +72,8 @@ class DeadChannels(Pass):
     uniform: bool = option(False, "the same widths in every block, so that an ordinary config can say them")
 
     def sites(self, program: Program) -> Selection:
+        if min(self.round_to, self.keep_at_least) < 1:
+            raise RecipeError("dead-channels: round_to and keep_at_least are numbers of channels, 1 or more")
         plan = self.plan(program) if program.stage == "eval" and program.device.type != "meta" else None
         return Selection((plan,) if plan is not None and plan.cut else ())  # type: ignore[arg-type]
 

@@ -92,6 +92,48 @@ def test_the_whole_path(run: Path, tiny_table: Path, tmp_path: Path) -> None:
     assert call("inspect", onnx).exit_code == 0
 
 
+UNEVEN = """
+[[pass]]
+name = "magnitude"
+targets = "role:ffn.down"
+blocks = "0"
+keep = 0.3
+
+[[pass]]
+name = "magnitude"
+targets = "role:ffn.down"
+blocks = "1"
+keep = 0.6
+"""
+
+
+def test_widths_are_left_as_asked(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Of 64 neurons 20 and 39 stay; a flag wins over the recipe, which wins over removing all that can go."""
+    from transformers import AutoModel
+
+    def widths(made: Result) -> list[int]:
+        assert made.exit_code == 0, made.output
+        rows = json.loads(made.stdout)["sections"]["dead-channels: Removed"]
+        return [json.loads(row["after"])[0] for row in rows if row["tensor"].endswith("intermediate.dense.weight")]
+
+    for name, more in (("plain", ""), ("rounded", '[[pass]]\nname = "dead-channels"\nround_to = 16\n')):
+        (tmp_path / f"{name}.toml").write_text(UNEVEN + more, encoding="utf-8")
+        made = call("rewrite", tiny_checkpoint, "--recipe", tmp_path / f"{name}.toml", "-o", tmp_path / name)
+        assert made.exit_code == 0, made.output
+    plain, rounded = tmp_path / "plain", tmp_path / "rounded"
+    assert widths(call("fold", plain, "-o", tmp_path / "0", "--json")) == [20, 39]
+    assert call("verify", plain, tmp_path / "0").exit_code == 2  # a .pt2 runs code when it is opened
+    assert call("verify", plain, tmp_path / "0", "--trust-remote-code").exit_code == 0
+    assert call("bench", tmp_path / "0", "--trust-remote-code", "--shape", "1x8", "--repeats", 3).exit_code == 0
+    assert widths(call("fold", rounded, "-o", tmp_path / "1", "--json")) == [32, 48]
+    assert widths(call("fold", rounded, "-o", tmp_path / "2", "--round-to", 8, "--json")) == [24, 40]
+    assert widths(call("fold", plain, "-o", tmp_path / "3", "--uniform", "--json")) == [39, 39]
+    assert AutoModel.from_pretrained(tmp_path / "3").config.intermediate_size == 39
+    for number, options in enumerate((["--round-to", 8], ["--keep-at-least", 30], ["--format", "hf", "--uniform"]), 4):
+        assert call("export", plain, "-o", tmp_path / str(number), *options).exit_code == 0
+        assert call("verify", plain, tmp_path / str(number)).exit_code == 0
+
+
 def test_the_folders_open_without_lorafx(run: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     """PEFT opens the run, transformers the folded folder and the ONNX folder, all with the same logits."""
     import torch
@@ -163,6 +205,7 @@ ERRORS = [
     (["rewrite", "{tmp}/empty", "--pass", "lora", "--dry-run"], 5, "no config.json"),
     (["rewrite", "{ckpt}", "--recipe", "{tmp}/bad.toml", "--dry-run"], 2, "unknown key 'passs'"),
     (["fold", "{tmp}/empty", "-o", "{tmp}/out"], 5, "no config.json"),
+    (["export", "{run}", "-o", "{tmp}/out", "--uniform", "--adapters", "separate"], 2, "nothing is folded here"),
     (["train", "{run}", "--data", "{tmp}/other.csv", "-o", "{tmp}/out"], 5, "did you mean 'lable'"),
     (["train", "{run}", "--data", "{tmp}/none.csv", "-o", "{tmp}/out"], 5, "none.csv"),
     (["verify", "{run}", "{ckpt}"], 4, "differ"),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.axes import Axes
 from lorafx.axis_table import RULES
+from lorafx.errors import RecipeError
 from lorafx.passes.dead_channels import DeadChannels
 from lorafx.pipeline import run, to_eval
 from lorafx.precision import recast
@@ -119,6 +120,11 @@ def test_wanted_widths_are_kept(model: str, widths: dict[str, Any]) -> None:
                 assert new >= min(old, widths.get("keep_at_least", 1))
             if widths.get("uniform") and ".0." in name:
                 assert after.shape == sliced.tensor(name.replace(".0.", ".1.")).shape
+
+
+def test_widths_that_are_no_width_are_refused() -> None:
+    with pytest.raises(RecipeError, match="1 or more"):
+        run(evaluating("bert"), [DeadChannels(round_to=0)])
 
 
 def test_a_training_graph_is_left_alone() -> None:

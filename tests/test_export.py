@@ -7,13 +7,16 @@ import dataclasses
 import pytest
 import torch
 import zoo
+from small import bert, captured
 from torch import Tensor, nn
 
 import lorafx
 from lorafx.edit import Edit
-from lorafx.errors import CaptureError
+from lorafx.errors import CaptureError, UsageError
 from lorafx.export import only_values_differ, replay
+from lorafx.hf_format import fits_checkpoint, hf_model
 from lorafx.passes.lora import Lora
+from lorafx.passes.magnitude import Magnitude
 from lorafx.passes.tidy import Tidy
 
 
@@ -41,6 +44,16 @@ def test_the_capture_is_no_part_of_the_program_that_is_rewritten() -> None:
     program = zoo.captured("bert")
     assert program.captured is not None
     assert program.captured.graph is not program.graph
+
+
+def test_a_size_that_the_config_refuses_fits_no_checkpoint() -> None:
+    """Of three heads two stay: no word of BERT's config says how wide a head is."""
+    program = captured(bert, hidden_size=24, num_attention_heads=3)
+    closed = lorafx.rewrite(program, [Magnitude(targets="attention.output.dense", keep=0.6)])
+    folded = lorafx.fold(closed, gather="never")
+    assert not fits_checkpoint(folded)
+    with pytest.raises(UsageError, match=r"cannot hold this program: .*not a multiple"):
+        hf_model(folded)
 
 
 class Mlp(nn.Module):

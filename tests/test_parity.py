@@ -341,6 +341,16 @@ def test_any_two_folders_compare(folders: dict[str, Path]) -> None:
         assert not verify(runners["checkpoint"], runners[name]).ok
 
 
+def test_code_in_a_folder_runs_only_when_trusted(folders: dict[str, Path], tmp_path: Path) -> None:
+    lorafx.export(lorafx.load(folders["run"]), tmp_path / "pt2", format="pt2")
+    with pytest.raises(UsageError, match="trust_remote_code"):
+        open_runner(tmp_path / "pt2")
+    opened = open_runner(tmp_path / "pt2", trust_remote_code=True)
+    assert (opened.kind, opened.dtype) == ("dynamo", torch.float32)
+    assert verify(folders["onnx"], opened).ok
+    assert verify(folders["run"], tmp_path / "pt2", trust_remote_code=True).ok
+
+
 def test_token_types_count_when_both_take_them(folders: dict[str, Path]) -> None:
     specs = merged(open_runner(folders["folded"]).inputs, open_runner(folders["onnx"]).inputs)
     assert [spec.name for spec in specs if spec.high == 2 and not spec.is_mask] == ["token_type_ids"]
