@@ -1,9 +1,10 @@
 """When a gather of the columns a weight uses beats multiplying its zero columns too, and what gather-columns decides.
 
-    python -m benchmarks.gather
+    python -m benchmarks.gather          # in fp32 on the CPU, with 1 and 2 threads
+    python -m benchmarks.gather --cuda   # in fp16 on a GPU, as a CUDA graph; needs no lorafx
 
-ONNX Runtime on CPU with 1 and 2 threads: MatMul and Add over all columns, against Gather, MatMul and Add over those
-that are not zero. Interleaved, medians; the constants of the cost model are fitted to the seconds.
+ONNX Runtime: MatMul and Add over all columns, against Gather, MatMul and Add over those that are not zero. Interleaved,
+medians; the constants of the cost model are fitted to the seconds.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from typing import Any
 
 import numpy as np
 
-TOKENS, INPUTS, OUTPUTS = (64, 512, 4096), (384, 768, 2048), (384, 1536, 4096)
+INPUTS, OUTPUTS = (384, 768, 2048), (384, 1536, 4096)
+TOKENS, CUDA_TOKENS = (64, 512, 4096), (512, 4096, 16384)
+#: Stands for a GPU where a number of threads is meant.
+CUDA = 0
 CLOSED, SHARED = (0.1, 0.4, 0.7), (1, 3)
 #: Larger products than this (multiply-adds) say nothing new and take seconds.
 LARGEST = 6e9
@@ -26,7 +30,7 @@ LARGEST = 6e9
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: sizes, and the medians in seconds of both ways."""
+    """One measurement: sizes, and the medians in seconds of both ways. ``threads`` may be :data:`CUDA`."""
 
     threads: int
     tokens: int
@@ -36,12 +40,10 @@ class Case:
     full: float
     gathered: float
 
-    @property
-    def decided(self) -> float:
-        """Seconds of the way that the pass takes."""
-        from lorafx.passes.gather_columns import pays
-
-        return self.gathered if pays(self.width, self.kept, self.outputs) else self.full
+    def decided(self, cost: float) -> float:
+        """Seconds of the way that the pass takes when gathering an element costs so many multiply-adds."""
+        pays = (self.width - self.kept) * sum(self.outputs) > self.kept * cost
+        return self.gathered if pays else self.full
 
     @property
     def better(self) -> float:
@@ -54,8 +56,8 @@ def session(width: int, kept: int | None, outputs: tuple[int, ...], threads: int
     import onnxruntime as ort
     from onnx import TensorProto, helper, numpy_helper
 
-    from lorafx.exported import session_options
-
+    element = np.float16 if threads == CUDA else np.float32
+    kind = TensorProto.FLOAT16 if threads == CUDA else TensorProto.FLOAT
     random = np.random.default_rng(0)
     nodes, constants = [], []
     if kept is not None:
@@ -63,24 +65,49 @@ def session(width: int, kept: int | None, outputs: tuple[int, ...], threads: int
         constants.append(numpy_helper.from_array(columns, "columns"))
         nodes.append(helper.make_node("Gather", ["x", "columns"], ["read"], axis=-1))
     for place, size in enumerate(outputs):
-        weight = random.standard_normal((kept or width, size), dtype=np.float32)
+        weight = random.standard_normal((kept or width, size), dtype=np.float32).astype(element)
         constants += [numpy_helper.from_array(weight, f"w{place}"), numpy_helper.from_array(weight[0], f"b{place}")]
         nodes.append(helper.make_node("MatMul", ["read" if kept is not None else "x", f"w{place}"], [f"p{place}"]))
         nodes.append(helper.make_node("Add", [f"p{place}", f"b{place}"], [f"y{place}"]))
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, "tokens", width])
-    ys = [helper.make_tensor_value_info(f"y{p}", TensorProto.FLOAT, [1, "tokens", s]) for p, s in enumerate(outputs)]
+    x = helper.make_tensor_value_info("x", kind, [1, "tokens", width])
+    ys = [helper.make_tensor_value_info(f"y{p}", kind, [1, "tokens", s]) for p, s in enumerate(outputs)]
     model = helper.make_model(
         helper.make_graph(nodes, "layers", [x], ys, constants),
         opset_imports=[helper.make_opsetid("", 20)],
         ir_version=10,
     )
-    provider = ["CPUExecutionProvider"]
-    return ort.InferenceSession(model.SerializeToString(), session_options(threads), providers=provider)
+    if threads == CUDA:
+        providers: list[Any] = [("CUDAExecutionProvider", {"enable_cuda_graph": "1"})]
+        return ort.InferenceSession(model.SerializeToString(), providers=providers)
+    from lorafx.exported import session_options
+
+    providers = ["CPUExecutionProvider"]
+    return ort.InferenceSession(model.SerializeToString(), session_options(threads), providers=providers)
+
+
+def call(made: Any, tokens: int, width: int, outputs: tuple[int, ...], threads: int) -> Callable[[], Any]:
+    """A run on some input, which on a GPU is there already, as is the place of the output."""
+    if threads != CUDA:
+        x = {"x": np.random.default_rng(1).standard_normal((1, tokens, width), dtype=np.float32)}
+        return lambda: made.run(None, x)
+    import torch
+
+    binding, x = made.io_binding(), torch.randn(1, tokens, width, device="cuda").half()
+    ys = [torch.empty(1, tokens, size, dtype=torch.float16, device="cuda") for size in outputs]
+    binding.bind_input("x", "cuda", 0, np.float16, tuple(x.shape), x.data_ptr())
+    for place, y in enumerate(ys):
+        binding.bind_output(f"y{place}", "cuda", 0, np.float16, tuple(y.shape), y.data_ptr())
+
+    # The binding holds addresses only; what lies there has to outlive it.
+    def run(_alive: tuple[Any, ...] = (x, *ys)) -> None:
+        made.run_with_iobinding(binding)
+
+    return run
 
 
 def seconds(actions: list[Callable[[], Any]], budget: float) -> list[float]:
     """The median seconds of each action, interleaved until ``budget`` (s) is spent, 3 rounds at least, 201 at most."""
-    for action in actions:
+    for action in actions * 3:
         action()
     taken: list[list[float]] = [[] for _ in actions]
     end = time.perf_counter() + budget
@@ -94,18 +121,17 @@ def seconds(actions: list[Callable[[], Any]], budget: float) -> list[float]:
     return [statistics.median(times) for times in taken]
 
 
-def cases(budget: float) -> Iterator[Case]:
+def cases(budget: float, cuda: bool) -> Iterator[Case]:
     """Measure the grid."""
-    random = np.random.default_rng(1)
-    for threads, width, size, shared in product((1, 2), INPUTS, OUTPUTS, SHARED):
-        outputs = (size,) * shared
-        widths = [None, *(round(width * (1 - closed)) for closed in CLOSED)]
-        sessions = [session(width, kept, outputs, threads) for kept in widths]
-        for tokens in TOKENS:
-            if tokens * width * sum(outputs) > LARGEST:
+    for threads, width, size, shared in product((CUDA,) if cuda else (1, 2), INPUTS, OUTPUTS, SHARED):
+        outputs, multiple = (size,) * shared, 8 if cuda else 1
+        widths = [None, *(round(width * (1 - closed) / multiple) * multiple for closed in CLOSED)]
+        for tokens in CUDA_TOKENS if cuda else TOKENS:
+            if tokens * width * sum(outputs) > LARGEST and not cuda:
                 continue
-            x = {"x": random.standard_normal((1, tokens, width), dtype=np.float32)}
-            full, *gathered = seconds([lambda run=s.run, x=x: run(None, x) for s in sessions], budget)
+            # One shape a session: a CUDA graph holds no other.
+            sessions = [session(width, kept, outputs, threads) for kept in widths]
+            full, *gathered = seconds([call(s, tokens, width, outputs, threads) for s in sessions], budget)
             for kept, found in zip(widths[1:], gathered, strict=True):
                 yield Case(threads, tokens, width, int(kept or 0), outputs, full, found)
 
@@ -119,21 +145,31 @@ def fitted(found: list[Case]) -> tuple[float, float]:
     return per_mac, statistics.median(rest)
 
 
+def _cost(cuda: bool) -> float:
+    from lorafx.passes.gather_columns import CPU_COST, GPU_COST
+
+    return GPU_COST if cuda else CPU_COST
+
+
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--budget", type=float, default=0.8, help="seconds for each size and number of threads")
-    found = list(cases(parser.parse_args().budget))
+    parser.add_argument("--cuda", action="store_true", help="on a GPU")
+    parser.add_argument("--cost", type=float, help="of gathering an element, in multiply-adds (default: the pass')")
+    options = parser.parse_args()
+    cost = options.cost or _cost(options.cuda)
+    found = list(cases(options.budget, options.cuda))
     print(
         "| threads | tokens | cases | decided right | regret: mean | 95 % below | largest | s per MAC | s per element |"
     )
     print("|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
-    for threads, tokens in [*product((1, 2), TOKENS), (0, 0)]:
-        part = [c for c in found if (c.threads, c.tokens) == (threads, tokens) or not threads]
-        right = sum(c.decided == c.better for c in part) / len(part)
-        regret = sorted(c.decided / c.better - 1 for c in part)
+    for threads, tokens in [*sorted({(c.threads, c.tokens) for c in found}), ("all", "all")]:
+        part = [c for c in found if (c.threads, c.tokens) == (threads, tokens) or threads == "all"]
+        right = sum(c.decided(cost) == c.better for c in part) / len(part)
+        regret = sorted(c.decided(cost) / c.better - 1 for c in part)
         per_mac, per_element = fitted(part)
-        where = f"{threads} | {tokens}" if threads else "all | all"
+        where = f"{'GPU' if threads == CUDA else threads} | {tokens}"
         print(
             f"| {where} | {len(part)} | {right:.0%} | {statistics.mean(regret):.1%} "
             f"| {regret[int(0.95 * len(part))]:.1%} | {regret[-1]:.1%} | {per_mac:.2g} | {per_element:.2g} |"

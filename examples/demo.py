@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -46,7 +46,9 @@ def say(text: str, started: float) -> None:
     print(f"[{time.perf_counter() - started:5.0f} s] {text}", file=sys.stderr, flush=True)
 
 
-def hugging_face_export(checkpoint: Path, folder: Path) -> Path:
+def hugging_face_export(
+    checkpoint: Path, folder: Path, provider: Literal["cpu", "cuda"] = "cpu", dtype: Any = "auto"
+) -> Path:
     """The best existing path to the same ONNX model: transformers' own exporter on the merged checkpoint."""
     from contextlib import redirect_stdout
 
@@ -56,9 +58,9 @@ def hugging_face_export(checkpoint: Path, folder: Path) -> Path:
 
     from lorafx.capture import dynamic_shapes, example_inputs
 
-    model = AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint, dtype=dtype).eval()
     inputs = example_inputs(model, checkpoint)
-    config = OnnxConfig(dynamic=True, dynamic_shapes=dynamic_shapes(model, inputs), ort_fusions="cpu")
+    config = OnnxConfig(dynamic=True, dynamic_shapes=dynamic_shapes(model, inputs), ort_fusions=provider)
     with redirect_stdout(sys.stderr):
         OnnxExporter().export(model, inputs, config).save_pretrained(folder)
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -63,12 +64,12 @@ def emit(value: Any, text: str, as_json: bool) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False) if as_json else text)
 
 
-def removal_of(**widths: Any) -> DeadChannels | None:
+def removal_of(provider: str, **widths: Any) -> DeadChannels | None:
     """The pass that :data:`width_options` ask for; None without any, so that the recipe decides."""
-    from .passes.dead_channels import DeadChannels
+    from .pipeline import removal_for
 
     given = {name: value for name, value in widths.items() if value is not None}
-    return DeadChannels(**given) if given else None
+    return dataclasses.replace(removal_for(provider), **given) if given else None
 
 
 def open_program(path: Path, **options: Any) -> Program:

@@ -67,7 +67,8 @@ def export(
         format: ``onnx`` (opens with ``ExportedModel.from_pretrained``), ``hf`` (an ordinary checkpoint),
             ``pt2`` (``ExportedModel`` over ``torch.export``), ``peft`` (a LoRA adapter for PEFT, of a program that is
             not folded: gates and tied scalings become part of A and B, closed ranks are left out)
-        provider: the ONNX Runtime provider whose fused operators are used
+        provider: the ONNX Runtime provider whose fused operators are used, and for which a program is folded that is
+            not folded yet
         adapters: ``merged`` into the base weights, or ``separate`` operators as they were trained
         dtype: convert weights and activations to this dtype; folding happens before, so weights round once
         generate: export prefill and decode graphs with a cache, for causal language models
@@ -84,7 +85,7 @@ def export(
         raise UsageError(f"cannot export to {format!r} for {provider!r}; formats: {FORMATS}, providers: {PROVIDERS}")
     if program.device.type == "meta":
         raise UsageError("the program was captured on the meta device and has no weights; capture or load it with them")
-    final = as_lora(program) if format == "peft" else _final(program, adapters, format)
+    final = as_lora(program) if format == "peft" else _final(program, adapters, format, provider)
     meta = {"base": base_record(final), "history": _history_record(final), "provider": provider, "adapters": adapters}
     with new_folder(path, kind=format, meta=meta, overwrite=overwrite) as folder:
         if format == "hf":
@@ -106,14 +107,14 @@ def export(
         return result
 
 
-def _final(program: Program, adapters: str, kind: str) -> Program:
+def _final(program: Program, adapters: str, kind: str, provider: Literal["cpu", "cuda"]) -> Program:
     if adapters == "separate":
         if program.origin is not None:
             raise UsageError("this program is folded: its adapters are merged; export the program before fold()")
         return to_eval(program)
     # A checkpoint's architecture has no gathers.
     gather = "never" if kind == "hf" else "auto"
-    folded = program if program.origin is not None else fold(program, gather=gather)
+    folded = program if program.origin is not None else fold(program, provider=provider, gather=gather)
     left = folded.names("adapter", "gate")
     if left:
         raise UsageError(f"{left[0]} cannot be merged into the base; export with adapters='separate'")

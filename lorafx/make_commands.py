@@ -126,7 +126,7 @@ def fold(run: Path, out: Path, verify_each: bool, double: bool, overwrite: bool,
     with quiet():
         program = open_program(run)
         observers = [VerifyEach(double=double)] if verify_each else []
-        folded = merge(program, observers, removal=removal_of(**widths), gather="never")
+        folded = merge(program, observers, removal=removal_of("cpu", **widths), gather="never")
         kind = "hf" if fits_checkpoint(folded) else "pt2"
         result = write(folded, out, kind, overwrite=overwrite)
     report = folded.report.plus(parity=result.to_json() if result else None, output=str(out))
@@ -152,13 +152,13 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ad
     from .export import export as write
     from .pipeline import fold as merge
 
-    removal = removal_of(**{name: o[name] for name in ("round_to", "keep_at_least", "uniform")})
+    removal = removal_of(provider, **{name: o[name] for name in ("round_to", "keep_at_least", "uniform")})
     if removal is not None and (kind == "peft" or adapters == "separate"):
         raise UsageError("widths are those left by folding, and nothing is folded here; leave the width options out")
     with quiet():
         program = open_program(run, task=o["task"], num_labels=o["num_labels"])
         if removal is not None:
-            program = merge(program, removal=removal, gather="never" if kind == "hf" else "auto")
+            program = merge(program, provider=provider, removal=removal, gather="never" if kind == "hf" else "auto")
         result = write(
             program,
             out,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from .base import Method, Pass
 from .edit import Edit
-from .errors import LorafxError, RecipeError
+from .errors import LorafxError, RecipeError, UsageError
 from .program import Applied, Program
 from .recipe import Recipe
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 #: A fixed point that takes longer than this many rounds is a bug in a pass, not a large model.
 _ROUNDS = 20
+#: A GPU's matrix units take fp16 rows in multiples of 16 bytes; with others nothing is gained by removing channels, and
+#: larger multiples gain nothing more (``benchmarks/gpu.py``).
+_CUDA_WIDTHS = 8
 
 
 def run(program: Program, passes: Sequence[Pass], observers: Sequence[Observer] = ()) -> Program:
@@ -82,10 +85,18 @@ def to_eval(program: Program) -> Program:
     return program if program.stage == "eval" else run(program, (ToEval(),))
 
 
+def removal_for(provider: str) -> DeadChannels:
+    """The widths that a provider likes."""
+    from .passes.dead_channels import DeadChannels
+
+    return DeadChannels(round_to=_CUDA_WIDTHS if provider == "cuda" else 1)
+
+
 def fold(
     program: Program,
     observers: Sequence[Observer] = (),
     *,
+    provider: Literal["cpu", "cuda"] = "cpu",
     removal: DeadChannels | None = None,
     gather: Literal["auto", "always", "never"] = "auto",
 ) -> Program:
@@ -93,21 +104,29 @@ def fold(
 
     Returns a new Program in evaluation form whose ``origin`` is ``program``. Knows no method: adapters, gates and
     masks, lorafx's or anyone's, fold because they are constant or affine subgraphs, and what they closed is removed
-    because it is zero. ``removal`` says which widths are wanted (multiples of 8, alike in every block, …); without it,
-    what the program's recipe says of ``dead-channels``. ``gather`` says when zero columns over a residual stream are
-    skipped (``gather-columns``); what was gathered fits no checkpoint any more.
+    because it is zero.
+
+    Args:
+        provider: where the result is to be fast; on ``cuda`` widths are multiples of 8, and fewer gathers pay
+        removal: which widths are wanted (alike in every block, …); by default what the program's recipe says of
+            ``dead-channels``, or else what the provider likes
+        gather: when zero columns over a residual stream are skipped (``gather-columns``); what was gathered fits no
+            checkpoint any more
     """
     from .passes.dead_channels import DeadChannels
     from .passes.fold_affine import FoldAffine
     from .passes.fold_constants import FoldConstants
-    from .passes.gather_columns import GatherColumns
+    from .passes.gather_columns import CPU_COST, GPU_COST, GatherColumns
     from .passes.tidy import Tidy
     from .passes.to_eval import ToEval
 
-    if removal is None:
-        asked = [applied.step for applied in program.history if isinstance(applied.step, DeadChannels)]
-        removal = asked[-1] if asked else DeadChannels()
+    if provider not in ("cpu", "cuda"):
+        raise UsageError(f"cannot fold for {provider!r}; providers: cpu, cuda")
+    liked = removal_for(provider)
+    asked = [applied.step for applied in program.history if isinstance(applied.step, DeadChannels)]
+    cost = GPU_COST if provider == "cuda" else CPU_COST
     # Gathering comes after removal, which would have to see through a gather.
-    steps = (ToEval(), FoldConstants(), FoldAffine(), removal, GatherColumns(gather), Tidy())
+    last = (removal or (asked or [liked])[-1], GatherColumns(gather, cost, liked.round_to), Tidy())
+    steps = (ToEval(), FoldConstants(), FoldAffine(), *last)
     folded = run(program, steps, observers)
     return dataclasses.replace(folded, origin=program.origin or program)

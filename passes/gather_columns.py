@@ -16,17 +16,17 @@ from ..axis_table import RULES
 from ..base import Pass, Promise, Selection, option
 from ..channels import operands
 from ..edit import Edit, aliases
+from ..errors import RecipeError
 from ..program import Program
 from ..site import is_tensor_node, module_path
 
 aten = torch.ops.aten
 
-#: Seconds of one multiply-add in a GEMM, and of one gathered element: fp32, ONNX Runtime 1.31 with one thread
-#: (`python -m benchmarks.gather`, 64 tokens). Their ratio is what decides. The fused operators of the CPU provider stay
-#: as they are behind a gather. Projections with columns of their own are no longer packed into one product, which
-#: costs nothing: packed ones were no faster (benchmarks/RESULTS.md).
-SECONDS_PER_MAC = 1.2e-11
-SECONDS_PER_ELEMENT = 3.3e-9
+#: How many multiply-adds of a GEMM take as long as gathering one element: in fp32 on a CPU (ONNX Runtime 1.31, one
+#: thread, 64 tokens), in fp16 on a GPU (H200, 512 to 16,384 tokens); `python -m benchmarks.gather`. The fused operators
+#: of the CPU provider stay as they are behind a gather. Projections with columns of their own are no longer packed into
+#: one product, which costs nothing: packed ones were no faster (benchmarks/RESULTS.md).
+CPU_COST, GPU_COST = 275.0, 2000.0
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Gather:
     def __str__(self) -> str:
         return f"{len(self.kept)} columns of {self.value}: {', '.join(map(_weight, self.uses))}"
 
-    def pays(self) -> bool:
+    def pays(self, cost: float) -> bool:
         """Whether the multiply-adds saved cost more than the gather."""
         outputs = [int(use.meta["val"].shape[-1]) for use in self.uses]
-        return pays(int(self.value.meta["val"].shape[-1]), len(self.kept), outputs)
+        return pays(int(self.value.meta["val"].shape[-1]), len(self.kept), outputs, cost)
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,16 @@ class GatherColumns(Pass):
     promise: ClassVar[Promise] = Promise.CLOSE
 
     when: Literal["auto", "always", "never"] = option("auto", "gather where it pays, wherever it can be done, or never")
+    cost: float = option(CPU_COST, "of gathering an element, in multiply-adds: about 275 on a CPU, 2000 on a GPU")
+    round_to: int = option(1, "gather a multiple of so many columns, for the hardware")
 
     def sites(self, program: Program) -> Selection:
         if self.when == "never" or program.stage != "eval" or program.device.type == "meta":
             return Selection(())
-        found = gathers(program)
-        taken = found if self.when == "always" else [gather for gather in found if gather.pays()]
+        if self.round_to < 1:
+            raise RecipeError("gather-columns: round_to is a number of columns, 1 or more")
+        found = gathers(program, self.round_to)
+        taken = found if self.when == "always" else [gather for gather in found if gather.pays(self.cost)]
         return Selection(tuple(taken))  # type: ignore[arg-type]
 
     def rewrite(self, edit: Edit, site: Any) -> None:
@@ -95,16 +99,16 @@ class GatherColumns(Pass):
             rows.append({"weight": weight, "dimension": dim, "before": old.shape[dim], "after": len(site.kept)})
 
 
-def pays(width: int, kept: int, outputs: Sequence[int]) -> bool:
+def pays(width: int, kept: int, outputs: Sequence[int], cost: float = CPU_COST) -> bool:
     """Whether gathering ``kept`` of ``width`` columns once is cheaper than multiplying all of them into ``outputs``.
 
     Per token; how many there are is not known, and both sides grow with them alike.
     """
-    return (width - kept) * sum(outputs) * SECONDS_PER_MAC > kept * SECONDS_PER_ELEMENT
+    return (width - kept) * sum(outputs) > kept * cost
 
 
-def gathers(program: Program) -> list[Gather]:
-    """All that could be gathered, in graph order."""
+def gathers(program: Program, round_to: int = 1) -> list[Gather]:
+    """All that could be gathered, in graph order; of each value a multiple of ``round_to`` columns."""
     candidates = [node for node in program.graph.nodes if _is_candidate(program, node)]
     if not candidates:
         return []
@@ -114,7 +118,9 @@ def gathers(program: Program) -> list[Gather]:
     for node in candidates:
         value = operands(node)[0]
         skipped = _zero(program, node) & _pinned(axes, held, value)
-        kept = np.flatnonzero(~skipped) if not skipped.all() else np.array([0])
+        wanted = -(-max(1, int((~skipped).sum())) // round_to) * round_to
+        # Used columns sort before skipped ones, which fill up to a multiple.
+        kept = np.sort(np.argsort(skipped, kind="stable")[:wanted])
         if len(kept) < len(skipped):
             groups[value, tuple(kept.tolist())].append(node)
     return [Gather(value, kept, tuple(uses)) for (value, kept), uses in groups.items()]

@@ -107,13 +107,16 @@ keep = 0.6
 """
 
 
+@pytest.mark.slow
 def test_widths_are_left_as_asked(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Of 64 neurons 20 and 39 stay; a flag wins over the recipe, which wins over removing all that can go."""
     from transformers import AutoModel
 
-    def widths(made: Result) -> list[int]:
-        assert made.exit_code == 0, made.output
-        rows = json.loads(made.stdout)["sections"]["dead-channels: Removed"]
+    def widths(made: Result | Path) -> list[int]:
+        if isinstance(made, Result):
+            assert made.exit_code == 0, made.output
+        report = json.loads(made.read_text() if isinstance(made, Path) else made.stdout)
+        rows = report["sections"]["dead-channels: Removed"]
         return [json.loads(row["after"])[0] for row in rows if row["tensor"].endswith("intermediate.dense.weight")]
 
     for name, more in (("plain", ""), ("rounded", '[[pass]]\nname = "dead-channels"\nround_to = 16\n')):
@@ -129,9 +132,12 @@ def test_widths_are_left_as_asked(tiny_checkpoint: Path, tmp_path: Path) -> None
     assert widths(call("fold", rounded, "-o", tmp_path / "2", "--round-to", 8, "--json")) == [24, 40]
     assert widths(call("fold", plain, "-o", tmp_path / "3", "--uniform", "--json")) == [39, 39]
     assert AutoModel.from_pretrained(tmp_path / "3").config.intermediate_size == 39
-    for number, options in enumerate((["--round-to", 8], ["--keep-at-least", 30], ["--format", "hf", "--uniform"]), 4):
-        assert call("export", plain, "-o", tmp_path / str(number), *options).exit_code == 0
-        assert call("verify", plain, tmp_path / str(number)).exit_code == 0
+    for options, expected in (([], [24, 40]), (["--keep-at-least", 30], [32, 40])):
+        made = call("export", plain, "-o", tmp_path / "cuda", "--provider", "cuda", "--overwrite", *options)
+        assert made.exit_code == 0, made.output
+        assert widths(tmp_path / "cuda" / "report.json") == expected
+    assert call("export", plain, "-o", tmp_path / "4", "--format", "hf", "--uniform").exit_code == 0
+    assert call("verify", plain, tmp_path / "4").exit_code == 0
 
 
 def test_the_folders_open_without_lorafx(run: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ from test_dead_channels import Mlp, captured
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.errors import UsageError
+from lorafx.errors import RecipeError, UsageError
 from lorafx.export import converted
 from lorafx.passes.dead_channels import DeadChannels
 from lorafx.passes.finegates import Finegates
-from lorafx.passes.gather_columns import GatherColumns, gathers, pays
+from lorafx.passes.gather_columns import GPU_COST, GatherColumns, gathers, pays
 from lorafx.pipeline import run, to_eval
 from lorafx.program import Program
 from lorafx.tree import put_tensor
@@ -104,6 +104,20 @@ def test_a_gather_that_several_share_pays_sooner() -> None:
     assert not pays(768, 384, [outputs - 1])
     assert pays(768, 384, [outputs // 3 + 1] * 3)
     assert not pays(768, 767, [outputs]), "one column saved"
+    assert not pays(768, 384, [outputs], GPU_COST), "products are cheaper there"
+
+
+def test_columns_are_gathered_in_multiples() -> None:
+    program = masked("bert")
+    plain, rounded = (run(lorafx.fold(program, gather="never"), [GatherColumns("always", round_to=n)]) for n in (1, 8))
+    assert len(gather_nodes(plain)) == len(gather_nodes(rounded)) == 4
+    widths = [[row["after"] for row in result.facts("Gathered")] for result in (plain, rounded)]
+    assert widths[1] == [-(-width // 8) * 8 for width in widths[0]]
+    assert widths[0] != widths[1]
+    assert equal(program, rounded)
+    assert not GatherColumns("always", round_to=8).sites(rounded).taken
+    with pytest.raises(RecipeError, match="1 or more"):
+        run(plain, [GatherColumns(round_to=0)])
 
 
 def test_a_second_time_changes_nothing() -> None:
@@ -190,7 +204,7 @@ def test_onnx_computes_the_same_with_the_same_fused_operators(model: str, tmp_pa
 
 
 def test_a_checkpoint_cannot_hold_gathers_and_needs_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorafx.passes.gather_columns.SECONDS_PER_ELEMENT", 0.0)
+    monkeypatch.setattr("lorafx.passes.gather_columns.CPU_COST", 0.0)
     program = masked("bert")
     assert gather_nodes(lorafx.fold(program)), "it pays"
     with pytest.raises(UsageError, match=r"query\.weight, .* gather-columns at when = \"never\""):
