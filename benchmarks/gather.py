@@ -1,7 +1,7 @@
 """When a gather of the columns a weight uses beats multiplying its zero columns too, and what gather-columns decides.
 
     python -m benchmarks.gather          # in fp32 on the CPU, with 1 and 2 threads
-    python -m benchmarks.gather --cuda   # in fp16 on a GPU, as a CUDA graph; needs no lorafx
+    python -m benchmarks.gather --cuda   # in fp16 on a GPU, as a CUDA graph
 
 ONNX Runtime: MatMul and Add over all columns, against Gather, MatMul and Add over those that are not zero. Interleaved,
 medians; the constants of the cost model are fitted to the seconds.
@@ -42,8 +42,9 @@ class Case:
 
     def decided(self, cost: float) -> float:
         """Seconds of the way that the pass takes when gathering an element costs so many multiply-adds."""
-        pays = (self.width - self.kept) * sum(self.outputs) > self.kept * cost
-        return self.gathered if pays else self.full
+        from lorafx.passes.gather_columns import pays
+
+        return self.gathered if pays(self.width, self.kept, self.outputs, cost) else self.full
 
     @property
     def better(self) -> float:
@@ -92,17 +93,11 @@ def call(made: Any, tokens: int, width: int, outputs: tuple[int, ...], threads: 
         return lambda: made.run(None, x)
     import torch
 
-    binding, x = made.io_binding(), torch.randn(1, tokens, width, device="cuda").half()
-    ys = [torch.empty(1, tokens, size, dtype=torch.float16, device="cuda") for size in outputs]
-    binding.bind_input("x", "cuda", 0, np.float16, tuple(x.shape), x.data_ptr())
-    for place, y in enumerate(ys):
-        binding.bind_output(f"y{place}", "cuda", 0, np.float16, tuple(y.shape), y.data_ptr())
+    from benchmarks.gpu import bound
 
-    # The binding holds addresses only; what lies there has to outlive it.
-    def run(_alive: tuple[Any, ...] = (x, *ys)) -> None:
-        made.run_with_iobinding(binding)
-
-    return run
+    place = {"dtype": torch.float16, "device": "cuda"}
+    ys = {f"y{number}": torch.empty(1, tokens, size, **place) for number, size in enumerate(outputs)}
+    return bound(made, {"x": torch.randn(1, tokens, width, **place)}, ys)
 
 
 def seconds(actions: list[Callable[[], Any]], budget: float) -> list[float]:

@@ -112,6 +112,23 @@ def logits_of(runner: Any, rows: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarr
 # ---- on a machine with a GPU
 
 
+def bound(session: Any, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Call:
+    """A run of an ONNX Runtime session that reads and writes these tensors on the GPU."""
+    import torch
+
+    elements = {torch.int64: np.int64, torch.float16: np.float16, torch.float32: np.float32}
+    binding = session.io_binding()
+    for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+        for name, value in tensors.items():
+            bind(name, "cuda", 0, elements[value.dtype], tuple(value.shape), value.data_ptr())
+
+    # The binding holds addresses only; what lies there has to outlive it.
+    def run(_alive: tuple[Any, ...] = (inputs, outputs)) -> None:
+        session.run_with_iobinding(binding)
+
+    return run
+
+
 class Model:
     """An ONNX model on the GPU, its inputs and outputs too."""
 
@@ -131,24 +148,12 @@ class Model:
         """A call without arguments on these tensors, and the tensor that then holds its logits."""
         import torch
 
-        binding = self.session.io_binding()
         given = {"input_ids": tokens, "attention_mask": mask, "token_type_ids": torch.zeros_like(tokens)}
-        kept = []
-        for entry in self.session.get_inputs():
-            value = given[entry.name].contiguous()
-            kept.append(value)
-            binding.bind_input(entry.name, "cuda", 0, np.int64, tuple(value.shape), value.data_ptr())
-        entry = self.session.get_outputs()[0]
-        kind = {"tensor(float16)": torch.float16, "tensor(float)": torch.float32}[entry.type]
+        output = self.session.get_outputs()[0]
+        kind = {"tensor(float16)": torch.float16, "tensor(float)": torch.float32}[output.type]
         logits = torch.empty(len(tokens), 2, dtype=kind, device="cuda")
-        element = np.float16 if kind == torch.float16 else np.float32
-        binding.bind_output(entry.name, "cuda", 0, element, tuple(logits.shape), logits.data_ptr())
-
-        # The binding holds addresses only; what lies there has to outlive it.
-        def run(_alive: tuple[Any, ...] = (*kept, logits)) -> None:
-            self.session.run_with_iobinding(binding)
-
-        return run, logits
+        taken = {entry.name: given[entry.name].contiguous() for entry in self.session.get_inputs()}
+        return bound(self.session, taken, {output.name: logits}), logits
 
 
 def placement(file: Path, tokens: Any, mask: Any) -> dict[str, int]:

@@ -18,6 +18,7 @@ from ..channels import operands
 from ..edit import Edit, aliases
 from ..errors import RecipeError
 from ..program import Program
+from ..removal import Widths
 from ..site import is_tensor_node, module_path
 
 aten = torch.ops.aten
@@ -118,7 +119,7 @@ def gathers(program: Program, round_to: int = 1) -> list[Gather]:
     for node in candidates:
         value = operands(node)[0]
         skipped = _zero(program, node) & _pinned(axes, held, value)
-        wanted = -(-max(1, int((~skipped).sum())) // round_to) * round_to
+        wanted = Widths(round_to).of(int((~skipped).sum()), len(skipped))
         # Used columns sort before skipped ones, which fill up to a multiple.
         kept = np.sort(np.argsort(skipped, kind="stable")[:wanted])
         if len(kept) < len(skipped):
