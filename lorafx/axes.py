@@ -3,25 +3,34 @@
 Every dimension of fixed size gets a *label* for each of its channels; operators say which labels are one channel
 (:meth:`Axes.same`), which only have to keep step (:meth:`Axes.tie`, where a vector is broadcast over heads), which form
 a row that can go as a whole (a head, when a flat dimension is viewed as heads × channels), of which there is one for
-each row (:meth:`Axes.broadcast`), and which must stay (:meth:`Axes.pin`). An operator without a rule pins everything it
-touches: the safe answer.
+each row (:meth:`Axes.broadcast`), and which must stay (:meth:`Axes.pin`). What an operator
+reads to compute something else it contracts (:meth:`Axes.contract`); what its result repeats for other channels it
+reads (:meth:`Axes.reads`).
+
+It fails closed: an operator without a rule, a rule that raises, a label that a rule leaves unmentioned, an axis that
+does not fit the operator's value, a value that is changed in place — all pin what they touch.
 
 A dimension without labels (a free size, or positions) never shrinks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 from torch import Tensor, fx
 
+from .axis_account import Account, Classes, fitted
+from .effects import written
 from .program import Program
 from .tree import get_tensor, has_tensor
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,48 +61,38 @@ def axis_of(axes: Iterable[Axis], dim: int) -> Axis | None:
     return next((axis for axis in axes if dim in axis.dims), None)
 
 
-class Classes:
-    """Labels joined into classes: the smallest label of each class stands for it."""
-
-    def __init__(self) -> None:
-        self._pairs: list[tuple[Array, Array]] = []
-
-    def join(self, a: Array, b: Array) -> None:
-        """Entries at one place of two arrays (broadcast against each other) are of one class."""
-        a, b = np.broadcast_arrays(a, b)
-        self._pairs.append((a.ravel(), b.ravel()))
-
-    def solve(self, count: int) -> Array:
-        """The class of each of ``count`` labels."""
-        lowest = np.arange(count)
-        if not self._pairs:
-            return lowest
-        left = np.concatenate([a for a, _ in self._pairs])
-        right = np.concatenate([b for _, b in self._pairs])
-        while True:
-            before = lowest.copy()
-            smaller = np.minimum(lowest[left], lowest[right])
-            np.minimum.at(lowest, lowest[left], smaller)
-            np.minimum.at(lowest, lowest[right], smaller)
-            lowest = lowest[lowest]
-            if np.array_equal(before, lowest):
-                return lowest
-
-
 class Axes:
     """The labels of every value of a program's graph.
+
+    Args:
+        program: the program
+        rules: what is known of operators, by target or by the target's name
+        distrusted: names of nodes whose rules are not to be believed, and why: they pin what they touch
 
     Attributes:
         known: the axes of each node
         members: for each tensor the graph reads, one array of labels a dimension
         reasons: why labels are pinned
+        contracted: for each node, the labels it reads to compute other channels
+        read: for each node, pairs of arrays: entries of the second are read wherever those of the first are needed
         aligned: labels of which only a multiple of a number may stay
         per_row: labels of rows (the last dimension runs inside one), and labels that stay while any of their rows does
     """
 
-    def __init__(self, program: Program, rules: dict[Any, Callable[[Axes, fx.Node], Known]]):
+    def __init__(
+        self,
+        program: Program,
+        rules: dict[Any, Callable[[Axes, fx.Node], Known]],
+        distrusted: Mapping[str, str] | None = None,
+    ):
         self.program = program
+        self.rules = rules
+        self.distrusted = distrusted or {}
+        self.changing = written(program.graph)
         self.known: dict[fx.Node, Known] = {}
+        self.contracted: dict[fx.Node, list[Array]] = defaultdict(list)
+        self.read: dict[fx.Node, list[tuple[Array, Array]]] = defaultdict(list)
+        self._account = Account()
         self.members: dict[str, list[Array]] = {}
         self.reasons: dict[int, str] = {}
         self._count = 0
@@ -107,7 +106,7 @@ class Axes:
         self.aligned: list[tuple[Array, int]] = []
         self._by_tensor: dict[int, list[Array]] = {}
         for node in program.graph.nodes:
-            self.known[node] = self._visit(node, rules)
+            self.known[node] = self._visit(node)
         self._solve()
 
     # ---- what rules say
@@ -122,10 +121,12 @@ class Axes:
     def same(self, a: Array, b: Array) -> None:
         """Entries at one place are one channel."""
         self._same.join(a, b)
+        self._account.join(a, b)
 
     def tie(self, a: Array, b: Array) -> None:
         """Entries at one place keep step: one stays while the other does, except where a whole row goes."""
         self._tied.join(a, b)
+        self._account.join(a, b)
 
     def broadcast(self, wide: Array, narrow: Array) -> None:
         """Entries of ``narrow`` are repeated along its dimensions of size 1, to meet those of ``wide``.
@@ -134,6 +135,7 @@ class Axes:
         entries at one place keep step.
         """
         self._broadcasts.append((wide, narrow))
+        self._account.join(wide, narrow)
 
     def rows(self, labels: Array) -> None:
         """The last dimension of ``labels`` runs inside a row; rows can go as a whole."""
@@ -156,6 +158,7 @@ class Axes:
 
     def pin(self, labels: Array, why: str) -> None:
         """These channels stay."""
+        self._account.close(labels)
         for label in labels.ravel().tolist():
             self.reasons.setdefault(label, why)
 
@@ -166,26 +169,79 @@ class Axes:
         else:
             self._held_rows.append(axis.data)
 
+    def contract(self, node: fx.Node, labels: Array) -> None:
+        """``node`` reads these channels to compute others: they are needed unless it is known that it needs less."""
+        self.contracted[node].append(labels)
+        self._account.close(labels)
+
+    def reads(self, node: fx.Node, result: Array, operand: Array) -> None:
+        """Where an entry of ``result`` is needed, ``node`` reads the entry of ``operand`` there."""
+        self.read[node].append((result, operand))
+
+    def leave(self, labels: Array) -> None:
+        """The operator at hand does not read these."""
+        self._account.close(labels)
+
     def axes(self, value: object) -> list[Axis]:
         """The axes of an operand; none for a number."""
         return self.known[value] if isinstance(value, fx.Node) else []
 
     # ---- going through the graph
 
-    def _visit(self, node: fx.Node, rules: dict[Any, Callable[[Axes, fx.Node], Known]]) -> Known:
+    def _visit(self, node: fx.Node) -> Known:
         if node.op == "get_attr":
-            return self._tensor(node)
+            return self._held(node, self._tensor(node), [])
         if node.op == "placeholder":
             return []
+        read = [axis for value in node.all_input_nodes for axis in flat(self.known[value])]
+        self._account = Account()
+        known = self._judged(node)
+        self._account.close(np.concatenate([np.empty(0, int), *(axis.data.ravel() for axis in flat(known))]))
+        self.pin(self._account.open([axis.data for axis in read]), f"{node.target} does not say what becomes of it")
+        return self._held(node, known, read)
+
+    def _judged(self, node: fx.Node) -> Known:
+        """What the operator's rule says; nothing, with all it reads pinned, where no rule can be believed."""
         # Operators of other libraries, which may not be there, stand in the table by name.
-        rule = rules.get(node.target) or rules.get(str(node.target)) if node.op == "call_function" else None
-        if rule is not None:
-            return rule(self, node)
-        why = "an output of the model" if node.op == "output" else f"{_name(node)} has no rule"
+        rule = self.rules.get(node.target) or self.rules.get(str(node.target)) if node.op == "call_function" else None
+        if node.op == "output":
+            return self._pinned(node, "an output of the model")
+        if node.name in self.distrusted:
+            return self._pinned(node, self.distrusted[node.name])
+        if rule is None:
+            return self._pinned(node, f"{node.target} has no rule")
+        try:
+            return self._fitting(node, rule(self, node))
+        except Exception as error:
+            # Nothing is lost but channels that could have gone; the fold must not fail over a rule.
+            _log.warning("%s: the channels of %s stay: %s: %s", node.name, node.target, type(error).__name__, error)
+            return self._pinned(node, f"the rule of {node.target} failed")
+
+    def _pinned(self, node: fx.Node, why: str) -> Known:
         for value in node.all_input_nodes:
-            for axis in _flat(self.known[value]):
+            for axis in flat(self.known[value]):
                 self.pin(axis.data, why)
         return []
+
+    def _fitting(self, node: fx.Node, known: Known) -> Known:
+        """What of a rule's answer lies on the node's value; the rest is pinned."""
+        several = any(isinstance(item, list) for item in known)
+        values = node.meta.get("val")
+        parts = list(zip(known, values or (), strict=True)) if several else [(known, values)]
+        fitting = []
+        for axes, value in parts:
+            fits, others = fitted(axes, value)
+            for axis in others:
+                self.pin(axis.data, f"{node.target} gives it another size")
+            fitting.append(fits)
+        return fitting if several else fitting[0]
+
+    def _held(self, node: fx.Node, known: Known, read: list[Axis]) -> Known:
+        """A value that is changed in place, here or through one that shares its memory, keeps its channels."""
+        if node in self.changing:
+            for axis in [*read, *flat(known)]:
+                self.pin(axis.data, "a value that is changed in place")
+        return known
 
     def _tensor(self, node: fx.Node) -> Known:
         name = str(node.target)
@@ -276,12 +332,9 @@ def stuck(axes: Axes) -> Array:
     return steps[axes.step] & rows[axes.row]
 
 
-def _flat(known: Known) -> list[Axis]:
+def flat(known: Known) -> list[Axis]:
+    """The axes of a node's value, or of all its values."""
     return [axis for item in known for axis in (item if isinstance(item, list) else [item])]
-
-
-def _name(node: fx.Node) -> str:
-    return str(node.target)
 
 
 def sizes_of(node: fx.Node) -> tuple[Any, ...]:

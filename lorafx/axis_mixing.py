@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import torch
 from torch import fx
 
 from .axes import Array, Axes, Axis, Known, axis_of
-from .axis_moves import rank_of
-from .axis_rules import affine, is_one, join, matrix_labels, pinned
+from .axis_moves import argument, rank_of
+from .axis_rules import affine, is_one, join, matrix_labels
+
+aten = torch.ops.aten
 
 # ---- attention and products of activations
 
@@ -28,16 +33,24 @@ def heads(axes: Axes, value: fx.Node, count: int) -> Array:
 
 
 def attention(axes: Axes, node: fx.Node) -> Known:
-    """Query and key meet channel by channel within each head; the channels of the value leave."""
-    query, key, value = node.args[:3]
-    count = query.meta["val"].shape[1]  # type: ignore[union-attr]
-    if not isinstance(count, int):
-        return pinned(axes, node, "attention with a free number of heads")
-    q, k, v = (heads(axes, operand, count) for operand in (query, key, value))  # type: ignore[arg-type]
+    """Query and key meet channel by channel within each head; the channels of the value leave.
+
+    Positions, of tokens or of a batch, that are channels of something (learned queries) are left to be pinned.
+    """
+    operands: Any = node.args[:3]
+    if any(rank_of(operand) != 4 for operand in operands):
+        return _attention_without_heads(axes, node)
+    counts = [operand.meta["val"].shape[1] for operand in operands]
+    count = counts[0]
+    if not all(isinstance(own, int) and own <= count and count % own == 0 for own in counts):
+        return []
+    q, k, v = (heads(axes, operand, count) for operand in operands)
+    axes.contract(node, q)
+    axes.contract(node, k)
     axes.same(q, k)
     # A head is one row of query, key and value, whatever number of channels each has.
     axes.same_rows(q, v)
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    mask = argument(node, "attn_mask")
     if isinstance(mask, fx.Node):
         if mask.meta["val"].dim() == 4 and not is_one(mask.meta["val"].shape[1]):
             axes.hold_rows(v)
@@ -46,39 +59,49 @@ def attention(axes: Axes, node: fx.Node) -> Known:
     return [Axis((1, 3), v)]
 
 
+def _attention_without_heads(axes: Axes, node: fx.Node) -> Known:
+    """Attention over values that were never split into heads: their last dimensions are those of one head."""
+    query, key, value = (axis_of(axes.axes(operand), rank_of(operand) - 1) for operand in node.args[:3])
+    if query is None or key is None or len(query.dims) + len(key.dims) != 2:
+        return []
+    axes.contract(node, query.data)
+    axes.same(query.data, key.data)
+    return [value] if value is not None and len(value.dims) == 1 else []
+
+
 def product(axes: Axes, node: fx.Node) -> Known:
     """The last dimension of one value meets the last but one of another."""
     a, b = node.args[:2]
     rank = rank_of(a)
     if rank_of(b) == 2 and rank >= 2:
         return affine(axes, node, a, matrix_labels(axes, b, 0), matrix_labels(axes, b, 1), ())
-    if rank_of(b) != rank:
-        return pinned(axes, node, f"{node.target} of different ranks")
+    if rank_of(b) != rank or rank < 2:
+        return []
     inner = axis_of(axes.axes(a), rank - 1), axis_of(axes.axes(b), rank - 2)
-    shapes = [tuple(dim if dim < rank - 2 else rank for dim in axis.dims) if axis else None for axis in inner]
-    if None not in shapes and shapes[0] == shapes[1]:
+    batches = [_batch_dims(axis, dim, rank) for axis, dim in zip(inner, (rank - 1, rank - 2), strict=True)]
+    if batches[0] is not None and batches[0] == batches[1]:
+        for axis in inner:
+            axes.contract(node, axis.data)  # type: ignore[union-attr]
         axes.same(inner[0].data, inner[1].data)  # type: ignore[union-attr]
     else:
         for axis in inner:
             if axis is not None:
                 axes.pin(axis.data, f"{node.target} with a value that has positions there")
-    result = []
+    result: list[Axis] = []
     for value, last in ((a, rank - 2), (b, rank - 1)):
         for axis in axes.axes(value):
-            if axis in inner:
-                _hold_batch(axes, axis, rank, str(node.target))
-            elif last in axis.dims or max(axis.dims) < rank - 2:
-                _hold_batch(axes, axis, rank, str(node.target))
-                kept = axis_of([axis], last)
-                if kept is not None:
-                    result.append(axis)
+            for dim in axis.dims:
+                if dim < rank - 2:
+                    axes.hold(axis, dim, str(node.target))
+            if last in axis.dims and all(axis is not other for other in inner):
+                result.append(axis)
     return result
 
 
-def _hold_batch(axes: Axes, axis: Axis, rank: int, why: str) -> None:
-    for dim in axis.dims:
-        if dim < rank - 2:
-            axes.hold(axis, dim, why)
+def _batch_dims(axis: Axis | None, dim: int, rank: int) -> tuple[int, ...] | None:
+    """The dimensions of a contracted axis besides ``dim``, when all are of a batch; None when they are not."""
+    others = tuple(other for other in axis.dims if other != dim) if axis is not None else (rank,)
+    return others if all(other < rank - 2 for other in others) else None
 
 
 # ---- over a dimension
@@ -91,13 +114,14 @@ def _dims(node: fx.Node, position: int) -> set[int]:
     return {int(dim) % rank for dim in chosen}  # type: ignore[arg-type]
 
 
-def _whole(axes: Axes, found: list[Axis], over: set[int], why: str) -> None:
+def _whole(axes: Axes, node: fx.Node, found: list[Axis], over: set[int], why: str) -> None:
     """Channels along ``over`` are taken together: in a row all stay or all go, elsewhere all stay."""
     for axis in found:
         if not set(axis.dims) & over:
             continue
         if axis.dims[-1] in over and len(axis.dims) > 1 and not set(axis.dims[:-1]) & over:
             axes.tie(axis.data[..., :1], axis.data)
+            axes.contract(node, axis.data)
         else:
             axes.pin(axis.data, why)
 
@@ -105,28 +129,30 @@ def _whole(axes: Axes, found: list[Axis], over: set[int], why: str) -> None:
 def normalised(axes: Axes, node: fx.Node) -> Known:
     """Softmax and its kind: the same sizes, computed over one dimension."""
     found = axes.axes(node.args[0])
-    _whole(axes, found, _dims(node, 1), f"{node.target} runs over it")
+    _whole(axes, node, found, _dims(node, 1), f"{node.target} runs over it")
     return found
 
 
 def layer_norm(axes: Axes, node: fx.Node) -> Known:
     """A norm over the last dimensions: its channels stay, or go with their row."""
     found, rank = axes.axes(node.args[0]), rank_of(node)
-    over = set(range(rank - len(node.args[1]), rank))  # type: ignore[arg-type]
-    _whole(axes, found, over, "a norm runs over it")
+    inner = rank - len(node.args[1])  # type: ignore[arg-type]
+    _whole(axes, node, found, set(range(inner, rank)), "a norm runs over it")
     result = list(found)
-    for operand in node.args[2:4]:
+    operands = [argument(node, "weight")]
+    operands += [argument(node, "bias")] if node.target is aten.layer_norm.default else []  # an RMS norm has none
+    for operand in operands:
         for axis in axes.axes(operand):
             if axis_of(found, rank - 1) is None:
                 axes.pin(axis.data, "a norm over channels that are not known")
-            join(axes, result, axis.moved(lambda dim: dim + rank - len(node.args[1])), "a norm")  # type: ignore
+            join(axes, node, result, axis.moved(lambda dim: dim + inner))
     return result
 
 
 def reduction(axes: Axes, node: fx.Node) -> Known:
     """A sum, mean or extreme over dimensions."""
     found, over = axes.axes(node.args[0]), _dims(node, 1)
-    _whole(axes, found, over, f"{node.target} runs over it")
+    _whole(axes, node, found, over, f"{node.target} runs over it")
     keep = bool(node.args[2]) if len(node.args) > 2 else bool(node.kwargs.get("keepdim", False))
     result = []
     for axis in found:
@@ -140,5 +166,6 @@ def reduction(axes: Axes, node: fx.Node) -> Known:
 
 
 def pooling(axes: Axes, node: fx.Node) -> Known:
-    """Pooling over space keeps the channels."""
-    return [axis for axis in axes.axes(node.args[0]) if axis.dims == (1,)]
+    """Pooling over space keeps the channels, which come second where there is a batch."""
+    spatial = 2 if "2d" in str(node.target) else 1
+    return [axis for axis in axes.axes(node.args[0]) if axis.dims == (1,) and rank_of(node) == spatial + 2]

@@ -7,130 +7,29 @@ Each function takes the axes of the operands and gives those of the result. What
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 import numpy as np
-import sympy
 import torch
 from torch import fx
 
-from .axes import Array, Axis, axis_of, sizes_of
+from .axes import Axis, axis_of
+from .axis_views import Carrier, Move, argument, expand, rank_of, view
 
 aten = torch.ops.aten
 
 
-class Carrier(Protocol):
-    """What is carried along axes."""
-
-    def lose(self, axis: Axis, why: str) -> None:
-        """The axis is followed no further: its channels stay."""
-
-    def squash(self, axis: Axis, dim: int, why: str) -> Axis | None:
-        """``axis`` without ``dim``, whose positions are not told apart any more; None when nothing is left."""
-        ...
-
-    def rows(self, data: Array) -> None:
-        """A flat dimension was split: the last dimension of ``data`` runs inside a row."""
-
-    def alike(self, axes: list[Axis], why: str) -> Axis:
-        """One axis for several that run over the same channels."""
-        ...
-
-
-Move: TypeAlias = "Callable[[Carrier, fx.Node, Callable[[object], list[Any]]], list[Any]]"
-
-
-# ---- views
-
-
-def _segments(ins: list[tuple[int, Any]], outs: list[tuple[int, Any]]) -> Iterator[tuple[list[int], list[int]]]:
-    """Runs of dimensions that hold the same elements before and after; dimensions of size 1 are left out."""
-    before = [(dim, sympy.sympify(size)) for dim, size in ins if size != 1]
-    after = [(dim, sympy.sympify(size)) for dim, size in outs if size != 1]
-    while before or after:
-        if not before or not after:  # what is left can only be free sizes that are 1
-            yield [dim for dim, _ in before], [dim for dim, _ in after]
-            return
-        (i, left), (o, right) = before.pop(0), after.pop(0)
-        taken, given = [i], [o]
-        while sympy.simplify(left - right) != 0:
-            ratio = sympy.cancel(right / left)
-            longer = ratio > 1 if ratio.is_number else sympy.denom(ratio) == 1
-            if longer and before:
-                dim, size = before.pop(0)
-                taken.append(dim)
-                left *= size
-            elif after:
-                dim, size = after.pop(0)
-                given.append(dim)
-                right *= size
-            else:
-                break
-        yield taken, given
-
-
-def reshaped(
-    carrier: Carrier, axes: list[Axis], before: tuple[Any, ...], after: tuple[Any, ...], why: str
-) -> list[Axis]:
-    """The axes of a value of sizes ``before`` that is viewed with sizes ``after``."""
-    rank = len(before)  # dimensions of the result are numbered from here on while both are in play
-    current = list(axes)
-    for taken, given in _segments(list(enumerate(before)), list(enumerate(after))):
-        touched = [axis for axis in current if set(axis.dims) & set(taken)]
-        current = [axis for axis in current if axis not in touched]
-        if len(taken) == len(given) == 1:
-            renamed = {taken[0]: rank + given[0]}
-            current += [axis.moved(lambda dim: renamed.get(dim, dim)) for axis in touched]  # noqa: B023  (used at once)
-            continue
-        sizes = [before[dim] for dim in taken], [after[dim] for dim in given]
-        if not touched:
-            continue
-        if not all(isinstance(size, int) for part in sizes for size in part):
-            for axis in touched:
-                rest: Axis | None = axis
-                for dim in taken:
-                    if rest is not None and dim in rest.dims:
-                        rest = carrier.squash(rest, dim, why)
-                current += [rest] if rest is not None else []
-        elif len(touched) > 1:
-            for axis in touched:
-                carrier.lose(axis, why)
-        else:
-            current.append(_regrouped(carrier, touched[0], taken, sizes[0], [rank + dim for dim in given], sizes[1]))
-    return [axis.moved(lambda dim: dim - rank) for axis in current if min(axis.dims) >= rank]
-
-
-def _regrouped(
-    carrier: Carrier, axis: Axis, taken: list[int], old: list[int], given: list[int], new: list[int]
-) -> Axis:
-    """One axis whose dimensions ``taken`` become ``given``; those it does not have are repeated along."""
-    rest = [dim for dim in axis.dims if dim not in taken]
-    order = [axis.dims.index(dim) for dim in (*rest, *(dim for dim in taken if dim in axis.dims))]
-    data = axis.data.transpose(order)
-    kept = data.shape[: len(rest)]
-    data = data.reshape(*kept, *(size if dim in axis.dims else 1 for dim, size in zip(taken, old, strict=True)))
-    data = np.broadcast_to(data, (*kept, *old)).reshape(*kept, *new)
-    if len(new) > 1:
-        carrier.rows(data)
-    return Axis((*rest, *given), data)
-
-
-def _view(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
-    value = node.args[0]
-    return reshaped(carrier, known(value), sizes_of(value), sizes_of(node), str(node.target))  # type: ignore[arg-type]
-
-
 def _identity(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
+    _leave(carrier, [axis for other in node.args[1:] for axis in known(other)])  # ``type_as`` looks at its type
     return known(node.args[0])
 
 
+def _leave(carrier: Carrier, axes: list[Axis]) -> None:
+    for axis in axes:
+        carrier.leave(axis.data)
+
+
 # ---- order
-
-
-def rank_of(node: object) -> int:
-    """How many dimensions a node's value has."""
-    return node.meta["val"].dim()  # type: ignore[union-attr]
 
 
 def _transpose(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
@@ -145,9 +44,54 @@ def _permute(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
     return [axis.moved(order.index) for axis in known(node.args[0])]
 
 
-def _expand(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
-    shift = rank_of(node) - rank_of(node.args[0])
-    return [axis.moved(lambda dim: dim + shift) for axis in known(node.args[0])]
+def _repeat(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
+    """Copies one after the other, along old dimensions and new ones before them."""
+    value, times = node.args[:2]
+    shift = len(times) - rank_of(value)  # type: ignore[arg-type]
+    result = []
+    for axis in known(value):
+        copies: Any = [times[dim + shift] for dim in axis.dims]  # type: ignore[index]
+        if all(isinstance(count, int) and count > 0 for count in copies):
+            result.append(Axis(tuple(dim + shift for dim in axis.dims), np.tile(axis.data, copies)))
+        else:
+            carrier.lose(axis, str(node.target))
+    return result
+
+
+def _repeat_interleave(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
+    """Every entry along a dimension several times in a row."""
+    value, times = node.args[:2]
+    dim: Any = argument(node, "dim")
+    if not isinstance(times, int) or times < 1 or dim is None or argument(node, "output_size") is not None:
+        return []
+    return [
+        Axis(axis.dims, np.repeat(axis.data, times, axis.dims.index(dim % rank_of(value))))
+        if dim % rank_of(value) in axis.dims
+        else axis
+        for axis in known(value)
+    ]
+
+
+def _flip(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
+    dims: Any = node.args[1]
+    turned = {dim % rank_of(node) for dim in dims}
+    return [
+        Axis(axis.dims, np.flip(axis.data, tuple(place for place, dim in enumerate(axis.dims) if dim in turned)))
+        for axis in known(node.args[0])
+    ]
+
+
+def _pad(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
+    """Padding between channels is followed no further; the others pass."""
+    amounts: Any = node.args[1]
+    rank = rank_of(node)
+    touched = {
+        rank - 1 - place for place in range(len(amounts) // 2) if tuple(amounts[2 * place : 2 * place + 2]) != (0, 0)
+    }
+    constant = node.target is aten.constant_pad_nd.default or argument(node, "mode") == "constant"
+    value = float(argument(node, "value") or 0.0) if constant else None
+    passing = [axis for axis in known(node.args[0]) if not touched & set(axis.dims)]
+    return [carrier.among(axis, value) for axis in passing] if touched else passing
 
 
 # ---- parts
@@ -160,6 +104,7 @@ def part(carrier: Carrier, axes: list[Axis], dim: int, index: slice | int, why: 
         if dim in axis.dims:
             place = axis.dims.index(dim)
             data = axis.data[(slice(None),) * place + (index,)]
+            carrier.leave(axis.data[~np.isin(axis.data, data)])
             dims = axis.dims if isinstance(index, slice) else tuple(d for d in axis.dims if d != dim)
             if dims and data.size:
                 result.append(Axis(dims, data))
@@ -184,11 +129,25 @@ def _slice(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
     axis = axis_of(axes, dim)
     if axis is None:
         return axes
-    bounds = slice_bounds(node, axis.data.shape[axis.dims.index(dim)])
-    if bounds is None or bounds[2] != 1:
+    place = axis.dims.index(dim)
+    size = axis.data.shape[place]
+    bounds = slice_bounds(node, size)
+    whole = place == len(axis.dims) - 1 and keeps_period(bounds, size) if bounds is not None else False
+    if bounds is None or (bounds[2] != 1 and not whole):
         carrier.lose(axis, str(node.target))
         return [other for other in axes if other is not axis]
+    if bounds[2] != 1:
+        carrier.step(axis.data.reshape(*axis.data.shape[:-1], -1, bounds[2]))
     return part(carrier, axes, dim, slice(*bounds), str(node.target))
+
+
+def keeps_period(bounds: tuple[int, int, int], size: int) -> bool:
+    """Whether a slice takes one of every so many entries, of whole periods, to the end.
+
+    It then does so still when whole periods are gone, and its literals stay what they are.
+    """
+    start, end, step = bounds
+    return size % step == 0 and start < step and end > size - step + start
 
 
 def _select(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
@@ -231,8 +190,10 @@ def _split(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
 
 def _getitem(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
     value, index = known(node.args[0]), node.args[1]
-    inside = bool(value) and isinstance(value[0], list) and isinstance(index, int)
-    return value[index] if inside else []
+    if not (value and isinstance(value[0], list) and isinstance(index, int)):
+        return []
+    _leave(carrier, [axis for part in value for axis in part])
+    return value[index]
 
 
 # ---- together
@@ -241,26 +202,43 @@ def _getitem(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
 def _cat(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
     values: Any = node.args[0]
     dim = int(node.args[1]) % rank_of(node) if len(node.args) > 1 else 0  # type: ignore[arg-type]
-    axes = [known(value) for value in values]
-    along = [axis_of(found, dim) for found in axes]
-    result: list[Axis] = []
-    if all(axis is not None and axis.dims == along[0].dims for axis in along):  # type: ignore[union-attr]
-        place = along[0].dims.index(dim)  # type: ignore[union-attr]
-        result.append(Axis(along[0].dims, np.concatenate([axis.data for axis in along], place)))  # type: ignore
-    else:
+    return [*_along(carrier, node, values, dim, known), *_beside(carrier, node, values, {dim}, known)]
+
+
+def _along(carrier: Carrier, node: fx.Node, values: Any, dim: int, known: Any) -> list[Axis]:
+    """The axis that runs through the parts, one after the other; a part without channels has positions that stay."""
+    along = [axis_of(known(value), dim) for value in values]
+    first = next((axis for axis in along if axis is not None), None)
+    sizes = [value.meta["val"].shape[dim] for value in values]
+    if first is None:
+        return []
+    alike = all(axis is None or axis.dims == first.dims for axis in along)
+    whole = all(axis is not None for axis in along) or len(first.dims) == 1
+    if not alike or not whole or not all(isinstance(size, int) for size in sizes):
         for axis in along:
             if axis is not None:
                 carrier.lose(axis, str(node.target))
-    others = [[axis for axis in found if dim not in axis.dims] for found in axes]
+        return []
+    place = first.dims.index(dim)
+    parts = [axis.data if axis else carrier.fixed(size) for axis, size in zip(along, sizes, strict=True)]
+    return [Axis(first.dims, np.concatenate(parts, place))]
+
+
+def _beside(carrier: Carrier, node: fx.Node, values: Any, skipped: set[int], known: Any) -> list[Axis]:
+    """The other axes of values that are put together: alike in all of them, or lost."""
+    others = [[axis for axis in known(value) if not skipped & set(axis.dims)] for value in values]
+    result = []
     for first in others[0]:
         twins = [axis_of(found, first.dims[0]) for found in others[1:]]
         if all(twin is not None and twin.dims == first.dims for twin in twins):
             result.append(carrier.alike([first, *twins], str(node.target)))  # type: ignore[list-item]
-        else:
-            for axis in (first, *twins):
-                if axis is not None:
-                    carrier.lose(axis, str(node.target))
-    return result
+    return result  # what is in none of these is pinned as unmentioned
+
+
+def _stack(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
+    values: Any = node.args[0]
+    new = int(node.args[1]) % rank_of(node) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+    return [axis.moved(lambda dim: dim + (dim >= new)) for axis in _beside(carrier, node, values, set(), known)]
 
 
 _VIEWS = ("view.default", "reshape.default", "_unsafe_view.default", "flatten.using_ints", "unflatten.int")
@@ -280,14 +258,19 @@ def _operators(names: tuple[str, ...], move: Move) -> dict[Any, Move]:
 
 #: Every operator that only moves channels.
 MOVES: dict[Any, Move] = {
-    **_operators(_VIEWS, _view),
+    **_operators(_VIEWS, view),
     **_operators(_IDENTITIES, _identity),
     **_operators(("transpose.int", "t.default"), _transpose),
     **_operators(("permute.default",), _permute),
-    **_operators(("expand.default",), _expand),
+    **_operators(("expand.default",), expand),
     **_operators(("slice.Tensor",), _slice),
     **_operators(("select.int",), _select),
     **_operators(("split.Tensor", "split_with_sizes.default", "chunk.default", "unbind.int"), _split),
     **_operators(("cat.default",), _cat),
+    **_operators(("stack.default",), _stack),
+    **_operators(("repeat.default",), _repeat),
+    **_operators(("repeat_interleave.self_int",), _repeat_interleave),
+    **_operators(("flip.default",), _flip),
+    **_operators(("constant_pad_nd.default", "pad.default"), _pad),
     operator.getitem: _getitem,
 }

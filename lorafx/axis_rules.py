@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .axes import Array, Axes, Axis, Known, axis_of
-from .axis_moves import rank_of
+from .axes import Array, Axes, Axis, Known, axis_of, sizes_of
+from .axis_views import argument, rank_of, squeezed
 
 aten = torch.ops.aten
 
@@ -25,17 +25,19 @@ def _tensors(node: fx.Node) -> list[fx.Node]:
 
 def elementwise(axes: Axes, node: fx.Node) -> Known:
     """Entries at one place are one channel; a vector broadcast over rows keeps step with every row."""
-    rank = rank_of(node)
+    rank, sizes = rank_of(node), sizes_of(node)
     result: list[Axis] = []
     bare: list[tuple[int, ...]] = []
     for value in _tensors(node):
         shape = value.meta["val"].shape
         shift = rank - len(shape)
         own = [axis.moved(lambda dim: dim + shift) for axis in axes.axes(value)]  # noqa: B023  (used at once)
+        repeated = {d + shift for d, size in enumerate(shape) if is_one(size) and sizes[d + shift] != 1}
+        own = squeezed(_Pins(axes), own, repeated, f"{node.target} repeats it")
         labelled = {dim for axis in own for dim in axis.dims}
         bare.append(tuple(d + shift for d, size in enumerate(shape) if not is_one(size) and d + shift not in labelled))
         for axis in own:
-            join(axes, result, axis, str(node.target))
+            join(axes, node, result, axis)
     for dims in bare:
         for axis in result:
             for dim in set(dims) & set(axis.dims):
@@ -43,26 +45,41 @@ def elementwise(axes: Axes, node: fx.Node) -> Known:
     return result
 
 
+class _Pins:
+    """What becomes of an axis that is only repeated: it stays."""
+
+    def __init__(self, axes: Axes):
+        self._axes = axes
+
+    def lose(self, axis: Axis, why: str) -> None:
+        self._axes.pin(axis.data, why)
+
+
 def is_one(size: Any) -> bool:
     """Whether a dimension of that size is broadcast."""
     return isinstance(size, int) and size == 1
 
 
-def join(axes: Axes, result: list[Axis], axis: Axis, why: str) -> None:
-    """Add an operand's axis to those of the result."""
+def join(axes: Axes, node: fx.Node, result: list[Axis], axis: Axis) -> None:
+    """Add an operand's axis to those of the result of an elementwise ``node``."""
     shared = [other for other in result if set(other.dims) & set(axis.dims)]
     if not shared:
         result.append(axis)
     elif len(shared) == 1 and shared[0].dims == axis.dims:
         axes.same(shared[0].data, axis.data)
     elif len(shared) == 1 and set(axis.dims) < set(shared[0].dims):
-        axes.broadcast(shared[0].data, spread(axis, shared[0].dims))
+        _broadcast(axes, node, shared[0], axis)
     elif len(shared) == 1 and set(shared[0].dims) < set(axis.dims):
-        axes.broadcast(axis.data, spread(shared[0], axis.dims))
+        _broadcast(axes, node, axis, shared[0])
         result[result.index(shared[0])] = axis
     else:
         for other in (axis, *shared):
-            axes.pin(other.data, why)
+            axes.pin(other.data, str(node.target))
+
+
+def _broadcast(axes: Axes, node: fx.Node, wide: Axis, narrow: Axis) -> None:
+    axes.broadcast(wide.data, spread(narrow, wide.dims))
+    axes.reads(node, wide.data, spread(narrow, wide.dims))
 
 
 def spread(axis: Axis, dims: tuple[int, ...]) -> Array:
@@ -73,17 +90,21 @@ def spread(axis: Axis, dims: tuple[int, ...]) -> Array:
 # ---- weights
 
 
-def _contract(axes: Axes, axis: Axis | None, labels: Array, why: str) -> None:
-    """The channels of ``axis`` (its last dimension) meet ``labels``."""
-    if axis is None:
-        axes.pin(labels, why)
-    elif len(axis.dims) == 1:
+def contract(axes: Axes, node: fx.Node, axis: Axis | None, dim: int, labels: Array, why: str) -> None:
+    """The channels of ``axis`` along ``dim`` of an operand meet ``labels``."""
+    if axis is None or axis.dims[-1] != dim or axis.data.shape[-1] != labels.size:
+        for data in (labels, *([axis.data] if axis is not None else [])):
+            axes.pin(data, why)
+        return
+    axes.contract(node, axis.data)
+    axes.contract(node, labels)
+    if len(axis.dims) == 1:
         axes.same(axis.data, labels)
     else:
         # One matrix for every head: all keep the same channels, and heads are told apart no more.
         axes.tie(axis.data, labels)
-        for dim in axis.dims[:-1]:
-            axes.hold(axis, dim, why)
+        for other in axis.dims[:-1]:
+            axes.hold(axis, other, why)
 
 
 def matrix_labels(axes: Axes, node: object, dim: int) -> Array:
@@ -111,6 +132,8 @@ def linear(axes: Axes, node: fx.Node) -> Known:
 def addmm(axes: Axes, node: fx.Node) -> Known:
     """The same with the weight stored (in, out)."""
     bias, value, weight = node.args[:3]
+    if argument(node, "beta") != 1 or argument(node, "alpha") != 1:
+        return []  # its factors are no part of the weight and the bias that others would change
     return affine(axes, node, value, matrix_labels(axes, weight, 0), matrix_labels(axes, weight, 1), (bias,))
 
 
@@ -119,32 +142,34 @@ def affine(axes: Axes, node: fx.Node, value: Any, ins: Array, outs: Array, bias:
     last = rank_of(value) - 1
     found = axes.axes(value)
     axis = axis_of(found, last)
-    _contract(axes, axis, ins, f"{node.target} of a value whose channels are not known")
+    contract(axes, node, axis, last, ins, f"{node.target} of a value whose channels are not known")
     for shift in bias:
-        held = axis_of(axes.axes(shift), 0)
-        if held is not None:
+        held = axis_of(axes.axes(shift), rank_of(shift) - 1) if isinstance(shift, fx.Node) else None
+        if held is not None and held.dims == (rank_of(shift) - 1,):
             axes.same(outs, held.data)
+        elif held is not None or (isinstance(shift, fx.Node) and not is_one(shift.meta["val"].shape[-1])):
+            axes.pin(outs, "its bias has positions there")
     rest = [other for other in found if other is not axis]
     return [*rest, Axis((rank_of(node) - 1,), outs)] if outs.size > 1 else rest
 
 
 def convolution(axes: Axes, node: fx.Node) -> Known:
-    """Channels of the kernel are those of the values; a depthwise one keeps them."""
+    """Channels of the kernel are those of the values; a depthwise one keeps them. Other dimensions are positions."""
     value, weight = node.args[:2]
-    bias = node.args[2] if len(node.args) > 2 else None
+    if rank_of(value) != rank_of(weight):
+        return []  # without a batch the channels come first
+    bias = argument(node, "bias")
     ins, outs = matrix_labels(axes, weight, 1), matrix_labels(axes, weight, 0)
-    entering = axis_of(axes.axes(value), 1)
-    groups = node.args[6] if len(node.args) > 6 else 1
+    entering, groups = axis_of(axes.axes(value), 1), argument(node, "groups")
+    along = entering is not None and entering.dims == (1,)
     if groups == 1:
-        _contract(axes, entering, ins, "convolution of a value whose channels are not known")
-    elif groups == outs.size and ins.size == 1 and entering is not None and entering.dims == (1,):
-        axes.same(entering.data, outs)
+        why = "convolution of a value whose channels are not known"
+        contract(axes, node, entering if along else None, 1, ins, why)
+    elif along and ins.size == 1 and groups == outs.size == entering.data.size:  # type: ignore[union-attr]
+        axes.same(entering.data, outs)  # type: ignore[union-attr]
     else:
-        for labels in (ins, outs, *([entering.data] if entering is not None else [])):
+        for labels in (ins, outs):
             axes.pin(labels, "grouped convolution")
-    for axis in axes.axes(weight):
-        if axis.dims[0] > 1:
-            axes.pin(axis.data, "the kernel of a convolution")
     for axis in axes.axes(bias):
         axes.same(outs, axis.data)
     return [Axis((1,), outs)] if outs.size > 1 else []
@@ -163,17 +188,8 @@ def batch_norm(axes: Axes, node: fx.Node) -> Known:
     """All parameters run along the channels."""
     channels = axis_of(axes.axes(node.args[0]), 1)
     if channels is None or len(channels.dims) > 1:
-        return pinned(axes, node, "batch norm of a value whose channels are not known")
+        return []
     for operand in node.args[1:5]:
         for axis in axes.axes(operand):
             axes.same(channels.data, axis.data)
     return [channels]
-
-
-def pinned(axes: Axes, node: fx.Node, why: str) -> Known:
-    """Pin everything an operator reads: its channels are followed no further."""
-    for value in node.all_input_nodes:
-        for axis in axes.axes(value):
-            if isinstance(axis, Axis):
-                axes.pin(axis.data, why)
-    return []

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from .axes import Array, Axes, Axis, Known
+from .axes import Array, Axes, Axis, Known, flat
 from .axis_mixing import attention, layer_norm, normalised, pooling, product, reduction
 from .axis_moves import MOVES
 from .axis_rules import Rule, addmm, batch_norm, convolution, elementwise, embedding, linear
@@ -20,8 +20,8 @@ aten = torch.ops.aten
 class Labels:
     """Labels, as what moves carry."""
 
-    def __init__(self, axes: Axes):
-        self.found = axes
+    def __init__(self, axes: Axes, node: fx.Node):
+        self.found, self.node = axes, node
 
     def lose(self, axis: Axis, why: str) -> None:
         self.found.pin(axis.data, why)
@@ -34,11 +34,26 @@ class Labels:
         # Heads among the rows of a batch: all heads keep the same channels, and no head goes.
         data = np.moveaxis(axis.data, place, 0)
         self.found.tie(data[:1], data)
+        self.found.reads(self.node, data[:1], data)
         self.found.hold(axis, dim, why)
         return Axis(tuple(d for d in axis.dims if d != dim), data[0])
 
     def rows(self, data: Array) -> None:
         self.found.rows(data)
+
+    def leave(self, data: Array) -> None:
+        self.found.leave(data)
+
+    def step(self, data: Array) -> None:
+        self.found.tie(data[..., :1], data)
+
+    def among(self, axis: Axis, value: float | None) -> Axis:
+        return axis
+
+    def fixed(self, size: int) -> Array:
+        labels = self.found.new(size)
+        self.found.pin(labels, "positions of a value without channels")
+        return labels
 
     def alike(self, axes: list[Axis], why: str) -> Axis:
         for axis in axes[1:]:
@@ -48,14 +63,22 @@ class Labels:
 
 def _moved(move: Any) -> Rule:
     def rule(axes: Axes, node: fx.Node) -> Known:
-        return move(Labels(axes), node, axes.axes)
+        return move(Labels(axes, node), node, axes.axes)
 
     return rule
 
 
 def nothing(axes: Axes, node: fx.Node) -> Known:
-    """A value that has no channels of anything it reads: a size, a range, something of a like shape."""
+    """A value that has no channels of anything it reads: a size, a range."""
+    for value in node.all_input_nodes:
+        for axis in flat(axes.known[value]):
+            axes.leave(axis.data)
     return []
+
+
+def shaped_like(axes: Axes, node: fx.Node) -> Known:
+    """A value of the shape of another, whatever it holds."""
+    return axes.axes(node.args[0])
 
 
 _ELEMENTWISE = """
@@ -75,9 +98,10 @@ _REDUCTIONS = "mean.dim sum.dim_IntList amax.default amin.default any.dim all.di
 _POOLING = "max_pool2d.default avg_pool2d.default adaptive_avg_pool2d.default max_pool1d.default avg_pool1d.default"
 _NOTHING = """
 sym_size.int arange.default arange.start arange.start_step full.default zeros.default ones.default new_ones.default
-new_zeros.default new_full.default empty_like.default scalar_tensor.default _assert_tensor_metadata.default
-sym_constrain_range.default _assert_scalar.default
+new_zeros.default new_full.default new_empty.default empty.memory_format scalar_tensor.default
+_assert_tensor_metadata.default sym_constrain_range.default _assert_scalar.default
 """
+_LIKE = "zeros_like.default ones_like.default full_like.default empty_like.default rand_like.default randn_like.default"
 
 
 def overloads(names: str) -> list[Any]:
@@ -91,6 +115,8 @@ def overloads(names: str) -> list[Any]:
 
 
 ELEMENTWISE = frozenset(overloads(_ELEMENTWISE))
+#: Operators that take the channels of a row together.
+WITHIN_ROWS = frozenset(overloads(f"{_NORMALISED} {_REDUCTIONS} layer_norm.default rms_norm.default"))
 
 #: What the analysis knows. Any other operator pins what it reads.
 RULES: dict[Any, Rule] = {
@@ -100,13 +126,14 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys(overloads(_REDUCTIONS), reduction),
     **dict.fromkeys(overloads(_POOLING), pooling),
     **dict.fromkeys(overloads(_NOTHING), nothing),
+    **dict.fromkeys(overloads(_LIKE), shaped_like),
     **dict.fromkeys(overloads("conv1d.default conv2d.default conv3d.default"), convolution),
     **dict.fromkeys(overloads("bmm.default matmul.default mm.default"), product),
     aten.linear.default: linear,
     aten.addmm.default: addmm,
     aten.embedding.default: embedding,
     aten.batch_norm.default: batch_norm,
-    aten.layer_norm.default: layer_norm,
+    **dict.fromkeys(overloads("layer_norm.default rms_norm.default"), layer_norm),
     aten.scaled_dot_product_attention.default: attention,
     **dict.fromkeys(GROUPED, grouped),
 }

@@ -6,6 +6,7 @@ Constants go forward: a zero row gives its bias, elementwise operators map it, a
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from .axes import Array, Axes, Axis, axis_of
-from .axis_moves import MOVES, rank_of
+from .axis_moves import MOVES, argument, rank_of
 from .axis_rules import spread
 from .axis_table import ELEMENTWISE
 from .constants import Constants
@@ -30,6 +31,9 @@ _CHOICES = {
 }
 #: Operators whose channels are the second dimension of values and weights.
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+#: Operators with a matrix and a bias on the last dimension.
+LINEARS = (aten.linear.default, aten.addmm.default)
+_log = logging.getLogger(__name__)
 
 
 class _Carried:
@@ -40,6 +44,18 @@ class _Carried:
 
     def rows(self, data: Array) -> None:
         pass
+
+    def leave(self, data: Array) -> None:
+        pass
+
+    def step(self, data: Array) -> None:
+        pass
+
+    def among(self, axis: Axis, value: float | None) -> Axis:
+        return axis if value is None else Axis(axis.dims, np.where(axis.data == value, axis.data, np.nan))
+
+    def fixed(self, size: int) -> Array:
+        return np.full(size, np.nan)
 
     def squash(self, axis: Axis, dim: int, why: str) -> Axis | None:
         if len(axis.dims) == 1:
@@ -84,22 +100,33 @@ class Facts:
         labels = self.axes.known[node]
         if not labels or node.op not in ("get_attr", "call_function"):
             return labels
+        several = isinstance(labels[0], list)
+        if node in self.axes.changing:
+            found = []
+        else:
+            try:
+                found = self._found(node, labels)
+            except Exception as error:
+                _log.warning("%s: no constants of %s: %s: %s", node.name, node.target, type(error).__name__, error)
+                found = []
+        if several:
+            return [_matched(part, own) for part, own in zip(labels, found or [[] for _ in labels], strict=True)]
+        return _matched(labels, found)
+
+    def _found(self, node: fx.Node, labels: list[Axis]) -> Any:
+        """What the operator makes constant; axes it says nothing of are unknown."""
         if node.op == "get_attr":
-            return [
-                Axis(axis.dims, _uniform(get_tensor(self.axes.program.root, str(node.target)), axis.dims[0]))
-                for axis in labels
-            ]
+            value = get_tensor(self.axes.program.root, str(node.target))
+            return [Axis(axis.dims, _uniform(value, axis.dims[0])) for axis in labels]
         if node.target in MOVES:
-            return MOVES[node.target](_Carried(), node, self.of)
+            moved = MOVES[node.target](_Carried(), node, self.of)
+            return moved if isinstance(node.meta["val"], (list, tuple)) or _is_float(node) else []
         if node.target in ELEMENTWISE:
             return [Axis(axis.dims, self._elementwise(node, axis)) for axis in labels]
         if node.target is aten.scaled_dot_product_attention.default:
             return [Axis(axis.dims, self._attention(node, axis)) for axis in labels]
         last = self._computed(node)
-        return [
-            Axis(axis.dims, last if axis.dims == (_place(node),) and last is not None else _unknown(axis))
-            for axis in labels
-        ]
+        return [Axis((_place(node),), np.where(np.isfinite(last), last, np.nan))] if last is not None else []
 
     def _computed(self, node: fx.Node) -> Array | None:
         if node.target in (aten.linear.default, aten.addmm.default):
@@ -121,22 +148,56 @@ class Facts:
             return None
         return self.constants.value(value, torch.float64)
 
+    def has_plain_bias(self, node: fx.Node) -> bool:
+        """Whether a linear or addmm node has no bias, or a constant vector, that it adds as it is."""
+        bias = operands(node)[2]
+        if node.target is aten.addmm.default and (argument(node, "beta") != 1 or argument(node, "alpha") != 1):
+            return False
+        shift = self.weight(bias) if bias is not None else None
+        return bias is None or (shift is not None and shift.dim() == 1)
+
+    def free(self, node: fx.Node) -> Array | None:
+        """Which channels along the last dimension of a weight operator's input it can do without, read or not.
+
+        Those that are 0; and any constant, where the operator has a bias that can take it over
+        (:meth:`absorbs`).
+        """
+        value = operands(node)[0] if node.target in LINEARS else node.args[0]
+        dim = 1 if node.target in CONVOLUTIONS else rank_of(value) - 1
+        known = axis_of(self.of(value), dim)
+        if known is None:
+            return None
+        return ~np.isnan(known.data) if self.absorbs(node) else known.data == 0
+
+    def absorbs(self, node: fx.Node) -> bool:
+        """Whether constant channels of the node's input can go into its bias.
+
+        Not through a convolution's padding, nor where experts give them different factors, nor where one matrix reads
+        several heads, which may have different constants.
+        """
+        if node.target not in LINEARS:
+            return False
+        value, weight, _ = operands(node)
+        known = axis_of(self.of(value), rank_of(value) - 1)
+        plain = known is not None and len(known.dims) == 1 and self.has_plain_bias(node)
+        return plain and self.weight(weight) is not None
+
     def _linear(self, node: fx.Node) -> Array | None:
         value, weight, bias = operands(node)
         matrix, shift = self.weight(weight), self.weight(bias) if bias is not None else None
         entering = axis_of(self.of(value), rank_of(value) - 1)
-        if matrix is None or (bias is not None and shift is None):
+        if matrix is None or not self.has_plain_bias(node):
             return None
         matrix = matrix if node.target is aten.linear.default else matrix.t()
         known = entering.data if entering is not None and len(entering.dims) == 1 else np.full(matrix.shape[1], np.nan)
         return _combined(matrix, known, shift)
 
     def _convolution(self, node: fx.Node) -> Array | None:
-        value, kernel, *rest = node.args
-        weight, bias = self.weight(kernel), rest[0] if rest else None
+        value, kernel, bias = node.args[0], node.args[1], argument(node, "bias")
+        weight = self.weight(kernel)
         shift = self.weight(bias) if bias is not None else None
         entering = axis_of(self.of(value), 1)
-        if weight is None or weight.shape[1] == 1 or (bias is not None and shift is None):
+        if weight is None or argument(node, "groups") != 1 or (bias is not None and shift is None):
             return None
         known = entering.data if entering is not None and entering.dims == (1,) else np.full(weight.shape[1], np.nan)
         # The zeros around the border are no constant's: only a constant of 0 goes through a padded convolution.
@@ -164,8 +225,8 @@ class Facts:
     def _attention(self, node: fx.Node, axis: Axis) -> Array:
         # A row of the mask may let nothing through, which gives 0 instead of an average: only 0 is sure to stay.
         value: Any = node.args[2]
-        found = axis_of(self.of(value), 3)
-        if found is None or found.dims != (1, 3):
+        found = axis_of(self.of(value), rank_of(value) - 1)
+        if found is None or found.dims != axis.dims or rank_of(value) != 4:
             return np.full(axis.data.shape, np.nan)
         data = np.repeat(found.data, axis.data.shape[0] // found.data.shape[0], axis=0)
         return np.where(data == 0, data, np.nan)
@@ -182,7 +243,7 @@ class Facts:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda value: shaped[value])
         result = np.broadcast_to(node.target(*args, **kwargs).double().numpy(), axis.data.shape)  # type: ignore
         unknown = [np.isnan(np.broadcast_to(data, axis.data.shape)) for data in facts.values()]
-        result = np.where(np.any(unknown, axis=0), np.nan, result) if unknown else result
+        result = np.where(np.any(unknown, axis=0) | ~np.isfinite(result), np.nan, result) if unknown else result
         if node.target in _PRODUCTS:
             zero = np.any([np.broadcast_to(data == 0, axis.data.shape) for data in facts.values()], axis=0)
             result = np.where(zero, 0.0, result)
@@ -229,13 +290,24 @@ def _unknown(axis: Axis) -> Array:
     return np.full(axis.data.shape, np.nan)
 
 
+def _matched(labels: list[Axis], facts: list[Axis]) -> list[Axis]:
+    """One axis of facts for each axis of labels, unknown where there is none of its dimensions and shape."""
+    by_dims = {axis.dims: axis.data for axis in facts}
+    return [
+        Axis(axis.dims, found)
+        if (found := by_dims.get(axis.dims)) is not None and found.shape == axis.data.shape
+        else Axis(axis.dims, _unknown(axis))
+        for axis in labels
+    ]
+
+
 def _uniform(value: Tensor, dim: int) -> Array:
     """For each position along ``dim`` the one value found there, not-a-number where there are several."""
     if value.is_meta or not value.is_floating_point():
         return np.full(value.shape[dim], np.nan)
     flat = value.detach().movedim(dim, 0).flatten(1) if value.dim() > 1 else value.detach()[:, None]
     low, high = flat.amin(1), flat.amax(1)
-    return torch.where(low == high, low.double(), torch.nan).cpu().numpy()
+    return torch.where((low == high) & low.isfinite(), low.double(), torch.nan).cpu().numpy()
 
 
 def _combined(matrix: Tensor, known: Array, shift: Tensor | None, reads: Tensor | None = None) -> Array:

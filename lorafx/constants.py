@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .effects import written
 from .site import WEIGHT_OPS
 from .tree import get_tensor, has_tensor
 
@@ -32,6 +33,7 @@ class Constants:
         self.root = root
         self.activations = activations
         self._reads: dict[fx.Node, frozenset[str] | None] = {}
+        self._changing: dict[fx.Graph, frozenset[fx.Node]] = {}
 
     def reads(self, node: fx.Node) -> frozenset[str] | None:
         """Names of the tensors that ``node`` is computed from; None when it is not constant."""
@@ -39,7 +41,15 @@ class Constants:
             self._reads[node] = self._find(node)
         return self._reads[node]
 
+    def _is_changed(self, node: fx.Node) -> bool:
+        """Whether something in the graph writes to the node's value."""
+        if node.graph not in self._changing:
+            self._changing[node.graph] = written(node.graph)
+        return node in self._changing[node.graph]
+
     def _find(self, node: fx.Node) -> frozenset[str] | None:
+        if self._is_changed(node):
+            return None
         if node.op == "get_attr":
             name = str(node.target)  # a name without a tensor stands for an inner graph
             return frozenset([name]) if has_tensor(self.root, name) else None

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from .axes import Array, Axes, Axis, _flat, axis_of, sizes_of
+from .axes import Array, Axes, Axis, axis_of, flat, sizes_of
 from .axis_moves import MOVES
 from .axis_table import ELEMENTWISE
 from .channels import Facts
@@ -84,7 +84,7 @@ class Hidden:
 
     def _find(self) -> Iterator[tuple[fx.Node, Axis]]:
         for node, known in self.axes.known.items():
-            yield from ((node, axis) for axis in _flat(known) if self._own[axis.data].any())
+            yield from ((node, axis) for axis in flat(known) if self._own[axis.data].any())
 
     def free(self) -> bool:
         """Whether every expert may put them in an order of its own: nothing else holds them or keeps step with them,

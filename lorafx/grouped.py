@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from .axes import Axes, Known, axis_of
 from .axis_moves import rank_of
-from .axis_rules import affine, matrix_labels, pinned
+from .axis_rules import affine, matrix_labels
 from .constants import Constants
 
 #: By name: transformers registers its own operator when its experts are first imported, and not in every version.
@@ -35,7 +35,7 @@ def offsets(node: fx.Node) -> object:
 def grouped(axes: Axes, node: fx.Node) -> Known:
     """The weight's second dimension are the channels that enter, its third those that leave; experts stay."""
     if not is_grouped(node):
-        return pinned(axes, node, f"{node.target} in a form that has no rule")
+        return []
     value, weight = node.args[:2]
     axes.pin(matrix_labels(axes, weight, 0), "experts are chosen by number")
     for axis in [*axes.axes(offsets(node)), *(axis for axis in axes.axes(value) if 0 in axis.dims)]:

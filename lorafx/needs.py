@@ -6,6 +6,7 @@ no constant one (that goes into the bias). A channel that nobody needs is dead.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ from torch import Tensor, fx
 
 from .axes import Array, Axes, axis_of
 from .axis_moves import rank_of
-from .channels import CONVOLUTIONS, Facts, operands
-from .grouped import GROUPED, grouped_reads, is_grouped
+from .axis_table import WITHIN_ROWS
+from .channels import CONVOLUTIONS, LINEARS, Facts, operands
+from .grouped import GROUPED, grouped_reads
 
 aten = torch.ops.aten
+_log = logging.getLogger(__name__)
 
 
 def needed(axes: Axes, facts: Facts) -> Array:
@@ -29,18 +32,48 @@ def needed(axes: Axes, facts: Facts) -> Array:
 
 
 def grown(axes: Axes, facts: Facts, need: Array, nodes: list[fx.Node]) -> Array:
-    """``need``, and what the operators among ``nodes`` need to compute it."""
-    readers = [(node, _sink(node), _reads(facts, node)) for node in reversed(nodes) if _sink(node) is not None]
+    """``need``, and what the operators among ``nodes`` need to compute it.
+
+    What an operator contracts is needed, unless its reader below knows better.
+    """
+    need = need.copy()
+    readers = []
+    for node in reversed(nodes):
+        contracted = axes.contracted.get(node)
+        if contracted is not None:
+            reader = _READERS.get(node.target) or _READERS.get(str(node.target)) or _all
+            readers.append((node, reader, _reads(facts, node)))
+        if node in axes.read:
+            readers.append((node, _repeated, None))
     while True:
         before = need.copy()
-        for node, sink, reads in readers:
-            sink(axes, facts, need, node, reads)
+        for node, reader, reads in readers:
+            try:
+                reader(axes, facts, need, node, reads)
+            except Exception as error:
+                _log.warning("%s: %s needs all it reads: %s: %s", node.name, node.target, type(error).__name__, error)
+                _all(axes, facts, need, node, reads)
         if np.array_equal(before, need):
             return need
 
 
-def _sink(node: fx.Node) -> Any:
-    return _SINKS.get(node.target) or _SINKS.get(str(node.target))
+def _all(axes: Axes, facts: Facts, need: Array, node: fx.Node, reads: Tensor | None) -> None:
+    for labels in axes.contracted.get(node, ()):
+        _mark(axes, need, labels)
+
+
+def _repeated(axes: Axes, facts: Facts, need: Array, node: fx.Node, reads: Tensor | None) -> None:
+    """An entry that the result repeats for other channels is needed where one of these is."""
+    for result, operand in axes.read[node]:
+        result, operand = np.broadcast_arrays(result, operand)
+        _mark(axes, need, operand[need[axes.channel[result]]])
+
+
+def _row_needs(axes: Axes, facts: Facts, need: Array, node: fx.Node, reads: Tensor | None) -> None:
+    """Channels are taken together in each row: one that is needed needs the others."""
+    for labels in axes.contracted[node]:
+        live = np.any(need[axes.channel[labels]], axis=-1, keepdims=True)
+        _mark(axes, need, labels[np.broadcast_to(live, labels.shape)])
 
 
 def _mark(axes: Axes, need: Array, labels: Array) -> None:
@@ -59,59 +92,45 @@ def _reads(facts: Facts, node: fx.Node) -> Tensor | None:
 
 
 def _weight_needs(axes: Axes, facts: Facts, need: Array, node: fx.Node, reads: Tensor | None) -> None:
-    value = operands(node)[0] if node.target in (aten.linear.default, aten.addmm.default) else node.args[0]
+    """A weight's needed outputs need the channels they read through a number that is not 0."""
+    value = operands(node)[0] if node.target in LINEARS else node.args[0]
     convolution = node.target in CONVOLUTIONS
     dim = 1 if convolution else rank_of(value) - 1
-    entering, leaving = (
-        axis_of(axes.axes(value), dim),
-        axis_of(axes.axes(node), 1 if convolution else rank_of(node) - 1),
-    )
-    if entering is None:
+    leaving = axis_of(axes.axes(node), 1 if convolution else rank_of(node) - 1)
+    entering = axis_of(axes.axes(value), dim)
+    if entering is None or reads is None or reads.shape[1] != entering.data.shape[-1]:
+        _all(axes, facts, need, node, reads)  # whatever else it contracts is pinned
         return
-    if convolution and entering.data.size != (reads.shape[1] if reads is not None else -1):
-        return  # depthwise: input and output are one channel
-    wanted = np.ones(entering.data.shape[-1], bool)
-    if reads is not None:
-        live = (
-            torch.from_numpy(need[axes.channel[leaving.data]])
-            if leaving is not None
-            else torch.ones(1, dtype=torch.bool)
-        )
-        wanted = reads[live.to(reads.device)].any(0).cpu().numpy()
-    known = axis_of(facts.of(value), dim)
-    if known is not None and known.dims == entering.dims:
-        # A convolution's padding shows beside a constant, and experts give it different factors, unless it is 0.
-        free = known.data == 0 if convolution or is_grouped(node) else ~np.isnan(known.data)
+    live = need[axes.channel[leaving.data]] if leaving is not None else np.ones(reads.shape[0], bool)
+    wanted = np.broadcast_to(reads[torch.from_numpy(live).to(reads.device)].any(0).cpu().numpy(), entering.data.shape)
+    free = facts.free(node)
+    if free is not None and free.shape == wanted.shape:
         wanted = wanted & ~free
-    _mark(axes, need, entering.data[np.broadcast_to(wanted, entering.data.shape)])
+    _mark(axes, need, entering.data[wanted])
 
 
 def _attention_needs(axes: Axes, facts: Facts, need: Array, node: fx.Node, reads: Tensor | None) -> None:
-    query, key = node.args[:2]
-    count = query.meta["val"].shape[1]  # type: ignore[union-attr]
+    """A head of which a channel is needed needs its query and key, channel by channel unless one of them is 0."""
     result = axis_of(axes.axes(node), 3)
-    if result is None or not isinstance(count, int):
+    if rank_of(node) != 4 or result is None or result.dims != (1, 3):
+        _all(axes, facts, need, node, reads)
         return
-    live = np.asarray(need[axes.channel[result.data]].any(axis=1))
-    labels = heads_of(axes, query, count)
-    if labels is None:
-        return
-    wanted = np.broadcast_to(live[:, None], labels.shape).copy()
-    for operand in (query, key):
-        found = axis_of(facts.of(operand), 3)
-        if found is not None and found.dims == (1, 3):
-            wanted &= np.repeat(found.data, count // found.data.shape[0], axis=0) != 0
-    _mark(axes, need, labels[wanted])
-
-
-def heads_of(axes: Axes, value: Any, count: int) -> Array | None:
-    """The labels (heads, channels) of a query, or None where they are not of heads (and pinned)."""
-    axis = axis_of(axes.axes(value), 3)
-    return axis.data if axis is not None and axis.dims == (1, 3) else None
+    live = np.any(need[axes.channel[result.data]], axis=1)
+    for labels in axes.contracted[node]:  # of query and key, with one row a head
+        wanted = np.broadcast_to(live[:, None], labels.shape).copy()
+        for operand in node.args[:2]:
+            found = axis_of(facts.of(operand), 3)
+            if found is not None and found.dims == (1, 3):
+                wanted &= np.repeat(found.data, len(labels) // found.data.shape[0], axis=0) != 0
+        _mark(axes, need, labels[wanted])
 
 
 def _product_needs(axes: Axes, facts: Facts, need: Array, node: fx.Node, reads: Tensor | None) -> None:
+    """Channels that meet are needed, unless those of the other side are 0."""
     a, b = node.args[:2]
+    if rank_of(b) not in (2, rank_of(a)):
+        _all(axes, facts, need, node, reads)
+        return
     for value, other, dim, twin in ((a, b, rank_of(a) - 1, rank_of(b) - 2), (b, a, rank_of(b) - 2, rank_of(a) - 1)):
         axis, found = axis_of(axes.axes(value), dim), axis_of(facts.of(other), twin)
         if axis is not None:
@@ -119,10 +138,10 @@ def _product_needs(axes: Axes, facts: Facts, need: Array, node: fx.Node, reads: 
             _mark(axes, need, axis.data[found.data != 0] if zero else axis.data)  # type: ignore[union-attr]
 
 
-_SINKS: dict[Any, Any] = {
-    aten.linear.default: _weight_needs,
-    aten.addmm.default: _weight_needs,
-    **dict.fromkeys((*CONVOLUTIONS, *GROUPED), _weight_needs),
+#: What operators need of what they contract; any other needs all of it.
+_READERS: dict[Any, Any] = {
+    **dict.fromkeys((*LINEARS, *CONVOLUTIONS, *GROUPED), _weight_needs),
     aten.scaled_dot_product_attention.default: _attention_needs,
     **dict.fromkeys((aten.bmm.default, aten.matmul.default, aten.mm.default), _product_needs),
+    **dict.fromkeys(WITHIN_ROWS, _row_needs),
 }

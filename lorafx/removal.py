@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .axes import Array, Axes, Axis, _flat
+from .axes import Array, Axes, Axis, flat
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,6 @@ def _distinct(axes: Axes) -> list[Array]:
     """The labels of every axis of every value and tensor, each once."""
     found: dict[tuple[tuple[int, ...], bytes], Array] = {}
     for known in axes.known.values():
-        for axis in _flat(known):
+        for axis in flat(known):
             found.setdefault((axis.data.shape, np.ascontiguousarray(axis.data).tobytes()), axis.data)
     return list(found.values())

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from .axes import Axes, Axis, axis_of
-from .axis_moves import pieces, slice_bounds
+from .axes import Axes, Axis, axis_of, flat
+from .axis_moves import argument, pieces, slice_bounds
 from .edit import Edit
 from .removal import Removal
 
@@ -23,7 +23,7 @@ _CUTS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 def resize(edit: Edit, axes: Axes, removal: Removal) -> None:
     """Rewrite sizes, slices, splits and scales that the removal changed, and compute the values' shapes anew."""
     for node in list(edit.program.graph.nodes):
-        if node.op != "call_function":
+        if node.op != "call_function" or not _loses(node, axes, removal):
             continue
         if node.target in _SHAPES:
             _shape(node, _sizes(axes.known[node], removal))
@@ -40,6 +40,12 @@ def resize(edit: Edit, axes: Axes, removal: Removal) -> None:
         elif node.target in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default):
             _groups(node, axes, removal)
     edit.recompute()
+
+
+def _loses(node: fx.Node, axes: Axes, removal: Removal) -> bool:
+    """Whether any channel of what the node reads or gives goes; literals of other nodes are as they should be."""
+    touched = [axis for value in (node, *node.all_input_nodes) for axis in flat(axes.known.get(value, []))]
+    return not all(removal.stays(axis.data).all() for axis in touched)
 
 
 def _sizes(known: Any, removal: Removal) -> dict[int, int]:
@@ -97,7 +103,7 @@ def _slice(node: fx.Node, axes: Axes, removal: Removal) -> None:
     if axis is None:
         return
     bounds = slice_bounds(node, axis.data.shape[axis.dims.index(dim)])
-    if bounds is not None:
+    if bounds is not None and bounds[2] == 1:  # one with a step takes whole periods, to the end, as before
         start, end, _ = bounds
         first = _inside(axis, dim, 0, start, removal)
         node.args = (value, dim, first, first + _inside(axis, dim, start, end, removal))
@@ -114,13 +120,16 @@ def _select(node: fx.Node, axes: Axes, removal: Removal) -> None:
 
 def _scale(node: fx.Node) -> None:
     """Attention divides by the root of its width unless told a scale: say the one it had."""
-    if node.kwargs.get("scale") is None:
+    if argument(node, "scale") is None:
         width = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
         node.update_kwarg("scale", 1 / math.sqrt(width))
 
 
 def _groups(node: fx.Node, axes: Axes, removal: Removal) -> None:
-    if len(node.args) > 6 and node.args[6] != 1:
+    if argument(node, "groups") != 1:
         axis = axis_of(axes.known[node], 1)
         if axis is not None:
+            defaults = [declared.default_value for declared in node.target._schema.arguments]  # type: ignore[union-attr]
+            node.args = (*node.args, *defaults[len(node.args) : 7])
             node.update_arg(6, removal.shape(axis)[0])
+            node.kwargs = {}

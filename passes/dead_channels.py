@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import logging
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,21 +12,24 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from ..agreement import alike, first_difference, outputs
 from ..axes import Axes, axis_of
 from ..axis_report import zeros_left
 from ..axis_table import RULES
 from ..base import Pass, Promise, Selection, option
 from ..channels import Facts, operands
+from ..constants import Constants
 from ..edit import Edit, aliases
 from ..errors import RecipeError
 from ..experts import Order, ordered, reordered
-from ..needs import needed
+from ..needs import grown, needed
 from ..program import Program
 from ..removal import Removal, Widths
 from ..resize import resize
 from ..site import module_path
 
 aten = torch.ops.aten
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,15 @@ class Plan:
 
     def __str__(self) -> str:
         return f"{len(self.cut)} tensors"
+
+    def on(self, twin: Program) -> Plan:
+        """The same plan for a copy of its program."""
+        nodes = dict(zip(self.axes.program.graph.nodes, twin.graph.nodes, strict=True))
+        axes, facts = copy.copy(self.axes), copy.copy(self.facts)
+        axes.program, facts.axes, facts.constants = twin, axes, Constants(twin.root)
+        axes.known = {nodes[node]: known for node, known in self.axes.known.items()}
+        facts.known = {nodes[node]: known for node, known in self.facts.known.items()}
+        return dataclasses.replace(self, axes=axes, facts=facts)
 
 
 @dataclass(frozen=True)
@@ -78,11 +93,37 @@ class DeadChannels(Pass):
         return Selection((plan,) if plan is not None and plan.cut else ())  # type: ignore[arg-type]
 
     def plan(self, program: Program) -> Plan:
-        """The analysis of a program, and what it allows to remove."""
-        axes = Axes(program, RULES)
+        """The analysis of a program, and what it allows to remove: tried on the example inputs before it is believed.
+
+        An operator that then does not do what its rule says keeps all it touches, with a warning; the rule is a bug.
+        """
+        distrusted: dict[str, str] = {}
+        while True:
+            plan = self._argued(program, distrusted)
+            broken = _broken(self, program, plan) if plan.cut else None
+            if broken is None:
+                return plan
+            if broken == "" or broken in distrusted:
+                _log.warning("dead-channels: the removal does not hold on the example inputs: nothing is removed")
+                return dataclasses.replace(plan, cut={})
+            _log.warning("dead-channels: %s does not do what its rule says: its channels stay; please report", broken)
+            distrusted[broken] = "its rule did not hold on the example inputs"
+
+    def _argued(self, program: Program, distrusted: dict[str, str]) -> Plan:
+        axes = Axes(program, RULES, distrusted)
         facts = Facts(axes)
         need, orders = ordered(axes, facts, needed(axes, facts))
         removal = Removal(axes, need, Widths(self.round_to, self.keep_at_least, self.uniform))
+        while not orders:  # what experts put in another order is needed at other places than their weights say
+            kept = removal.stays(np.arange(axes.count))
+            wanted = need.copy()
+            wanted[axes.channel[kept]] = True
+            # What stays only to keep a width is computed as before too.
+            wanted = grown(axes, facts, wanted, list(program.graph.nodes))
+            if np.array_equal(wanted, need):
+                break
+            need = wanted
+            removal = Removal(axes, need, removal.widths)
         orders = [order for order in orders if not removal.stays(order.units).all()]
         cut = {}
         for name, dims in axes.members.items():
@@ -118,6 +159,22 @@ class DeadChannels(Pass):
             edit.facts["Zero but kept"] = left
 
 
+def _broken(step: DeadChannels, program: Program, plan: Plan) -> str | None:
+    """The name of an operator that does not give what it gave once the plan is carried out.
+
+    None when all do; empty when the outputs differ and no operator is to blame.
+    """
+    trial = program.copy()
+    moved = plan.on(trial)
+    try:
+        step.rewrite(Edit(trial, step), moved)
+        if alike(outputs(program), outputs(trial)):
+            return None
+    except Exception as error:
+        _log.warning("dead-channels: a plan cannot be carried out: %s: %s", type(error).__name__, error)
+    return first_difference(program, trial, plan.axes, plan.removal) or ""
+
+
 def _cut(value: Tensor, kept: list[Tensor]) -> nn.Parameter:
     result = value.detach()
     for dim, part in enumerate(kept):
@@ -131,7 +188,7 @@ def _absorb(edit: Edit, plan: Plan, node: fx.Node) -> None:
     value, weight, bias = operands(node)
     last = value.meta["val"].dim() - 1
     labels, known = axis_of(plan.axes.axes(value), last), axis_of(plan.facts.of(value), last)
-    if labels is None or known is None or len(labels.dims) > 1:
+    if labels is None or known is None or not plan.facts.absorbs(node):
         return
     lost = ~plan.removal.stays(labels.data) & ~np.isnan(known.data) & (known.data != 0)
     matrix = plan.facts.weight(weight)

@@ -1,0 +1,69 @@
+"""What a graph changes in place: an analysis of values must not believe what it knew of them before."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+#: Operators whose result may be their operand's memory though their schema does not say so.
+_SHARING = (
+    operator.getitem,
+    aten._unsafe_view.default,
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+)
+
+
+def written(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Nodes whose values some operator of ``graph`` changes in place, whoever shares their memory included."""
+    writers = [node for node in graph.nodes if _writes(node)]
+    if not writers:
+        return frozenset()
+    shared = nx.Graph()
+    by_name: dict[str, fx.Node] = {}
+    for node in graph.nodes:
+        shared.add_node(node)
+        if node.op == "get_attr":
+            shared.add_edge(node, by_name.setdefault(str(node.target), node))
+        shared.add_edges_from((node, operand) for operand in _sharing(node))
+    parts: dict[fx.Node, int] = {}
+    for number, part in enumerate(nx.connected_components(shared)):
+        parts.update(dict.fromkeys(part, number))
+    touched = {parts[operand] for node in writers for operand in _writes(node)}
+    return frozenset(node for node, part in parts.items() if part in touched)
+
+
+def _writes(node: fx.Node) -> list[fx.Node]:
+    """The operands that the node writes to."""
+    if node.target is aten.batch_norm.default:  # its schema does not say so
+        running = node.args[3:5] if node.args[5] else ()
+        return [value for value in running if isinstance(value, fx.Node)]
+    return _operands(node, lambda alias: alias.is_write)
+
+
+def _sharing(node: fx.Node) -> list[fx.Node]:
+    """The operands whose memory the node's result may be."""
+    if node.target in _SHARING:
+        return list(node.all_input_nodes[:1])
+    return _operands(node, lambda alias: True)
+
+
+def _operands(node: fx.Node, wanted: Callable[[Any], bool]) -> list[fx.Node]:
+    """The operands whose aliasing, as the operator's schema declares it, is of the kind wanted."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    found: list[fx.Node] = []
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.alias_info is not None and wanted(argument.alias_info):
+            value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+            items = value if isinstance(value, (list, tuple)) else [value]
+            found += [item for item in items if isinstance(item, fx.Node)]
+    return found
