@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from torch.utils import _pytree as pytree
 
 from .checkpoint import open_model, weight_hashes
 from .errors import CaptureError, UsageError
+from .gradients import functions_laid_open, same_gradients
 from .normal import normalise
+from .pipeline import to_eval
 from .program import Program, Signature, Source
 from .trace import cacheless, export_graph, lean
 from .tree import has_tensor, named_tensors, put_tensor
@@ -77,16 +79,31 @@ def _captured(origin: Source, example: dict[str, Any], shapes: Any, *, check: bo
     failure = None
     for training in (True, False):
         try:
-            program = program_from(export_graph(origin.model, example, shapes, training=training), origin, example)
+            with functions_laid_open() as functions:
+                exported = export_graph(origin.model, example, shapes, training=training)
+            program = program_from(exported, origin, example)
         except CaptureError as error:
             failure = failure or error
             continue
         if not check or computes_evaluation(program):
             if not training:
                 _log.warning("%s can be captured in evaluation mode only: it trains without dropout", program.name)
-            return program
+            return trainable(program, functions, check=check)
     name = type(origin.model).__name__
     raise failure or CaptureError(f"{name} computes something else as a graph; try example inputs of your own")
+
+
+def trainable(program: Program, functions: Iterable[str], *, check: bool) -> Program:
+    """``program``, or its evaluation form when autograd functions of the model's give it gradients that a graph does
+    not have. They often only save time or memory; what they do is found by comparing (not on the meta device)."""
+    if not functions or not check or same_gradients(program):
+        return program
+    names = ", ".join(sorted(functions))
+    why = (
+        f"{program.name} has gradients of its own ({names}), which a graph cannot hold: it evaluates, but cannot train"
+    )
+    _log.warning("%s", why)
+    return dataclasses.replace(to_eval(program), history=(), untrainable=why)
 
 
 def computes_evaluation(program: Program) -> bool:
@@ -158,7 +175,8 @@ def _text(
     model: nn.Module, config: Any, parameters: Mapping[str, Any], checkpoint: Path | None, batch: int, length: int
 ) -> dict[str, Any]:
     text_config = config.get_text_config()
-    top = min(text_config.vocab_size, 1000)
+    # A model of characters takes any number.
+    top = min(getattr(text_config, "vocab_size", None) or 1000, 1000)
     ids = torch.randint(min(5, top - 1), top, (batch, length), generator=_generator())
     mask = torch.ones_like(ids)
     mask[-1, length // 2 + 1 :] = 0
@@ -186,24 +204,32 @@ def _tokenizer_inputs(checkpoint: Path | None) -> list[str]:
 
 
 def dynamic_shapes(model: nn.Module, example: Mapping[str, Any]) -> dict[str, Any]:
-    """Batch is free in every input; the length of text inputs too, up to the model's number of positions."""
+    """Batch is free in every input; so is the length of texts, up to the model's number of positions, and how many of
+    them stand side by side in a row (choices)."""
     config = getattr(model, "config", None)
     text_config = config.get_text_config() if config is not None else None
     limit = getattr(text_config, "max_position_embeddings", None)
-    batch = Dim("batch")
-    dims = {
-        "sequence": Dim("sequence", max=limit) if limit else Dim("sequence"),
-        "target": Dim("target", max=limit) if limit else Dim("target"),
-    }
+    ends = {"max": limit} if limit and limit > 0 else {}  # some say -1 for none
+    batch, choices = Dim("batch"), Dim("choices")
+    dims = {"": Dim("sequence", **ends), "decoder_": Dim("target", **ends)}
     shapes: dict[str, Any] = {}
     for name, value in example.items():
         if not isinstance(value, Tensor):
             shapes[name] = None
-        elif value.dim() == 2 and not value.is_floating_point():
-            shapes[name] = {0: batch, 1: dims["target" if name.startswith("decoder_") else "sequence"]}
-        else:
-            shapes[name] = {0: batch}
+            continue
+        side = "decoder_" if name.startswith("decoder_") else ""
+        axes = _text_axes(value, example.get(f"{side}input_ids"))
+        shapes[name] = {0: batch, **({1: choices} if axes == 3 else {}), **({axes - 1: dims[side]} if axes > 1 else {})}
     return shapes
+
+
+def _text_axes(value: Tensor, ids: Any) -> int:
+    """How many of an input's first axes are those of the texts: something for each token has them all."""
+    if value.is_floating_point():
+        return 1
+    if isinstance(ids, Tensor) and value.shape[: ids.dim()] == ids.shape:
+        return ids.dim()
+    return 2 if value.dim() == 2 else 1
 
 
 # ---- from the tracer's result to a Program

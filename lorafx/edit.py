@@ -44,7 +44,7 @@ class Edit:
         self._fresh: set[fx.Node] = set()
         vals = [node.meta["val"] for node in program.graph.nodes if isinstance(node.meta.get("val"), FakeTensor)]
         self._fake: FakeTensorMode = detect_fake_mode(vals) or FakeTensorMode(allow_non_fake_inputs=True)
-        self._values = FakeValues(self._fake)
+        self._values = FakeValues(self._fake, program.root)
 
     @property
     def inserted(self) -> tuple[Inserted, ...]:
@@ -317,7 +317,7 @@ class Edit:
 
     def recompute(self) -> None:
         """Compute the fake values of all operators anew, after tensors changed their shapes."""
-        self._values = FakeValues(self._fake)
+        self._values = FakeValues(self._fake, self.program.root)
         for node in self.program.graph.nodes:
             if node.op == "call_function":
                 node.meta["val"] = self.evaluate(node)

@@ -104,6 +104,8 @@ class RewrittenModel(nn.Module):
         return self.program.config
 
     def _run(self, inputs: dict[str, Any]) -> Any:
+        if self.training and self.program.untrainable:
+            raise UsageError(f"{self.program.untrainable}; call eval() first")
         graphs = type(self)._graphs  # type: ignore[attr-defined]
         leaves = self.program.flatten(inputs)
         flat = graphs[self.training](self, leaves, checkpoint=self.checkpointing and self.training)

@@ -7,6 +7,9 @@ from torch import fx
 
 aten = torch.ops.aten
 
+#: The ways to write a transposed matrix.
+_TURNS = (aten.numpy_T.default, aten.t.default, aten.transpose.int, aten.permute.default)
+
 
 def normalise(graph: fx.Graph) -> None:
     """Bring a traced graph into normal form.
@@ -14,6 +17,7 @@ def normalise(graph: fx.Graph) -> None:
     - Checks of the dtype and device seen at capture go: they would refuse autocast, fp64 and any other device.
     - A tensor cast to the dtype it has is the tensor: else a shared weight is read through its first user's cast.
     - An operator that overwrites a value nobody else reads becomes the one that makes a new value.
+    - A product with a transposed weight is a linear.
     """
     for node in list(graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
@@ -22,6 +26,8 @@ def normalise(graph: fx.Graph) -> None:
             node.replace_all_uses_with(node.args[0])
         elif _overwrites_its_own(node):
             node.target = _functional(node.target)
+        elif node.target is aten.matmul.default:
+            _to_linear(node)
     graph.eliminate_dead_code()
 
 
@@ -41,6 +47,17 @@ def _overwrites_its_own(node: fx.Node) -> bool:
     fresh = all(result.alias_info is None for result in value.target._schema.returns)
     alone = len(value.users) == 1 and written == [True, *[False] * (len(written) - 1)]
     return fresh and alone and _functional(node.target) is not None
+
+
+def _to_linear(node: fx.Node) -> None:
+    """``x @ W.T`` as ``linear(x, W)``, the same product; ``W`` is a parameter."""
+    turned = node.args[1]
+    if not isinstance(turned, fx.Node) or turned.target not in _TURNS or turned.meta["val"].dim() != 2:
+        return
+    weight, value = turned.args[0], node.args[0]
+    swaps = turned.args[1:] in ((), (0, 1), (1, 0), (-1, -2), (-2, -1), ([1, 0],))
+    if isinstance(weight, fx.Node) and weight.op == "get_attr" and swaps and value.meta["val"].dim() > 1:  # type: ignore
+        node.target, node.args = aten.linear.default, (value, weight)
 
 
 def _functional(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:

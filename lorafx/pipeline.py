@@ -45,7 +45,8 @@ def _apply(program: Program, step: Pass) -> None:
     started = time.perf_counter()
     edit = Edit(program, step)
     if isinstance(step, Method) and program.stage == "eval":
-        raise RecipeError(f"{step.pass_name()}: the program was made ready for evaluation; insert methods before that")
+        why = program.untrainable or "the program was made ready for evaluation; insert methods before that"
+        raise RecipeError(f"{step.pass_name()}: {why}")
     first = selection = step.sites(program)
     if isinstance(step, Method):
         edit.freeze()

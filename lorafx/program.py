@@ -96,6 +96,7 @@ class Program:
         history: the passes applied, oldest first
         origin: the program this one was folded from, or None
         captured: the program before any pass, or None when it was not kept
+        untrainable: why it cannot train, if so; it is in evaluation form then
     """
 
     graph: fx.Graph
@@ -109,6 +110,7 @@ class Program:
     history: tuple[Applied, ...] = ()
     origin: Program | None = None
     captured: Program | None = None
+    untrainable: str = ""
     #: Changes the config needs to describe the program, e.g. an output layer that is no longer tied.
     config_changes: dict[str, Any] = field(default_factory=dict)
 

@@ -170,7 +170,25 @@ def _exported(model: nn.Module, example: Mapping[str, Any], shapes: Any) -> Expo
     from transformers.exporters.exporter_dynamo import DynamoExporter
 
     config = DynamoConfig(dynamic=shapes is not None, dynamic_shapes=shapes)
-    return DynamoExporter().export(cast(Any, model), dict(example), config).program
+    with _gradients_on(model.training):
+        return DynamoExporter().export(cast(Any, model), dict(example), config).program
+
+
+@contextmanager
+def _gradients_on(wanted: bool) -> Iterator[None]:
+    """Trace as training runs. transformers' exporter turns gradients off, and then the regions in which the model
+    itself turns them off leave no mark: their weights would train."""
+    export = torch.export.export
+
+    def with_gradients(*args: Any, **kwargs: Any) -> ExportedProgram:
+        with torch.enable_grad():
+            return export(*args, **kwargs)
+
+    torch.export.export = with_gradients if wanted else export
+    try:
+        yield
+    finally:
+        torch.export.export = export
 
 
 def _check_free(exported: ExportedProgram, shapes: Any) -> None:

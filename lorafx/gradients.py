@@ -1,0 +1,98 @@
+"""Gradients of a model's own: a graph holds what a forward computes, so its gradients are those of what it computes.
+
+A ``torch.autograd.Function`` may say otherwise (a straight-through estimator, a sampled forward with an expected
+backward). Where one was traced, the gradients of graph and eager model are compared.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .program import Program
+from .trace import cacheless
+
+_log = logging.getLogger(__name__)
+
+#: Products in a backward pass may sum in another order; a wrong rule is off by far more.
+_TOLERANCE = 1e-3
+
+
+class _Context:
+    """What a function's forward may tell its backward, which a trace has no use for."""
+
+    needs_input_grad = (True,) * 64
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith(("save_for_", "mark_", "set_")):
+            return lambda *values: None
+        raise AttributeError(name)
+
+
+@contextmanager
+def functions_laid_open() -> Iterator[set[str]]:
+    """Autograd functions compute as if they were plain code, so that a trace sees what they do and what flows through
+    them; a function's own forward runs without gradients, which would cut it off. Gives the names of those that ran."""
+    used: set[str] = set()
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls.__module__.startswith("torch."):  # an operator's, which the graph holds whole
+            return original.__get__(None, cls)(*args, **kwargs)
+        used.add(cls.__name__)
+        separate = cls.setup_context is not torch.autograd.Function.setup_context
+        return cls.forward(*(() if separate else (_Context(),)), *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign]
+    try:
+        yield used
+    finally:
+        torch.autograd.Function.apply = original
+
+
+def same_gradients(program: Program) -> bool:
+    """Whether the graph of ``program`` has the gradients of the eager model, in evaluation mode, on the example.
+
+    Not when the model gives none in that mode: there is nothing to compare with.
+    """
+    model = program.source.model
+    named = model.named_parameters()
+    names = [name for name, value in named if value.requires_grad and value.is_floating_point()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with cacheless(model):
+            expected = _gradients(model, program.example, names)
+    except Exception as error:  # whatever a model's own backward raises
+        _log.debug("%s has no gradients in evaluation mode: %s", program.name, error)
+        return False
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    found = _gradients(program.module().eval(), program.example, names)
+    return all(_close(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def _gradients(model: nn.Module, inputs: Mapping[str, Any], names: list[str]) -> tuple[Any, ...]:
+    # A program's tensors are its own, over the model's storage.
+    values = dict(model.named_parameters(remove_duplicate=False))
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        outputs = pytree.tree_leaves(model(**inputs))
+        kept = [value for value in outputs if isinstance(value, Tensor) and value.requires_grad]
+        # Any fixed weighting of all outputs will do for a loss.
+        weights = [torch.linspace(-1, 1, v.numel(), dtype=v.dtype, device=v.device).view(v.shape) for v in kept]
+        return torch.autograd.grad(kept, [values[name] for name in names], weights, allow_unused=True)
+
+
+def _close(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    scale = float(a.abs().max()) if a.numel() else 0.0
+    return torch.allclose(a, b, rtol=0.0, atol=_TOLERANCE * scale, equal_nan=True)
