@@ -22,6 +22,7 @@ from lorafx.passes.finegates import Finegates
 from lorafx.passes.lora import Lora
 from lorafx.precision import recast
 from lorafx.program import Program
+from lorafx.site import WEIGHT_OPS, Site
 
 from .family_models import Family, build
 
@@ -138,7 +139,9 @@ class _Checks:
         model.eval()
 
     def lora(self) -> None:
-        program = self._rewritten(Lora(rank=2, alpha=4.0), Lora(targets=".*", exclude="role:head", rank=2, alpha=4.0))
+        program = self._rewritten(
+            Lora(rank=2, alpha=4.0), Lora(targets=".*", exclude=("role:head",), rank=2, alpha=4.0)
+        )
         if program is None:
             return
         generator = torch.Generator().manual_seed(1)
@@ -226,17 +229,17 @@ def close_at_random(program: Program, share: float = 0.3, seed: int = 3) -> None
         if site.role != "router":
             chosen = some(value.shape[rows])
             value.index_fill_(rows, chosen, 0.0)
-            bias = site.node.args[site.op.bias] if _has_bias(site) else None
+            bias = _bias(site)
             if isinstance(bias, torch.fx.Node) and bias.op == "get_attr" and torch.rand(1, generator=generator) < 0.7:
                 program.tensor(str(bias.target)).data.index_fill_(0, chosen, 0.0)
         value.index_fill_(1 - rows, some(value.shape[1 - rows]), 0.0)
 
 
-def _has_bias(site: Any) -> bool:
-    from lorafx.site import WEIGHT_OPS
-
+def _bias(site: Site) -> Any:
+    """The argument that is the bias of a weight, if it has one."""
     use = WEIGHT_OPS.get(site.node.target)
-    return use is not None and use.bias is not None and len(site.node.args) > use.bias
+    has = use is not None and use.bias is not None and len(site.node.args) > use.bias
+    return site.node.args[use.bias] if has else None  # type: ignore[index, union-attr]
 
 
 def _onnx_model(folder: Path) -> Callable[..., Any]:

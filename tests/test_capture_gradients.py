@@ -196,7 +196,7 @@ def test_texts_side_by_side_have_a_free_number_and_a_free_length():
 def test_what_stands_beside_each_token_has_the_texts_length():
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = hf.LayoutLMConfig(**sizes, intermediate_size=24, max_2d_position_embeddings=64, num_labels=2)
+    config = hf.LayoutLMConfig(**sizes, intermediate_size=24, max_2d_position_embeddings=64)
     model = hf.LayoutLMForTokenClassification(config).eval()
 
     def inputs(batch: int, length: int) -> dict[str, Tensor]:
