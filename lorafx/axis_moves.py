@@ -76,7 +76,7 @@ def _flip(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
     dims: Any = node.args[1]
     turned = {dim % rank_of(node) for dim in dims}
     return [
-        Axis(axis.dims, np.flip(axis.data, tuple(place for place, dim in enumerate(axis.dims) if dim in turned)))
+        Axis(axis.dims, np.flip(axis.data, tuple(place for place, dim in enumerate(axis.dims) if dim in turned)).copy())
         for axis in known(node.args[0])
     ]
 

@@ -1,0 +1,169 @@
+"""What is removed from a program: argued by the analysis, tried on the example inputs, then carried out."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from .agreement import alike, first_difference, outputs
+from .axes import Axes, axis_of
+from .axis_table import RULES
+from .base import Pass
+from .channels import LINEARS, Facts, operands
+from .constants import Constants
+from .edit import Edit, aliases
+from .experts import Order, ordered, reordered
+from .needs import grown, needed
+from .program import Program
+from .removal import Removal, Widths
+from .resize import resize
+from .site import module_path
+
+aten = torch.ops.aten
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is removed from one program.
+
+    Attributes:
+        axes, facts: the analysis
+        removal: which channels stay
+        orders: what experts put in another order before that
+        cut: for each tensor that shrinks, the indices that stay along each of its dimensions
+    """
+
+    axes: Axes
+    facts: Facts
+    removal: Removal
+    orders: list[Order]
+    cut: dict[str, list[Tensor]]
+
+    def __str__(self) -> str:
+        return f"{len(self.cut)} tensors"
+
+    def on(self, twin: Program) -> Plan:
+        """The same plan for a copy of its program."""
+        nodes = dict(zip(self.axes.program.graph.nodes, twin.graph.nodes, strict=True))
+        axes, facts = copy.copy(self.axes), copy.copy(self.facts)
+        axes.program, facts.axes, facts.constants = twin, axes, Constants(twin.root)
+        axes.known = {nodes[node]: known for node, known in self.axes.known.items()}
+        facts.known = {nodes[node]: known for node, known in self.facts.known.items()}
+        return dataclasses.replace(self, axes=axes, facts=facts)
+
+    def carry_out(self, edit: Edit) -> None:
+        """Remove what the plan says from the program it was made for."""
+        for node in list(edit.program.graph.nodes):
+            if node.target in LINEARS:
+                _absorb(edit, self, node)
+        done: dict[int, nn.Parameter] = {}
+        for name, kept in self.cut.items():
+            value = edit.program.tensor(name)
+            if id(value) not in done:
+                done[id(value)] = _cut(reordered(self.orders, name, value), kept)
+            new = done[id(value)]
+            for alias in aliases(edit.program.root, name):
+                edit.set_tensor(alias, new)
+        resize(edit, self.axes, self.removal)
+
+
+def proven(program: Program, step: Pass, widths: Widths) -> Plan:
+    """What ``step`` can remove from ``program``, tried on its example inputs before it is believed.
+
+    An operator that then does not do what its rule says keeps all it touches, with a warning: the rule is a bug.
+    """
+    distrusted: dict[str, str] = {}
+    while True:
+        plan = argued(program, widths, distrusted)
+        broken = _broken(program, step, plan) if plan.cut else None
+        if broken is None:
+            return plan
+        if broken == "" or broken in distrusted:
+            _log.warning("the removal of channels does not hold on the example inputs: nothing is removed")
+            return dataclasses.replace(plan, cut={})
+        _log.warning("%s does not do what its rule says: its channels stay; please report this model", broken)
+        distrusted[broken] = "its rule did not hold on the example inputs"
+
+
+def argued(program: Program, widths: Widths, distrusted: dict[str, str] | None = None) -> Plan:
+    """What the analysis alone says can be removed."""
+    axes = Axes(program, RULES, distrusted)
+    facts = Facts(axes)
+    need, orders = ordered(axes, facts, needed(axes, facts))
+    removal = Removal(axes, need, widths)
+    while not orders:  # what experts put in another order is needed at other places than their weights say
+        kept = removal.stays(np.arange(axes.count))
+        wanted = need.copy()
+        wanted[axes.channel[kept]] = True
+        # What stays only to keep a width is computed as before too.
+        wanted = grown(axes, facts, wanted, list(program.graph.nodes))
+        if np.array_equal(wanted, need):
+            break
+        need = wanted
+        removal = Removal(axes, need, widths)
+    orders = [order for order in orders if not removal.stays(order.units).all()]
+    cut = {}
+    for name, dims in axes.members.items():
+        # A dimension of size 1 is broadcast, not a channel.
+        kept = [torch.from_numpy(np.flatnonzero(removal.stays(d) if d.size > 1 else d == d)) for d in dims]
+        if any(len(part) < len(labels) for part, labels in zip(kept, dims, strict=True)):
+            cut[name] = kept
+    return Plan(axes, facts, removal, orders, cut)
+
+
+def _broken(program: Program, step: Pass, plan: Plan) -> str | None:
+    """The name of an operator that does not give what it gave once the plan is carried out.
+
+    None when all do; empty when the outputs differ and no operator is to blame.
+    """
+    trial = program.copy()
+    try:
+        plan.on(trial).carry_out(Edit(trial, step))
+        if alike(outputs(program), outputs(trial)):
+            return None
+    except Exception as error:
+        _log.warning("a plan of removal cannot be carried out: %s: %s", type(error).__name__, error)
+    return first_difference(program, trial, plan.axes, plan.removal) or ""
+
+
+def _cut(value: Tensor, kept: list[Tensor]) -> nn.Parameter:
+    result = value.detach()
+    for dim, part in enumerate(kept):
+        if len(part) < result.shape[dim]:
+            result = result.index_select(dim, part.to(result.device))
+    return nn.Parameter(result.contiguous(), requires_grad=False)
+
+
+def _absorb(edit: Edit, plan: Plan, node: fx.Node) -> None:
+    """Put what removed constant channels contribute into the bias of the operator that reads them."""
+    value, weight, bias = operands(node)
+    last = value.meta["val"].dim() - 1
+    labels, known = axis_of(plan.axes.axes(value), last), axis_of(plan.facts.of(value), last)
+    if labels is None or known is None or not plan.facts.absorbs(node):
+        return
+    lost = ~plan.removal.stays(labels.data) & ~np.isnan(known.data) & (known.data != 0)
+    matrix = plan.facts.weight(weight)
+    if not lost.any() or matrix is None:
+        return
+    matrix = matrix if node.target is aten.linear.default else matrix.t()
+    share = matrix[:, torch.tensor(lost)] @ torch.tensor(known.data[lost]).to(matrix.device)
+    if not share.any():
+        return
+    old = plan.facts.weight(bias) if bias is not None else torch.zeros_like(share)
+    assert old is not None, "a bias that is computed from inputs has no rule"
+    like = edit.program.tensor(str(weight.target)) if weight.op == "get_attr" else weight.meta["val"]
+    name = edit.add_tensor(f"{module_path(node, 'folded')}.bias_with_constants", (old + share).to(like.dtype), "base")
+    place = 0 if node.target is aten.addmm.default else 2
+    node.args = (*node.args, *[None] * (place + 1 - len(node.args)))
+    node.update_arg(place, edit.tensor(name))
+    out = axis_of(plan.axes.axes(node), node.meta["val"].dim() - 1)
+    if out is not None:
+        kept = torch.from_numpy(np.flatnonzero(plan.removal.stays(out.data)))
+        edit.set_tensor(name, _cut(edit.program.tensor(name), [kept]))
