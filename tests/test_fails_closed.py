@@ -7,7 +7,7 @@ one that cannot be followed). Compared in fp64, at the captured batch and at one
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -183,8 +183,9 @@ def normed(h: Tensor) -> Tensor:
     return h * (h.pow(2).mean(-1, keepdim=True) + 1e-3).rsqrt()
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> Tensor:
+def attended(parts: Iterable[Tensor], scale: Tensor) -> Tensor:
     """Attention with query and key normed within their heads."""
+    q, k, v = map(heads, parts)
     q, k = (functional.rms_norm(part, scale.shape, scale) for part in (q, k))
     return functional.scaled_dot_product_attention(q, k, v)
 
@@ -205,7 +206,7 @@ REPEATED: dict[str, Callable[[], nn.Module]] = {
         o=linear(12, 5, unread=[0, 1, 2, 3]),
     ),
     "a norm within heads whose scale has a zero": lambda: Model(
-        lambda s, x: s.o(joined(attended(*map(heads, s.qkv(torch.tanh(s.h(x))).chunk(3, -1)), s.w))),
+        lambda s, x: s.o(joined(attended(s.qkv(torch.tanh(s.h(x))).chunk(3, -1), s.w))),
         h=linear(8, 10),
         qkv=linear(10, 24),
         w=nn.Parameter(torch.tensor([1.0, 0.0, 2.0, 0.5])),
