@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from .axes import Axes, Axis
 from .effects import written
-from .errors import LorafxError
+from .errors import OperatorError
 from .precision import tolerance
 from .program import Program
 from .removal import Removal
@@ -26,20 +26,8 @@ from .removal import Removal
 _SMALLEST_SCALE = 1e-6
 
 
-class BrokenOperatorError(LorafxError):
-    """An operator that does not do what its rule says.
-
-    Attributes:
-        node: its name in the graph
-    """
-
-    def __init__(self, node: str, why: str):
-        super().__init__(why)
-        self.node = node
-
-
 def outputs(program: Program) -> list[Any]:
-    """The program's outputs on its example inputs; BrokenOperatorError when an operator raises."""
+    """The program's outputs on its example inputs; OperatorError when an operator raises."""
     return pytree.tree_leaves(_run(program, lambda node, value: None))
 
 
@@ -64,11 +52,11 @@ def first_difference(program: Program, sliced: Program, axes: Axes, removal: Rem
             and node.op == "call_function"
             and not _agrees(before[node.name], value, axes.known[old], removal)
         ):
-            raise BrokenOperatorError(node.name, f"{node.target} gives other values")
+            raise OperatorError(node.name, f"{node.target} gives other values")
 
     try:
         _run(sliced, compare)
-    except BrokenOperatorError as error:
+    except OperatorError as error:
         return error.node if error.node in wanted else None
     return None
 
@@ -84,7 +72,7 @@ def _agrees(before: Any, after: Any, known: Any, removal: Removal) -> bool:
 
 
 def _run(program: Program, see: Callable[[fx.Node, Any], None]) -> Any:
-    """Run the graph on the example inputs, showing every value; BrokenOperatorError names the operator that raises.
+    """Run the graph on the example inputs, showing every value; OperatorError names the operator that raises.
 
     Nothing that the program or its example holds is changed, and two runs draw the same random numbers.
     """
@@ -102,7 +90,7 @@ def _run(program: Program, see: Callable[[fx.Node, Any], None]) -> Any:
             try:
                 value = next(inputs) if node.op == "placeholder" else _value(program, node, args, kwargs)
             except Exception as error:
-                raise BrokenOperatorError(node.name, f"{node.target}: {error}") from error
+                raise OperatorError(node.name, f"{node.target}: {error}") from error
             kept = node.op in ("placeholder", "get_attr") and node in changing and isinstance(value, Tensor)
             values[node] = value.clone() if kept else value
             see(node, value)

@@ -12,6 +12,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from .base import Method
+from .errors import OperatorError
 from .fake import FakeValues
 from .program import Inserted
 from .site import module_path

@@ -32,6 +32,18 @@ class CaptureError(LorafxError):
     exit_code = 3
 
 
+class OperatorError(LorafxError):
+    """An operator of a rewritten graph that cannot be computed, or does not give what it gave.
+
+    Attributes:
+        node: its name in the graph
+    """
+
+    def __init__(self, node: str, why: str):
+        super().__init__(f"{node}: {why}")
+        self.node = node
+
+
 class ParityError(LorafxError):
     """Two models that should compute the same function do not, within the tolerance of their dtype."""
 

@@ -18,6 +18,7 @@ from .base import Pass
 from .channels import LINEARS, Facts, operands
 from .constants import Constants
 from .edit import Edit, aliases
+from .errors import OperatorError
 from .experts import Order, ordered, reordered
 from .needs import grown, needed
 from .program import Program
@@ -128,6 +129,8 @@ def _broken(program: Program, step: Pass, plan: Plan) -> str | None:
         plan.on(trial).carry_out(Edit(trial, step))
         if alike(outputs(program), outputs(trial)):
             return None
+    except OperatorError as error:
+        return error.node
     except Exception as error:
         _log.warning("a plan of removal cannot be carried out: %s: %s", type(error).__name__, error)
     return first_difference(program, trial, plan.axes, plan.removal) or ""
