@@ -317,11 +317,19 @@ class Edit:
             gone.add(node)
 
     def recompute(self) -> None:
-        """Compute the fake values of all operators anew, after tensors changed their shapes."""
+        """Compute the fake values of all operators anew, after tensors changed their shapes.
+
+        Raises:
+            OperatorError: an operator does not take what it is given now
+        """
         self._values = FakeValues(self._fake, self.program.root)
         for node in self.program.graph.nodes:
-            if node.op == "call_function":
+            if node.op != "call_function":
+                continue
+            try:
                 node.meta["val"] = self.evaluate(node)
+            except Exception as error:
+                raise OperatorError(node.name, f"{node.target}: {error}") from error
 
     def evaluate(self, node: fx.Node) -> Any:
         """The node's value on fake tensors."""
