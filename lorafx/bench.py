@@ -149,6 +149,8 @@ def bench(
     seconds: float = 120.0,
     memory: bool = True,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    base: str | PathLike[str] | None = None,
 ) -> BenchResult:
     """Time models side by side.
 
@@ -161,6 +163,8 @@ def bench(
         seconds: time to spend in all; a shape that takes too long gets fewer rounds, but five at least
         memory: measure peak memory too, in a process for each folder
         trust_remote_code: whether code that comes with a folder may run: a checkpoint's own, that in a pickled .pt2
+        allow_pickle: whether weights in ``.bin`` files may be read
+        base: where the base checkpoint of runs is now, if it was moved
 
     Raises:
         UsageError: no candidates, or inputs that cannot be made
@@ -169,10 +173,10 @@ def bench(
     if not candidates or repeats < 1:
         raise UsageError("nothing to time: give at least one candidate and one repeat")
     named = _labelled(candidates)
+    moved = str(Path(base).resolve()) if base is not None else None
+    opening = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle, "base": moved}
     runners = [
-        thing
-        if isinstance(thing, Runner)
-        else open_runner(thing, provider, threads, label=label, trust_remote_code=trust_remote_code)
+        thing if isinstance(thing, Runner) else open_runner(thing, provider, threads, label=label, **opening)
         for label, thing in named
     ]
     generator = _generator(runners)
@@ -184,7 +188,7 @@ def bench(
         timings += [_timing(label, batch, length, own, times[0]) for (label, _), own in zip(named, times, strict=True)]
     largest = max(wanted, key=lambda shape: shape[0] * max(1, shape[1]))
     rows = [
-        _candidate(label, thing, runner, largest if memory else None, (provider, trust_remote_code))
+        _candidate(label, thing, runner, largest if memory else None, (provider, opening))
         for (label, thing), runner in zip(named, runners, strict=True)
     ]
     return BenchResult(tuple(rows), tuple(timings), _machine())
@@ -257,7 +261,7 @@ def _quantile(values: Sequence[float], share: float) -> float:
 
 
 def _candidate(
-    label: str, thing: Any, runner: Runner, shape: tuple[int, int] | None, opening: tuple[str, bool]
+    label: str, thing: Any, runner: Runner, shape: tuple[int, int] | None, opening: tuple[str, dict[str, Any]]
 ) -> Candidate:
     folder = Path(thing) if isinstance(thing, (str, PathLike)) else None
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder is not None else None
@@ -283,7 +287,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _peak_of(
-    folder: Path, shape: tuple[int, int], threads: int, opening: tuple[str, bool]
+    folder: Path, shape: tuple[int, int], threads: int, opening: tuple[str, dict[str, Any]]
 ) -> tuple[int | None, int | None]:
     """Peak memory of a process that loads a folder and runs it once, and what its libraries took of that."""
     request = json.dumps([str(folder.resolve()), *shape, threads, *opening])
@@ -302,9 +306,9 @@ def _run_once(request: str) -> None:
     import onnxruntime  # noqa: F401 - imported here so that it counts as a library for every candidate
     import transformers  # noqa: F401
 
-    folder, batch, length, threads, provider, trusted = json.loads(request)
+    folder, batch, length, threads, provider, opening = json.loads(request)
     libraries = peak_memory()
-    runner = open_runner(folder, provider, threads, trust_remote_code=trusted)
+    runner = open_runner(folder, provider, threads, **opening)
     generator = _generator([runner])
     runner(generator.batch(batch, length, [length] * batch).values)
     print(json.dumps([peak_memory(), libraries]))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import struct
 from collections.abc import Mapping
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .errors import ArtifactError, UsageError, did_you_mean
-from .folder import LFS_START, file_hash
+from .folder import LFS_START, MANIFEST, file_hash, find_manifest
 
 #: Task names (those of transformers' pipelines) and the Auto class that opens each.
 TASKS = {
@@ -29,23 +27,6 @@ TASKS = {
     "image-classification": "AutoModelForImageClassification",
     "feature-extraction": "AutoModel",
 }
-
-
-#: Everything a tokenizer or a processor may keep beside a checkpoint.
-_TOKENIZER = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "normalizer.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "*image_processor*.json",
-    "*video_preprocessor*.json",
-)
 
 
 def auto_class(task: str) -> Any:
@@ -123,15 +104,6 @@ def weight_hashes(path: Path) -> dict[str, str]:
     return {file.name: file_hash(file) for file in weight_files(path, allow_pickle=True)}
 
 
-def copy_tokenizer(source_folder: str | PathLike[str], target_folder: str | PathLike[str]) -> list[str]:
-    """Copy the tokenizer and processor files of a checkpoint, those that are there; returns their names."""
-    source, target = Path(source_folder), Path(target_folder)
-    files = sorted({file for pattern in _TOKENIZER for file in source.glob(pattern) if file.is_file()})
-    for file in files:
-        shutil.copyfile(file, target / file.name)
-    return [file.name for file in files]
-
-
 def open_model(
     path: Path, task: str | None, options: Mapping[str, Any], *, meta: bool = False, allow_pickle: bool = False
 ) -> tuple[nn.Module, frozenset[str]]:
@@ -144,6 +116,7 @@ def open_model(
     """
     import transformers
 
+    _check_kind(path)
     config_json = read_config(path)
     if task is not None:
         cls = auto_class(task)
@@ -163,6 +136,24 @@ def open_model(
     return model, frozenset(info["missing_keys"])
 
 
+def _check_kind(path: Path) -> None:
+    """Refuse what transformers would open as another model than its files say: an adapter, by way of its base."""
+    manifest = find_manifest(path) if (path / MANIFEST).is_file() else None
+    if manifest is not None and manifest.kind != "hf":
+        raise UsageError(f"{path}: a folder of kind {manifest.kind}, not a checkpoint; give the checkpoint it came from")
+    file = path / "adapter_config.json"
+    if file.is_file():
+        try:
+            base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        except (ValueError, AttributeError):
+            base = None
+        merge = "PeftModel.from_pretrained(base_model, folder).merge_and_unload().save_pretrained(merged)"
+        raise ArtifactError(
+            f"{path}: a PEFT adapter{f' of {base}' if base else ''}, not a checkpoint; merge it first "
+            f"({merge}) and give the merged folder"
+        )
+
+
 def _build_on_meta(cls: Any, path: Path, options: dict[str, Any]) -> nn.Module:
     import transformers
     from transformers.initialization import no_init_weights
@@ -175,7 +166,9 @@ def _build_on_meta(cls: Any, path: Path, options: dict[str, Any]) -> nn.Module:
     torch.set_default_dtype(default or previous)
     try:
         with torch.device("meta"), no_init_weights():
-            return cls.from_config(config) if cls.__name__.startswith("Auto") else cls(config)
+            model = cls.from_config(config) if cls.__name__.startswith("Auto") else cls(config)
+            model.tie_weights()  # left out with the initial values, which meta tensors have not
+            return model
     finally:
         torch.set_default_dtype(previous)
 

@@ -13,7 +13,7 @@ import click
 
 from . import __version__
 from .edit_commands import edit, patch
-from .errors import LorafxError
+from .errors import ArtifactError, LorafxError
 from .look_commands import bench, inspect, latency, passes, verify
 from .make_commands import export, fold, rewrite, run, train
 
@@ -32,11 +32,15 @@ class _Group(click.Group):
             if debug or not isinstance(error, LorafxError):
                 raise
             _fail(str(error), error.exit_code)
-        except KeyboardInterrupt:
-            _fail("interrupted", 130)
+        except KeyboardInterrupt as error:
+            _fail(str(error) or "interrupted", 130)
+        except BrokenPipeError:  # who reads our output has seen enough: click ends quietly
+            raise
         except Exception as error:
             if debug:
                 raise
+            if isinstance(error, OSError) and error.filename is not None:  # a file, though no command says so itself
+                _fail(f"{error.filename}: cannot be used: {error.strerror}", ArtifactError.exit_code)
             first = (str(error).strip().splitlines() or [""])[0]
             _fail(f"internal error: {type(error).__name__}: {first} (run again with --debug for the traceback)", 1)
 

@@ -34,8 +34,14 @@ task_options = _together(
     click.option("--num-labels", type=int, help="Size of the classification head."),
 )
 trust_option = click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a folder.")
+#: For a command that opens a checkpoint: how.
 checkpoint_options = _together(
     click.option("--allow-pickle", is_flag=True, help="Load .bin weights (weights only)."), trust_option
+)
+#: For a command that opens a folder which may be a run: how its base is opened, and where it is.
+opening_options = _together(
+    checkpoint_options,
+    click.option("--base", type=click.Path(path_type=Path), help="Where the base checkpoint of a run is now."),
 )
 width_options = _together(
     click.option("--round-to", type=click.IntRange(1), help="Widths left by removing channels: multiples of this."),
@@ -64,12 +70,33 @@ def emit(value: Any, text: str, as_json: bool) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False) if as_json else text)
 
 
-def removal_of(provider: str, **widths: Any) -> DeadChannels | None:
+def widths(given: dict[str, Any]) -> dict[str, Any]:
+    """The values of :data:`width_options` among a command's options."""
+    return {name: given[name] for name in ("round_to", "keep_at_least", "uniform")}
+
+
+def removal_of(provider: str, **asked: Any) -> DeadChannels | None:
     """The pass that :data:`width_options` ask for; None without any, so that the recipe decides."""
     from .pipeline import removal_for
 
-    given = {name: value for name, value in widths.items() if value is not None}
+    given = {name: value for name, value in asked.items() if value is not None}
     return dataclasses.replace(removal_for(provider), **given) if given else None
+
+
+def opening(given: dict[str, Any]) -> dict[str, Any]:
+    """The values of :data:`opening_options` among a command's options."""
+    return {name: given[name] for name in ("allow_pickle", "trust_remote_code", "base")}
+
+
+def read_lines(file: Path) -> tuple[str, ...]:
+    """The lines of a text file that are not blank; ArtifactError when it cannot be read as text."""
+    from .errors import ArtifactError
+
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{file}: cannot be read as text ({error}); give a UTF-8 file, a text a line") from None
+    return tuple(line for line in lines if line.strip())
 
 
 def open_program(path: Path, **options: Any) -> Program:

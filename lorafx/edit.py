@@ -183,14 +183,17 @@ class Edit:
 
     def train(self, modules: tuple[str, ...]) -> list[str]:
         """Make every floating parameter below ``modules`` trainable, with storage of its own. Returns their names."""
-        names = [
-            name
-            for name, value in self.program.root.named_parameters()
-            if value.is_floating_point() and any(name == m or name.startswith(m + ".") for m in modules)
-        ]
-        for name in names:
+        # A tied tensor trains under whichever of its names lies below one of the modules.
+        below = {
+            id(value): name
+            for name, value in named_tensors(self.program.root)
+            if isinstance(value, nn.Parameter)
+            and value.is_floating_point()
+            and any(name == m or name.startswith(m + ".") for m in modules)
+        }
+        for name in below.values():
             self.train_tensor(name)
-        return names
+        return list(below.values())
 
     def train_tensor(self, name: str) -> None:
         """Make one parameter trainable, with storage of its own."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .command_options import as_json_option, emit, out_option, overwrite_option, quiet
+from .command_options import as_json_option, emit, out_option, overwrite_option, quiet, read_lines
 from .edit_requests import EditOptions
 from .flags import option_flags, option_values
 
@@ -47,7 +47,7 @@ def edit(checkpoint: Path, edits: Path, out: Path, prompts: Path | None, sequent
     from .folder import check_free
 
     options = EditOptions(**option_values(EditOptions, o))
-    requests, unrelated = read_edits(edits), _lines(prompts) if prompts is not None else ()
+    requests, unrelated = read_edits(edits), read_lines(prompts) if prompts is not None else ()
     check_free(out.resolve(), o["overwrite"])  # before minutes of training, not after
 
     from .editing import edit as run
@@ -63,16 +63,6 @@ def edit(checkpoint: Path, edits: Path, out: Path, prompts: Path | None, sequent
         )
     _write(result, checkpoint, out, o["overwrite"])
     emit(result.to_json(), result.text(), o["as_json"])
-
-
-def _lines(file: Path) -> tuple[str, ...]:
-    from .errors import ArtifactError
-
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{file}: cannot be read as text ({error}); give a UTF-8 file, a prompt a line") from None
-    return tuple(line for line in lines if line.strip())
 
 
 def _write(result: EditResult, checkpoint: Path, out: Path, overwrite: bool) -> None:

@@ -28,6 +28,7 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 from . import __version__
 from .adapters import as_lora
 from .capture import dynamic_shapes, program_from
+from .companions import copy_companions
 from .errors import CaptureError, ParityError, UsageError
 from .hf_format import hf_model
 from .onnx_kernels import unfuse_skip_norms
@@ -38,7 +39,7 @@ from .program import Program, Source
 from .report import shrunk_blocks
 from .runner import open_runner
 from .sizes import chart
-from .store import VALUES, base_record, copy_tokenizer, new_folder, plain_tensor
+from .store import VALUES, base_record, new_folder, plain_tensor
 from .trace import trace_with
 from .tree import get_tensor, has_tensor, named_tensors, put_tensor
 
@@ -58,6 +59,7 @@ def export(
     generate: bool = False,
     check: bool = True,
     overwrite: bool = False,
+    made_from: Mapping[str, str] | None = None,
 ) -> Comparison | None:
     """Write a program as a folder that runs elsewhere.
 
@@ -73,6 +75,7 @@ def export(
         dtype: convert weights and activations to this dtype; folding happens before, so weights round once
         generate: export prefill and decode graphs with a cache, for causal language models
         check: compare the result with the program on the same inputs before the folder gets its name
+        made_from: what the manifest is to say of the inputs; see :func:`lorafx.workflow.run_job`
 
     Returns:
         the comparison, or None when there is none to make (``check=False``, ``generate``)
@@ -87,6 +90,8 @@ def export(
         raise UsageError("the program was captured on the meta device and has no weights; capture or load it with them")
     final = as_lora(program) if format == "peft" else _final(program, adapters, format, provider)
     meta = {"base": base_record(final), "history": _history_record(final), "provider": provider, "adapters": adapters}
+    if made_from is not None:
+        meta["made_from"] = dict(made_from)
     with new_folder(path, kind=format, meta=meta, overwrite=overwrite) as folder:
         if format == "hf":
             _write_hf(final, folder, dtype)
@@ -94,8 +99,7 @@ def export(
             _write_adapter(final, folder, dtype)
         else:
             _write_exported(final, folder, format, provider, dtype, generate)
-        if final.source.path is not None:
-            copy_tokenizer(final.source.path, folder)
+        copy_companions(final, folder)
         _write_report(final, folder)
         if not check or generate:
             return None

@@ -97,6 +97,14 @@ def read_manifest(path: str | PathLike[str], *, hashes: bool = False) -> Manifes
         ArtifactError: no such folder, no or a broken manifest, one of a newer format, or a file that is missing,
             truncated, changed or a git-lfs pointer
     """
+    manifest = manifest_of(path)
+    for name, entry in manifest.files.items():
+        _check(manifest.path, name, entry, hashes)
+    return manifest
+
+
+def manifest_of(path: str | PathLike[str]) -> Manifest:
+    """The manifest of a folder lorafx wrote, whole or not. ArtifactError: no such folder, no or a broken manifest."""
     folder = Path(path)
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: no such folder")
@@ -104,12 +112,9 @@ def read_manifest(path: str | PathLike[str], *, hashes: bool = False) -> Manifes
     if not file.is_file():
         raise ArtifactError(f"{folder}: no {MANIFEST}: not written by lorafx, or not to the end; write it again")
     try:
-        manifest = _parse(folder, json.loads(file.read_text(encoding="utf-8")))
+        return _parse(folder, json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ArtifactError(f"{file}: broken manifest; write the folder again") from None
-    for name, entry in manifest.files.items():
-        _check(folder, name, entry, hashes)
-    return manifest
 
 
 def _parse(folder: Path, data: Mapping[str, Any]) -> Manifest:
@@ -184,12 +189,31 @@ def new_folder(
 
 def check_free(target: Path, overwrite: bool) -> None:
     """UsageError when ``target`` cannot be written: it exists and may not, or must not, be replaced."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    if is_free(target):
         return
     if not overwrite:
         raise UsageError(f"{target}: exists already; choose another folder, or overwrite it (--overwrite)")
     if not (target / MANIFEST).is_file():
         raise UsageError(f"{target}: lorafx did not write this, so it is not overwritten; remove it by hand")
+    foreign = _foreign(target)
+    if foreign:
+        raise UsageError(f"{target}: holds {foreign}, which lorafx did not write; move that away to overwrite the rest")
+
+
+def is_free(target: Path) -> bool:
+    """Whether nothing is at ``target``, or an empty folder."""
+    return not (target.exists() or target.is_symlink()) or (target.is_dir() and not any(target.iterdir()))
+
+
+def _foreign(target: Path) -> str:
+    """A file in a folder of lorafx's that its manifest does not name; hidden ones are left to desktops and editors."""
+    try:
+        known = {*manifest_of(target).files, MANIFEST}
+    except ArtifactError:  # damaged: what it was is not known any more, and that it is to be written again is
+        return ""
+    found = sorted(file.relative_to(target).as_posix() for file in target.rglob("*") if file.is_file())
+    shown = (name for name in found if not any(part.startswith(".") for part in PurePosixPath(name).parts))
+    return next((name for name in shown if name not in known), "")
 
 
 def _seal(folder: Path, kind: str, meta: Mapping[str, Any]) -> None:

@@ -47,7 +47,8 @@ def _model_of_shapes(program: Program, values: Mapping[str, torch.Tensor]) -> nn
     before = {name: slot.shape for name, slot in named_tensors(source)}
     after = {name: value.shape for name, value in values.items()}
     misfit = ""
-    for sizes in resized(program.config, before, after):
+    # Where no setting can be read from the sizes, the config as it is shows what does not fit.
+    for sizes in list(resized(program.config, before, after)) or [{}]:
         config = copy.deepcopy(program.config)
         try:
             for key, value in {**sizes, **program.config_changes}.items():
@@ -60,9 +61,12 @@ def _model_of_shapes(program: Program, values: Mapping[str, torch.Tensor]) -> nn
         misfit = _misfit(model, values)
         if not misfit:
             return model
+    shrunk = any(after.get(name, shape) != shape for name, shape in before.items())
+    # Of a model that something was built into, its class and its config say too little.
+    remedy = "fold it with uniform widths (--uniform)" if shrunk else "merge what was built into it before capturing"
     raise UsageError(
-        f"a {type(source).__name__} checkpoint cannot hold this program: {misfit}; fold it with uniform widths "
-        "(--uniform), or export it as onnx or pt2"
+        f"a {type(source).__name__} checkpoint cannot hold this program: {misfit}; {remedy}, "
+        "or export it as onnx or pt2"
     )
 
 

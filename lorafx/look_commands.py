@@ -13,12 +13,13 @@ import click
 
 from .command_options import (
     as_json_option,
-    checkpoint_options,
     emit,
     open_program,
+    opening,
+    opening_options,
     quiet,
+    read_lines,
     task_options,
-    trust_option,
 )
 from .flags import parse_shape
 
@@ -28,16 +29,16 @@ from .flags import parse_shape
 @click.argument("b", type=click.Path(path_type=Path))
 @click.option("--texts", type=click.Path(path_type=Path), help="Compare on the lines of this file, not random tokens.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random inputs.")
-@trust_option
+@opening_options
 @as_json_option
-def verify(a: Path, b: Path, texts: Path | None, seed: int, trust_remote_code: bool, as_json: bool) -> None:
+def verify(a: Path, b: Path, texts: Path | None, seed: int, as_json: bool, **o: Any) -> None:
     """Compare what two folders compute, on the same inputs at several shapes; exit 4 when they differ."""
     from .errors import ParityError
     from .parity import verify as compare
 
-    lines = texts.read_text(encoding="utf-8").splitlines() if texts else None
+    lines = read_lines(texts) if texts is not None else None
     with quiet():
-        result = compare(a, b, texts=lines, seed=seed, trust_remote_code=trust_remote_code)
+        result = compare(a, b, texts=lines, seed=seed, **opening(o))
     emit(result.to_json(), result.text(), as_json)
     if not result.ok:
         raise ParityError(f"{a} and {b} differ: {result.summary}")
@@ -48,7 +49,7 @@ def verify(a: Path, b: Path, texts: Path | None, seed: int, trust_remote_code: b
 @click.option("--shape", "shapes", multiple=True, help="batch x length, e.g. 8x64 (repeat).")
 @click.option("--threads", type=int, help="Threads of each candidate.")
 @click.option("--repeats", type=int, default=20, show_default=True)
-@trust_option
+@opening_options
 @as_json_option
 def bench(folders: tuple[Path, ...], shapes: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Time folders side by side: interleaved, medians and ratios, memory and size."""
@@ -63,7 +64,7 @@ def bench(folders: tuple[Path, ...], shapes: tuple[str, ...], as_json: bool, **o
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @task_options
-@checkpoint_options
+@opening_options
 @click.option("--axes", is_flag=True, help="List which channels of which tensors can be removed together, and why not.")
 @as_json_option
 def inspect(folder: Path, axes: bool, as_json: bool, **o: Any) -> None:
@@ -93,7 +94,7 @@ def inspect(folder: Path, axes: bool, as_json: bool, **o: Any) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--shape", default="8x64", show_default=True, help="batch x length of the texts.")
 @click.option("--threads", type=int, help="CPU threads.")
-@checkpoint_options
+@opening_options
 @as_json_option
 def latency(folder: Path, shape: str, threads: int | None, as_json: bool, **o: Any) -> None:
     """Time weights and attention on this machine: the table that a budget of latency reads, for a recipe."""

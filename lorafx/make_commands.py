@@ -15,6 +15,8 @@ from .command_options import (
     checkpoint_options,
     emit,
     open_program,
+    opening,
+    opening_options,
     out_option,
     overwrite_option,
     quiet,
@@ -22,6 +24,7 @@ from .command_options import (
     removal_of,
     task_options,
     width_options,
+    widths,
 )
 from .errors import UsageError
 from .flags import read_recipe, train_flags, train_options
@@ -83,28 +86,27 @@ def _seed(seed: int) -> None:
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Write the trained run here (default: into RUN).")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of an interrupted training.")
 @train_flags
+@opening_options
 @overwrite_option
 @as_json_option
 def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, resume: bool, **o: Any) -> None:
     """Train the run folder RUN on a table, with HF Trainer."""
-    import shutil
-
     from .folder import check_free
     from .store import load, run_recipe, save_run
     from .training import train as fit
+    from .training_folder import training_folder
 
     options = train_options(run_recipe(run), o)
     target, overwrite = out or run, o["overwrite"] or out is None
     check_free(target, overwrite)  # before hours of training, not after
-    checkpoints = Path(f"{target}.checkpoints")
     with quiet():
-        program = load(run)
-        result = fit(program, data, eval_data=eval_data, output_dir=checkpoints, resume=resume, **options)
-        if not result.is_main:
-            return
-        report = program.report.plus(training=result.to_json())
-        save_run(program, target, overwrite, train=options, report=report)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+        program = load(run, **opening(o))
+        with training_folder(Path(f"{target}.checkpoints"), {}) as checkpoints:
+            result = fit(program, data, eval_data=eval_data, output_dir=checkpoints, resume=resume, **options)
+            if not result.is_main:
+                return
+            report = program.report.plus(training=result.to_json())
+            save_run(program, target, overwrite, train=options, report=report)
     emit(report.to_json(), report.text(), o["as_json"])
 
 
@@ -114,9 +116,10 @@ def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, resum
 @click.option("--verify-each", is_flag=True, help="Hold every fold pass to its numeric promise.")
 @click.option("--double", is_flag=True, help="Verify in fp64.")
 @width_options
+@opening_options
 @overwrite_option
 @as_json_option
-def fold(run: Path, out: Path, verify_each: bool, double: bool, overwrite: bool, as_json: bool, **widths: Any) -> None:
+def fold(run: Path, out: Path, verify_each: bool, double: bool, overwrite: bool, as_json: bool, **o: Any) -> None:
     """Fold everything RUN learned into its base and write an ordinary checkpoint (or a .pt2 where none can hold it)."""
     from .export import export as write
     from .hf_format import fits_checkpoint
@@ -124,9 +127,9 @@ def fold(run: Path, out: Path, verify_each: bool, double: bool, overwrite: bool,
     from .pipeline import fold as merge
 
     with quiet():
-        program = open_program(run)
+        program = open_program(run, **opening(o))
         observers = [VerifyEach(double=double)] if verify_each else []
-        folded = merge(program, observers, removal=removal_of("cpu", **widths), gather="never")
+        folded = merge(program, observers, removal=removal_of("cpu", **widths(o)), gather="never")
         kind = "hf" if fits_checkpoint(folded) else "pt2"
         result = write(folded, out, kind, overwrite=overwrite)
     report = folded.report.plus(parity=result.to_json() if result else None, output=str(out))
@@ -143,6 +146,7 @@ def fold(run: Path, out: Path, verify_each: bool, double: bool, overwrite: bool,
 @click.option("--generate", is_flag=True, help="Prefill and decode graphs with a cache (causal language models).")
 @width_options
 @task_options
+@opening_options
 @overwrite_option
 @as_json_option
 def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, adapters: Any, **o: Any) -> None:
@@ -152,11 +156,11 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ad
     from .export import export as write
     from .pipeline import fold as merge
 
-    removal = removal_of(provider, **{name: o[name] for name in ("round_to", "keep_at_least", "uniform")})
+    removal = removal_of(provider, **widths(o))
     if removal is not None and (kind == "peft" or adapters == "separate"):
         raise UsageError("widths are those left by folding, and nothing is folded here; leave the width options out")
     with quiet():
-        program = open_program(run, task=o["task"], num_labels=o["num_labels"])
+        program = open_program(run, task=o["task"], num_labels=o["num_labels"], **opening(o))
         if removal is not None:
             program = merge(program, provider=provider, removal=removal, gather="never" if kind == "hf" else "auto")
         result = write(
@@ -181,6 +185,7 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ad
 @out_option
 @click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @train_flags
+@checkpoint_options
 @as_json_option
 def run(recipe: Path, checkpoint: Path | None, data: Path, eval_data: Path | None, out: Path, **o: Any) -> None:
     """Do all of RECIPE: rewrite, train, fold, export. Run again after an interruption, it goes on where it was."""
@@ -188,7 +193,9 @@ def run(recipe: Path, checkpoint: Path | None, data: Path, eval_data: Path | Non
     from .workflow import Job, checkpoint_of, run_job
 
     steps = Recipe.read(recipe)
-    job = Job(steps, checkpoint_of(steps, checkpoint), data, eval_data, out, train_options(steps, o), o["provider"])
+    base, options = checkpoint_of(steps, checkpoint), train_options(steps, o)
+    opened = (o["allow_pickle"], o["trust_remote_code"])
+    job = Job(steps, base, data, eval_data, out, options, o["provider"], *opened)
     with quiet():
         report = run_job(job, lambda line: click.echo(line, err=True))
     emit(report.to_json(), report.text(), o["as_json"])

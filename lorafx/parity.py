@@ -197,6 +197,8 @@ def verify(
     provider: str = "cpu",
     threads: int | None = None,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    base: Any = None,
 ) -> Comparison:
     """Compare what two models compute on the same inputs.
 
@@ -212,6 +214,8 @@ def verify(
         provider: ``cpu`` or ``cuda``
         threads: CPU threads of each side
         trust_remote_code: whether code that comes with a folder may run: a checkpoint's own, that in a pickled .pt2
+        allow_pickle: whether weights in ``.bin`` files may be read
+        base: where the base checkpoint of runs is now, if it was moved
 
     Raises:
         ArtifactError: a folder cannot be opened
@@ -219,7 +223,8 @@ def verify(
 
     A shape that both sides refuse is noted and left out; one that only one of them refuses is a difference.
     """
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    opening = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle, "base": base}
+    options: dict[str, Any] = {"dtype": dtype, **opening}
     left, right = (
         side if isinstance(side, Runner) else open_runner(side, provider, threads, **options) for side in (a, b)
     )

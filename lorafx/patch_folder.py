@@ -6,7 +6,6 @@ patched and reverted has the very files it had before.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
@@ -17,12 +16,11 @@ import torch
 from torch import Tensor
 
 from .checkpoint import check_safetensors, read_config, weight_files
+from .companions import copy_entry, inner_companions, is_weights
 from .errors import ArtifactError, UsageError
 from .folder import MANIFEST, find_manifest, new_folder
 from .patch import Change, Patch, make
 
-#: The weights again, in formats a patch does not reach: a copy of them would not be what the folder says it is.
-_OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data"}
 #: What safetensors calls the dtypes weights come in.
 _DTYPES = {
     "F64": torch.float64,
@@ -136,11 +134,17 @@ def _exchange(checkpoint: Any, patch: Patch, out: Any, *, undo: bool, overwrite:
         change.check(slot.read(), str(folder), undo=undo)
     meta = {"checkpoint": str(folder.absolute()), "patch": "reverted" if undo else "applied", "changed": patch.changed}
     with new_folder(out, "hf", meta, overwrite) as target:
-        for file in sorted(folder.iterdir()):
-            if file.is_file() and file.name != MANIFEST and file.suffix not in _OTHER_WEIGHTS:
-                shutil.copyfile(file, target / file.name)
+        for name in (*_top_files(folder), *inner_companions(folder)):
+            copy_entry(folder / name, target / name)
         for change, slot in pairs:
             slot.write(target, change.exchanged(slot.read(), undo=undo))
+
+
+def _top_files(folder: Path) -> list[str]:
+    """All files but the weights again, in formats a patch does not reach: they are not what the folder says it is."""
+    reached = {file.name for file in folder.glob("*.safetensors*")}
+    names = [file.name for file in folder.iterdir() if file.is_file() and file.name != MANIFEST]
+    return sorted(name for name in names if name in reached or not is_weights(name))
 
 
 def _found(folder: Path, held: dict[str, Slot], change: Change) -> list[Slot]:

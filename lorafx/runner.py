@@ -130,6 +130,8 @@ def open_runner(
     label: str | None = None,
     sealed: bool = True,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    base: str | PathLike[str] | None = None,
 ) -> Runner:
     """A runner for a Program, an ``nn.Module``, or a folder: a checkpoint, a run, a folded model, an exported model.
 
@@ -140,6 +142,8 @@ def open_runner(
         label: how to name it; the path or the class by default
         sealed: refuse a folder lorafx began to write and did not finish
         trust_remote_code: whether code that comes with a folder may run: a checkpoint's own, that in a pickled .pt2
+        allow_pickle: whether weights in ``.bin`` files may be read
+        base: where a run's base checkpoint is now, if it was moved
 
     Raises:
         ArtifactError: the folder is no model, incomplete, or cannot be opened
@@ -155,7 +159,8 @@ def open_runner(
         return _of_module(source, place, label or type(_inner(source)).__name__)
     if not isinstance(source, (str, PathLike)):
         raise UsageError(f"cannot run {type(source).__name__}; give a program, a module or a folder")
-    return _of_folder(Path(source), place, label or str(source), sealed, trust_remote_code)
+    opening = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    return _of_folder(Path(source), place, label or str(source), sealed, opening, base)
 
 
 @dataclass(frozen=True)
@@ -271,16 +276,19 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 # ---- folders
 
 
-def _of_folder(folder: Path, place: Place, label: str, sealed: bool, trusted: bool) -> Runner:
+def _of_folder(
+    folder: Path, place: Place, label: str, sealed: bool, opening: dict[str, bool], base: str | PathLike[str] | None
+) -> Runner:
     manifest = find_manifest(folder) if sealed or not folder.is_dir() else None
     if (folder / "export.json").is_file():
         from .exported import open_exported
 
-        return open_exported(folder, place, label, trusted)
+        return open_exported(folder, place, label, opening["trust_remote_code"])
     if manifest is not None and manifest.kind == "run":
         from .store import load
 
-        return _of_program(load(folder, trust_remote_code=trusted), place, label, "run")
-    model, fresh = open_model(folder, None, {"trust_remote_code": True} if trusted else {})
+        return _of_program(load(folder, base=base, **opening), place, label, "run")
+    trusted = {"trust_remote_code": True} if opening["trust_remote_code"] else {}
+    model, fresh = open_model(folder, None, trusted, allow_pickle=opening["allow_pickle"])
     kind = "checkpoint" if manifest is None else "folded"
     return _of_module(model, place, label, kind, folder, fresh)

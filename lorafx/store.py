@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -21,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .capture import capture, example_inputs
-from .checkpoint import check_safetensors, copy_tokenizer, read_config
+from .checkpoint import check_safetensors, read_config
+from .companions import copy_companions
 from .edit import aliases
 from .errors import ArtifactError, LorafxError, UsageError
 from .folder import MANIFEST, Manifest, file_hash, find_manifest, new_folder, read_manifest
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Manifest",
     "base_record",
-    "copy_tokenizer",
     "find_manifest",
     "load",
     "new_folder",
@@ -64,6 +63,7 @@ def save_run(
     train: Mapping[str, Any] | None = None,
     report: Report | None = None,
     seed: int = 0,
+    made_from: Mapping[str, str] | None = None,
 ) -> None:
     """Write a run folder: what was learned, the recipe, the report, and a reference to the base checkpoint.
 
@@ -74,6 +74,7 @@ def save_run(
         report: what to write instead of ``program.report``, e.g. with the metrics of training
         seed: sets the random state before the run is rebuilt, which fixes what was not saved (a head that has no
             values yet, when the program was captured on the meta device)
+        made_from: what the manifest is to say of the inputs; see :func:`lorafx.workflow.run_job`
 
     Raises:
         UsageError: a model from memory, a folded program, an existing path
@@ -97,10 +98,10 @@ def save_run(
         "seed": seed,
         "aliases": {alias: name for name in keys for alias in aliases(program.root, name) if alias != name},
         "peft": reason or "adapter_config.json",
+        **({"made_from": dict(made_from)} if made_from is not None else {}),
     }
     with new_folder(path, "run", meta, overwrite) as folder:
         _write_config(program, folder)
-        copy_tokenizer(source.path, folder)
         (folder / RECIPE).write_text(recipe_of(program, train or {}).to_toml(), encoding="utf-8")
         _write_json(folder / REPORT, (report or program.report).to_json())
         _save_tensors(values, folder / VALUES)
@@ -108,6 +109,7 @@ def save_run(
             _save_tensors(inputs, folder / INPUTS)
         if peft is not None:
             _write_json(folder / "adapter_config.json", peft)
+        copy_companions(program, folder)
 
 
 def base_record(program: Program) -> dict[str, Any]:
@@ -137,7 +139,10 @@ def _capture_record(program: Program) -> tuple[dict[str, Tensor], dict[str, Any]
     """The example inputs to store, none when they are the usual ones, and how the program was captured."""
     meta = program.device.type == "meta"
     record = {"meta": meta, "dynamic": bool(program.signature.dynamic_shapes)}
-    usual = example_inputs(program.source.model, Path(str(program.source.path)))
+    try:
+        usual = example_inputs(program.source.model, Path(str(program.source.path)))
+    except (LorafxError, AttributeError):  # the config does not say the sizes of its inputs: these were given
+        usual = {}
     if list(usual) == list(program.example) and all(_same(usual[name], program.example[name]) for name in usual):
         return {}, record
     odd = [name for name, value in program.example.items() if not isinstance(value, Tensor) or value.is_meta]
@@ -175,9 +180,6 @@ def _write_config(program: Program, folder: Path) -> None:
     config = copy.deepcopy(program.config)
     config.architectures = [program.name]
     config.save_pretrained(folder)
-    generation = Path(str(program.source.path)) / "generation_config.json"
-    if generation.is_file():
-        shutil.copyfile(generation, folder / generation.name)
 
 
 def _write_json(file: Path, value: Any) -> None:

@@ -19,7 +19,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -33,6 +33,7 @@ from transformers.trainer_utils import SchedulerType
 
 from .data import Prepared, prepare
 from .errors import ArtifactError, UsageError, did_you_mean
+from .interrupt import saving_at_interrupt
 from .metrics import Metric, metric_of
 from .options import TrainOptions
 from .recipe import parse_options
@@ -113,7 +114,7 @@ def train(
         eval_data: the same, evaluated after every epoch
         tokenizer: read from the checkpoint folder when None
         collator: makes batches of a dataset of model inputs
-        output_dir: where resumable checkpoints go; a temporary folder when None
+        output_dir: where resumable checkpoints go, one more when training is interrupted; a temporary folder when None
         resume: True to go on from the last checkpoint in ``output_dir``, or the folder of one
         callbacks: transformers callbacks
         progress: show a progress bar on stderr
@@ -132,11 +133,12 @@ def train(
     if eval_data is not None:
         held_out = prepare(eval_data, program, tokenizer, settings, collator=collator, like=rows)
     metric = metric_of(program)
-    with _folder(output_dir, bool(resume) or _saves(settings)) as folder:
+    with _folder(output_dir) as folder:
         checkpoint = _checkpoint(folder, resume)
         arguments = training_arguments(settings, folder, held_out is not None, metric, progress)
         trainer = _trainer(program, arguments, rows, held_out, metric, settings, callbacks)
-        return _run(program, trainer, checkpoint)
+        with nullcontext() if output_dir is None else saving_at_interrupt(trainer):
+            return _run(program, trainer, checkpoint)
 
 
 #: The least value of an option, and the value it has to stay below.
@@ -191,13 +193,19 @@ def _tokenizer_of(program: Program) -> Any:
 
 
 @contextmanager
-def _folder(output_dir: str | PathLike[str] | None, used: bool) -> Iterator[Path]:
-    """``output_dir`` if checkpoints are written there or read from there, else a folder that goes away afterwards."""
-    if output_dir is not None and used:
-        yield Path(output_dir)
-    else:
+def _folder(output_dir: str | PathLike[str] | None) -> Iterator[Path]:
+    """``output_dir``, not left behind if it was not there and nothing was saved; or one that goes away afterwards."""
+    if output_dir is None:
         with tempfile.TemporaryDirectory(prefix="lorafx-") as temporary:
             yield Path(temporary)
+        return
+    folder, there = Path(output_dir), Path(output_dir).exists()
+    try:
+        yield folder
+    finally:
+        first = int(os.environ.get("RANK", "0")) == 0
+        if first and not there and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _checkpoint(folder: Path, resume: bool | str | PathLike[str]) -> str | None:

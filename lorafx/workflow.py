@@ -1,23 +1,25 @@
-"""The whole path as one resumable job: rewrite, train, fold, export. Each stage is a folder that is whole or absent."""
+"""The whole path as one resumable job: rewrite, train, fold, export.
+
+Each stage is a folder that is whole or absent, and its manifest says what it was made from, so that nothing can get out
+of step with it. A stage is done when that is what it would be made from now. What can be made again (folded, onnx) is
+replaced when it is not; a trained run never is, nor anything that ``lorafx run`` did not write.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import ArtifactError, UsageError
-from .folder import file_hash, read_manifest
+from .folder import MANIFEST, check_free, file_hash, is_free, manifest_of, read_manifest
 from .recipe import Recipe
 from .report import Report
+from .training_folder import check_training_folder, differences, training_folder
 
-#: Remembers what the folders below were made from.
-RECORD = "workflow.json"
 #: Where training keeps what it resumes from.
 CHECKPOINTS = "checkpoints"
 
@@ -33,6 +35,7 @@ class Job:
         out: the folder that gets ``run``, ``folded`` and ``onnx``
         train: training options
         provider: ONNX Runtime provider
+        allow_pickle, trust_remote_code: how the base may be opened; see :func:`lorafx.capture`
     """
 
     recipe: Recipe
@@ -42,16 +45,30 @@ class Job:
     out: Path
     train: Mapping[str, Any]
     provider: Any = "cpu"
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
 
-    def key(self) -> str:
-        """A digest of everything the result depends on: another key means that nothing done before counts."""
-        files = [path for path in (self.data, self.eval_data) if path is not None]
-        missing = next((path for path in files if not path.is_file()), None)
+    def training_inputs(self) -> dict[str, str]:
+        """Digests of everything that decides what is learned, contents of files included, by what people call it.
+
+        ArtifactError when a data file or the base is missing or damaged.
+        """
+        tables = {"data": self.data, "evaluation data": self.eval_data}
+        missing = next((path for path in tables.values() if path is not None and not path.is_file()), None)
         if missing is not None:
             raise ArtifactError(f"{missing}: no such data file")
-        parts = [self.recipe.to_toml(), str(self.checkpoint.resolve()), json.dumps(dict(self.train), sort_keys=True)]
-        parts += [self.provider, *(file_hash(path) for path in files)]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        base = {f"{name} of the base": digest for name, digest in _base_hashes(self.checkpoint).items()}
+        model = {name: value for name, value in self.recipe.model.items() if name != "checkpoint"}
+        return {
+            "recipe": _digest(Recipe(self.recipe.passes, model).to_toml()),
+            "training options": _digest(json.dumps(dict(self.train), sort_keys=True)),
+            **{name: file_hash(path) for name, path in tables.items() if path is not None},
+            **base,
+        }
+
+    def opening(self) -> dict[str, bool]:
+        """How the base may be opened."""
+        return {"allow_pickle": self.allow_pickle, "trust_remote_code": self.trust_remote_code}
 
 
 def checkpoint_of(recipe: Recipe, given: Path | None) -> Path:
@@ -63,39 +80,107 @@ def checkpoint_of(recipe: Recipe, given: Path | None) -> Path:
 
 
 def run_job(job: Job, say: Callable[[str], None]) -> Report:
-    """Do what is not done yet and return the report of the run. ``say`` gets one line a stage."""
-    job.out.mkdir(parents=True, exist_ok=True)
-    stages = {"run": _train, "folded": _fold, "onnx": _export}
-    key, record = job.key(), job.out / RECORD
-    if not record.is_file() or json.loads(record.read_text(encoding="utf-8")).get("key") != key:
-        # Made from other inputs: gone before the new key is written, so that an interruption cannot mix the two.
-        for name in (*stages, CHECKPOINTS):
-            shutil.rmtree(job.out / name, ignore_errors=True)
-        _write(record, {"key": key})
-    for name, stage in stages.items():
-        if _whole(job.out / name):
-            say(f"{name}: done before")
-        else:
-            say(f"{name}: working")
-            stage(job, job.out / name)
-    return Report.from_json(json.loads((job.out / "run" / "report.json").read_text(encoding="utf-8")))
+    """Do what is not done yet and return the report of the run. ``say`` gets one line a stage.
+
+    Raises:
+        UsageError: something stands in the way that ``lorafx run`` did not write, or a run trained from other inputs;
+            nothing was touched
+        ArtifactError: the base, a data file, or the trained run cannot be used
+    """
+    inputs, run = job.training_inputs(), job.out / "run"
+    trained = _checked(job, inputs)
+    say("run: done before" if trained else "run: working")
+    if not trained:
+        _train(job, run, inputs)
+    for name, stage, more in (("folded", _fold, {}), ("onnx", _export, {"provider": job.provider})):
+        wanted = {**_derived_inputs(job, run), **more}
+        done = _is_made_from(job.out / name, wanted)
+        say(f"{name}: done before" if done else f"{name}: working")
+        if not done:
+            stage(job, job.out / name, wanted)
+    return Report.from_json(json.loads((run / "report.json").read_text(encoding="utf-8")))
 
 
-def _write(file: Path, value: Any) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value), encoding="utf-8")
-    os.replace(temporary, file)
+# ---- what is there
 
 
-def _whole(folder: Path) -> bool:
+def _checked(job: Job, inputs: Mapping[str, str]) -> bool:
+    """Whether the run is trained already; refuses whatever must be neither used nor replaced, before all work."""
+    if job.out.exists() and not job.out.is_dir():
+        raise UsageError(f"{job.out}: not a folder; choose another -o")
+    made_from = {name: _made_from(job.out / name) for name in ("run", "folded", "onnx")}
+    trained = made_from["run"]
+    if trained is None:
+        check_training_folder(job.out / CHECKPOINTS, inputs)
+    else:
+        changed = differences(trained, inputs)
+        if changed:
+            raise UsageError(
+                f"{job.out / 'run'}: trained from other inputs ({', '.join(changed)}); "
+                "choose another -o, or move that folder away to train again"
+            )
+        read_manifest(job.out / "run")
+    for name in ("folded", "onnx"):
+        check_free(job.out / name, overwrite=True)
+    return trained is not None
+
+
+def _made_from(folder: Path) -> dict[str, str] | None:
+    """What a stage's folder was made from, None where there is none; UsageError when this job's kind made it not."""
+    if is_free(folder):
+        return None
+    if not (folder / MANIFEST).is_file():
+        raise UsageError(f"{folder}: lorafx did not write this; choose another -o, or move it away")
+    made_from = manifest_of(folder).meta.get("made_from")
+    if not isinstance(made_from, Mapping):
+        raise UsageError(f"{folder}: `lorafx run` did not make this; choose another -o, or move it away")
+    return dict(made_from)
+
+
+def _is_made_from(folder: Path, wanted: Mapping[str, str]) -> bool:
+    """Whether a folder is whole and made from ``wanted``."""
+    if _made_from(folder) != wanted:
+        return False
     try:
         read_manifest(folder)
-    except ArtifactError:
+    except ArtifactError:  # damaged since: it is made again
         return False
     return True
 
 
-def _train(job: Job, folder: Path) -> None:
+def _derived_inputs(job: Job, run: Path) -> dict[str, str]:
+    """What is folded and exported: the run, and those of the base's files that only go along."""
+    from .companions import GENERATION
+
+    along = job.checkpoint / GENERATION
+    return {"run": file_hash(run / MANIFEST), **({GENERATION: file_hash(along)} if along.is_file() else {})}
+
+
+def _base_hashes(checkpoint: Path) -> dict[str, str]:
+    """Digests of the files of the base by which it is opened and trained.
+
+    Always of their contents: sizes and times stay the same when weights are changed in place.
+    """
+    from .checkpoint import read_config, weight_hashes
+    from .companions import GENERATION, companions
+
+    read_config(checkpoint)
+    weights = weight_hashes(checkpoint)
+    if not weights:
+        raise ArtifactError(f"{checkpoint}: no weights (*.safetensors); fetch the checkpoint")
+    beside = [name for name in companions(checkpoint) if name != GENERATION and (checkpoint / name).is_file()]
+    beside += ["config.json", *(file.name for file in checkpoint.glob("*.index.json"))]
+    return weights | {name: file_hash(checkpoint / name) for name in sorted(beside)}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# ---- the stages
+
+
+def _train(job: Job, folder: Path, inputs: Mapping[str, str]) -> None:
     from transformers import set_seed
 
     from .capture import capture
@@ -106,27 +191,31 @@ def _train(job: Job, folder: Path) -> None:
     model = job.recipe.model
     set_seed(int(model.get("seed", 0)))
     dtype = {"dtype": model["dtype"]} if "dtype" in model else {}
-    program = rewrite(capture(job.checkpoint, model.get("task"), model.get("num_labels"), **dtype), job.recipe)
-    checkpoints = job.out / CHECKPOINTS
-    resume = last_checkpoint(checkpoints) is not None
-    result = train(program, job.data, eval_data=job.eval_data, output_dir=checkpoints, resume=resume, **job.train)
-    report = program.report.plus(training=result.to_json())
-    save_run(program, folder, overwrite=True, train=job.train, report=report)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    base = capture(job.checkpoint, model.get("task"), model.get("num_labels"), **job.opening(), **dtype)
+    program = rewrite(base, job.recipe)
+    with training_folder(job.out / CHECKPOINTS, inputs) as checkpoints:
+        resume = last_checkpoint(checkpoints) is not None
+        result = train(program, job.data, eval_data=job.eval_data, output_dir=checkpoints, resume=resume, **job.train)
+        report = program.report.plus(training=result.to_json())
+        save_run(program, folder, train=job.train, report=report, made_from=inputs)
 
 
-def _fold(job: Job, folder: Path) -> None:
+def _fold(job: Job, folder: Path, made_from: Mapping[str, str]) -> None:
     from .export import export
     from .hf_format import fits_checkpoint
     from .pipeline import fold
-    from .store import load
 
-    folded = fold(load(job.out / "run"), gather="never")
-    export(folded, folder, "hf" if fits_checkpoint(folded) else "pt2", overwrite=True)
+    folded = fold(_trained(job), gather="never")
+    export(folded, folder, "hf" if fits_checkpoint(folded) else "pt2", overwrite=True, made_from=made_from)
 
 
-def _export(job: Job, folder: Path) -> None:
+def _export(job: Job, folder: Path, made_from: Mapping[str, str]) -> None:
     from .export import export
+
+    export(_trained(job), folder, "onnx", provider=job.provider, overwrite=True, made_from=made_from)
+
+
+def _trained(job: Job) -> Any:
     from .store import load
 
-    export(load(job.out / "run"), folder, "onnx", provider=job.provider, overwrite=True)
+    return load(job.out / "run", base=job.checkpoint, **job.opening())

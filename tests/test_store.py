@@ -28,7 +28,7 @@ from lorafx.folder import MANIFEST, find_manifest, new_folder, read_manifest
 from lorafx.passes.lora import Lora
 from lorafx.passes.to_eval import ToEval
 from lorafx.program import Program, Source
-from lorafx.store import copy_tokenizer, run_recipe, save_run
+from lorafx.store import run_recipe, save_run
 
 Checkpoints = Callable[[str], Path]
 
@@ -193,22 +193,6 @@ def test_example_inputs_and_fixed_shapes_are_captured_again(checkpoint: Checkpoi
     assert again.signature.inputs == ("input_ids", "token_type_ids")
     assert torch.equal(again.example["input_ids"], ids)
     assert not again.signature.dynamic_shapes
-
-
-def test_tokenizer_files_travel_with_the_run(base: Path, tmp_path: Path) -> None:
-    wanted = [
-        "merges.txt",
-        "special_tokens_map.json",
-        "spiece.model",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "vocab.txt",
-    ]
-    for name in [*wanted, "README.md", "notes.txt"]:
-        (base / name).write_text(name)
-    (tmp_path / "to").mkdir()
-    assert copy_tokenizer(base, tmp_path / "to") == wanted
-    assert sorted(file.name for file in (tmp_path / "to").iterdir()) == wanted
 
 
 def test_a_moved_base_is_given_by_hand(base: Path, tmp_path: Path) -> None:

@@ -1,0 +1,161 @@
+"""What a checkpoint folder holds beside its config and weights, and what of that is true of a rewritten model too.
+
+Nobody can list all that tokenizers, processors, sentence encoders and model code keep in a folder. So everything goes
+along but what is named here: weights, records of how the model came to be, and what describes another model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from fnmatch import fnmatch
+from os import PathLike
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from .errors import ArtifactError, UsageError
+from .folder import MANIFEST
+
+if TYPE_CHECKING:
+    from .program import Program
+
+GENERATION = "generation_config.json"
+#: sentence-transformers' list of what follows the encoder: pooling, normalisation, dense layers, each in a folder.
+MODULES = "modules.json"
+
+#: Weights, in the formats they come in, and the indexes of their parts.
+_WEIGHTS = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.pt2", "*.ckpt", "*.ckpt.*", "*.h5", "*.msgpack", "*.npz", "*.ot"),
+    *("*.gguf", "*.onnx", "*.onnx_data", "*.onnx.data", "*.tflite", "*.mlmodel", "*.pkl", "*.pdparams"),
+    *("*.safetensors.index.json", "*.bin.index.json", "*.h5.index.json", "*.msgpack.index.json"),
+)
+#: True of the base alone: its card and results, how it was trained, an adapter of it, how its weights were quantised,
+#: what lorafx wrote about it.
+_OF_THE_BASE = (
+    *("README*", "*results.json", "trainer_state.json", "training_args*", "events.out.*", "*.log"),
+    *("adapter_config.json", "quant*_config.json", "hf_quant_config.json"),
+    *(MANIFEST, "recipe.toml", "report.json", "blocks.svg", "export.json"),
+)
+#: What sentence-transformers says of the model that the folder names: another head is another model.
+_OF_THE_ENCODER = (MODULES, "sentence_*_config.json", "config_sentence_transformers.json")
+#: A folder in the folder that holds one of these, and no weights, belongs to the tokenizer or the processor.
+_OF_A_PROCESSOR = ("tokenizer*", "vocab.*", "*.model", "*.jinja", "*processor_config.json", "*preprocessor*.json")
+
+
+def companions(folder: str | PathLike[str]) -> list[str]:
+    """The paths below a checkpoint folder, with ``/``, of what goes along: files, and folders that are empty."""
+    top = Path(folder)
+    chosen = [file.name for file in top.iterdir() if file.is_file() and _goes_along(file.name)]
+    return sorted(chosen + inner_companions(top))
+
+
+def inner_companions(folder: str | PathLike[str]) -> list[str]:
+    """Those of :func:`companions` that lie in folders of their own."""
+    top = Path(folder)
+    modules = _module_folders(top)
+    wanted = [inner for inner in top.iterdir() if inner.is_dir() and (inner in modules or _of_a_processor(inner))]
+    # A module may lie deeper than that.
+    wanted += [module for module in modules if module.parent != top]
+    found = {entry for inner in wanted for entry in (inner, *inner.rglob("*")) if _is_leaf(entry)}
+    return sorted(entry.relative_to(top).as_posix() for entry in found)
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file's name is one that weights have, in any format."""
+    return _matches(name, _WEIGHTS)
+
+
+def copy_companions(program: Program, folder: Path) -> list[str]:
+    """Copy what goes along from the checkpoint of ``program`` to a folder written for it; returns what was copied.
+
+    What the folder has already is kept, but for the generation settings: a model's own come from its config alone. A
+    model that came from memory has these only.
+
+    Raises:
+        ArtifactError: the checkpoint is gone
+        UsageError: a model from memory whose generation settings contradict each other
+    """
+    if program.source.path is None:
+        return _write_generation(program, folder)
+    base = Path(program.source.path)
+    if not (base / "config.json").is_file():
+        raise ArtifactError(f"{base}: the checkpoint it was captured from is gone; put it back, its files go along")
+    left = _not_of(program, base)
+    names = [name for name in companions(base) if not any(_under(name, other) for other in left)]
+    copied = [name for name in names if name == GENERATION or not (folder / name).exists()]
+    for name in copied:
+        copy_entry(base / name, folder / name)
+    return copied
+
+
+def copy_entry(source: Path, target: Path) -> None:
+    """Copy a file, or make an empty folder, with the folders above it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        target.mkdir(exist_ok=True)
+    else:
+        shutil.copyfile(source, target)
+
+
+def _write_generation(program: Program, folder: Path) -> list[str]:
+    if not _generates(program):
+        return []
+    settings: Any = program.source.model.generation_config
+    try:
+        settings.save_pretrained(folder)
+    except ValueError as error:
+        first = str(error).strip().splitlines()[0]
+        raise UsageError(f"{program.name}: its generation_config cannot be written: {first}; correct it") from None
+    return [GENERATION]
+
+
+def _generates(program: Program) -> bool:
+    model = program.source.model
+    return bool(getattr(model, "can_generate", lambda: False)()) and hasattr(model, "generation_config")
+
+
+def _not_of(program: Program, base: Path) -> list[str]:
+    """Companions of the base that are not true of this program: of a head it has no more, of generation it cannot."""
+    left = [] if _generates(program) else [GENERATION]
+    named = json.loads((base / "config.json").read_text(encoding="utf-8")).get("architectures") or [program.name]
+    if program.name not in named:
+        left += [name for name in companions(base) if _matches(name, _OF_THE_ENCODER)]
+        left += [module.relative_to(base).as_posix() for module in _module_folders(base)]
+    return left
+
+
+def _goes_along(name: str) -> bool:
+    hidden_or_own = name.startswith(".") or name == "config.json"
+    return not (hidden_or_own or is_weights(name) or _matches(name, _OF_THE_BASE))
+
+
+def _module_folders(top: Path) -> set[Path]:
+    """The folders of sentence-transformers' modules, weights and all: they are not what lorafx rewrites."""
+    try:
+        entries = json.loads((top / MODULES).read_text(encoding="utf-8"))
+        paths = [PurePosixPath(entry["path"]) for entry in entries]
+    except (OSError, ValueError, TypeError, KeyError):  # no such file, or one that names nothing
+        return set()
+    inside = [path for path in paths if path.parts and not path.is_absolute() and ".." not in path.parts]
+    return {top / path for path in inside if (top / path).is_dir()}
+
+
+def _of_a_processor(inner: Path) -> bool:
+    if inner.name.startswith(".") or (inner / MANIFEST).exists():
+        return False
+    names = [entry.name for entry in inner.iterdir() if entry.is_file()]
+    return any(_matches(name, _OF_A_PROCESSOR) for name in names) and not any(
+        is_weights(entry.name) for entry in inner.rglob("*")
+    )
+
+
+def _is_leaf(entry: Path) -> bool:
+    return entry.is_file() or (entry.is_dir() and not any(entry.iterdir()))
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _under(name: str, other: str) -> bool:
+    return name == other or name.startswith(other + "/")

@@ -1,0 +1,85 @@
+"""The folder where a training keeps what it resumes from: marked as lorafx's, gone when training is done.
+
+What else lies in such a folder stays; a folder without the mark is somebody else's and is not written to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import UsageError
+from .folder import is_free
+
+#: The file that marks the folder, with what the training was made from.
+MARK = "lorafx-training.json"
+
+
+def check_training_folder(folder: Path, made_from: Mapping[str, str]) -> None:
+    """UsageError when ``folder`` is not lorafx's, or has checkpoints of a training of other inputs."""
+    if is_free(folder):
+        return
+    if not (folder / MARK).is_file():
+        raise UsageError(f"{folder}: lorafx did not write this, and training keeps its checkpoints there; move it away")
+    changed = differences(_recorded(folder), made_from)
+    if changed and _checkpoints(folder):
+        raise UsageError(
+            f"{folder}: an unfinished training of other inputs ({', '.join(changed)}); go on with those, or remove it"
+        )
+
+
+@contextmanager
+def training_folder(folder: Path, made_from: Mapping[str, str]) -> Iterator[Path]:
+    """A folder for checkpoints. When the block ends well, what training wrote there is removed; when it raises, the
+    checkpoints stay for resuming, and without any all is as it was.
+
+    Several processes of one training share the folder; the first one looks after it.
+
+    Raises:
+        UsageError: see :func:`check_training_folder`
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
+        yield folder
+        return
+    check_training_folder(folder, made_from)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).write_text(json.dumps(dict(made_from), indent=1), encoding="utf-8")
+    try:
+        yield folder
+    except BaseException:
+        if not _checkpoints(folder):
+            _clear(folder, made)
+        raise
+    _clear(folder, [folder])
+
+
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The names under which two records differ."""
+    return [name for name in dict.fromkeys((*before, *now)) if before.get(name) != now.get(name)]
+
+
+def _recorded(folder: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads((folder / MARK).read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        return {"its record": "broken"}
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoint-*") if path.is_dir()]
+
+
+def _clear(folder: Path, made: list[Path]) -> None:
+    """Remove what training wrote, and the folders of ``made`` that are empty then."""
+    for checkpoint in _checkpoints(folder):
+        shutil.rmtree(checkpoint)
+    (folder / MARK).unlink(missing_ok=True)
+    for path in made:
+        if not path.is_dir() or path.is_symlink() or any(path.iterdir()):
+            break
+        path.rmdir()
