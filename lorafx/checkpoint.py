@@ -140,7 +140,9 @@ def _check_kind(path: Path) -> None:
     """Refuse what transformers would open as another model than its files say: an adapter, by way of its base."""
     manifest = find_manifest(path) if (path / MANIFEST).is_file() else None
     if manifest is not None and manifest.kind != "hf":
-        raise UsageError(f"{path}: a folder of kind {manifest.kind}, not a checkpoint; give the checkpoint it came from")
+        raise UsageError(
+            f"{path}: a folder of kind {manifest.kind}, not a checkpoint; give the checkpoint it came from"
+        )
     file = path / "adapter_config.json"
     if file.is_file():
         try:
