@@ -66,7 +66,7 @@ class Job:
             **base,
         }
 
-    def opening(self) -> dict[str, bool]:
+    def opening(self) -> dict[str, Any]:
         """How the base may be opened."""
         return {"allow_pickle": self.allow_pickle, "trust_remote_code": self.trust_remote_code}
 

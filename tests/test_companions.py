@@ -1,4 +1,4 @@
-"""What lies beside the weights of a checkpoint goes along, whatever it is called, unless it is true of the base alone."""
+"""What lies beside the weights goes along, whatever it is called, unless it is true of the base alone."""
 
 from __future__ import annotations
 
@@ -132,9 +132,9 @@ def test_folders_that_are_written_have_them(tmp_path: Path) -> None:
     from lorafx.passes.lora import Lora
 
     torch.manual_seed(0)
-    model = gpt2()
+    model: Any = gpt2()
     model.generation_config = hf.GenerationConfig(eos_token_id=[3, 9, 11], do_sample=True, temperature=0.6)
-    model.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    model.save_pretrained(tmp_path / "base")
     (tmp_path / "base" / "chat_template.jinja").write_text("{{ messages }}")
     made = lorafx.rewrite(lorafx.capture(tmp_path / "base"), [Lora(rank=2)])
     for value in made.trainable().values():

@@ -95,6 +95,17 @@ def change_in_place(file: Path) -> None:
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+def set_option(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def interrupted_training(job: Job) -> None:
+    with training_folder(job.out / workflow.CHECKPOINTS, job.training_inputs()) as folder:
+        (folder / "checkpoint-5").mkdir()
+        (folder / "checkpoint-5" / "state").write_text("hours")
+        raise KeyboardInterrupt
+
+
 # ---- what is done again
 
 
@@ -159,15 +170,7 @@ CHANGES: dict[str, tuple[Callable[[Job], Job | None], str]] = {
     "evaluation": (lambda job: replace(job, eval_data=job.data), "evaluation data"),
     "weights": (lambda job: change_in_place(job.checkpoint / "model.safetensors"), "model.safetensors of the base"),
     "vocabulary": (lambda job: change_in_place(job.checkpoint / "tokenizer.json"), "tokenizer.json of the base"),
-    "config": (
-        lambda job: (
-            (job.checkpoint / "config.json").write_text(
-                (job.checkpoint / "config.json").read_text().replace("1e-12", "1e-11")
-            )
-            and None
-        ),
-        "config.json of the base",
-    ),
+    "config": (lambda job: set_option(job.checkpoint / "config.json", layer_norm_eps=1e-6), "config.json of the base"),
 }
 
 
@@ -181,19 +184,16 @@ def test_a_run_of_other_inputs_is_named_and_kept(what: str, job: Job, work: list
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_training_that_was_interrupted_is_kept_for_its_own_inputs(what: str, job: Job, work: list[str]) -> None:
-    with pytest.raises(KeyboardInterrupt), training_folder(job.out / "checkpoints", job.training_inputs()) as folder:
-        (folder / "checkpoint-5").mkdir()
-        (folder / "checkpoint-5" / "state").write_text("hours")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_training(job)
     change, words = CHANGES[what]
     refused(UsageError, change(job) or job, f"unfinished training of other inputs ({words})")
     assert work == []
 
 
 def test_it_goes_on_with_its_own_inputs_and_clears_away_what_it_resumed_from(job: Job, work: list[str]) -> None:
-    with pytest.raises(KeyboardInterrupt), training_folder(job.out / "checkpoints", job.training_inputs()) as folder:
-        (folder / "checkpoint-5").mkdir()
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_training(job)
     go(job)
     assert work == STAGES
     assert not (job.out / "checkpoints").exists()
