@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from .checkpoint import open_model, weight_hashes
+from .checkpoint import open_model, open_tokenizer, weight_hashes
 from .errors import CaptureError, UsageError
 from .gradients import functions_laid_open, same_gradients
 from .normal import normalise
@@ -187,20 +187,20 @@ def _text(
     example = {"input_ids": ids}
     if "attention_mask" in parameters:
         example["attention_mask"] = mask
-    if "token_type_ids" in parameters and "token_type_ids" in _tokenizer_inputs(checkpoint):
+    if "token_type_ids" in parameters and "token_type_ids" in _tokenizer_inputs(model, checkpoint):
         example["token_type_ids"] = torch.zeros_like(ids)
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
         example["decoder_input_ids"] = ids.flip(1).contiguous()
     return example
 
 
-def _tokenizer_inputs(checkpoint: Path | None) -> list[str]:
+def _tokenizer_inputs(model: nn.Module, checkpoint: Path | None) -> list[str]:
     """What the folder's tokenizer returns; nothing when it has none."""
     if checkpoint is None or not any(checkpoint.glob("tokenizer*")):
         return []
-    from transformers import AutoTokenizer
-
-    return list(AutoTokenizer.from_pretrained(checkpoint).model_input_names)
+    # Code was trusted where the model itself runs it.
+    trusted = getattr(model, "is_remote_code", lambda: False)()
+    return list(open_tokenizer(checkpoint, trusted).model_input_names)
 
 
 def dynamic_shapes(model: nn.Module, example: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import struct
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from torch import nn
 
 from .errors import ArtifactError, UsageError, did_you_mean
 from .folder import LFS_START, MANIFEST, file_hash, find_manifest
+
+_log = logging.getLogger(__name__)
 
 #: Task names (those of transformers' pipelines) and the Auto class that opens each.
 TASKS = {
@@ -114,30 +118,68 @@ def open_model(
         options: passed to transformers (``num_labels``, ``dtype``, ``trust_remote_code``, …)
         meta: build it on the meta device from the config alone; no weight is read
     """
-    import transformers
-
-    _check_kind(path)
-    config_json = read_config(path)
-    if task is not None:
-        cls = auto_class(task)
-    else:
-        names = config_json.get("architectures") or []
-        cls = getattr(transformers, names[0], None) if names else transformers.AutoModel
-        if cls is None:
-            cls = transformers.AutoModel
+    check_kind(path)
+    config = read_config(path)
+    cls = auto_class(task) if task is not None else _named_class(path, config)
+    # Said either way: left open, transformers asks at the terminal.
+    options = {"trust_remote_code": False, **options}
     try:
         if meta:
-            return _build_on_meta(cls, path, dict(options)), frozenset()
+            return _build_on_meta(cls, path, options), frozenset()
         if not weight_files(path, allow_pickle=allow_pickle):
             raise ArtifactError(f"{path}: no weights (*.safetensors); fetch the checkpoint, or capture with meta=True")
         model, info = cls.from_pretrained(path, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        _check_trust(path, error)
         raise ArtifactError(f"{path}: transformers cannot open it: {_first_line(error)}") from error
+    if task is None and info["unexpected_keys"]:
+        first = sorted(info["unexpected_keys"])[0]
+        _log.warning("%s: %s is in its files but not in a %s, and is left out", path, first, type(model).__name__)
     return model, frozenset(info["missing_keys"])
 
 
-def _check_kind(path: Path) -> None:
-    """Refuse what transformers would open as another model than its files say: an adapter, by way of its base."""
+def _named_class(path: Path, config: Mapping[str, Any]) -> Any:
+    """The class that a config names: of transformers, or of the code in its folder by way of an Auto class."""
+    import transformers
+
+    names = config.get("architectures") or []
+    if not names:
+        return transformers.AutoModel
+    auto = next((key for key, code in (config.get("auto_map") or {}).items() if _names(code, names[0])), names[0])
+    cls = getattr(transformers, auto, None)
+    if cls is None:
+        raise ArtifactError(f"{path}: this transformers knows no {names[0]}; say which task to open it for (--task)")
+    return cls
+
+
+def _names(code: Any, name: str) -> bool:
+    return isinstance(code, str) and code.rpartition(".")[2] == name
+
+
+def open_tokenizer(path: str | PathLike[str], trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint folder. ArtifactError: it cannot be opened; UsageError: its code is not trusted."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError) as error:
+        _check_trust(path, error)
+        raise ArtifactError(f"{path}: its tokenizer cannot be opened: {_first_line(error)}") from error
+
+
+def _check_trust(path: str | PathLike[str], error: Exception) -> None:
+    if "trust_remote_code" in str(error):
+        remedy = "if you trust it, pass trust_remote_code (--trust-remote-code)"
+        raise UsageError(f"{path}: it runs code of its own; {remedy}") from None
+
+
+def check_kind(path: Path) -> None:
+    """Refuse a folder that is no checkpoint, whatever transformers makes of it (it opens an adapter's base).
+
+    Raises:
+        UsageError: lorafx wrote it as something else
+        ArtifactError: a PEFT adapter
+    """
     manifest = find_manifest(path) if (path / MANIFEST).is_file() else None
     if manifest is not None and manifest.kind != "hf":
         raise UsageError(
@@ -168,7 +210,8 @@ def _build_on_meta(cls: Any, path: Path, options: dict[str, Any]) -> nn.Module:
     torch.set_default_dtype(default or previous)
     try:
         with torch.device("meta"), no_init_weights():
-            model = cls.from_config(config) if cls.__name__.startswith("Auto") else cls(config)
+            trusted = {"trust_remote_code": options["trust_remote_code"]}
+            model = cls.from_config(config, **trusted) if cls.__name__.startswith("Auto") else cls(config)
             model.tie_weights()  # left out with the initial values, which meta tensors have not
             return model
     finally:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ArtifactError, UsageError
+from .checkpoint import open_tokenizer
+from .errors import UsageError
 
 #: Prompts in one forward pass: the logits of a batch are its largest tensor.
 _BATCH = 16
@@ -24,13 +25,7 @@ class Encoder:
     """
 
     def __init__(self, checkpoint: Path, limit: int | None = None):
-        from transformers import AutoTokenizer
-
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ArtifactError(f"{checkpoint}: its tokenizer cannot be opened: {first}") from error
+        self._tokenizer = open_tokenizer(checkpoint)
         self._limit = limit
 
     def prompt(self, text: str) -> list[int]:

@@ -105,7 +105,8 @@ def export(
             return None
         # What was written here is trusted as the program is.
         written = final if format == "peft" else open_runner(folder, sealed=False, trust_remote_code=True)
-        result = verify(program if format == "peft" else final, written)
+        trusted = bool(final.source.options.get("trust_remote_code"))
+        result = verify(program if format == "peft" else final, written, trust_remote_code=trusted)
         if not result.ok:
             raise ParityError(f"{format} export differs from the program: {result.summary}")
         return result

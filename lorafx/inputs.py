@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checkpoint import open_tokenizer
 from .errors import UsageError
 
 #: batch × length of the generated inputs: the smallest, the smallest that is not one, and odd ones.
@@ -208,13 +209,11 @@ def pad_token(*configs: Any) -> int | None:
 # ---- tokenised
 
 
-def find_tokenizer(*folders: Path | None) -> Any:
+def find_tokenizer(*folders: Path | None, trust_remote_code: bool = False) -> Any:
     """The tokenizer of the first folder that has one; None when none has."""
     for folder in folders:
         if folder is not None and any(folder.glob("tokenizer*")):
-            from transformers import AutoTokenizer
-
-            return AutoTokenizer.from_pretrained(folder)
+            return open_tokenizer(folder, trust_remote_code)
     return None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .checkpoint import open_tokenizer
 from .errors import UsageError
 from .pipeline import to_eval
 from .program import Program
@@ -65,11 +66,9 @@ def _batches(program: Program, data: str | None, column: str, samples: int, leng
     if data is None:
         yield dict(program.example)
         return
-    from transformers import AutoTokenizer
-
     if program.source.path is None:
         raise UsageError("a model from memory has no tokenizer to read texts with; capture a checkpoint folder")
-    tokenizer = AutoTokenizer.from_pretrained(program.source.path)
+    tokenizer = open_tokenizer(program.source.path, bool(program.source.options.get("trust_remote_code")))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     texts = _texts(Path(data), column)[:samples]

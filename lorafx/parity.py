@@ -235,7 +235,8 @@ def verify(
     if inputs is not None:
         own = (Batch(f"inputs {number}", dict(values)) for number, values in enumerate(inputs, 1))
         return compare(left, right, own, _per_token(left, None))
-    generator, tokenizer = _generator(left, right, tokenizer, texts is not None, seed)
+    tokenizer = tokenizer or find_tokenizer(left.folder, right.folder, trust_remote_code=trust_remote_code)
+    generator = _generator(left, right, tokenizer, texts is not None, seed)
     batches = generator.batches(shapes) if texts is None else tokenised(texts, tokenizer, generator)
     return compare(left, right, batches, _per_token(left, generator))
 
@@ -248,8 +249,7 @@ def compare_programs(a: Program, b: Program, dtype: torch.dtype | None = None) -
     return compare(left, right, [Batch("the example inputs", example)], _per_token(left, None))
 
 
-def _generator(a: Runner, b: Runner, tokenizer: Any, needed: bool, seed: int) -> tuple[Generator, Any]:
-    tokenizer = tokenizer or find_tokenizer(a.folder, b.folder)
+def _generator(a: Runner, b: Runner, tokenizer: Any, needed: bool, seed: int) -> Generator:
     if needed and tokenizer is None:
         raise UsageError(f"no tokenizer in {a.label} or {b.label}; pass one, or leave texts out")
     pad = getattr(tokenizer, "pad_token_id", None)
@@ -259,7 +259,7 @@ def _generator(a: Runner, b: Runner, tokenizer: Any, needed: bool, seed: int) ->
         pad if pad is not None else pad_token(a.config, b.config),
         getattr(tokenizer, "padding_side", "right") == "left",
         length_limit(a.config, b.config),
-    ), tokenizer
+    )
 
 
 def compare(a: Runner, b: Runner, batches: Iterable[Batch], per_token: frozenset[str] = frozenset()) -> Comparison:

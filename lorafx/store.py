@@ -226,7 +226,8 @@ def load(
         raise UsageError(f"{path}: a run knows its task; rewrite its base checkpoint to change that")
     run = _record(read_manifest(path, hashes=True))
     if run.options.get("trust_remote_code") and not trust_remote_code:
-        raise UsageError(f"{path}: its base runs code of its own; if you trust it, pass trust_remote_code")
+        remedy = "if you trust it, pass trust_remote_code (--trust-remote-code)"
+        raise UsageError(f"{path}: its base runs code of its own; {remedy}")
     if meta and not run.meta:
         raise UsageError(f"{path}: this run has weights; load it without meta")
     # Values that the run does not hold (those of a head, saved from the meta device) come from this seed, and the

@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SchedulerType
 
+from .checkpoint import open_tokenizer
 from .data import Prepared, prepare
 from .errors import ArtifactError, UsageError, did_you_mean
 from .interrupt import saving_at_interrupt
@@ -189,7 +189,7 @@ def _tokenizer_of(program: Program) -> Any:
     path = program.source.path
     if path is None or not any(Path(path).glob("tokenizer*")):
         return None
-    return transformers.AutoTokenizer.from_pretrained(path)
+    return open_tokenizer(path, bool(program.source.options.get("trust_remote_code")))
 
 
 @contextmanager

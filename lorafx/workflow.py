@@ -161,9 +161,10 @@ def _base_hashes(checkpoint: Path) -> dict[str, str]:
 
     Always of their contents: sizes and times stay the same when weights are changed in place.
     """
-    from .checkpoint import read_config, weight_hashes
+    from .checkpoint import check_kind, read_config, weight_hashes
     from .companions import GENERATION, companions
 
+    check_kind(checkpoint)
     read_config(checkpoint)
     weights = weight_hashes(checkpoint)
     if not weights:
