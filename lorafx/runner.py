@@ -277,7 +277,7 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _of_folder(
-    folder: Path, place: Place, label: str, sealed: bool, opening: dict[str, bool], base: str | PathLike[str] | None
+    folder: Path, place: Place, label: str, sealed: bool, opening: dict[str, Any], base: str | PathLike[str] | None
 ) -> Runner:
     manifest = find_manifest(folder) if sealed or not folder.is_dir() else None
     if (folder / "export.json").is_file():

@@ -319,7 +319,8 @@ def test_a_run_keeps_inputs_that_its_config_does_not_say(tmp_path: Path) -> None
     import transformers as hf
 
     torch.manual_seed(0)
-    config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
+    sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    config = hf.ResNetConfig(**sizes)
     hf.ResNetForImageClassification(config).save_pretrained(tmp_path / "base")
     images = {"pixel_values": torch.randn(2, 3, 32, 32)}
     program = lorafx.rewrite(lorafx.capture(tmp_path / "base", inputs=images), [Lora(targets="convolution", rank=2)])
