@@ -31,7 +31,7 @@ from .capture import dynamic_shapes, program_from
 from .companions import copy_companions
 from .errors import CaptureError, ParityError, UsageError
 from .hf_format import hf_model
-from .onnx_kernels import unfuse_skip_norms
+from .onnx_kernels import unfuse_batch_transposes, unfuse_skip_norms
 from .parity import Comparison, verify
 from .peft_format import adapter_config, adapter_keys
 from .pipeline import fold, run, to_eval
@@ -297,6 +297,7 @@ def _write_exported(
         record["lorafx_base"] = json.dumps(base_record(program))
         for component in exported.components.values():
             component.program.metadata_props.update(record)
+            unfuse_batch_transposes(component.program)
             if provider == "cpu":
                 unfuse_skip_norms(component.program)
     for key, value in program.config_changes.items():

@@ -20,6 +20,7 @@ from .edit import Edit
 from .errors import UsageError
 from .program import Program
 from .site import Site
+from .target import ALL_LINEAR, Target
 
 aten = torch.ops.aten
 
@@ -33,6 +34,10 @@ def pattern_value(pattern: Mapping[str, int | float], module: str, default: floa
 def kaiming(tensor: Tensor) -> None:
     """Kaiming-uniform with a = √5, as the reference implementation of LoRA initialises A."""
     nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+
+
+class _RankTooLargeError(UsageError):
+    """A rank that a weight cannot hold, though another could."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,8 @@ class LowRank(Method):
         """``rank``, if ``site`` can hold it; UsageError with the site's name otherwise."""
         limit = min(site.out_features, site.in_features)
         if not 0 < rank <= limit:
-            raise UsageError(f"{self.pass_name()}: rank {rank} at {site.module}, whose weight allows 1 to {limit}")
+            error = _RankTooLargeError if rank > 0 else UsageError
+            raise error(f"{self.pass_name()}: rank {rank} at {site.module}, whose weight allows 1 to {limit}")
         return rank
 
     def refuse(self, program: Program, site: Site) -> str | None:
@@ -91,7 +97,19 @@ class LowRank(Method):
             return "grouped convolutions are not handled"
         if any(f"{site.module}.".startswith(f"{path}.") for path in self._in_full(program)):
             return "trains in full"
-        return super().refuse(program, site)
+        return super().refuse(program, site) or self._too_small(site)
+
+    def _too_small(self, site: Site) -> str | None:
+        """Why a weight cannot hold the rank, when ``all-linear`` names it (a gate of one output, say). Of one that is
+        named more closely the user has to decide, so its rank is an error."""
+        item = Target.parse(self.targets).match(site)
+        if item is None or item.kind != ALL_LINEAR:
+            return None
+        try:
+            self.rank_of(site)
+        except _RankTooLargeError as error:
+            return str(error)
+        return None
 
     def _in_full(self, program: Program) -> tuple[str, ...]:
         return modules_in_full(program, self.trainable)

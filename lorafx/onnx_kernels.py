@@ -1,4 +1,4 @@
-"""Operators of an exported graph that ONNX Runtime computes faster apart than fused."""
+"""Operators of an exported graph that ONNX Runtime computes faster apart than fused, or only apart."""
 
 from __future__ import annotations
 
@@ -22,6 +22,35 @@ def unfuse_skip_norms(model: ir.Model) -> int:
                 _put_apart(node)
                 count += 1
     return count
+
+
+def unfuse_batch_transposes(model: ir.Model) -> int:
+    """Take the transposition of batches out of each ``FusedMatMul`` that ONNX Runtime refuses with it; in place.
+
+    Its operands have to be of one rank then, three or more; the converter's fusion does not look. Returns how many.
+    """
+    count = 0
+    for graph in model.graphs():
+        for node in list(graph):
+            ranks = {None if value is None or value.shape is None else value.shape.rank() for value in node.inputs}
+            if node.op_type == "FusedMatMul" and (len(ranks) > 1 or ranks <= {None, 1, 2}):
+                count += sum(_take_transpose_out(node, side) for side in (0, 1))
+    return count
+
+
+def _take_transpose_out(node: ir.Node, side: int) -> bool:
+    name, value = ("transBatchA", "transBatchB")[side], node.inputs[side]
+    if not node.attributes.get_int(name, 0) or value is None or value.shape is None:
+        return False
+    rank = value.shape.rank()
+    turn = ir.node("Transpose", [value], {"perm": [*range(1, rank - 1), 0, rank - 1]})
+    turn.outputs[0].type = value.type
+    turn.outputs[0].shape = ir.Shape([value.shape[axis] for axis in (*range(1, rank - 1), 0, rank - 1)])
+    assert node.graph is not None
+    node.graph.insert_before(node, turn)
+    node.replace_input_with(side, turn.outputs[0])
+    node.attributes[name] = ir.AttrInt64(name, 0)
+    return True
 
 
 def _is_plain(node: ir.Node) -> bool:

@@ -101,6 +101,10 @@ def _branching_module(model: nn.Module, error: CaptureError) -> set[str]:
     return found
 
 
+#: How the tracer says that the model's own guards refuse the dimensions asked for; the second where it fails to say.
+_REFUSED_DIMENSIONS = ("Constraints violated", "Cannot create Dim with inconsistent")
+
+
 def trace_with(attempt: Callable[[Any], T], model: nn.Module, shapes: Any) -> T:
     """``attempt(shapes)``: shared named dimensions first, which trace faster and read better; then, if the model's own
     guards refuse them (a position table that ends early, say), with every free axis left to the tracer.
@@ -112,7 +116,7 @@ def trace_with(attempt: Callable[[Any], T], model: nn.Module, shapes: Any) -> T:
         try:
             return attempt(shapes)
         except Exception as error:  # the tracer raises many classes; each is reported or retried
-            if shapes is None or "Constraints violated" not in str(error):
+            if shapes is None or not any(sign in str(error) for sign in _REFUSED_DIMENSIONS):
                 raise _capture_error(model, error) from error
         try:
             return attempt({name: value and dict.fromkeys(value, Dim.AUTO) for name, value in shapes.items()})
@@ -155,7 +159,7 @@ def _trace(model: nn.Module, example: Mapping[str, Any], shapes: Any) -> Exporte
     # A tracer that fails prints the whole graph it had; the error says what a user needs, the log keeps the rest.
     said = io.StringIO()
     try:
-        with redirect_stderr(said):
+        with redirect_stderr(said), _idle_moves():
             exported = _exported(model, example, shapes)
     finally:
         _log.debug("%s", said.getvalue())
@@ -172,6 +176,25 @@ def _exported(model: nn.Module, example: Mapping[str, Any], shapes: Any) -> Expo
     config = DynamoConfig(dynamic=shapes is not None, dynamic_shapes=shapes)
     with _gradients_on(model.training):
         return DynamoExporter().export(cast(Any, model), dict(example), config).program
+
+
+@contextmanager
+def _idle_moves() -> Iterator[None]:
+    """A module told to go to the dtype and device it has stays as it is: a trace cannot exchange its parameters."""
+    move = nn.Module.to
+
+    def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
+        held = [*self.parameters(), *self.buffers()]
+        at_home = all(device is None or value.device == torch.device(device) for value in held)
+        cast = any(value.is_floating_point() and value.dtype != (dtype or value.dtype) for value in held)
+        return self if at_home and not cast and layout is None else move(self, *args, **kwargs)
+
+    nn.Module.to = to  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.to = move  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -217,10 +240,28 @@ def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
         traceback = traceback.tb_next
     if not where and user_frames:
         where = f" at {user_frames[-1][0]}:{user_frames[-1][1]}"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    reason = next((line for line in lines if "guard" in line.lower() or "constraint" in line.lower()), "")
-    first = reason or (lines[0] if lines else type(error).__name__)
-    return CaptureError(
-        f"{type(model).__name__} cannot be captured{where}: {type(error).__name__}: {first[:300]}; "
-        "try dynamic=False, example inputs of your own, or attn_implementation='eager'"
-    )
+    failed = "converted" if "ONNX" in text else "captured"
+    return CaptureError(f"{type(model).__name__} cannot be {failed}{where}: {_reason(error)}; {_advice(text)}")
+
+
+#: What helps, by what the tracer says; the first that it says counts.
+_ADVICE = {
+    "data-dependent": "a graph cannot branch on values: choose a config or example inputs of your own that do not",
+    "fixes dimension": "its code computes with that size as a number: dynamic=False captures it for this size alone",
+    "ONNX": "format='pt2' needs no conversion",
+    "": "try dynamic=False, example inputs of your own, or attn_implementation='eager'",
+}
+
+
+def _advice(text: str) -> str:
+    return next(advice for sign, advice in _ADVICE.items() if sign in text)
+
+
+def _reason(error: BaseException) -> str:
+    """One line that says why a tracer or converter failed: the innermost cause, which says what, not where to look."""
+    while type(error).__name__ == "ConversionError" and error.__cause__ is not None:
+        error = error.__cause__
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in str(error).splitlines()]
+    said = [line for line in lines if line]
+    guard = next((line for line in said if "guard" in line.lower() or "constraint" in line.lower()), "")
+    return f"{type(error).__name__}: {guard[:300] or ' '.join(said)[:300]}".removesuffix(".").removesuffix(": ")

@@ -11,7 +11,8 @@ import zoo
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.errors import LorafxError
+from lorafx.capture import example_inputs
+from lorafx.errors import CaptureError, LorafxError
 from lorafx.passes.lora import Lora
 
 
@@ -222,3 +223,74 @@ def test_a_number_of_positions_below_zero_is_no_limit():
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     expected, found = zoo.eager(model, given), zoo.run(program, given)
     assert all(torch.equal(found[key], expected[key]) for key in found if key in expected)
+
+
+def test_characters_of_any_number_are_texts_too():
+    """A model of characters has no vocabulary to draw example inputs from."""
+    torch.manual_seed(0)
+
+    class Characters(nn.Module):
+        main_input_name = "input_ids"
+
+        def __init__(self):
+            super().__init__()
+            self.config = hf.CanineConfig(hidden_size=8, pad_token_id=0)
+            self.layer = nn.Linear(1, 2)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor]:
+            return (self.layer((input_ids * attention_mask).unsqueeze(-1).float()),)
+
+    example = example_inputs(Characters())
+    assert example["input_ids"].shape == (2, 7)
+    assert (example["input_ids"][1, 4:] == 0).all(), "padded"
+
+
+# ---- what a trace trips over
+
+
+class Moving(nn.Module):
+    """Sends its layer where it is."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.layer, self.dtype = nn.Linear(4, 2), dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.layer = self.layer.to(self.dtype)
+        return self.layer(x.to(self.dtype))
+
+
+def test_a_module_told_to_be_what_it_is_stays_so():
+    model, move = Moving(torch.float32), nn.Module.to
+    program = lorafx.capture(model, inputs={"x": rows(batch=2)})
+    assert nn.Module.to is move, "put back"
+    assert torch.equal(zoo.run(program, {"x": rows(1)})[""], model(rows(1)))
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if x.sum() > 0 else x
+
+
+class Looping(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([row.cumsum(0) for row in x])
+
+
+@pytest.mark.parametrize(
+    ("model", "advice"),
+    [
+        (Branching(), "a graph cannot branch on values: choose a config or example inputs of your own that do not"),
+        (Looping(), "its code computes with that size as a number: dynamic=False captures it for this size alone"),
+    ],
+)
+def test_a_refusal_says_what_helps(model: nn.Module, advice: str):
+    with pytest.raises(CaptureError) as refused:
+        lorafx.capture(model, inputs={"x": torch.ones(2, 4)})
+    assert str(refused.value).endswith(advice)
+    assert "\n" not in str(refused.value)
+    assert "\x1b" not in str(refused.value)

@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from lorafx.onnx_kernels import unfuse_skip_norms
+from lorafx.onnx_kernels import unfuse_batch_transposes, unfuse_skip_norms
 
 WIDTH = 48
 GENERATOR = np.random.default_rng(0)
@@ -67,3 +67,40 @@ def test_a_session_leaves_them_apart(tmp_path: Path) -> None:
 def test_statistics_that_are_read_and_half_precision_stay_fused() -> None:
     for fused in (norm(["y", "mean"]), norm(["y"], dtype=TensorProto.FLOAT16)):
         assert unfuse_skip_norms(ir.from_proto(fused)) == 0
+
+
+# ---- products
+
+
+def product(side: str, ranks: tuple[int, int]) -> onnx.ModelProto:
+    """A product whose operand ``side`` has its batch where the rows are: 3-D, the other one 2-D or 3-D."""
+    sizes = {"A": ["rows", "batch", 4], "B": [4, "batch", 5]}
+    plain = {"A": ["batch", "rows", 4], "B": ["batch", 4, 5]}
+    shapes = [sizes["A"] if side == "A" else plain["A"], sizes["B"] if side == "B" else plain["B"]]
+    shapes = [shape[-rank:] for shape, rank in zip(shapes, ranks, strict=True)]
+    flags = {f"transBatch{side}": 1, "alpha": 0.5}
+    node = helper.make_node("FusedMatMul", ["a", "b"], ["y"], domain="com.microsoft", **flags)
+    kind = TensorProto.FLOAT
+    given = [helper.make_tensor_value_info(name, kind, shape) for name, shape in zip("ab", shapes, strict=True)]
+    graph = helper.make_graph([node], "one", given, [helper.make_tensor_value_info("y", kind, [None, None, 5])])
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+@pytest.mark.parametrize(("side", "ranks"), [("A", (3, 2)), ("B", (2, 3))])
+def test_operands_of_two_ranks_are_transposed_apart(side: str, ranks: tuple[int, int]) -> None:
+    fused = product(side, ranks)
+    a = GENERATOR.normal(size=(3, 2, 4) if side == "A" else (3, 4)).astype(np.float32)
+    b = GENERATOR.normal(size=(4, 5) if side == "A" else (4, 2, 5)).astype(np.float32)
+    turned = (a.transpose(1, 0, 2), b) if side == "A" else (a, b.transpose(1, 0, 2))
+    model = ir.from_proto(fused)
+    assert unfuse_batch_transposes(model) == 1
+    apart = ir.to_proto(model)
+    assert Counter(node.op_type for node in apart.graph.node) == {"Transpose": 1, "FusedMatMul": 1}
+    session = onnxruntime.InferenceSession(apart.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"a": a, "b": b})
+    assert np.abs(found - 0.5 * turned[0] @ turned[1]).max() < 1e-6  # fp32, products of four
+
+
+def test_operands_of_one_rank_stay_fused() -> None:
+    assert unfuse_batch_transposes(ir.from_proto(product("A", (3, 3)))) == 0
