@@ -184,7 +184,7 @@ def _idle_moves() -> Iterator[None]:
     move = nn.Module.to
 
     def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)  # type: ignore[attr-defined]
         held = [*self.parameters(), *self.buffers()]
         at_home = all(device is None or value.device == torch.device(device) for value in held)
         cast = any(value.is_floating_point() and value.dtype != (dtype or value.dtype) for value in held)

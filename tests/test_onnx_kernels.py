@@ -99,7 +99,7 @@ def test_operands_of_two_ranks_are_transposed_apart(side: str, ranks: tuple[int,
     assert Counter(node.op_type for node in apart.graph.node) == {"Transpose": 1, "FusedMatMul": 1}
     session = onnxruntime.InferenceSession(apart.SerializeToString(), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"a": a, "b": b})
-    assert np.abs(found - 0.5 * turned[0] @ turned[1]).max() < 1e-6  # fp32, products of four
+    assert np.abs(np.asarray(found) - 0.5 * turned[0] @ turned[1]).max() < 1e-6  # fp32, products of four
 
 
 def test_operands_of_one_rank_stay_fused() -> None:
