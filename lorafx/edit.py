@@ -45,7 +45,7 @@ class Edit:
         self._fresh: set[fx.Node] = set()
         vals = [node.meta["val"] for node in program.graph.nodes if isinstance(node.meta.get("val"), FakeTensor)]
         self._fake: FakeTensorMode = detect_fake_mode(vals) or FakeTensorMode(allow_non_fake_inputs=True)
-        self._values = FakeValues(self._fake, program.root)
+        self._values = FakeValues(self._fake, program)
 
     @property
     def inserted(self) -> tuple[Inserted, ...]:
@@ -325,7 +325,6 @@ class Edit:
         Raises:
             OperatorError: an operator does not take what it is given now
         """
-        self._values = FakeValues(self._fake, self.program.root)
         for node in self.program.graph.nodes:
             if node.op != "call_function":
                 continue

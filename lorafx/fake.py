@@ -2,34 +2,56 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+if TYPE_CHECKING:
+    from .program import Program
+
+
+def _has_inner(node: fx.Node) -> bool:
+    """Whether a node reads an inner graph."""
+    return any("val" not in operand.meta for operand in node.all_input_nodes)
 
 
 class FakeValues:
     """Computes fake values of nodes.
 
-    Blocks repeat, so most calls are the like of an earlier one; symbolic shapes are slow to compute, and a fake value
-    is nothing but its metadata, so those nodes share one.
+    Blocks repeat, and every pass looks at one graph again, so most calls are the like of an earlier one; symbolic
+    shapes are slow to compute, and a fake value is nothing but its metadata, so those nodes share one. What is known
+    stays with the mode, which all copies of a program share, from the values of the trace on.
     """
 
-    def __init__(self, mode: FakeTensorMode, root: nn.Module):
+    def __init__(self, mode: FakeTensorMode, program: Program):
         self.mode = mode
-        self.root = root
-        self._known: dict[Any, Any] = {}
+        self.root = program.root
+        self._known: dict[Any, Any] = vars(mode).setdefault("lorafx_known", {})
+        if not self._known:
+            for node in program.graph.nodes:
+                if "val" in node.meta and isinstance(node.target, torch._ops.OpOverload) and not _has_inner(node):
+                    self._known.setdefault(self._key(node), node.meta["val"])
 
     def of(self, node: fx.Node) -> Any:
         """The value of ``node``, from those its operands carry."""
-        key = (node.target, self._likeness(node.args), self._likeness(tuple(node.kwargs.items())))
+        if _has_inner(node):  # which may change
+            return self._computed(node)
+        key = self._key(node)
         if key not in self._known:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), self._operand)
-            operator: Any = node.target
-            with self.mode, torch.no_grad():
-                self._known[key] = operator(*args, **kwargs)
+            self._known[key] = self._computed(node)
         return self._known[key]
+
+    def _key(self, node: fx.Node) -> Any:
+        """What decides the value of a node."""
+        return node.target, self._likeness(node.args), self._likeness(tuple(node.kwargs.items()))
+
+    def _computed(self, node: fx.Node) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._operand)
+        operator: Any = node.target
+        with self.mode, torch.no_grad():
+            return operator(*args, **kwargs)
 
     def _operand(self, node: fx.Node) -> Any:
         """An operand's fake value; of an inner graph (the body of a no-grad region, say) the graph itself."""

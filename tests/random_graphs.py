@@ -23,9 +23,10 @@ from tests.judge.minimise import described, minimise
 _GRAPHS_A_WORKER = 200
 
 
-def _one(seed: int) -> dict[str, Any]:
+def _one(given: tuple[int, str]) -> dict[str, Any]:
     torch.set_num_threads(1)
-    return {"seed": seed, **dataclasses.asdict(judge(draw(seed)))}
+    seed, stage = given
+    return {"seed": seed, **dataclasses.asdict(judge(draw(seed), stage))}
 
 
 def failure(seed: int) -> str:
@@ -46,6 +47,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
     return (
         f"{len(rows)} graphs: {kinds['mismatch']} mismatches, {kinds['crash']} crashes, {kinds['refused']} refused; "
         f"something removed in {plain} (after gates in {gated}) of {len(judged)}, {share:.1%} of the parameters; "
+        f"{sum(bool(row.get('warned')) for row in judged)} with a rule caught being wrong; "
         f"{sum(row['seconds'] for row in rows) / max(1, len(rows)):.2f} s a graph"
     )
 
@@ -56,6 +58,7 @@ def main() -> int:
     parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--log", type=Path)
+    parser.add_argument("--stage", default="", help="hold the graphs to this stage alone, such as 'folded = eager'")
     parser.add_argument("--show", type=int, nargs="*", help="minimise and print these seeds, and do nothing else")
     given = parser.parse_args()
     if given.show is not None:
@@ -68,7 +71,7 @@ def main() -> int:
     seeds = [seed for seed in range(given.start, given.start + given.count) if seed not in done]
     context = multiprocessing.get_context("spawn")
     with context.Pool(given.jobs, maxtasksperchild=_GRAPHS_A_WORKER) as pool:
-        for row in pool.imap_unordered(_one, seeds):
+        for row in pool.imap_unordered(_one, [(seed, given.stage) for seed in seeds]):
             rows.append(row)
             if given.log:
                 with given.log.open("a") as log:

@@ -118,6 +118,7 @@ class Verdict:
         what: the gap, or the error
         removed: how many numbers removal took out of tensors, in the plain fold and after gates
         parameters: how many there were
+        warned: the first warning that asks for a report: a rule that removal caught being wrong
         seconds: of processor time
     """
 
@@ -128,6 +129,7 @@ class Verdict:
     gated: int = 0
     parameters: int = 0
     seconds: float = 0.0
+    warned: str = ""
 
 
 class Mismatch(Exception):  # noqa: N818  (not an error of the judge)
@@ -137,10 +139,10 @@ class Mismatch(Exception):  # noqa: N818  (not an error of the judge)
 def judge(plan: Plan, only: str = "") -> Verdict:
     """Build the graph of a plan and hold everything to it that has to hold, or what one stage holds to it."""
     started = time.process_time()
-    verdict = Verdict("right")
+    verdict, warnings = Verdict("right"), []
     stage = ["build"]
     try:
-        with _limit(), torch.random.fork_rng(devices=[]), torch.no_grad(), _quiet():
+        with _limit(), torch.random.fork_rng(devices=[]), torch.no_grad(), _heard() as warnings:
             torch.manual_seed(plan.seed % 2**31)
             _stages(plan, verdict, stage, only)
     except Mismatch as found:
@@ -150,6 +152,7 @@ def judge(plan: Plan, only: str = "") -> Verdict:
     except Exception as found:
         verdict.kind, verdict.what = "crash", _first(found)
     verdict.stage, verdict.seconds = stage[0], round(time.process_time() - started, 3)
+    verdict.warned = next((text for text in warnings if text.startswith("dead-channels")), "")
     return verdict
 
 
@@ -277,13 +280,24 @@ def _first(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
+def _heard() -> Iterator[list[str]]:
+    """The warnings of lorafx, which are printed nowhere; torch's tracer is silent."""
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    said: list[str] = []
+    ours, ear = logging.getLogger("lorafx"), Ear(logging.WARNING)
+    before = ours.handlers, ours.propagate
+    torchs = logging.getLogger("torch")
+    quiet, torchs.disabled = torchs.disabled, True
+    ours.handlers, ours.propagate = [ear], False
     try:
-        yield
+        yield said
     finally:
-        logging.disable(level)
+        ours.handlers, ours.propagate = before
+        torchs.disabled = quiet
 
 
 @contextlib.contextmanager
