@@ -15,6 +15,7 @@ from torch import Tensor, distributed, nn
 from torch.utils import _pytree as pytree
 
 from .base import Method
+from .duties import Duties, watch
 from .errors import UsageError
 from .segments import compile_graph
 from .tree import get_tensor
@@ -77,8 +78,9 @@ def method_state(
 class RewrittenModel(nn.Module):
     """A rewritten model. Call it like the model it came from: keyword inputs, ``labels`` for the loss.
 
-    ``train()`` and ``eval()`` choose between the two graphs. A loop of one's own adds :meth:`penalty` to the loss and
-    calls :meth:`before_step` and :meth:`after_step` around the optimiser's step.
+    ``train()`` and ``eval()`` choose between the two graphs. In training the loss has the methods' penalty in it; a
+    loop that computes one of its own adds :meth:`penalty`. Any loop calls :meth:`before_step` and :meth:`after_step`
+    around the optimiser's step.
     """
 
     program: Program
@@ -88,14 +90,18 @@ class RewrittenModel(nn.Module):
     total_steps: int | None = None
     accepts_loss_kwargs = True
     checkpointing: bool = False
+    #: What a loop owes the methods, and what it has done since the last step.
+    duties: Duties
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModel:
         """A model with tensors of its own, tied as here, and a program over them; graphs and eager model are shared."""
         twin = self.__new__(type(self))
         memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy({k: v for k, v in self.__dict__.items() if k != "program"}, memo))
+        own = {k: v for k, v in self.__dict__.items() if k not in ("program", "duties")}
+        twin.__dict__.update(copy.deepcopy(own, memo))
         root = copy.deepcopy(self.program.root, memo)
         object.__setattr__(twin, "program", dataclasses.replace(self.program.copy(), root=root))
+        twin.duties = watch(twin, [method for method, _ in twin._methods()])
         return twin
 
     @property
@@ -108,6 +114,9 @@ class RewrittenModel(nn.Module):
             raise UsageError(f"{self.program.untrainable}; call eval() first")
         graphs = type(self)._graphs  # type: ignore[attr-defined]
         leaves = self.program.flatten(inputs)
+        self.duties.carried = None
+        if self.training and torch.is_grad_enabled():
+            self.duties.ran = True
         flat = graphs[self.training](self, leaves, checkpoint=self.checkpointing and self.training)
         return pytree.tree_unflatten(flat, self.program.signature.out_spec)
 
@@ -164,14 +173,33 @@ class RewrittenModel(nn.Module):
         return list(groups.values())
 
     def penalty(self) -> Tensor | None:
-        """The sum of the methods' loss terms for the current parameters, or None when no method has one."""
+        """What the methods add to the loss, for the current parameters.
+
+        None when no method adds anything, and after a training forward with labels, whose loss has it already: adding
+        what this returns is right whoever computed the loss.
+        """
+        return self._penalty() if self.duties.carried is None or not self.training else None
+
+    def _penalty(self) -> Tensor | None:
+        self.duties.tell("penalty")
         terms = [method.penalty(self._state(applied)) for method, applied in self._methods()]
         present = [term for term in terms if term is not None]
         return torch.stack(present).sum() if present else None
 
+    def _with_penalty(self, loss: Tensor, labels: dict[str, Any], items: Any) -> Tensor:
+        """``loss`` of a training forward with the penalty in it, once for all micro-batches of ``items`` targets."""
+        penalty = self._penalty()
+        if penalty is None:
+            return loss
+        self.duties.carried = penalty.detach()
+        if items is None:
+            return loss + penalty
+        return loss + penalty * (count_targets(self.program.source.model, labels["labels"]) / items)
+
     @torch.no_grad()
     def before_step(self) -> None:
         """Tell the methods that the gradients are final; call it right before the optimiser's step."""
+        self.duties.tell("before_step")
         self._average_statistics()
         for method, applied in self._methods():
             method.before_step(self._state(applied))
@@ -189,6 +217,7 @@ class RewrittenModel(nn.Module):
     @torch.no_grad()
     def after_step(self) -> None:
         """Tell the methods that the optimiser stepped."""
+        self.duties.tell("after_step")
         self.clock.add_(1)
         for method, applied in self._methods():
             method.after_step(self._state(applied))
@@ -234,6 +263,12 @@ def loss_function(model: nn.Module) -> Callable[..., Tensor] | None:
     return LOSS_MAPPING["ForMaskedLM"] if aligned else function  # type: ignore[return-value]
 
 
+def count_targets(model: nn.Module, labels: Tensor) -> Tensor:
+    """How many of ``labels`` the loss of ``model`` is over, counted as HF Trainer counts a batch."""
+    shifted = loss_type(model) == "ForCausalLM" and not getattr(model.config, "is_encoder_decoder", False)
+    return (labels[..., 1:] if shifted else labels).ne(-100).sum()
+
+
 def _forward(self: RewrittenModel, *args: Any, **kwargs: Any) -> Any:
     names = self.program.signature.inputs
     inputs = {**dict(zip(names, args, strict=False)), **{k: v for k, v in kwargs.items() if k in names}}
@@ -241,7 +276,10 @@ def _forward(self: RewrittenModel, *args: Any, **kwargs: Any) -> Any:
     outputs = self._run(inputs)
     if not labels:
         return outputs
-    loss = self._loss(outputs, labels, kwargs.get("num_items_in_batch"))
+    items = kwargs.get("num_items_in_batch")
+    loss = self._loss(outputs, labels, items)
+    if self.training:
+        loss = self._with_penalty(loss, labels, items)
     return type(outputs)(loss=loss, **outputs)
 
 
@@ -285,5 +323,6 @@ def build_module(program: Program) -> RewrittenModel:
         module.register_buffer(name, value, persistent=name not in program.root._non_persistent_buffers_set)
     # A training's own, not the program's: rewrites of one program share its tensors.
     module.register_buffer("clock", torch.zeros((), dtype=torch.long), persistent=False)
+    module.duties = watch(module, [method for method, _ in module._methods()])
     module.train(program.stage == "train")
     return module

@@ -89,8 +89,8 @@ def checkpoint_flaw(folder: Path) -> str | None:
 class LorafxCallback(TrainerCallback):
     """Tells the methods of a rewritten model about every optimiser step.
 
-    Alone it serves a Trainer subclass that adds ``model.penalty()`` to its loss itself; :class:`MethodTrainerMixin`
-    brings it along.
+    Alone it serves any Trainer whose loss is the model's own, or has ``model.penalty()`` added to it;
+    :class:`MethodTrainerMixin` brings it along.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -139,17 +139,20 @@ class MethodTrainerMixin(_TrainerBase):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The model's loss; while training plus the penalty, which counts once an optimiser step."""
+        """The model's loss; while training with the penalty, which counts once an optimiser step."""
         result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        penalty = rewritten_model(model).penalty() if model.training else None
+        if not model.training:
+            return result
+        inner = rewritten_model(model)
+        penalty = inner.penalty()  # None when the loss is the model's own
+        self._last_penalty = inner.duties.carried if penalty is None else penalty.detach()
         if penalty is None:
             return result
-        self._last_penalty = penalty.detach()
         loss = (result[0] if return_outputs else result) + penalty * self._share(num_items_in_batch)
         return (loss, result[1]) if return_outputs else loss
 
     def _share(self, num_items_in_batch: Any) -> float:
-        """The part of the penalty that one micro-batch adds.
+        """The part of the penalty that one micro-batch adds to a loss that is not the model's own.
 
         A loss normalised over the whole accumulated batch is summed over micro-batches as it is, so each adds its part;
         any other loss is divided by their number afterwards, the penalty with it.

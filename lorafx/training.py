@@ -6,8 +6,7 @@ one's own. A plain PyTorch loop needs neither::
 
     model = program.module()
     for batch in batches:
-        loss = model(**batch).loss + (model.penalty() or 0)
-        loss.backward()
+        model(**batch).loss.backward()  # a loss of your own: + (model.penalty() or 0)
         model.before_step(); optimizer.step(); model.after_step()
         optimizer.zero_grad()
 """
