@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .errors import NoSitesError
+from .ranges import Range, check_ranges
 from .target import Blocks, Selector, Target, nearest
 
 if TYPE_CHECKING:
@@ -33,11 +35,52 @@ class Promise(enum.Enum):
     NOTHING = "nothing"
 
 
-def option(default: Any, about: str) -> Any:
-    """Declare one option: its default and its help line. Mappings are copied, so that passes never share one."""
+def option(
+    default: Any,
+    about: str,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """Declare one option: its default, its help line, and the range of its numbers.
+
+    ``least`` and ``most`` are allowed themselves, ``above`` and ``below`` are not; numbers are finite. The range is
+    checked when the options are made (:class:`Options`), so that TOML, flags and Python agree. Mappings are copied, so
+    that passes never share one.
+    """
+    metadata: dict[str, Any] = {"help": about}
+    allowed = Range(least, most, above, below, whole=type(default) is int)
+    if str(allowed) or type(default) in (int, float):
+        metadata["range"] = allowed
     if isinstance(default, Mapping):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata={"help": about})
-    return dataclasses.field(default=default, metadata={"help": about})
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Options:
+    """Base of the frozen dataclasses whose fields are options: one cannot be made with a value outside its range."""
+
+    @classmethod
+    def title(cls) -> str:
+        """What messages call these options."""
+        return cls.__name__
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = cls.__dict__.get("__post_init__")
+        if own is not None:  # a subclass's further checks come after the ranges, and cannot replace them
+
+            @functools.wraps(own)
+            def checked(self: Options) -> None:
+                Options.__post_init__(self)
+                own(self)
+
+            cls.__post_init__ = checked
+
+    def __post_init__(self) -> None:
+        check_ranges(self, self.title())
 
 
 @dataclass(frozen=True)
@@ -57,7 +100,7 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class Pass:
+class Pass(Options):
     """One rewrite of a program. Subclasses set ``promise`` and implement :meth:`sites` and :meth:`rewrite`."""
 
     promise: ClassVar[Promise] = Promise.CLOSE
@@ -68,6 +111,10 @@ class Pass:
     def pass_name(cls) -> str:
         """The name used in recipes: the file's name with dashes (``tied_lora.py`` gives ``tied-lora``)."""
         return cls.__module__.rpartition(".")[2].replace("_", "-")
+
+    @classmethod
+    def title(cls) -> str:
+        return cls.pass_name()
 
     def sites(self, program: Program) -> Selection:
         """Select what to rewrite. Pure: the program is only read."""
@@ -151,6 +198,17 @@ class Method(SitePass):
 
     def after_step(self, state: MethodState) -> None:
         """Called after each optimiser step: schedules, masks, multipliers."""
+
+    def settled(self, state: MethodState) -> bool:
+        """Whether what was learned is by now what the method promises; not while a schedule is under way.
+
+        The best of several checkpoints is chosen among those that are, and nothing stops a training early before.
+        """
+        return True
+
+    def conclude(self, state: MethodState) -> None:
+        """Bring what was learned to the method's end: called once when training ends before its last step, with the
+        weights it ends with."""
 
     def optimiser(self) -> Mapping[str, Mapping[str, float]]:
         """Optimiser settings in which inserted parameters differ, by short name: ``{"gate": {"lr": 2e-2}}``."""

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .base import Miss, Promise, Selection, SitePass, option
 from .edit import Edit
-from .errors import UsageError
 from .program import Program
 from .sparsity import dropped, lowest
 from .units import UnitAnalysis, Units
@@ -26,15 +25,13 @@ class CloseUnits(SitePass):
 
     promise: ClassVar[Promise] = Promise.SHAPES
 
-    keep: float = option(0.7, "share of the units of each weight to keep")
+    keep: float = option(0.7, "share of the units of each weight to keep", above=0, most=1)
 
     def importance(self, program: Program, units: tuple[Units, ...]) -> Mapping[str, Tensor]:
         """For each module, the importance of the units it reads: (units,)."""
         raise TypeError(f"{self.pass_name()} does not say what is important: define importance()")
 
     def sites(self, program: Program) -> Selection:
-        if not 0 < self.keep <= 1:
-            raise UsageError(f"{self.pass_name()}: keep = {self.keep}, but it is a share above 0 and up to 1")
         found = super().sites(program)
         if not found.taken:
             return found

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any
 
-from .base import option
+from .base import Options, option
 from .errors import did_you_mean
 from .table import Table, read_table, short
 
@@ -29,7 +29,7 @@ class EditRequest:
 
 
 @dataclass(frozen=True)
-class EditOptions:
+class EditOptions(Options):
     """How :func:`lorafx.editing.edit` edits.
 
     Source: RoseLoRA, arXiv 2406.10777; ``start`` and ``end`` are those of its code, whose other settings are
@@ -38,20 +38,24 @@ class EditOptions:
     layers of the last blocks learn an edit with the fewest changes elsewhere.
     """
 
+    @classmethod
+    def title(cls) -> str:
+        return "editing options"
+
     targets: tuple[str, ...] = option(("role:ffn.*",), "weights to adapt, as a pass names them")
     blocks: str | int | None = option("-10..-1", "only in these blocks; negative ones count from the last")
-    rank: int = option(4, "rank of the update")
-    alpha: float = option(32.0, "scale: the update is multiplied by alpha / rank")
-    density: float = option(0.045, "share kept of each row of A and each column of B")
-    start: int = option(3, "steps before sparsity begins")
-    end: int = option(20, "the step at which it is reached")
-    steps: int = option(60, "steps at most; fewer when the target is learned and the update is sparse")
-    learning_rate: float = option(1e-3, "of Adam")
+    rank: int = option(4, "rank of the update", least=1)
+    alpha: float = option(32.0, "scale: the update is multiplied by alpha / rank", above=0)
+    density: float = option(0.045, "share kept of each row of A and each column of B", above=0, most=1)
+    start: int = option(3, "steps before sparsity begins", least=0)
+    end: int = option(20, "the step at which it is reached", least=1)
+    steps: int = option(60, "steps at most; fewer when the target is learned and the update is sparse", least=1)
+    learning_rate: float = option(1e-3, "of Adam", least=0)
     margin: float | None = option(0.5, "lead of the target's logits that ends training (none: take all steps)")
-    clamp: float | None = option(None, "hold the entries of A and B within plus and minus this")
-    prefix_weight: float = option(3.0, "weight of the KL divergence from before the edit within the prompt")
-    locality_weight: float = option(0.0, "the same on an edit's locality prompts")
-    seed: int = option(0, "seed of the initial values")
+    clamp: float | None = option(None, "hold the entries of A and B within plus and minus this", above=0)
+    prefix_weight: float = option(3.0, "weight of the KL divergence from before the edit within the prompt", least=0)
+    locality_weight: float = option(0.0, "the same on an edit's locality prompts", least=0)
+    seed: int = option(0, "seed of the initial values", least=0, below=2**32)
 
 
 #: The settings of the paper's code: dense for 3 steps, sparse by step 20 of 25, the query and value projections.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .errors import UsageError, did_you_mean
+from .ranges import range_of
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -72,6 +73,8 @@ def option_flags(cls: type) -> Any:
     def decorate(function: Any) -> Any:
         for entry in reversed(dataclasses.fields(cls)):
             flag, about = "--" + entry.name.replace("_", "-"), entry.metadata["help"]
+            held = str(range_of(entry) or "")
+            about = f"{about} ({held})" if held else about
             declared = f"{flag}/--no-{flag[2:]}" if entry.type == "bool" else flag
             function = click.option(declared, default=None, help=about)(function)
         return function
@@ -97,10 +100,13 @@ def train_flags(function: Any) -> Any:
 
 
 def train_options(recipe: Recipe | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The training options of a command: those of the recipe, then the flags that were given."""
+    """The training options of a command, checked: those of the recipe, then the flags that were given."""
     from .options import TrainOptions
+    from .recipe import parse_options
 
-    return {**(recipe.train if recipe is not None else {}), **option_values(TrainOptions, given)}
+    chosen = {**(recipe.train if recipe is not None else {}), **option_values(TrainOptions, given)}
+    parse_options(TrainOptions, chosen, "training options")  # now, not when the training begins
+    return chosen
 
 
 def parse_shape(text: str) -> tuple[int, int]:

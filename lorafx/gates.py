@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -27,8 +27,11 @@ class HardConcrete:
     """
 
     GAMMA, ZETA, TEMPERATURE, EPSILON = -0.1, 1.1, 2 / 3, 1e-6
-    #: The log α of a gate that is barely open.
-    AJAR = -1.55
+    #: The highest log α of a gate that is closed in evaluation.
+    CLOSED = TEMPERATURE * math.log(-GAMMA / ZETA)
+    #: The log α of a gate that is barely open, and of one that is barely closed.
+    AJAR: ClassVar[float] = -1.55
+    SHUT: ClassVar[float] = -1.65
 
     @classmethod
     def insert(cls, edit: Edit, log_alpha: fx.Node) -> fx.Node:
@@ -54,7 +57,7 @@ class HardConcrete:
     @classmethod
     def expected_open(cls, log_alpha: Tensor) -> Tensor:
         """The probability that each gate is not 0."""
-        return torch.sigmoid(log_alpha - cls.TEMPERATURE * math.log(-cls.GAMMA / cls.ZETA))
+        return torch.sigmoid(log_alpha - cls.CLOSED)
 
 
 class ClampedGaussian:
@@ -64,8 +67,9 @@ class ClampedGaussian:
     2412.12951.
     """
 
-    #: The θ of a gate that is barely open.
-    AJAR = -0.5
+    #: The θ of a gate that is barely open, and of one that is barely closed: tanh θ = -½ lies between.
+    AJAR: ClassVar[float] = -0.5
+    SHUT: ClassVar[float] = -0.55
 
     @staticmethod
     def insert(edit: Edit, theta: fx.Node, noise: float) -> fx.Node:
@@ -81,6 +85,11 @@ class ClampedGaussian:
     def median(theta: Tensor) -> Tensor:
         """The gates in evaluation (ε = 0)."""
         return (theta.tanh() + 0.5).clamp(0.0, 1.0)
+
+    @classmethod
+    def is_open(cls, theta: Tensor) -> Tensor:
+        """Whether each gate is open in evaluation."""
+        return cls.median(theta) > 0
 
     @classmethod
     def surrogate(cls, theta: Tensor) -> Tensor:
@@ -110,9 +119,7 @@ def gates_of(state: MethodState) -> list[Tensor]:
     return [theta for site in state.sites for theta in own_gates(site).values()]
 
 
-def is_open(theta: Tensor) -> Tensor:
-    """Whether each clamped Gaussian gate is open in evaluation."""
-    return ClampedGaussian.median(theta) > 0
+is_open = ClampedGaussian.is_open
 
 
 def kept_share(state: MethodState, openness: Callable[[Tensor], Tensor] = is_open) -> Tensor:

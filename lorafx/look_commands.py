@@ -122,15 +122,23 @@ def passes(name: str | None, as_json: bool) -> None:
     import inspect as python_inspect
     import typing
 
+    from .ranges import range_of
     from .recipe import type_name
     from .registry import options, pass_class
 
     cls = pass_class(name)
     hints = typing.get_type_hints(cls)
     rows = {
-        key: {"type": type_name(hints[key]), "default": getattr(cls(), key), "help": field.metadata["help"]}
+        key: {
+            "type": type_name(hints[key]),
+            "range": str(range_of(field) or "") or None,
+            "default": getattr(cls(), key),
+            "help": field.metadata["help"],
+        }
         for key, field in options(cls).items()
     }
     lines = [python_inspect.getdoc(cls) or "", "", f"Promise: {cls.promise.value}", "", "Options:"]
-    lines += [f"  {key} ({row['type']}; default {row['default']!r}): {row['help']}" for key, row in rows.items()]
+    for key, row in rows.items():
+        held = " ".join(filter(None, (row["type"], row["range"])))
+        lines.append(f"  {key} ({held}; default {row['default']!r}): {row['help']}")
     emit({"name": name, "promise": cls.promise.value, "options": rows}, "\n".join(lines), as_json)

@@ -53,7 +53,7 @@ class LowRank(Method):
     #: Whether the pass itself makes A or B sparse, so that no other may.
     prunes: ClassVar[bool] = False
 
-    dropout: float = option(0.0, "dropout before A while training")
+    dropout: float = option(0.0, "dropout before A while training", least=0, below=1)
     trainable: tuple[str, ...] = option(("auto",), "modules that train in full; auto: a classification head")
 
     # ---- what a method chooses

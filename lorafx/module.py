@@ -222,6 +222,17 @@ class RewrittenModel(nn.Module):
         for method, applied in self._methods():
             method.after_step(self._state(applied))
 
+    @torch.no_grad()
+    def settled(self) -> bool:
+        """Whether no method's schedule is under way: weights from before are none to choose, or to stop at."""
+        return all(method.settled(self._state(applied)) for method, applied in self._methods())
+
+    @torch.no_grad()
+    def conclude(self) -> None:
+        """Tell the methods that training ended before its last step, so that what they promise holds."""
+        for method, applied in self._methods():
+            method.conclude(self._state(applied))
+
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute each block's activations in the backward pass instead of keeping them."""
         self.checkpointing = True

@@ -4,44 +4,57 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import option
+from .base import Options, option
+from .errors import RecipeError
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class ModelOptions(Options):
     """What a recipe may say of the model it is meant for; the command line wins."""
+
+    @classmethod
+    def title(cls) -> str:
+        return "model options"
 
     checkpoint: str | None = option(None, "the base checkpoint's folder")
     task: str | None = option(None, "open the checkpoint for this task, e.g. text-classification")
-    num_labels: int | None = option(None, "size of the classification head")
+    num_labels: int | None = option(None, "size of the classification head", least=1)
     dtype: str | None = option(None, "load the base in this dtype, e.g. bfloat16")
-    seed: int = option(0, "seed of initial values")
+    seed: int = option(0, "seed of initial values", least=0, below=2**32)
 
 
 @dataclass(frozen=True)
-class TrainOptions:
+class TrainOptions(Options):
     """How ``lorafx train`` and :func:`lorafx.train` train. Everything else of HF Trainer goes through ``trainer``."""
 
-    epochs: float = option(3.0, "passes over the training data")
-    max_steps: int = option(-1, "stop after this many optimiser steps (-1: by epochs)")
-    batch_size: int = option(32, "rows per device and micro-batch")
-    eval_batch_size: int = option(64, "rows per device at evaluation")
-    accumulate: int = option(1, "micro-batches per optimiser step")
-    learning_rate: float = option(1e-3, "peak learning rate")
+    @classmethod
+    def title(cls) -> str:
+        return "training options"
+
+    def __post_init__(self) -> None:
+        if self.epochs == 0 and self.max_steps < 1:
+            raise RecipeError("training options: epochs = 0 trains nothing; give epochs or max_steps")
+
+    epochs: float = option(3.0, "passes over the training data", least=0)
+    max_steps: int = option(-1, "stop after this many optimiser steps (-1: by epochs)", least=-1)
+    batch_size: int = option(32, "rows per device and micro-batch", least=1)
+    eval_batch_size: int = option(64, "rows per device at evaluation", least=1)
+    accumulate: int = option(1, "micro-batches per optimiser step", least=1)
+    learning_rate: float = option(1e-3, "peak learning rate", least=0)
     schedule: str = option("linear", "learning-rate schedule, by transformers' names")
-    warmup: float = option(0.0, "share of the steps spent warming up")
-    weight_decay: float = option(0.0, "AdamW weight decay")
-    max_grad_norm: float = option(1.0, "gradient clipping")
-    max_length: int = option(128, "tokens kept of a text")
-    seed: int = option(0, "seed of shuffling, dropout and noise")
+    warmup: float = option(0.0, "share of the steps spent warming up", least=0, below=1)
+    weight_decay: float = option(0.0, "AdamW weight decay", least=0)
+    max_grad_norm: float = option(1.0, "gradient clipping", least=0)
+    max_length: int = option(128, "tokens kept of a text", least=1)
+    seed: int = option(0, "seed of shuffling, dropout and noise", least=0, below=2**32)
     bf16: bool = option(False, "autocast to bfloat16")
     checkpointing: bool = option(False, "recompute activations block by block to save memory")
     evaluate: bool = option(True, "evaluate at the end of every epoch, when there is evaluation data")
-    keep_best: bool = option(False, "end with the best epoch's weights (needs evaluation data)")
+    keep_best: bool = option(False, "end with the best epoch's weights, of those after the methods' schedules")
     save_steps: int = option(
-        0, "save a resumable checkpoint every so many steps (0: every epoch when keep_best, else never)"
+        0, "save a resumable checkpoint every so many steps (0: every epoch when keep_best, else never)", least=0
     )
-    log_steps: int = option(50, "steps between log lines")
+    log_steps: int = option(50, "steps between log lines", least=1)
     text: str = option("text", "column of the text")
     text_pair: str | None = option(None, "column of a second text")
     label: str = option("label", "column of the label")

@@ -10,6 +10,14 @@ def steps_of(moment: float, total_steps: int) -> int:
     return round(moment * total_steps) if moment <= 1 else round(moment)
 
 
+def start_of(moment: float, total_steps: int) -> int:
+    """A beginning in steps: below 1 it is a share of ``total_steps``, from 1 on a number of steps.
+
+    Unlike an end, which may be 1 for all of them: what begins at 100 % never does.
+    """
+    return round(moment * total_steps) if moment < 1 else round(moment)
+
+
 def linear(step: float, start: float, end: float, first: float, last: float) -> float:
     """``first`` until ``start``, ``last`` from ``end`` on, straight in between."""
     if step >= end:

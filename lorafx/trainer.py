@@ -90,8 +90,13 @@ class LorafxCallback(TrainerCallback):
     """Tells the methods of a rewritten model about every optimiser step.
 
     Alone it serves any Trainer whose loss is the model's own, or has ``model.penalty()`` added to it;
-    :class:`MethodTrainerMixin` brings it along.
+    :class:`MethodTrainerMixin` brings it along. A training that stops before its last step, or ends with the weights
+    of an earlier one, is brought to the methods' end; ``concluded`` says whether that changed anything.
     """
+
+    def __init__(self) -> None:
+        self.concluded = False
+        self._asked_to_stop = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if args.fp16 and args.max_grad_norm == 0:
@@ -110,13 +115,29 @@ class LorafxCallback(TrainerCallback):
         if not getattr(optimizer, "step_was_skipped", False):  # fp16 skips steps whose gradients overflowed
             rewritten_model(model).after_step()
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._asked_to_stop = control.should_training_stop
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        # Whoever stops because of an evaluation does so for weights that could be kept; other stops are left alone.
+        if control.should_training_stop and not self._asked_to_stop:
+            control.should_training_stop = rewritten_model(model).settled()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        inner = rewritten_model(model)
+        if int(inner.clock) < state.max_steps:
+            before = state_of(inner)
+            inner.conclude()
+            after = state_of(inner)
+            self.concluded = any(not torch.equal(before[name], value) for name, value in after.items())
+
 
 class MethodTrainerMixin(_TrainerBase):
     """What a transformers Trainer needs to train a rewritten model: ``class MyTrainer(MethodTrainerMixin, Trainer)``.
 
     Adds the methods' penalty to the training loss, calls them around the optimiser's step, gives gates the learning
     rate a method asks for and keeps weight decay off them, and writes checkpoints of what is learned alone, from which
-    training resumes bit by bit.
+    training resumes bit by bit. The best checkpoint is one of those that no method's schedule is under way in.
     """
 
     def __init__(self, model: Any = None, args: Any = None, *rest: Any, **kwargs: Any):
@@ -133,7 +154,8 @@ class MethodTrainerMixin(_TrainerBase):
             # The Trainer turns it off, and the config would carry that into the folded checkpoint.
             config.use_cache = use_cache  # type: ignore[union-attr]
         rewritten_model(self.model)
-        self.add_callback(LorafxCallback)
+        self._telling = LorafxCallback()
+        self.add_callback(self._telling)
         self._last_penalty: Tensor | None = None
 
     def compute_loss(
@@ -204,6 +226,15 @@ class MethodTrainerMixin(_TrainerBase):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_state(rewritten_model(model or self.model), resume_from_checkpoint)
+
+    @property
+    def concluded(self) -> bool:
+        """Whether the weights the training ended with were brought to the methods' end after their last evaluation."""
+        return self._telling.concluded
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # Early in a schedule a model is better than what the method promises; it is not what was asked for.
+        return rewritten_model(self.model).settled() and super()._determine_best_metric(metrics, trial)
 
     def _load_best_model(self) -> None:
         load_state(rewritten_model(self.model), str(self.state.best_model_checkpoint))

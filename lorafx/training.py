@@ -75,7 +75,8 @@ class TrainResult:
             ``eval_perplexity``, of the weights the program ended with
         history: every log entry of HF Trainer, oldest first
         seconds: wall time of the training, its evaluations included
-        best_step: the optimiser step whose weights were kept, when ``keep_best`` chose them
+        best_step: the optimiser step whose weights were kept, when ``keep_best`` chose them; None as well when no
+            evaluation came after the schedules of the methods: the weights are then those of the last step
         is_main: whether this process is the one that writes results (the first one under ``torchrun``)
     """
 
@@ -124,7 +125,6 @@ def train(
         ArtifactError: a data file or a checkpoint that cannot be used
     """
     settings = parse_options(TrainOptions, options, "training options")
-    _check_values(settings)
     _check(program, settings, eval_data, output_dir, resume)
     tokenizer = _tokenizer_of(program) if tokenizer is None else tokenizer
     rows = prepare(data, program, tokenizer, settings, collator=collator)
@@ -138,31 +138,6 @@ def train(
         trainer = _trainer(program, arguments, rows, held_out, metric, settings, callbacks)
         with nullcontext() if output_dir is None else saving_at_interrupt(trainer):
             return _run(program, trainer, checkpoint)
-
-
-#: The least value of an option, and the value it has to stay below.
-_RANGES = {
-    "epochs": (0, None),
-    "batch_size": (1, None),
-    "eval_batch_size": (1, None),
-    "accumulate": (1, None),
-    "learning_rate": (0, None),
-    "warmup": (0, 1),
-    "weight_decay": (0, None),
-    "max_grad_norm": (0, None),
-    "save_steps": (0, None),
-    "log_steps": (1, None),
-}
-
-
-def _check_values(settings: TrainOptions) -> None:
-    for name, (least, end) in _RANGES.items():
-        value = getattr(settings, name)
-        if not least <= value or (end is not None and value >= end):
-            below = "" if end is None else f" and below {end}"
-            raise UsageError(f"training options: {name} = {value}, but it is at least {least}{below}")
-    if settings.epochs == 0 and settings.max_steps < 1:
-        raise UsageError("training options: epochs = 0 trains nothing; give epochs or max_steps")
 
 
 def _check(program: Program, settings: TrainOptions, eval_data: Any, output_dir: Any, resume: Any) -> None:
@@ -317,6 +292,7 @@ def _run(program: Program, trainer: Trainer, checkpoint: str | None) -> TrainRes
     output = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.accelerator.wait_for_everyone()  # before the first process may remove what another still reads
     seconds = time.perf_counter() - started
+    final = trainer.evaluate() if trainer.concluded and trainer.eval_dataset is not None else None
     model = rewritten_model(trainer.model).to(home)
     # Moving a module replaces its buffers. Those of the top are its own; the others it shares with the program.
     for name, value in model.named_buffers(recurse=False):
@@ -326,7 +302,6 @@ def _run(program: Program, trainer: Trainer, checkpoint: str | None) -> TrainRes
     best = state.best_global_step if trainer.args.load_best_model_at_end else None
     metrics = {"train_loss": output.training_loss, "steps": state.global_step, "epochs": float(state.epoch or 0)}
     evaluations = [entry for entry in state.log_history if "eval_loss" in entry and best in (None, entry["step"])]
-    for name in ("eval_loss", "eval_accuracy", "eval_perplexity"):
-        if evaluations and name in evaluations[-1]:
-            metrics[name] = evaluations[-1][name]
+    last = final or (evaluations[-1] if evaluations else {})
+    metrics.update({name: last[name] for name in ("eval_loss", "eval_accuracy", "eval_perplexity") if name in last})
     return TrainResult(metrics, tuple(state.log_history), seconds, best, trainer.is_world_process_zero())

@@ -28,8 +28,8 @@ class Activation(CloseUnits):
 
     data: str | None = option(None, "texts to measure on: a csv, jsonl or txt file; the example inputs without")
     text: str = option("text", "column of the text")
-    samples: int = option(64, "how many texts")
-    max_length: int = option(128, "tokens kept of a text")
+    samples: int = option(64, "how many texts", least=1)
+    max_length: int = option(128, "tokens kept of a text", least=1)
 
     def importance(self, program: Program, units: tuple[Units, ...]) -> Mapping[str, Tensor]:
         sites = [unit.site for unit in units]

@@ -10,7 +10,6 @@ from ..axis_report import zeros_left
 from ..axis_table import RULES
 from ..base import Pass, Promise, Selection, option
 from ..edit import Edit
-from ..errors import RecipeError
 from ..program import Program
 from ..removal import Widths
 from ..removal_plan import proven
@@ -36,13 +35,11 @@ class DeadChannels(Pass):
     promise: ClassVar[Promise] = Promise.CLOSE
     fixed_point: ClassVar[bool] = True
 
-    round_to: int = option(1, "keep widths multiples of this, for the hardware")
-    keep_at_least: int = option(1, "never fewer channels than this")
+    round_to: int = option(1, "keep widths multiples of this, for the hardware", least=1)
+    keep_at_least: int = option(1, "never fewer channels than this", least=1)
     uniform: bool = option(False, "the same widths in every block, so that an ordinary config can say them")
 
     def sites(self, program: Program) -> Selection:
-        if min(self.round_to, self.keep_at_least) < 1:
-            raise RecipeError("dead-channels: round_to and keep_at_least are numbers of channels, 1 or more")
         if program.stage != "eval" or program.device.type == "meta":
             return Selection(())
         plan = proven(program, self, Widths(self.round_to, self.keep_at_least, self.uniform))

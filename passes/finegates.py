@@ -11,13 +11,14 @@ from torch import Tensor, fx, nn
 
 from ..base import Method, Miss, Promise, Selection, option
 from ..edit import Edit, aliases
-from ..gates import GATES, ClampedGaussian, gates_of, histogram, is_open, keep_open, kept_share, open_gates
+from ..errors import RecipeError
+from ..gates import GATES, ClampedGaussian, gates_of, histogram, is_open, kept_share, open_gates
 from ..lowrank import train_in_full
 from ..module import MethodState
 from ..prices import Measure, prices
 from ..program import Program
-from ..schedules import ascend, linear, steps_of
 from ..site import Site, is_tensor_node
+from ..steering import Steering
 from ..units import UnitAnalysis, Units
 
 aten = torch.ops.aten
@@ -50,21 +51,25 @@ class Finegates(Method):
 
     couple: bool = option(True, "one gate for what can only be removed together")
     mode: Literal["achieved", "target", "penalty"] = option("achieved", "what drives gates to close")
-    budget: float = option(0.6, "share to keep of the selected weights (achieved)")
+    budget: float = option(0.6, "share to keep of the selected weights (achieved)", above=0, most=1)
     measure: Measure = option("parameters", "what the budget counts (achieved, with couple)")
-    length: int = option(64, "tokens of a text, for the FLOPs of attention")
-    latency: dict[str, float] = option({}, "the table that lorafx latency prints (measure = latency)")
-    target: float = option(0.4, "share of gates to close (target)")
-    strength: float = option(50.0, "weight of the loss term (target, penalty)")
-    ramp: float = option(0.4, "share of the steps over which the budget comes down (achieved)")
-    multiplier_rate: float = option(1.0, "step of the multiplier (achieved)")
+    length: int = option(64, "tokens of a text, for the FLOPs of attention", least=1)
+    latency: dict[str, float] = option({}, "the table that lorafx latency prints (measure = latency)", least=0)
+    target: float = option(0.4, "share of gates to close (target)", least=0, below=1)
+    strength: float = option(50.0, "weight of the loss term (target, penalty)", least=0)
+    ramp: float = option(0.4, "share of the steps over which the budget comes down (achieved)", least=0)
+    multiplier_rate: float = option(1.0, "step of the multiplier (achieved)", above=0)
     restart: bool = option(True, "set the multiplier to 0 when the budget is met (achieved)")
-    noise: float = option(0.1, "standard deviation of the gates' noise")
+    noise: float = option(0.1, "standard deviation of the gates' noise", least=0)
     initial: float = option(1.0, "mean of the initial θ")
-    deviation: float = option(0.1, "standard deviation of the initial θ")
-    gate_rate: float = option(2e-2, "learning rate of the gates")
+    deviation: float = option(0.1, "standard deviation of the initial θ", least=0)
+    gate_rate: float = option(2e-2, "learning rate of the gates", least=0)
     train_biases: bool = option(True, "train the biases of gated weights")
     trainable: tuple[str, ...] = option(("auto",), "modules that train in full; auto: a classification head")
+
+    def __post_init__(self) -> None:
+        if self.mode == "penalty" and self.noise == 0:
+            raise RecipeError("finegates: mode = 'penalty' is about noise, but noise = 0; give it, or another mode")
 
     def refuse(self, program: Program, site: Site) -> str | None:
         if site.block is None:
@@ -136,11 +141,18 @@ class Finegates(Method):
             if not bool(is_open(theta).any()):
                 theta[theta.argmax()] = ClampedGaussian.AJAR
         if self.mode == "achieved":
-            end = max(1, steps_of(self.ramp, state.planned_steps))
-            allowed = linear(state.step, 0, end, 1.0, self.budget)
-            violation = kept_share(state) - allowed
-            ascend(state.shared["multiplier"], violation, self.multiplier_rate, restart=self.restart)
-            keep_open(gates_of(state), is_open, lambda: float(kept_share(state)), allowed, ClampedGaussian.AJAR)
+            self._steering(state).step(self.multiplier_rate, restart=self.restart)
+
+    def _steering(self, state: MethodState) -> Steering:
+        kept = lambda: float(kept_share(state))  # noqa: E731
+        return Steering(state, ClampedGaussian, gates_of(state), kept, self.budget, self.ramp)
+
+    def settled(self, state: MethodState) -> bool:
+        return self.mode != "achieved" or self._steering(state).settled
+
+    def conclude(self, state: MethodState) -> None:
+        if not self.settled(state):
+            self._steering(state).close()
 
     def optimiser(self) -> Mapping[str, Mapping[str, float]]:
         return {name: {"lr": self.gate_rate, "weight_decay": 0.0} for name in GATES}

@@ -16,7 +16,6 @@ from ..axis_table import RULES
 from ..base import Pass, Promise, Selection, option
 from ..channels import operands
 from ..edit import Edit, aliases
-from ..errors import RecipeError
 from ..program import Program
 from ..removal import Widths
 from ..site import is_tensor_node, module_path
@@ -73,14 +72,14 @@ class GatherColumns(Pass):
     promise: ClassVar[Promise] = Promise.CLOSE
 
     when: Literal["auto", "always", "never"] = option("auto", "gather where it pays, wherever it can be done, or never")
-    cost: float = option(CPU_COST, "of gathering an element, in multiply-adds: about 275 on a CPU, 2000 on a GPU")
-    round_to: int = option(1, "gather a multiple of so many columns, for the hardware")
+    cost: float = option(
+        CPU_COST, "of a gathered element, in multiply-adds: about 275 on a CPU, 2000 on a GPU", least=0
+    )
+    round_to: int = option(1, "gather a multiple of so many columns, for the hardware", least=1)
 
     def sites(self, program: Program) -> Selection:
         if self.when == "never" or program.stage != "eval" or program.device.type == "meta":
             return Selection(())
-        if self.round_to < 1:
-            raise RecipeError("gather-columns: round_to is a number of columns, 1 or more")
         found = gathers(program, self.round_to)
         taken = found if self.when == "always" else [gather for gather in found if gather.pays(self.cost)]
         return Selection(tuple(taken))  # type: ignore[arg-type]

@@ -27,11 +27,11 @@ class Lora(LowRank):
     promise: ClassVar[Promise] = Promise.EXACT
     kinds: ClassVar[tuple[str, ...]] = ("linear", "addmm", "embedding", "conv2d")
 
-    rank: int = option(8, "rank of the update")
-    alpha: float = option(8.0, "scale: the branch is multiplied by alpha / rank")
+    rank: int = option(8, "rank of the update", least=1)
+    alpha: float = option(8.0, "scale: the branch is multiplied by alpha / rank", above=0)
     rslora: bool = option(False, "scale by alpha / sqrt(rank) instead")
-    rank_pattern: dict[str, int] = option({}, "rank of particular modules, by name or regular expression")
-    alpha_pattern: dict[str, float] = option({}, "alpha of particular modules, by name or regular expression")
+    rank_pattern: dict[str, int] = option({}, "rank of particular modules, by name or regular expression", least=1)
+    alpha_pattern: dict[str, float] = option({}, "alpha of particular modules, by name or regular expression", above=0)
 
     def rank_of(self, site: Site) -> int:
         return self.checked_rank(int(pattern_value(self.rank_pattern, site.module, self.rank)), site)

@@ -39,13 +39,13 @@ class Prilora(LowRank):
 
     promise: ClassVar[Promise] = Promise.EXACT
 
-    rank_first: int = option(4, "rank in the first block")
-    rank_last: int = option(12, "rank in the last block")
-    alpha: float = option(8.0, "scale: the branch is multiplied by alpha over the mean rank")
+    rank_first: int = option(4, "rank in the first block", least=1)
+    rank_last: int = option(12, "rank in the last block", least=1)
+    alpha: float = option(8.0, "scale: the branch is multiplied by alpha over the mean rank", above=0)
     scale: Literal["constant", "per_rank"] = option("constant", "divide alpha by the mean rank, or by each site's own")
-    fraction: float = option(0.5, "share of A that pruning sets to zero; 0 prunes nothing")
-    interval: int = option(40, "optimiser steps between prunings")
-    beta: float = option(0.9, "decay of the input statistic")
+    fraction: float = option(0.5, "share of A that pruning sets to zero; 0 prunes nothing", least=0, below=1)
+    interval: int = option(40, "optimiser steps between prunings", least=1)
+    beta: float = option(0.9, "decay of the input statistic", least=0, below=1)
     group: str = option("row", "prune per row of A, per matrix, or n:m, e.g. 2:4")
     regrow: bool = option(True, "let pruned entries grow again")
     final_prune: bool = option(True, "prune after the last step, so that the stated share is zero at the end")
@@ -87,13 +87,20 @@ class Prilora(LowRank):
         if not self.prunes:
             return
         last = self.final_prune and state.step == state.planned_steps
+        if last or state.step % self.interval == 0:
+            self._prune(state)
+        elif not self.regrow:
+            for site in state.sites:
+                site["lora_A"].masked_fill_(site["pruned"], 0.0)
+
+    def conclude(self, state: MethodState) -> None:
+        if self.prunes and self.final_prune:
+            self._prune(state)
+
+    def _prune(self, state: MethodState) -> None:
         for site in state.sites:
-            a = site["lora_A"]
-            if last or state.step % self.interval == 0:
-                site["pruned"].copy_(self.to_prune(a, site["input_norm"]))
-                a.masked_fill_(site["pruned"], 0.0)
-            elif not self.regrow:
-                a.masked_fill_(site["pruned"], 0.0)
+            site["pruned"].copy_(self.to_prune(site["lora_A"], site["input_norm"]))
+            site["lora_A"].masked_fill_(site["pruned"], 0.0)
 
     def to_prune(self, a: Tensor, input_norm: Tensor) -> Tensor:
         """The mask (rank, in) of the entries of A that count least: ``|A_ij| · n̄_j``."""

@@ -14,7 +14,7 @@ from ..edit import Edit
 from ..errors import RecipeError, UsageError
 from ..lowrank import LowRank
 from ..module import MethodState, SiteState
-from ..schedules import cubic, steps_of
+from ..schedules import cubic, start_of, steps_of
 from ..site import Site
 from ..sparsity import density, highest, kept
 
@@ -37,14 +37,14 @@ class RoseLora(LowRank):
 
     promise: ClassVar[Promise] = Promise.EXACT
 
-    rank: int = option(8, "rank of the update")
-    alpha: float = option(32.0, "scale: the branch is multiplied by alpha / rank")
+    rank: int = option(8, "rank of the update", least=1)
+    alpha: float = option(32.0, "scale: the branch is multiplied by alpha / rank", above=0)
     adapters: Literal["own", "existing"] = option("own", "insert adapters, or make those of an earlier pass sparse")
-    density: float = option(0.1, "share kept of each row of A and each column of B, at the end")
-    start: float = option(0.1, "when sparsity begins: a share of the steps, or a number of them")
-    end: float = option(0.8, "when it is reached: a share of the steps, or a number of them")
-    beta: float = option(0.8, "decay of the importance")
-    clamp: float | None = option(None, "hold the entries of A and B within plus and minus this")
+    density: float = option(0.1, "share kept of each row of A and each column of B, at the end", above=0, most=1)
+    start: float = option(0.1, "when sparsity begins: a share of the steps, or from 1 on a number of them", least=0)
+    end: float = option(0.8, "when it is reached: a share of the steps up to 1, above a number of them", above=0)
+    beta: float = option(0.8, "decay of the importance", least=0, below=1)
+    clamp: float | None = option(None, "hold the entries of A and B within plus and minus this", above=0)
 
     @property
     def prunes(self) -> bool:  # type: ignore[override]
@@ -73,7 +73,15 @@ class RoseLora(LowRank):
                 importance.copy_(now if state.step == 0 else torch.lerp(now, importance, self.beta))
 
     def after_step(self, state: MethodState) -> None:
-        share = self.kept_at(state.step, state.planned_steps)
+        self._hold(state, self.kept_at(state.step, state.planned_steps))
+
+    def settled(self, state: MethodState) -> bool:
+        return self.kept_at(state.step, state.planned_steps) == self.density
+
+    def conclude(self, state: MethodState) -> None:
+        self._hold(state, self.density)
+
+    def _hold(self, state: MethodState, share: float) -> None:
         for site in state.sites:
             for factor, importance in _pairs(site):
                 if self.clamp is not None:
@@ -83,7 +91,7 @@ class RoseLora(LowRank):
 
     def kept_at(self, step: int, total_steps: int) -> float:
         """τ at a step: 1 until ``start`` (never before step 2, since B = 0 leaves A without gradient), then cubic."""
-        start, end = max(2, steps_of(self.start, total_steps)), steps_of(self.end, total_steps)
+        start, end = max(2, start_of(self.start, total_steps)), steps_of(self.end, total_steps)
         if end <= start:
             raise UsageError(f"rose-lora: sparsity begins at step {start} and is reached at {end} of {total_steps}")
         return cubic(step, start, end, 1.0, self.density)

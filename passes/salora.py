@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,11 +13,11 @@ from torch import Tensor, fx
 
 from ..base import Promise, option
 from ..edit import Edit
-from ..gates import HardConcrete, histogram, keep_open
+from ..gates import HardConcrete, histogram
 from ..lowrank import LowRank
 from ..module import MethodState, SiteState
-from ..schedules import ascend, linear, steps_of
 from ..site import Site
+from ..steering import Steering
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,20 @@ class Salora(LowRank):
     promise: ClassVar[Promise] = Promise.EXACT
     kinds: ClassVar[tuple[str, ...]] = ("linear", "addmm")
 
-    rank: int = option(16, "rank before gates close")
-    alpha: float = option(16.0, "scale: the branch is multiplied by alpha / rank, whatever gates close")
-    density: float = option(0.5, "share of ranks to keep open")
+    rank: int = option(16, "rank before gates close", least=1)
+    alpha: float = option(16.0, "scale: the branch is multiplied by alpha / rank, whatever gates close", above=0)
+    density: float = option(0.5, "share of ranks to keep open", above=0, most=1)
     constraint: Literal["lagrangian", "penalty"] = option("lagrangian", "how the share is reached")
-    weight: float = option(1e-3, "weight of the quadratic penalty on the number of open ranks")
+    weight: float = option(1e-3, "weight of the quadratic penalty on the number of open ranks", least=0)
     steer: Literal["achieved", "expected"] = option("achieved", "the share of open ranks that the multiplier watches")
-    ramp: float = option(0.6, "share of the steps over which the density comes down to its target; 0 starts there")
-    multiplier_rate: float = option(0.5, "step of the multiplier")
+    ramp: float = option(0.6, "share of the steps over which the density comes down from 1; 0 starts at it", least=0)
+    multiplier_rate: float = option(0.5, "step of the multiplier", above=0)
     restart: bool = option(True, "set the multiplier to 0 when the constraint holds")
-    orthogonality: float = option(0.1, "weight of the orthogonality of A and B")
-    initial: float = option(1.0, "initial log alpha of the gates; 1.0 is open")
-    gate_rate: float = option(0.2, "learning rate of the gates")
+    orthogonality: float = option(0.1, "weight of the orthogonality of A and B", least=0)
+    initial: float = option(
+        1.0, "initial log alpha of the gates; 1.0 is open", above=HardConcrete.CLOSED, most=math.log(100)
+    )
+    gate_rate: float = option(0.2, "learning rate of the gates", least=0)
 
     def rank_of(self, site: Site) -> int:
         return self.checked_rank(self.rank, site)
@@ -77,26 +80,28 @@ class Salora(LowRank):
         return total + state.shared["multiplier"].detach() * (expected / count - self.density)
 
     def after_step(self, state: MethodState) -> None:
-        for site in state.sites:
-            site["lora_gate"].clamp_(-math.log(100), math.log(100))
+        for gate in _gates(state):
+            gate.clamp_(-math.log(100), math.log(100))
         if self.constraint == "lagrangian":
-            allowed, achieved = self._allowed(state), self.steer == "achieved"
-            share = (lambda: open_share(state)) if achieved else (lambda: _expected_share(state))
-            ascend(state.shared["multiplier"], share() - allowed, self.multiplier_rate, restart=self.restart)
-            if achieved:
-                gates = [site["lora_gate"] for site in state.sites]
-                keep_open(gates, HardConcrete.is_open, share, allowed, HardConcrete.AJAR)
+            achieved = self.steer == "achieved"
+            self._steering(state, achieved).step(self.multiplier_rate, restart=self.restart, floor=achieved)
 
-    def _allowed(self, state: MethodState) -> float:
-        if self.ramp == 0:
-            return self.density
-        return linear(state.step, 0, max(1, steps_of(self.ramp, state.planned_steps)), 1.0, self.density)
+    def _steering(self, state: MethodState, achieved: bool) -> Steering:
+        share = partial(open_share if achieved else _expected_share, state)
+        return Steering(state, HardConcrete, _gates(state), share, self.density, self.ramp)
+
+    def settled(self, state: MethodState) -> bool:
+        return self.constraint == "penalty" or self._steering(state, self.steer == "achieved").settled
+
+    def conclude(self, state: MethodState) -> None:
+        if not self.settled(state):
+            self._steering(state, achieved=True).close()  # a gate just closed still counts half in E0
 
     def optimiser(self) -> Mapping[str, Mapping[str, float]]:
         return {"lora_gate": {"lr": self.gate_rate, "weight_decay": 0.0}}
 
     def describe(self, state: MethodState) -> Mapping[str, Any]:
-        gates = [HardConcrete.median(site["lora_gate"]) for site in state.sites]
+        gates = [HardConcrete.median(gate) for gate in _gates(state)]
         found = torch.cat(gates)
         share = {"gates": found.numel(), "open": float((found > 0).float().mean())}
         rows = [
@@ -106,9 +111,13 @@ class Salora(LowRank):
         return {"Open ranks": [{**share, **histogram(found)}], "Rank by module": rows}
 
 
+def _gates(state: MethodState) -> list[Tensor]:
+    return [site["lora_gate"] for site in state.sites]
+
+
 def _expected(state: MethodState) -> tuple[Tensor, int]:
     """The expected number of open ranks, and how many there are."""
-    gates = torch.cat([site["lora_gate"] for site in state.sites])
+    gates = torch.cat(_gates(state))
     return HardConcrete.expected_open(gates).sum(), gates.numel()
 
 
@@ -119,7 +128,7 @@ def _expected_share(state: MethodState) -> float:
 
 def open_share(state: MethodState) -> float:
     """The share of ranks that are open in evaluation."""
-    gates = torch.cat([site["lora_gate"] for site in state.sites])
+    gates = torch.cat(_gates(state))
     return float(HardConcrete.is_open(gates).float().mean())
 
 

@@ -38,12 +38,12 @@ class TiedLora(LowRank):
 
     promise: ClassVar[Promise] = Promise.EXACT
 
-    rank: int = option(8, "rank of the update")
-    scale: float = option(1.0, "the branch is multiplied by this")
+    rank: int = option(8, "rank of the update", least=1)
+    scale: float = option(1.0, "the branch is multiplied by this", above=0)
     train: tuple[str, ...] = option(("A", "B", "u", "v"), "which of A, B, u, v train; the others keep their start")
     init: Literal["normal", "kaiming"] = option("normal", "initial values of A (and of a frozen B)")
-    deviation: float = option(0.2, "standard deviation of normal initial values")
-    scaling_rate: float | None = option(None, "learning rate of u and v; that of the training without")
+    deviation: float = option(0.2, "standard deviation of normal initial values", above=0)
+    scaling_rate: float | None = option(None, "learning rate of u and v; that of the training without", least=0)
     fuse: tuple[str, ...] = option(
         ("attn.query", "attn.key", "attn.value"), "roles or module names that share A and u inside a block"
     )

@@ -28,6 +28,7 @@ from lorafx.passes.tidy import Tidy
 from lorafx.passes.to_eval import ToEval
 from lorafx.pipeline import run
 from lorafx.program import Program
+from lorafx.ranges import Range, range_of
 from lorafx.recipe import Recipe, parse_options, pass_dict
 from lorafx.registry import known, options, pass_class
 from lorafx.site import Site
@@ -57,8 +58,15 @@ def test_the_laws_cover_every_pass_there_is() -> None:
 STRINGS = st.text(st.characters(exclude_categories=["Cs"]))
 
 
-def values_of(hint: Any) -> st.SearchStrategy[Any]:
-    """Values of an option's type, out of the closed set of types an option may have."""
+def values_of(hint: Any, within: Range | None = None) -> st.SearchStrategy[Any]:
+    """Values of an option's type, out of the closed set of types an option may have, and inside its range."""
+    if within is not None:
+        hint = next(
+            arg for arg in (hint, *typing.get_args(hint)) if arg in (int, float, dict[str, int], dict[str, float])
+        )
+        if typing.get_origin(hint) is dict:
+            return st.dictionaries(STRINGS, values_of(typing.get_args(hint)[1], within), max_size=4)
+        return numbers_in(hint, within)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return st.one_of([values_of(arg) for arg in args if arg is not type(None)])
@@ -71,18 +79,34 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
     plain = {
         bool: st.booleans(),
         int: st.integers(-(2**63), 2**63 - 1),
-        float: st.floats(allow_nan=False),
+        float: st.floats(allow_nan=False, allow_infinity=False),
         str: STRINGS,
     }
     return plain[hint]
+
+
+def numbers_in(kind: type, within: Range) -> st.SearchStrategy[Any]:
+    low = within.least if within.least is not None else within.above
+    high = within.most if within.most is not None else within.below
+    if kind is int:
+        drawn = st.integers(-(2**63) if low is None else int(low), 2**63 - 1 if high is None else int(high))
+    else:
+        drawn = st.floats(low, high, allow_nan=False, allow_infinity=False)
+    return drawn.filter(lambda value: within.flaw(value) is None)
+
+
+def options_of(cls: type[Pass]) -> st.SearchStrategy[dict[str, Any]]:
+    hints = typing.get_type_hints(cls)
+    drawn = {key: values_of(hints[key], range_of(field)) for key, field in options(cls).items()}
+    # What a pass checks beyond ranges: noise is what finegates' penalty is about.
+    return st.fixed_dictionaries({}, optional=drawn).filter(lambda given: given.get("noise") != 0)
 
 
 @every_pass
 @given(data=st.data())
 def test_options_survive_toml(name: str, data: st.DataObject) -> None:
     cls = pass_class(name)
-    hints = typing.get_type_hints(cls)
-    given_values = data.draw(st.fixed_dictionaries({}, optional={key: values_of(hints[key]) for key in options(cls)}))
+    given_values = data.draw(options_of(cls))
     step = parse_options(cls, given_values, name)
     assert Recipe.parse(tomllib.loads(Recipe((step,)).to_toml())).passes == (step,)
 

@@ -35,6 +35,13 @@ def test_moments_below_one_are_shares_of_the_steps() -> None:
         EDITING_SHORT.kept_at(1, 2)
 
 
+def test_a_start_of_one_is_the_first_step_and_an_end_of_one_the_last() -> None:
+    step = RoseLora(start=1, end=1)
+    assert step.kept_at(2, 10) == 1.0
+    assert step.kept_at(3, 10) == pytest.approx(0.1 + 0.9 * (7 / 8) ** 3)
+    assert step.kept_at(10, 10) == 0.1
+
+
 EDITING_SHORT = RoseLora(start=3, end=2)
 
 SIZES = st.integers(1, 24)

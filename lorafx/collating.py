@@ -1,0 +1,76 @@
+"""How rows become batches: padded by the tokenizer, labels of tokens by -100."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import transformers
+
+from .errors import UsageError
+from .module import loss_type
+
+if TYPE_CHECKING:
+    from .program import Program
+
+
+def text_collator(kind: str, tokenizer: Any, program: Program) -> Any:
+    """What pads the rows of a table; ``kind`` as :func:`~lorafx.data.kind_of` names it."""
+
+    if kind == "masked-token":
+        return transformers.DataCollatorForLanguageModeling(tokenizer, mlm=True)
+    if kind in ("next-token", "sequence"):
+        # Pads labels with -100 by position. The collator for language modelling would do it by token, and with the
+        # end-of-text token as padding a model would never learn to end.
+        return transformers.DataCollatorForSeq2Seq(tokenizer, program.source.model if kind == "sequence" else None)
+    return transformers.DataCollatorWithPadding(tokenizer)
+
+
+#: transformers' names of the losses with a label for every token.
+_BY_TOKEN = ("ForTokenClassification", "ForCausalLM", "ForMaskedLM")
+
+
+def dataset_collator(program: Program, tokenizer: Any) -> Any:
+    """What pads rows of the inputs of ``program``, and their labels where those are tokens' or token by token."""
+    if getattr(program.config, "is_encoder_decoder", False):
+        return Collator(transformers.DataCollatorForSeq2Seq(tokenizer, program.source.model))
+    if loss_type(program.source.model) in _BY_TOKEN:
+        return Collator(transformers.DataCollatorForTokenClassification(tokenizer), by_token=True)
+    return Collator(transformers.DataCollatorWithPadding(tokenizer))
+
+
+@dataclass(frozen=True)
+class Collator:
+    """A collator whose refusals say what is wrong with the rows.
+
+    Attributes:
+        collator: makes a batch of a list of rows
+        by_token: labels stand for tokens, so that a row has as many of both
+    """
+
+    collator: Any
+    by_token: bool = False
+
+    def __call__(self, rows: list[Mapping[str, Any]]) -> Any:
+        """A batch of ``rows``; UsageError when they do not fit together."""
+        for row in rows if self.by_token else ():
+            labels, ids = row.get("labels"), row.get("input_ids")
+            if labels is not None and ids is not None and len(labels) != len(ids):
+                found = f"a row has {len(labels)} labels for {len(ids)} tokens"
+                raise UsageError(f"{found}; give one a token, -100 where there is nothing to learn")
+        try:
+            return self.collator(rows)
+        except (TypeError, ValueError, RuntimeError) as error:
+            name = next((name for name in rows[0] if len({_length(row.get(name)) for row in rows}) > 1), None)
+            if name is None:
+                raise
+            padded = f"{type(self.collator).__name__} pads no {name!r}" if hasattr(self.collator, "tokenizer") else ""
+            raise UsageError(
+                f"rows differ in the length of {name!r}{f', and {padded}' if padded else ''}; "
+                "pass a collator that pads them (or a tokenizer to pad with)"
+            ) from error
+
+
+def _length(value: Any) -> int | None:
+    return len(value) if hasattr(value, "__len__") and getattr(value, "shape", True) != () else None
