@@ -12,7 +12,7 @@ import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
-from lorafx.base import option
+from lorafx.base import Method, option
 from lorafx.capture import capture
 from lorafx.edit import Edit
 from lorafx.module import MethodState
@@ -131,7 +131,7 @@ def example(types: bool) -> dict[str, Tensor]:
     return {**inputs, "token_type_ids": torch.zeros_like(ids)} if types else inputs
 
 
-def adapted(program: Program | None = None, method: Lora | None = None, seed: int = 1) -> Program:
+def adapted(program: Program | None = None, method: Method | None = None, seed: int = 1) -> Program:
     """A rewritten program with initial adapters fixed by ``seed``; B is not zero, so that every gradient is one."""
     base = program or captured()
     torch.manual_seed(seed)

@@ -96,7 +96,7 @@ def worse_and_worse(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_the_best_weights_are_what_the_method_promises(name: str, tmp_path: Path) -> None:
     method, holds, first = CASES[name]
-    program = adapted(captured(), method)  # type: ignore[arg-type]
+    program = adapted(captured(), method)
     result = fit(program, tmp_path, keep_best=True)
     assert result.best_step is not None
     assert result.best_step >= first
@@ -109,7 +109,7 @@ def test_the_best_weights_are_what_the_method_promises(name: str, tmp_path: Path
 @pytest.mark.parametrize("name", CASES)
 def test_early_stopping_waits_for_the_schedule(name: str, tmp_path: Path) -> None:
     method, holds, first = CASES[name]
-    program = adapted(captured(), method)  # type: ignore[arg-type]
+    program = adapted(captured(), method)
     result = fit(program, tmp_path, callbacks=[hf.EarlyStoppingCallback(1)], trainer={"load_best_model_at_end": False})
     assert first < result.metrics["steps"] < 48
     assert holds(state(program))
@@ -126,7 +126,7 @@ class Stop(hf.TrainerCallback):
 @pytest.mark.parametrize("name", CASES)
 def test_a_training_broken_off_is_brought_to_its_end(name: str, tmp_path: Path) -> None:
     method, holds, _ = CASES[name]
-    program = adapted(captured(), method)  # type: ignore[arg-type]
+    program = adapted(captured(), method)
     result = fit(program, tmp_path, callbacks=[Stop()])
     assert result.metrics["steps"] == 8
     assert holds(state(program))
