@@ -6,15 +6,17 @@ An embedding is affine in its one-hot index and a convolution in its patches, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 
-from .constants import Constants
+from .constants import Constants, computed, operands_first
+from .tree import copy_tree
 
 #: A matrix (out, in), its diagonal when it is diagonal, or None for the identity; and an offset or None. All fp64.
 Value = tuple[Tensor | None, Tensor | None]
@@ -40,9 +42,11 @@ class Region:
         nodes: the operators of the region
         reads: names of the tensors it reads
         carrier: the operator that applies a full weight, which can take over the whole map; None when there is none
-        bypass: operators on the carrier's way that become identities, each with the operand that stays, inner first
+        bypass: all operators between the origin and the value that have to become identities if one carrier computes
+            the map, each with the place of the argument that stays, inner first; None when that is impossible
         key: what the map is made of; equal keys are equal maps
-        evaluate: composes the map, in fp64
+        parts: the regions that this one is made of
+        compose: computes the map from those of its parts
         shifts: whether the map has an offset
     """
 
@@ -52,16 +56,40 @@ class Region:
     nodes: frozenset[fx.Node]
     reads: frozenset[str]
     carrier: fx.Node | None
-    bypass: tuple[tuple[fx.Node, fx.Node], ...]
-    key: tuple[Any, ...]
-    evaluate: Callable[[], Value]
+    bypass: tuple[tuple[fx.Node, int], ...] | None
+    key: Hashable
+    parts: tuple[Region, ...]
+    compose: Callable[..., Value]
     shifts: bool = False
+
+    def identities(self) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """What has to become an identity, and what stays in its place, inner first; looked up when it is asked for, as
+        another region may have put something else there."""
+        for node, place in self.bypass or ():
+            kept = node.args[place]
+            assert isinstance(kept, fx.Node)
+            yield node, kept
+
+    def evaluate(self) -> Value:
+        """The map, in fp64."""
+        regions: dict[Hashable, Region] = {}
+
+        def parts(key: Hashable) -> list[Hashable]:
+            found = regions[key].parts
+            regions.update({part.key: part for part in found})
+            return [part.key for part in found]
+
+        def compute(key: Hashable, values: Mapping[Hashable, Value]) -> Value:
+            return regions[key].compose(*(values[part.key] for part in regions[key].parts))
+
+        regions[self.key] = self
+        return computed(self.key, parts, compute)
 
 
 def origin(node: fx.Node, kind: str, axis: int, geometry: tuple[Any, ...] = ()) -> Region:
     """The identity map of an origin."""
     origin = Origin(kind, node, geometry)
-    return Region(node, origin, axis, frozenset(), frozenset(), None, (), (kind,), lambda: (None, None))
+    return Region(node, origin, axis, frozenset(), frozenset(), None, (), kind, (), lambda: (None, None))
 
 
 #: Yields the regions that end in a node, given the regions that end in its operands.
@@ -76,19 +104,22 @@ class AffineAnalysis:
 
     def __init__(self, root: nn.Module, rules: Mapping[Any, Rule]):
         self.rules = rules
-        self.constants = Constants(root)
+        # Of the tensors as they are now: what one region folds into must not show in the value of another.
+        self.constants = Constants(copy_tree(root))
         self.device = next((p.device for p in root.parameters()), torch.device("cpu"))
         self._known: dict[fx.Node, list[Region]] = {}
 
     def regions(self, node: fx.Node) -> list[Region]:
         """The regions ending in ``node``: the same value as maps of ever more distant origins."""
-        if node not in self._known:
-            rule = self.rules.get(node.target)
-            value = node.meta.get("val")
-            float_tensor = isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
-            found = list(rule(self, node))[: self.depth] if rule is not None and float_tensor else []
-            self._known[node] = found
+        for behind in operands_first(node, lambda n: n.all_input_nodes, self._known):
+            self._known[behind] = list(self._find(behind))
         return self._known[node]
+
+    def _find(self, node: fx.Node) -> Iterator[Region]:
+        rule = self.rules.get(node.target)
+        if rule is not None and _is_float(node) and node.meta["val"].dim() > 0:
+            for region in itertools.islice(rule(self, node), self.depth):
+                yield replace(region, key=self.constants.short(region.key))
 
     def inputs(self, node: fx.Node, axis: int) -> Iterator[Region]:
         """``node`` itself as an origin (features last), then the regions behind it with features on ``axis``."""
@@ -117,7 +148,7 @@ class Operand:
 
     value: Callable[[], Tensor]
     reads: frozenset[str]
-    key: object
+    key: Hashable
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -30,13 +30,27 @@ def dense(matrix: Tensor | None, size: int, device: torch.device) -> Tensor:
     return torch.diag(matrix) if matrix.dim() == 1 else matrix
 
 
-def _extend(region: Region, node: fx.Node, operand: Operand | None, evaluate: Callable[[], Value]) -> Region:
-    """``region`` followed by an elementwise ``node``, with a constant operand or none: the carrier's way goes on."""
-    key = (str(node.target), operand and operand.key, region.key)
-    bypass = (*region.bypass, (node, region.root)) if operand else region.bypass
-    reads = region.reads | operand.reads if operand else region.reads
-    nodes = region.nodes | {node}
-    return replace(region, root=node, nodes=nodes, reads=reads, bypass=bypass, key=key, evaluate=evaluate)
+Bypass: TypeAlias = "tuple[tuple[fx.Node, int], ...] | None"
+
+
+def _extend(region: Region, node: fx.Node, operand: Operand | None, compose: Callable[[Value], Value]) -> Region:
+    """``region`` followed by ``node``, with a constant operand; or none, then it may stay on the carrier's way."""
+    return replace(
+        region,
+        root=node,
+        nodes=region.nodes | {node},
+        reads=region.reads | operand.reads if operand else region.reads,
+        bypass=_passed(region.bypass, node, region.root) if operand else region.bypass,
+        key=(str(node.target), operand and operand.key, region.key),
+        parts=(region,),
+        compose=compose,
+    )
+
+
+def _passed(bypass: Bypass, node: fx.Node, kept: fx.Node) -> Bypass:
+    """The way through a region, and on through ``node``."""
+    place = next(index for index, value in enumerate(node.args) if value is kept)
+    return None if bypass is None else (*bypass, (node, place))
 
 
 def _per_feature(node: fx.Node, operand: object, axis: int) -> bool:
@@ -63,6 +77,8 @@ def _weight(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
     read, shift = analysis.constant(weight), analysis.constant(bias)
     if node.kwargs or read is None or (bias is not None and shift is None) or not isinstance(value, fx.Node):
         return
+    if isinstance(bias, fx.Node) and tuple(bias.meta["val"].shape) != (_features(node, _axis(use.kind)),):
+        return  # an addmm may add a matrix, too
     geometry = tuple(node.args[3:]) if use.kind.startswith("conv") else ()
     if use.kind == "embedding":
         origins = iter([origin(value, "onehot", -1)])
@@ -71,22 +87,27 @@ def _weight(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
     else:
         origins = analysis.inputs(value, -1)
     own = partial(_matrix, use.kind, read.value, shift and shift.value)
-    # Only a weight that is one tensor can take over a map, and only a bias that is one can take over an offset.
-    carries = is_tensor_node(weight) and (bias is None or is_tensor_node(bias))
     for inner in origins:
-        through = inner.carrier is not None
+        # It must stand where the map begins: what comes before it has to go, and no other kind of weight fits there.
+        first = inner.carrier is None and inner.bypass is not None and (inner.origin.kind == "value" or not inner.nodes)
+        takes_over = first and is_tensor_node(weight)  # only a weight that is one tensor can become another
         yield Region(
             node,
             inner.origin,
-            1 if use.kind.startswith("conv") else -1,
+            _axis(use.kind),
             inner.nodes | {node},
             inner.reads | read.reads | (shift.reads if shift else frozenset()),
-            inner.carrier or (node if carries else None),
-            (*inner.bypass, (node, value)) if through else inner.bypass,
+            node if takes_over else inner.carrier,
+            inner.bypass if takes_over else _passed(inner.bypass, node, value),
             (use.kind, read.key, shift and shift.key, geometry, inner.key),
-            partial(_apply, own, inner.evaluate),
+            (inner,),
+            partial(_apply, own),
             inner.shifts or bias is not None,
         )
+
+
+def _axis(kind: str) -> int:
+    return 1 if kind.startswith("conv") else -1
 
 
 def _product(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
@@ -97,7 +118,7 @@ def _product(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
         return
     own = partial(_matrix, "addmm", read.value, None)
     for inner in analysis.inputs(value, -1):
-        yield _extend(inner, node, read, partial(_apply, own, inner.evaluate))
+        yield _extend(inner, node, read, partial(_apply, own))
 
 
 def _patches(analysis: AffineAnalysis, value: fx.Node, weight: Any, geometry: tuple[Any, ...]) -> Iterator[Region]:
@@ -118,22 +139,22 @@ def _matrix(kind: str, weight: Callable[[], Tensor], bias: Callable[[], Tensor] 
     return matrix.flatten(1), bias() if bias is not None else None
 
 
-def _apply(own: Callable[[], tuple[Tensor, Tensor | None]], inner: Callable[[], Value]) -> Value:
-    (matrix, bias), (m, c) = own(), inner()
+def _apply(own: Callable[[], tuple[Tensor, Tensor | None]], inner: Value) -> Value:
+    (matrix, bias), (m, c) = own(), inner
     offset = None if c is None else matrix @ c
     if bias is not None:
         offset = bias if offset is None else offset + bias
     return compose(matrix, m), offset
 
 
-def _scaled(factor: Callable[[], Tensor], inner: Callable[[], Value], size: int) -> Value:
-    (m, c), f = inner(), factor().reshape(-1).expand(size)
+def _scaled(factor: Callable[[], Tensor], size: int, inner: Value) -> Value:
+    (m, c), f = inner, factor().reshape(-1).expand(size)
     scaled = f if m is None else m * f if m.dim() == 1 else f[:, None] * m
     return scaled, None if c is None else c * f
 
 
-def _shifted(shift: Callable[[], Tensor], inner: Callable[[], Value], size: int, sign: float) -> Value:
-    m, c = inner()
+def _shifted(shift: Callable[[], Tensor], size: int, sign: float, inner: Value) -> Value:
+    m, c = inner
     s = sign * shift().reshape(-1).expand(size)
     return m, s if c is None else c + s
 
@@ -149,8 +170,7 @@ def _multiply(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
         for axis in (-1, 1):
             if _per_feature(node, operand, axis):
                 for region in analysis.inputs(value, axis):
-                    scaled = partial(_scaled, factor, region.evaluate, _features(node, axis))
-                    yield _extend(region, node, read, scaled)
+                    yield _extend(region, node, read, partial(_scaled, factor, _features(node, axis)))
 
 
 def _reciprocal(read: Callable[[], Tensor]) -> Tensor:
@@ -190,7 +210,7 @@ def _shifts(analysis: AffineAnalysis, node: fx.Node, value: Any, operand: Any, s
     for axis in (-1, 1):
         if _per_feature(node, operand, axis):
             for region in analysis.inputs(value, axis):
-                shifted = partial(_shifted, read.value, region.evaluate, _features(node, axis), sign)
+                shifted = partial(_shifted, read.value, _features(node, axis), sign)
                 yield replace(_extend(region, node, read, shifted), shifts=True)
 
 
@@ -208,17 +228,21 @@ def _sum(analysis: AffineAnalysis, node: fx.Node, left: Region, right: Region, s
     size = _features(node, left.axis)
     sides = [r for r in (left, right) if r.carrier is not None and carrier_features(r.carrier) == size]
     sides.sort(key=lambda r: len(r.nodes))
-    carrier = sides[0] if sides and not (sign < 0 and sides[0] is right) else None
+    if sides and sign < 0 and sides[0] is right:
+        sides = []
+    # Without one, what follows may take over, if it comes past one side.
+    way = sides[0] if sides else next((r for r in (left, right) if r.carrier is None), None)
     return Region(
         node,
         left.origin,
         left.axis,
         left.nodes | right.nodes | {node},
         left.reads | right.reads,
-        carrier.carrier if carrier else None,
-        (*carrier.bypass, (node, carrier.root)) if carrier else (),
+        way.carrier if way else None,
+        _passed(way.bypass, node, way.root) if way else None,
         (str(node.target), left.key, right.key),
-        partial(_added, left.evaluate, right.evaluate, size, sign, analysis.device),
+        (left, right),
+        partial(_added, size, sign, analysis.device),
         left.shifts or right.shifts,
     )
 
@@ -231,10 +255,8 @@ def carrier_features(carrier: fx.Node) -> int:
     return use.size(weight.meta["val"].shape)[0]
 
 
-def _added(
-    left: Callable[[], Value], right: Callable[[], Value], size: int, sign: float, device: torch.device
-) -> Value:
-    (m1, c1), (m2, c2) = left(), right()
+def _added(size: int, sign: float, device: torch.device, left: Value, right: Value) -> Value:
+    (m1, c1), (m2, c2) = left, right
     matrix = dense(m1, size, device) + sign * dense(m2, size, device)
     if c2 is None:
         return matrix, c1
@@ -251,8 +273,11 @@ def _transparent(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
         return
     for axis in (-1, 1) if same else (-1,):
         for region in analysis.inputs(value, axis):
-            yield _extend(region, node, None, region.evaluate)
+            yield _extend(region, node, None, lambda inner: inner)
 
+
+#: Operators that give their operand another dtype.
+CASTS = (aten.to.dtype, aten._to_copy.default)
 
 #: What the analysis knows of operators. Anything else ends a region.
 RULES: dict[Any, Rule] = {
@@ -262,7 +287,7 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.matmul.default, aten.mm.default), _product),
     **dict.fromkeys(
         (
-            *(aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default, aten.alias.default),
+            *(*CASTS, aten.clone.default, aten.contiguous.default, aten.alias.default),
             *(aten.view.default, aten.reshape.default, aten._unsafe_view.default),
         ),
         _transparent,

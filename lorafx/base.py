@@ -156,10 +156,9 @@ class SitePass(Pass):
             Blocks.parse(self.blocks) if self.blocks is not None else None,
         )
         found = program.sites()
-        last_block = max((site.block for site in found if site.block is not None), default=0)
         taken, missed = [], []
         for site in found:
-            reason = selector.decide(site, last_block) or _inserted(program, site) or self.refuse(program, site)
+            reason = selector.decide(site, site.blocks - 1) or _inserted(program, site) or self.refuse(program, site)
             taken.append(site) if reason is None else missed.append(Miss(site, reason))
         if not self.allow_empty:
             self._check_hits(selector, found, taken, missed)

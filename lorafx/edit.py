@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,8 +16,8 @@ from .base import Method
 from .errors import OperatorError
 from .fake import FakeValues
 from .program import Inserted
-from .site import module_path
-from .tree import drop_tensor, get_tensor, has_tensor, named_tensors, own, put_tensor
+from .site import INSERTED_FOR, WEIGHT_OPS
+from .tree import below, drop_tensor, get_tensor, has_tensor, named_tensors, own, put_tensor
 
 if TYPE_CHECKING:
     from .base import Pass
@@ -88,7 +89,7 @@ class Edit:
                 with torch.no_grad():
                     init(value)
             value = value if base.is_meta else value.to(base.device)
-            name = self._unique(f"{owner or site.module}.{short}")
+            name = self._unique(below(self.program.root, owner or site.module, short))
             put_tensor(self.program.root, name, nn.Parameter(value))
             self.program.roles[name] = role
             entry.tensors[key] = self._owned[owner or site.module, key] = name
@@ -114,7 +115,7 @@ class Edit:
         entry = self._entry(site)
         if short not in entry.tensors:
             owner = site.module if site is not None else self.step.pass_name().replace("-", "_")
-            name = self._unique(f"{owner}.{short}")
+            name = self._unique(below(self.program.root, owner, short))
             device = self.program.device
             # Known even where the weights are not, as adapters are.
             put_tensor(self.program.root, name, value if device.type == "meta" else value.to(device))
@@ -275,7 +276,7 @@ class Edit:
         node = site.node
         while True:
             following = [user for user in node.users if user.target is aten.add.Tensor and user.args[0] is node]
-            added = [user for user in following if self._belongs(user, site)]
+            added = [user for user in following if user.meta.get(INSERTED_FOR) == site.module]
             if not added:
                 return node
             node = added[0]
@@ -284,12 +285,9 @@ class Edit:
         """Let ``site``'s weight, and what earlier passes put beside it, read ``new`` instead of its input."""
         old = site.input
         for user in list(old.users):
-            if user is site.node or (user not in self._fresh and self._belongs(user, site)):
+            if user is site.node or (user not in self._fresh and user.meta.get(INSERTED_FOR) == site.module):
                 user.replace_input_with(old, new)
         self._fresh = set()
-
-    def _belongs(self, node: fx.Node, site: Site) -> bool:
-        return "lorafx_pass" in node.meta and module_path(node, "") == site.module
 
     def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         """``node`` in ``dtype``; ``node`` itself when it has it already."""
@@ -348,7 +346,13 @@ class Edit:
 
     def _provenance(self, node: fx.Node) -> dict[str, Any]:
         kept = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
-        return {**kept, "lorafx_pass": self.step.pass_name()}
+        weight = node.meta.get(INSERTED_FOR) or self._weights.get(node)
+        return {**kept, "lorafx_pass": self.step.pass_name(), **({INSERTED_FOR: weight} if weight else {})}
+
+    @cached_property
+    def _weights(self) -> dict[fx.Node, str]:
+        """What the weights are called that the operators use."""
+        return {site.node: site.module for site in self.program.sites() if site.node.target in WEIGHT_OPS}
 
 
 def aliases(root: nn.Module, name: str) -> list[str]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from .affine import AffineAnalysis, Region
-from .affine_rules import RULES, carrier_features
+from .affine_rules import CASTS, RULES, carrier_features
 from .base import Method
 from .constants import Constants
 from .program import Program
-from .site import WEIGHT_OPS
+from .site import WEIGHT_OPS, is_tensor_node
 
 LEARNED = ("adapter", "gate", "statistic")
 
@@ -66,7 +66,7 @@ def weight_of(carrier: fx.Node) -> fx.Node:
 
 
 def bias_of(carrier: fx.Node) -> fx.Node | None:
-    """The node that reads the carrier's bias, or None."""
+    """The node of the carrier's bias, or None. It may be computed: a part of a tensor, say."""
     use = WEIGHT_OPS[carrier.target]
     bias = carrier.args[use.bias] if use.bias is not None and len(carrier.args) > use.bias else None
     return bias if isinstance(bias, fx.Node) else None
@@ -84,8 +84,8 @@ def _accounting(program: Program, candidates: list[Region]) -> Callable[[Region]
     learned = set(program.names(*LEARNED))
 
     constants = Constants(program.root)
-    nodes = {str(node.target): node for node in program.graph.find_nodes(op="get_attr")}
-    consumers = {name: _consumers(node, constants, set()) for name, node in nodes.items()}
+    found = _consumers(program.graph, constants, set())
+    consumers = {str(node.target): users for node, users in found.items() if node.op == "get_attr"}
 
     alike: dict[object, set[fx.Node]] = defaultdict(set)
     for region in candidates:
@@ -95,21 +95,23 @@ def _accounting(program: Program, candidates: list[Region]) -> Callable[[Region]
         carrier = region.carrier
         assert carrier is not None
         bias = bias_of(carrier)
-        extra = region.reads - {str(weight_of(carrier).target)} - ({str(bias.target)} if bias is not None else set())
+        own = constants.reads(bias) if bias is not None else None
+        extra = region.reads - {str(weight_of(carrier).target)} - (own or frozenset())
         if methods and extra - learned:
             return 0, 0
         sizes = {name: program.tensor(name).numel() for name in extra if methods or program.tensor(name).dim() > 1}
         freed = sum(size for name, size in sizes.items() if consumers[name] <= alike[region.key])
-        new = carrier_features(carrier) if region.shifts and bias is None else 0
+        new = carrier_features(carrier) if region.shifts and not is_tensor_node(bias) else 0
         return freed, sum(sizes.values()) - new
 
     return account
 
 
 def _can_take_over(region: Region) -> bool:
-    """Closed (inner values are read inside only), and led by a carrier of the map's size and dtype."""
+    """Closed (inner values are read inside only), and led by a carrier of the map's size and dtype, which can read the
+    origin. Folded, at least one operator goes: folding comes to rest."""
     carrier, root = region.carrier, region.root
-    if carrier is None or len(region.nodes) < 2 or root.meta["val"].dtype != carrier.meta["val"].dtype:
+    if carrier is None or not region.bypass or root.meta["val"].dtype != carrier.meta["val"].dtype:
         return False
     if region.shifts and WEIGHT_OPS[carrier.target].bias is None:
         return False
@@ -117,9 +119,19 @@ def _can_take_over(region: Region) -> bool:
     def width(node: fx.Node) -> object:
         return node.meta["val"].shape[region.axis]
 
+    kept = dict(region.identities())
+    spans = width(root) == carrier_features(carrier) and all(width(node) == width(k) for node, k in kept.items())
     inner = region.nodes - {root}
-    spans = width(root) == carrier_features(carrier) and all(width(node) == width(kept) for node, kept in region.bypass)
-    return spans and all(user in region.nodes for node in inner for user in node.users)
+    return spans and _keeps_dtypes(kept, root) and all(user in region.nodes for node in inner for user in node.users)
+
+
+def _keeps_dtypes(kept: Mapping[fx.Node, fx.Node], root: fx.Node) -> bool:
+    """Whether who reads an operator that becomes an identity finds the dtype it had, or casts it anyway."""
+    return all(
+        node.meta["val"].dtype == value.meta["val"].dtype
+        or (node is not root and all(user.target in CASTS for user in node.users))
+        for node, value in kept.items()
+    )
 
 
 def _writes(node: fx.Node) -> bool:
@@ -138,7 +150,8 @@ def _groups(program: Program, regions: list[Region]) -> list[Group]:
     nodes = list(program.graph.find_nodes(op="get_attr"))
     while True:
         used = {node for region in regions for node in region.nodes}
-        free = {str(n.target) for n in nodes} - {str(n.target) for n in nodes if _consumers(n, constants, used) - used}
+        consumers = _consumers(program.graph, constants, used)
+        free = {str(n.target) for n in nodes} - {str(n.target) for n in nodes if consumers[n] - used}
         groups: dict[str, list[Region]] = defaultdict(list)
         for region in regions:
             assert region.carrier is not None
@@ -149,10 +162,11 @@ def _groups(program: Program, regions: list[Region]) -> list[Group]:
         regions = [region for found in kept.values() for region in found]
 
 
-def _consumers(node: fx.Node, constants: Constants, used: set[fx.Node]) -> set[fx.Node]:
-    """The operators that use a tensor's value, seen through operators on tensors alone (a transposed view, say)."""
-    found: set[fx.Node] = set()
-    for user in node.users:
-        last = user in used or constants.reads(user) is None
-        found |= {user} if last else _consumers(user, constants, used)
+def _consumers(graph: fx.Graph, constants: Constants, used: set[fx.Node]) -> dict[fx.Node, set[fx.Node]]:
+    """The operators that use a constant's value, seen through operators on tensors alone (a transposed view, say)."""
+    found: dict[fx.Node, set[fx.Node]] = {}
+    for node in reversed(graph.nodes):
+        if constants.reads(node) is not None:
+            last = {user for user in node.users if user in used or constants.reads(user) is None}
+            found[node] = last.union(*(found[user] for user in node.users if user not in last))
     return found

@@ -14,6 +14,7 @@ from .errors import UsageError
 from .pipeline import to_eval
 from .program import Program
 from .site import Site
+from .statistics import mask_of
 
 _BATCH = 8
 
@@ -29,21 +30,24 @@ def input_power(
     if program.device.type == "meta":
         raise UsageError("the program was captured without weights; capture it with them to measure activations")
     final = to_eval(program)
-    wanted = {site.parameter for site in sites}
-    weights = {site.input: site.parameter for site in final.sites() if site.parameter in wanted}
+    wanted = {(site.parameter, site.kind) for site in sites}
+    # By use, not by input or by weight: weights share inputs, and a weight may be used more than once.
+    uses = [site for site in final.sites() if (site.parameter, site.kind) in wanted]
+    masks = {site.input: mask_of(final.graph, site.input) for site in uses}
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     for batch in _batches(program, data, column, samples, length):
-        mask = next((value for name, value in batch.items() if name.endswith("attention_mask")), None)
-        recorder = _Recorder(fx.GraphModule(final.root, final.graph), set(weights))
+        recorder = _Recorder(fx.GraphModule(final.root, final.graph), {*masks, *filter(None, masks.values())})
         with torch.no_grad():
             recorder.run(*final.flatten(batch))
-        for node, weight in weights.items():
-            value = recorder.seen[node.name].double()
-            real = mask is not None and value.shape[:-1] == mask.shape
-            tokens = value[mask.bool()] if real else value.flatten(0, -2)  # type: ignore[union-attr]
-            sums[weight] = sums.get(weight, torch.zeros(())) + tokens.square().sum(0)
-            counts[weight] = counts.get(weight, 0) + tokens.shape[0]
+        for site in uses:
+            tokens = recorder.seen[site.input.name].double().flatten(0, -2)
+            mask = masks[site.input]
+            if mask is not None:
+                tokens = tokens[recorder.seen[mask.name].flatten().bool()]
+            name = site.parameter
+            sums[name] = tokens.square().sum(0) + sums.get(name, 0.0)
+            counts[name] = counts.get(name, 0) + tokens.shape[0]
     return {weight: total / max(1, counts[weight]) for weight, total in sums.items()}
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .edit import aliases
+from .site import module_path
 
 if TYPE_CHECKING:
     from .lowrank import LowRank
@@ -106,7 +107,7 @@ def _adapted(program: Program) -> list[_Adapted]:
             seen |= factors
             if not isinstance(applied.step, LowRank) or not _plain_pair(program, entry):
                 raise _InexpressibleError(f"{applied.step.pass_name()} inserted what PEFT's LoRA does not have")
-            if entry.module not in sites or not _supported(program, entry.module):
+            if entry.module not in sites or not _supported(program, sites[entry.module]):
                 raise _InexpressibleError(f"PEFT cannot adapt {entry.module}")
             first = next(name for short, name in entry.tensors.items() if short.endswith("_A"))
             rank = program.tensor(first).shape[0]
@@ -123,12 +124,14 @@ def _plain_pair(program: Program, entry: Inserted) -> bool:
     return set(tensors) in _LOW_RANK and named and all(len(aliases(program.root, n)) == 1 for n in tensors.values())
 
 
-def _supported(program: Program, path: str) -> bool:
+def _supported(program: Program, site: Site) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     try:
-        module = program.source.model.get_submodule(path)
+        module = program.source.model.get_submodule(site.module)
     except AttributeError:  # the weight is used outside a module of its own
+        return False
+    if module_path(site.node, site.module) != site.module:  # PEFT would wrap a module that never runs
         return False
     return isinstance(module, (nn.Linear, Conv1D, nn.Embedding, nn.Conv2d))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .roles import role_of
-from .tree import get_tensor
+from .tree import get_tensor, named_tensors
 
 if TYPE_CHECKING:
     from .program import Program
@@ -59,7 +59,9 @@ class Site:
     """One use of one weight.
 
     Attributes:
-        module: path of the module the use belongs to, e.g. ``bert.encoder.layer.0.attention.self.query``
+        module: what the weight is called: the path of the module that uses it, e.g.
+            ``bert.encoder.layer.0.attention.self.query``; of several that one module uses, the path of the module that
+            owns it (``self_attn.out_proj``) or its own name (``self_attn.q_proj_weight``)
         parameter: name of the weight
         kind: ``linear``, ``addmm`` (weight stored (in, out)), ``embedding``, ``conv1d/2d/3d`` or the operator's name
         out_features, in_features: the weight as a matrix (for a convolution, in × kernel)
@@ -67,6 +69,8 @@ class Site:
         role: what the weight does, e.g. ``attn.query``
         node: the operator's node in the program's graph
         blocks: how many blocks its stack has (an encoder's and a decoder's are two); 0 outside blocks
+        names: what else it answers to, where the module that uses it is not its owner or has several weights: that
+            module's path, and the weight's own name
     """
 
     module: str
@@ -78,6 +82,7 @@ class Site:
     role: str
     node: fx.Node = field(repr=False, compare=False)
     blocks: int = 0
+    names: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.module} ({self.kind} {self.out_features}x{self.in_features}, {self.role})"
@@ -113,6 +118,10 @@ def module_path(node: fx.Node, fallback: str) -> str:
     return paths[-1] if paths and paths[-1] else fallback
 
 
+#: Where a node that a pass inserted keeps the name of the weight it was inserted for.
+INSERTED_FOR = "lorafx_weight"
+
+
 def is_tensor_node(value: object) -> bool:
     """Whether a node's argument reads a parameter, buffer or constant."""
     return isinstance(value, fx.Node) and value.op == "get_attr"
@@ -138,7 +147,62 @@ def find_sites(program: Program) -> list[Site]:
     for site in sites:
         if site.block is not None:
             blocks[stack_of(site.module)] = max(blocks[stack_of(site.module)], site.block + 1)
-    return [replace(site, blocks=blocks[stack_of(site.module)]) if site.block is not None else site for site in sites]
+    sites = [replace(site, blocks=blocks[stack_of(site.module)]) if site.block is not None else site for site in sites]
+    return _told_apart(program, sites)
+
+
+def _told_apart(program: Program, sites: list[Site]) -> list[Site]:
+    """The sites with names: each weight of a module that uses several gets one that no other weight has."""
+    own = _own_names(program, [site for site in sites if INSERTED_FOR not in site.node.meta])
+    which = {site: id(program.tensor(site.parameter)) for site in own}
+    called = {site: site.module for site in own}
+    several = set(_rivals(called, which))
+    # A weight that another module owns is called by that one, as in PEFT ...
+    for site in several:
+        owner, _, leaf = own[site].rpartition(".")
+        called[site] = owner if leaf == "weight" and _within(owner, site.module) else site.module
+    called = {site: name for site, name in called.items() if site.node.target in WEIGHT_OPS}
+    # ... what still has to share a name is called as the tensor is ...
+    for site in _rivals(called, which):
+        called[site] = called[site] if own[site] == f"{called[site]}.weight" else own[site]
+    # ... and a matrix used both ways round is two weights.
+    for site in _rivals(called, {site: site.kind == "addmm" for site in called}):
+        called[site] += "_transposed" if site.kind == "addmm" else ""
+    # An ordinary layer answers to its path and to nothing else.
+    other = several | {site for site, name in own.items() if name != f"{site.module}.weight"}
+    return [_named(site, own[site], called.get(site, site.module)) if site in other else site for site in sites]
+
+
+def _own_names(program: Program, sites: list[Site]) -> dict[Site, str]:
+    """The name of each site's tensor: of several that one inside the module that uses it."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, value in named_tensors(program.root):
+        names[id(value)].append(name)
+    found = {}
+    for site in sites:
+        aliases = names[id(program.tensor(site.parameter))]
+        found[site] = next((name for name in aliases if _within(name, site.module)), site.parameter)
+    return found
+
+
+def _rivals(called: dict[Site, str], which: Mapping[Site, object]) -> list[Site]:
+    """The sites whose name several of ``which`` share, or is empty."""
+    users: dict[str, set[object]] = defaultdict(set)
+    for site, name in called.items():
+        users[name].add(which[site])
+    return [site for site, name in called.items() if not name or len(users[name]) > 1]
+
+
+def _within(name: str, module: str) -> bool:
+    return not module or name.startswith(f"{module}.")
+
+
+def _named(site: Site, own: str, called: str) -> Site:
+    names = [site.module, own]
+    if _within(own, site.module):
+        names.append(own.removesuffix(".weight"))
+    role = site.role if site.role == "head" or called == site.module else role_of(called, site.kind)
+    return replace(site, module=called, role=role, names=tuple(n for n in dict.fromkeys(names) if n and n != called))
 
 
 #: Operators that show a stack of weights from another side; the use is what follows.
@@ -162,7 +226,7 @@ def _site(program: Program, node: fx.Node, weight: fx.Node) -> Site:
         kind = _operator_name(node) if use is None else f"{use.kind}-input"
         out_features, in_features = shape[0], shape[1:].numel()
     owner = name.rpartition(".")[0]
-    module = module_path(node, owner)
+    module = node.meta.get(INSERTED_FOR) or module_path(node, owner)
     # A weight used through an operator of its own module has that module's path; one read from outside (a tied
     # output layer, a fused operator) is named by the module that runs it.
     role = "head" if program.in_head(module) else role_of(module, kind)

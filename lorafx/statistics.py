@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
@@ -39,16 +37,29 @@ def token_mask(edit: Edit, value: fx.Node) -> fx.Node | None:
 
     None when no mask of the graph's inputs has that many tokens: a pooled value, an image.
     """
+    mask = mask_of(edit.program.graph, value)
+    if mask is None:
+        return None
+    if value.meta["val"].dim() - 1 < mask.meta["val"].dim():
+        mask = edit.call(aten.reshape.default, mask, [-1])
+    return edit.cast(mask, torch.float32)
+
+
+def mask_of(graph: fx.Graph, value: fx.Node) -> fx.Node | None:
+    """The input that says which tokens of ``value`` (…, features) are real: of its leading sizes, or of as many tokens
+    in one row, as where a value is flattened to (tokens, features). None when there is none.
+
+    Sizes are compared as the graph knows them, so that an encoder's mask is not taken for a decoder's.
+    """
     leading = _sizes(value)[:-1]
-    for node in edit.program.graph.find_nodes(op="placeholder"):
+    for node in graph.find_nodes(op="placeholder"):
         if not node.name.endswith("attention_mask") or "val" not in node.meta:
             continue
-        if _sizes(node) == leading:
-            return edit.cast(node, torch.float32)
-        if len(leading) == 1 and str(node.meta["val"].numel()) == str(value.meta["val"].shape[0]):
-            return edit.cast(edit.call(aten.reshape.default, node, [-1]), torch.float32)
+        flat = len(leading) == 1 and str(node.meta["val"].numel()) == leading[0]
+        if flat or _sizes(node) == leading:
+            return node
     return None
 
 
-def _sizes(node: fx.Node) -> list[Any]:
+def _sizes(node: fx.Node) -> list[str]:
     return [str(size) for size in node.meta["val"].shape]

@@ -45,9 +45,10 @@ _BLOCK_RANGE = re.compile(r"(-?[0-9]{1,9})(?:\.\.(-?[0-9]{1,9}))?")
 class Candidate(Protocol):
     """What a target is matched against: one use of one weight.
 
-    ``module`` is the path of the module that owns the weight (``bert.encoder.layer.0.attention.self.query``),
+    ``module`` is what the weight is called, the path of its module (``bert.encoder.layer.0.attention.self.query``),
     ``kind`` how it is used (``linear``, ``addmm``, ``embedding``, ``conv2d``, …), ``role`` one of
-    :data:`lorafx.roles.ROLES`, ``block`` the index of the repeated block around it, or None.
+    :data:`lorafx.roles.ROLES`, ``block`` the index of the repeated block around it, or None. It may have ``names``:
+    others that it answers to, as an item that is a name.
     """
 
     @property
@@ -93,7 +94,9 @@ class Item:
         if self.kind == ALL_LINEAR:
             return candidate.kind in _LINEAR_KINDS and candidate.role != "head"
         if self.pattern is None:
-            return candidate.module == self.body or candidate.module.endswith("." + self.body)
+            # A module that uses several weights stands for all of them, and each has a name of its own.
+            names = (candidate.module, *getattr(candidate, "names", ()))
+            return any(name == self.body or name.endswith("." + self.body) for name in names)
         subject = candidate.role if self.kind == "role" else candidate.module
         return self.pattern.fullmatch(subject) is not None
 

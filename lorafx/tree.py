@@ -69,6 +69,11 @@ def has_tensor(root: nn.Module, name: str) -> bool:
     return True
 
 
+def below(root: nn.Module, owner: str, short: str) -> str:
+    """The name of a tensor that belongs to the module ``owner``; or to the tensor, below which there can be none."""
+    return f"{owner}_{short}" if has_tensor(root, owner) else f"{owner}.{short}"
+
+
 def named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter, then every buffer, aliases of tied tensors included."""
     modules = list(_modules(root, ""))

@@ -13,7 +13,7 @@ from ..base import Pass, Promise, Selection
 from ..edit import Edit, aliases
 from ..foldable import Group, bias_of, foldable, weight_of
 from ..program import Program
-from ..site import WEIGHT_OPS, module_path
+from ..site import WEIGHT_OPS, is_tensor_node, module_path
 from ..tree import has_tensor
 
 
@@ -71,10 +71,12 @@ def _store(edit: Edit, region: Region) -> tuple[str, str | None]:
 
 
 def _bias_name(region: Region) -> tuple[bool, str]:
-    """Whether the carrier has a bias, and the name for its new one."""
+    """Whether the carrier has a bias of its own, and the name for its new one."""
     assert region.carrier is not None
     bias = bias_of(region.carrier)
-    return (False, _of_module(region, "bias")) if bias is None else (True, str(bias.target))
+    return (
+        (True, str(bias.target)) if bias is not None and is_tensor_node(bias) else (False, _of_module(region, "bias"))
+    )
 
 
 def _rewire(edit: Edit, region: Region, weight: str, bias: str | None) -> None:
@@ -88,7 +90,7 @@ def _rewire(edit: Edit, region: Region, weight: str, bias: str | None) -> None:
         assert use.bias is not None
         carrier.args = (*carrier.args, *[None] * (use.bias + 1 - len(carrier.args)))
         carrier.update_arg(use.bias, edit.tensor(bias))
-    for node, kept in reversed(region.bypass):  # outer first: an inner one may be what an outer one keeps
+    for node, kept in region.identities():
         node.replace_all_uses_with(kept)
     edit.sweep(node for node in replaced if node is not None)
 
@@ -120,7 +122,8 @@ def _move_readers(edit: Edit, name: str, others: list[str]) -> None:
 
 def _of_module(region: Region, leaf: str) -> str:
     assert region.carrier is not None
-    return f"{module_path(region.carrier, str(weight_of(region.carrier).target).rpartition('.')[0])}.{leaf}"
+    module = module_path(region.carrier, str(weight_of(region.carrier).target).rpartition(".")[0])
+    return f"{module}.{leaf}" if module else leaf
 
 
 def _name(edit: Edit, name: str, wanted: str, *, replace: bool = False) -> None:
