@@ -40,7 +40,7 @@ from .report import shrunk_blocks
 from .runner import open_runner
 from .sizes import chart
 from .store import VALUES, base_record, new_folder, plain_tensor
-from .trace import trace_with
+from .trace import gradients_on, trace_with
 from .tree import get_tensor, has_tensor, named_tensors, put_tensor
 
 Format = Literal["onnx", "hf", "pt2", "peft"]
@@ -177,7 +177,8 @@ class RewritingExporter(DynamoExporter):
 
     def export_program(self, model: Any, sample_inputs: Any, config: Any) -> tuple[ExportedProgram, Any]:
         """Capture ``model`` (the program's source, or a component of it) and rewrite the capture."""
-        captured, metadata = super().export_program(model, sample_inputs, config)
+        with gradients_on(True):  # as the program was captured, so that both have the same weights to rewrite
+            captured, metadata = super().export_program(model, sample_inputs, config)
         return self._rewrite(captured, model, sample_inputs, config), metadata
 
     def _rewrite(self, captured: ExportedProgram, model: nn.Module, inputs: Any, config: Any) -> ExportedProgram:

@@ -174,7 +174,7 @@ def _exported(model: nn.Module, example: Mapping[str, Any], shapes: Any) -> Expo
     from transformers.exporters.exporter_dynamo import DynamoExporter
 
     config = DynamoConfig(dynamic=shapes is not None, dynamic_shapes=shapes)
-    with _gradients_on(model.training):
+    with gradients_on(model.training):
         return DynamoExporter().export(cast(Any, model), dict(example), config).program
 
 
@@ -198,7 +198,7 @@ def _idle_moves() -> Iterator[None]:
 
 
 @contextmanager
-def _gradients_on(wanted: bool) -> Iterator[None]:
+def gradients_on(wanted: bool) -> Iterator[None]:
     """Trace as training runs. transformers' exporter turns gradients off, and then the regions in which the model
     itself turns them off leave no mark: their weights would train."""
     export = torch.export.export

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -294,3 +295,15 @@ def test_a_refusal_says_what_helps(model: nn.Module, advice: str):
     assert str(refused.value).endswith(advice)
     assert "\n" not in str(refused.value)
     assert "\x1b" not in str(refused.value)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the converter's own
+def test_what_does_not_train_is_left_alone_in_an_export_too(tmp_path: Path):
+    hf.AutoConfig.register(TinyConfig.model_type, TinyConfig)
+    torch.manual_seed(0)
+    program = lorafx.capture(Pretrained(PartlyFrozen()), inputs={"x": rows(batch=2)})
+    adapted = zoo.randomised(lorafx.rewrite(program, [Lora(rank=1)]))
+    result = lorafx.export(adapted, tmp_path / "onnx", format="onnx", adapters="separate")
+    assert result is not None
+    assert result.ok
