@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from .errors import ArtifactError, UsageError, did_you_mean
+from .errors import ArtifactError, UsageError, did_you_mean, first_line
 from .folder import LFS_START, MANIFEST, file_hash, find_manifest
 
 _log = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ def open_model(
         model, info = cls.from_pretrained(path, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         _check_trust(path, error)
-        raise ArtifactError(f"{path}: transformers cannot open it: {_first_line(error)}") from error
+        raise ArtifactError(f"{path}: transformers cannot open it: {first_line(error)}") from error
     if task is None and info["unexpected_keys"]:
         first = sorted(info["unexpected_keys"])[0]
         _log.warning("%s: %s is in its files but not in a %s, and is left out", path, first, type(model).__name__)
@@ -164,7 +164,7 @@ def open_tokenizer(path: str | PathLike[str], trust_remote_code: bool = False) -
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError) as error:
         _check_trust(path, error)
-        raise ArtifactError(f"{path}: its tokenizer cannot be opened: {_first_line(error)}") from error
+        raise ArtifactError(f"{path}: its tokenizer cannot be opened: {first_line(error)}") from error
 
 
 def _check_trust(path: str | PathLike[str], error: Exception) -> None:
@@ -216,7 +216,3 @@ def _build_on_meta(cls: Any, path: Path, options: dict[str, Any]) -> nn.Module:
             return model
     finally:
         torch.set_default_dtype(previous)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -13,7 +13,7 @@ import click
 
 from . import __version__
 from .edit_commands import edit, patch
-from .errors import ArtifactError, LorafxError
+from .errors import ArtifactError, LorafxError, first_line
 from .look_commands import bench, inspect, latency, passes, verify
 from .make_commands import export, fold, rewrite, run, train
 
@@ -41,8 +41,8 @@ class _Group(click.Group):
                 raise
             if isinstance(error, OSError) and error.filename is not None:  # a file, though no command says so itself
                 _fail(f"{error.filename}: cannot be used: {error.strerror}", ArtifactError.exit_code)
-            first = (str(error).strip().splitlines() or [""])[0]
-            _fail(f"internal error: {type(error).__name__}: {first} (run again with --debug for the traceback)", 1)
+            said = f"{type(error).__name__}: {first_line(error)}"
+            _fail(f"internal error: {said} (run again with --debug for the traceback)", 1)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -13,7 +13,7 @@ from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from .errors import ArtifactError, UsageError
+from .errors import ArtifactError, UsageError, first_line
 from .folder import MANIFEST
 
 if TYPE_CHECKING:
@@ -104,8 +104,7 @@ def _write_generation(program: Program, folder: Path) -> list[str]:
     try:
         settings.save_pretrained(folder)
     except ValueError as error:
-        first = str(error).strip().splitlines()[0]
-        raise UsageError(f"{program.name}: its generation_config cannot be written: {first}; correct it") from None
+        raise UsageError(f"{program.name}: its generation_config cannot be written: {first_line(error)}") from None
     return [GENERATION]
 
 

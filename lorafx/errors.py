@@ -56,6 +56,12 @@ class ArtifactError(LorafxError):
     exit_code = 5
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line: never nothing, so that no message ends in a colon."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)
+
+
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """``" (did you mean 'x'?)"`` for the closest candidate, or the empty string when none is close."""
     close = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)

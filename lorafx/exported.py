@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .errors import ArtifactError, UsageError
+from .errors import ArtifactError, UsageError, first_line
 from .inputs import InputSpec, specs_of
 from .precision import coarsest, dtype_name
 from .runner import PROVIDERS, Place, Runner
@@ -37,8 +37,7 @@ def open_exported(folder: Path, place: Place, label: str, trusted: bool = False)
     except (ArtifactError, UsageError):
         raise
     except Exception as error:  # each runtime raises classes of its own for a broken file
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ArtifactError(f"{folder}: the {kind} model cannot be opened: {first}") from error
+        raise ArtifactError(f"{folder}: the {kind} model cannot be opened: {first_line(error)}") from error
     dtype = _exported_dtype(exported)
     if place.dtype not in (None, dtype):
         raise UsageError(f"{folder}: exported in {dtype_name(dtype)}; it cannot be computed in another dtype")

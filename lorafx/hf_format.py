@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import UsageError
+from .errors import UsageError, first_line
 from .program import Program
 from .tree import named_tensors
 
@@ -56,7 +56,7 @@ def _model_of_shapes(program: Program, values: Mapping[str, torch.Tensor]) -> nn
             with torch.device("meta"):
                 model = type(source)(config)
         except Exception as error:  # each architecture checks its sizes with errors of its own
-            misfit = misfit or (str(error).strip().splitlines() or [type(error).__name__])[0]
+            misfit = misfit or first_line(error)
             continue
         misfit = _misfit(model, values)
         if not misfit:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ArtifactError, UsageError
+from .errors import ArtifactError, UsageError, first_line
 from .inputs import SHAPES, Batch, Generator, find_tokenizer, length_limit, merged, pad_token, tokenised
 from .precision import coarsest, dtype_name, tolerance
 from .program import Program
@@ -284,7 +284,7 @@ def _outcome(runner: Runner, batch: Batch) -> dict[str, Tensor] | str:
     try:
         return runner(batch.values)
     except Exception as error:  # whatever a runtime raises, it is that model's answer to these inputs
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return first_line(error)
 
 
 def _cases(batch: Batch, a: dict[str, Tensor], b: dict[str, Tensor], per_token: frozenset[str]) -> Iterator[Case]:

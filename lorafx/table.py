@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from .errors import ArtifactError, UsageError, did_you_mean
+from .errors import ArtifactError, UsageError, did_you_mean, first_line
 from .folder import is_lfs_pointer
 
 #: Longest csv field, in characters; the reader's own default is 131,072.
@@ -179,7 +179,7 @@ def _read_parquet(file: Path) -> Table:
     try:
         table = parquet.read_table(file)
     except (ArrowException, OSError) as error:
-        raise ArtifactError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+        raise ArtifactError(f"{file}: not a readable parquet file ({first_line(error)})") from None
     return table_of(table.to_pydict(), str(file))
 
 

@@ -31,7 +31,7 @@ from transformers.trainer_utils import SchedulerType
 
 from .checkpoint import open_tokenizer
 from .data import Prepared, prepare
-from .errors import ArtifactError, UsageError, did_you_mean
+from .errors import ArtifactError, UsageError, did_you_mean, first_line
 from .interrupt import saving_at_interrupt
 from .metrics import Metric, metric_of
 from .options import TrainOptions
@@ -185,7 +185,8 @@ def _folder(output_dir: str | PathLike[str] | None) -> Iterator[Path]:
 def _checkpoint(folder: Path, resume: bool | str | PathLike[str]) -> str | None:
     """The checkpoint to start from, after checking that it is whole."""
     if resume is False:
-        old = last_checkpoint(folder)
+        # Whole or not, and whoever wrote it: the Trainer removes the oldest of what is called so.
+        old = next(iter(sorted(folder.glob("checkpoint-*"))), None)
         if old is not None:
             raise UsageError(f"{old}: left by an earlier training; resume it, remove it, or choose another output_dir")
         return None
@@ -252,7 +253,7 @@ def training_arguments(
     try:
         return TrainingArguments(**{**values, **settings.trainer})
     except (ValueError, TypeError, ImportError) as error:
-        raise UsageError(f"training options: {str(error).strip().splitlines()[0]}") from error
+        raise UsageError(f"training options: {first_line(error)}") from error
 
 
 def _trainer(

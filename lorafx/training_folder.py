@@ -34,8 +34,8 @@ def check_training_folder(folder: Path, made_from: Mapping[str, str]) -> None:
 
 @contextmanager
 def training_folder(folder: Path, made_from: Mapping[str, str]) -> Iterator[Path]:
-    """A folder for checkpoints. When the block ends well, what training wrote there is removed; when it raises, the
-    checkpoints stay for resuming, and without any all is as it was.
+    """A folder for checkpoints, whole ones alone. When the block ends well, what training wrote there is removed; when
+    it raises, the checkpoints stay for resuming, and without any all is as it was.
 
     Several processes of one training share the folder; the first one looks after it.
 
@@ -45,9 +45,14 @@ def training_folder(folder: Path, made_from: Mapping[str, str]) -> Iterator[Path
     if int(os.environ.get("RANK", "0")) > 0:
         yield folder
         return
+    from .trainer import checkpoint_flaw
+
     check_training_folder(folder, made_from)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
+    for checkpoint in _checkpoints(folder):
+        if checkpoint_flaw(checkpoint):  # its writer was killed: nothing can be resumed from it
+            shutil.rmtree(checkpoint)
     (folder / MARK).write_text(json.dumps(dict(made_from), indent=1), encoding="utf-8")
     try:
         yield folder

@@ -81,6 +81,17 @@ def test_an_interrupt_during_an_evaluation_saves_after_it() -> None:
     assert control.should_save
 
 
+def test_checkpoints_of_others_are_refused_and_kept(tmp_path: Path) -> None:
+    """The Trainer keeps two and removes the oldest of what is called so."""
+    from lorafx.errors import UsageError
+
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "model.safetensors").write_text("weeks of work")
+    with pytest.raises(UsageError, match="checkpoint-1: left by an earlier training"):
+        go(adapted(), tmp_path, save_steps=2)
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").exists()
+
+
 SCRIPT = """
 import os, signal, sys
 import lorafx.training

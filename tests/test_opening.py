@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import lorafx
 from lorafx.checkpoint import open_model, open_tokenizer
 from lorafx.cli import main
-from lorafx.errors import ArtifactError, UsageError
+from lorafx.errors import ArtifactError, UsageError, first_line
 from lorafx.folder import new_folder
 from lorafx.passes.lora import Lora
 
@@ -327,3 +327,8 @@ def test_a_run_keeps_inputs_that_its_config_does_not_say(tmp_path: Path) -> None
     program.save(tmp_path / "run")
     again = lorafx.load(tmp_path / "run")
     assert torch.equal(again.example["pixel_values"], images["pixel_values"])
+
+
+def test_no_message_ends_without_a_reason() -> None:
+    assert first_line(ValueError("\n  one\ntwo")) == "one"
+    assert first_line(ValueError("")) == first_line(ValueError(" \n")) == "ValueError"

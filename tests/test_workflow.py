@@ -102,7 +102,7 @@ def set_option(file: Path, **values: Any) -> None:
 def interrupted_training(job: Job) -> None:
     with training_folder(job.out / workflow.CHECKPOINTS, job.training_inputs()) as folder:
         (folder / "checkpoint-5").mkdir()
-        (folder / "checkpoint-5" / "state").write_text("hours")
+        (folder / "checkpoint-5" / "optimizer.pt").write_text("hours")
         raise KeyboardInterrupt
 
 
@@ -312,6 +312,13 @@ def test_the_folder_of_checkpoints_keeps_what_training_did_not_write(tmp_path: P
     with training_folder(folder, {"data": "1"}):
         pass
     assert not folder.exists()
+
+
+def test_a_checkpoint_whose_writer_was_killed_is_not_in_the_way(job: Job, work: list[str]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_training(job)  # of its files, most are missing
+    with training_folder(job.out / workflow.CHECKPOINTS, job.training_inputs()) as folder:
+        assert [path.name for path in folder.iterdir()] == [MARK]
 
 
 def test_a_broken_mark_does_not_pass_for_ones_own(tmp_path: Path) -> None:
