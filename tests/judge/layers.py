@@ -21,7 +21,7 @@ def layer(weight: float = 1.0):
 
 ACTIVATIONS = (
     "F.relu({})", "F.gelu({})", "torch.tanh({})", "F.silu({})", "torch.sigmoid({})", "F.leaky_relu({}, 0.1)",
-    "F.relu({}).square()", "F.softplus({})", "F.elu({})", "torch.cos({})", "{}.clamp(-1.0, 0.5)", "F.hardswish({})",
+    "F.relu({}).square()", "F.softplus({})", "F.elu({})", "torch.atan({})", "{}.clamp(-1.0, 0.5)", "F.hardswish({})",
     "({} + 1.0)", "({} * {}.sigmoid())", "{}",
 )  # fmt: skip
 

@@ -188,7 +188,7 @@ def prelu_and_scales(g: Builder, x: Value, r: random.Random) -> Value:
         sizes = [x.number(dim) for dim in range(1, x.rank)]
         return g.do(f"{x} + {g.part(f'nn.Parameter(torch.randn({sizes}))')}")
     a = g.part(f"nn.Parameter(torch.rand({size}) + 0.1)")
-    return g.do(f"{x} + torch.sin({a} * {x}).square() / ({a} + 1e-3)")
+    return g.do(f"{x} + torch.tanh({a} * {x}).square() / ({a} + 1e-3)")
 
 
 @layer(0.7)
