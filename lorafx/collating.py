@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,7 @@ class Collator:
     collator: Any
     by_token: bool = False
 
-    def __call__(self, rows: list[Mapping[str, Any]]) -> Any:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
         """A batch of ``rows``; UsageError when they do not fit together."""
         for row in rows if self.by_token else ():
             labels, ids = row.get("labels"), row.get("input_ids")
@@ -60,15 +60,16 @@ class Collator:
                 found = f"a row has {len(labels)} labels for {len(ids)} tokens"
                 raise UsageError(f"{found}; give one a token, -100 where there is nothing to learn")
         try:
-            return self.collator(rows)
+            return self.collator(list(rows))
         except (TypeError, ValueError, RuntimeError) as error:
-            name = next((name for name in rows[0] if len({_length(row.get(name)) for row in rows}) > 1), None)
-            if name is None:
+            padded = getattr(getattr(self.collator, "tokenizer", None), "model_input_names", ())
+            lengths = {name: {_length(row.get(name)) for row in rows} for name in rows[0] if name not in padded}
+            ragged = next((name for name, found in lengths.items() if len(found) > 1), None)
+            if ragged is None:
                 raise
-            padded = f"{type(self.collator).__name__} pads no {name!r}" if hasattr(self.collator, "tokenizer") else ""
+            hint = "" if padded else ", or a tokenizer to pad with"
             raise UsageError(
-                f"rows differ in the length of {name!r}{f', and {padded}' if padded else ''}; "
-                "pass a collator that pads them (or a tokenizer to pad with)"
+                f"rows differ in the length of {ragged!r}; pass a collator that pads them{hint}"
             ) from error
 
 

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import logging
+import math
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -11,16 +16,17 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.utils.data import Dataset
 
+from .collating import dataset_collator, text_collator
 from .errors import ArtifactError, UsageError, did_you_mean
 from .module import loss_type
 from .table import Table, short, table_of
+from .tokens import Cuts, Texts
 
 if TYPE_CHECKING:
     from .options import TrainOptions
     from .program import Program
 
-#: Rows tokenised at a time.
-_CHUNK = 1000
+_log = logging.getLogger(__name__)
 
 
 # ---- labels
@@ -73,14 +79,16 @@ def _class_names(table: Table, values: list[Any]) -> list[str]:
     return values
 
 
+#: What a table may write for numbers: not all that Python reads as one, which also takes 1_0 for 10.
+_INTEGER = re.compile(r"\s*[+-]?[0-9]+\s*")
+_NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*")
+
+
 def _integer(value: Any) -> int | None:
     if isinstance(value, float):
         return int(value) if value.is_integer() else None
-    if isinstance(value, (int, str)):
-        try:
-            return int(value)
-        except ValueError:
-            return None
+    if isinstance(value, int) or (isinstance(value, str) and _INTEGER.fullmatch(value)):
+        return int(value)
     return None
 
 
@@ -106,13 +114,12 @@ def _some(names: Iterable[str], most: int = 6) -> str:
 
 
 def _numbers(table: Table, column: str) -> list[float]:
-    result = []
-    for row, value in enumerate(table.column(column)):
-        try:
-            result.append(float(value))
-        except (TypeError, ValueError):
-            raise table.error(row, f"label {short(value)} is not a number") from None
-    return result
+    values = table.column(column)
+    for row, value in enumerate(values):
+        written = _NUMBER.fullmatch(value) if isinstance(value, str) else isinstance(value, (int, float))
+        if not written or not math.isfinite(float(value)):
+            raise table.error(row, f"label {short(value)} is not a number")
+    return [float(value) for value in values]
 
 
 # ---- tokenising
@@ -139,11 +146,13 @@ class Prepared:
         rows: a dataset of model inputs
         collator: makes a batch of a list of rows; None for the Trainer's own choice
         names: numbers of the classes, when the table named them
+        cut: how many rows were longer than what is kept of one
     """
 
     rows: Any
     collator: Any = None
     names: Mapping[str, int] | None = None
+    cut: int = 0
 
 
 #: transformers' names of the losses a table can train, and what each model learns from one.
@@ -170,19 +179,6 @@ def kind_of(program: Program) -> str:
     return "number" if kind == "class" and program.config.num_labels == 1 else kind
 
 
-def tokenize(table: Table, tokenizer: Any, options: TrainOptions, limit: int) -> dict[str, list[list[int]]]:
-    """What ``tokenizer`` gives for the text (and second text) of every row, cut to ``limit`` tokens."""
-    texts = table.texts(options.text)
-    pairs = table.texts(options.text_pair) if options.text_pair is not None else None
-    result: dict[str, list[list[int]]] = {}
-    for start in range(0, len(texts), _CHUNK):
-        chunk = slice(start, start + _CHUNK)
-        encoded = tokenizer(texts[chunk], pairs[chunk] if pairs else None, truncation=True, max_length=limit)
-        for name, values in encoded.items():
-            result.setdefault(name, []).extend(values)
-    return result
-
-
 def prepare(
     data: Any,
     program: Program,
@@ -205,8 +201,8 @@ def prepare(
         UsageError: the model does not learn from a table, or the tokenizer does not fit it
     """
     if _has_inputs(data, program):
-        padding = None if tokenizer is None else _padding(pad_like(tokenizer, program.config))
-        return Prepared(data, collator or padding)
+        padded = None if tokenizer is None else dataset_collator(program, pad_like(tokenizer, program.config))
+        return Prepared(data, collator or padded)
     kind = kind_of(program)
     if tokenizer is None:
         raise UsageError(f"{program.name} was captured without a tokenizer beside it; pass tokenizer=")
@@ -218,15 +214,64 @@ def prepare(
     brackets = tokenizer.num_special_tokens_to_add(pair=options.text_pair is not None)
     if limit <= brackets:
         raise UsageError(f"max_length = {limit} leaves no room for text beside {brackets} special tokens")
-    inputs = tokenize(table, tokenizer, options, limit)
+    end = tokenizer.eos_token_id if options.end_of_text and kind in ("next-token", "sequence") else None
+    texts = Texts(table, tokenizer, Cuts(limit), end)
+    inputs, labels, names = _rows(program, kind, texts, options, like)
     _check_inputs(program, inputs, options)
     features: dict[str, Any] = {name: inputs[name] for name in program.signature.inputs if name in inputs}
-    names = None
+    if labels is not None:
+        features["labels"] = labels
+    _say_cut(texts.cuts, table, options)
+    return Prepared(Rows(features), collator or text_collator(kind, tokenizer, program), names, len(texts.cuts.cut))
+
+
+def _rows(
+    program: Program, kind: str, texts: Texts, options: TrainOptions, like: Prepared | None
+) -> tuple[Mapping[str, Any], list[Any] | None, Mapping[str, int] | None]:
+    """The inputs of every row by name, its label, and the numbers of class names."""
+    table, label = texts.table, options.label or "label"
+    if kind == "next-token":
+        inputs, labels = _continuations(texts, options)
+        return inputs, labels, None
+    inputs = dataclasses.replace(texts, end=None).encode(options.text, options.text_pair)
     if kind == "class":
-        features["labels"], names = class_ids(table, options.label, program.config, like)
-    elif kind != "masked-token":
-        features["labels"] = _targets(table, kind, inputs, tokenizer, options, limit)
-    return Prepared(Rows(features), collator or _collator(kind, tokenizer, program), names)
+        return inputs, *class_ids(table, label, program.config, like)
+    if kind == "number":
+        return inputs, _numbers(table, label), None
+    if kind == "sequence":
+        return inputs, texts.targets(label), None
+    if options.label:
+        raise UsageError(f"{program.name} learns from {options.text!r} alone: leave label out")
+    return inputs, None, None
+
+
+def _continuations(texts: Texts, options: TrainOptions) -> tuple[Mapping[str, Any], list[Any]]:
+    """What a causal model learns: all of a text, or what follows a prompt."""
+    table = texts.table
+    if options.label:
+        if options.text_pair is not None:
+            raise UsageError("a causal model learns what follows one text: leave text_pair out, or label")
+        return texts.continued(options.text, options.label)
+    if options.label is None and any(isinstance(value, str) for value in table.columns.get("label", ())):
+        raise UsageError(
+            f"{table.name}: the column 'label' holds texts: say label='label' to learn them as what follows "
+            f"{options.text!r}, or label='' to learn {options.text!r} alone"
+        )
+    inputs = texts.encode(options.text, options.text_pair)
+    for row, ids in enumerate(inputs["input_ids"]):
+        if len(ids) < 2:
+            raise table.error(row, f"{options.text!r} has fewer than two tokens: no next one to learn; remove the row")
+    return inputs, [list(ids) for ids in inputs["input_ids"]]
+
+
+def _say_cut(cuts: Cuts, table: Table, options: TrainOptions) -> None:
+    if not cuts.cut or int(os.environ.get("RANK", "0")):
+        return
+    held = cuts.limit < options.max_length
+    more = f"the {cuts.limit} tokens the model holds" if held else f"max_length = {cuts.limit} tokens"
+    hint = "" if held else "; raise max_length (--max-length) to keep more"
+    rows = f"{len(cuts.cut)} of {len(table)} rows were cut to"
+    _log.warning("%s: %s %s, the longest has %d%s", table.name, rows, more, cuts.longest, hint)
 
 
 def _has_inputs(data: Any, program: Program) -> bool:
@@ -235,19 +280,6 @@ def _has_inputs(data: Any, program: Program) -> bool:
         return False
     columns = getattr(data, "column_names", None) or next(iter(data), {})
     return any(name in columns for name in program.signature.inputs)
-
-
-def _targets(
-    table: Table, kind: str, inputs: Mapping[str, Any], tokenizer: Any, options: TrainOptions, limit: int
-) -> list[Any]:
-    if kind == "number":
-        return _numbers(table, options.label)
-    if kind == "sequence":
-        return tokenizer(text_target=table.texts(options.label), truncation=True, max_length=limit)["input_ids"]
-    for row, ids in enumerate(inputs["input_ids"]):
-        if len(ids) < 2:
-            raise table.error(row, f"{options.text!r} has fewer than two tokens: no next one to learn; remove the row")
-    return [list(ids) for ids in inputs["input_ids"]]
 
 
 def _check_inputs(program: Program, inputs: Mapping[str, Any], options: TrainOptions) -> None:
@@ -295,21 +327,3 @@ def pad_like(tokenizer: Any, config: Any) -> Any:
     if result.pad_token is None:
         raise UsageError("the tokenizer has neither a padding nor an end-of-text token; set tokenizer.pad_token")
     return result
-
-
-def _padding(tokenizer: Any) -> Any:
-    from transformers import DataCollatorWithPadding
-
-    return DataCollatorWithPadding(tokenizer)
-
-
-def _collator(kind: str, tokenizer: Any, program: Program) -> Any:
-    import transformers
-
-    if kind == "masked-token":
-        return transformers.DataCollatorForLanguageModeling(tokenizer, mlm=True)
-    if kind in ("next-token", "sequence"):
-        # Pads labels with -100 by position. The collator for language modelling would do it by token, and with the
-        # end-of-text token as padding a model would never learn to end.
-        return transformers.DataCollatorForSeq2Seq(tokenizer, program.source.model if kind == "sequence" else None)
-    return _padding(tokenizer)

@@ -57,7 +57,10 @@ class TrainOptions(Options):
     log_steps: int = option(50, "steps between log lines", least=1)
     text: str = option("text", "column of the text")
     text_pair: str | None = option(None, "column of a second text")
-    label: str = option("label", "column of the label")
+    label: str | None = option(
+        None, "column of the label, 'label' by default; of a causal model the text that follows, by default none"
+    )
+    end_of_text: bool = option(True, "end what a causal model learns to write with the end-of-text token")
     trainer: dict[str, str | int | float | bool | dict[str, str | int | float | bool]] = option(
         {}, "any other TrainingArguments, by their own names"
     )

@@ -112,9 +112,7 @@ class Texts:
             if length > limit:
                 self.cuts.note(row, length)
             if len(known) >= limit or not learned:
-                found = (
-                    f"{column!r} has {len(known)} tokens of {limit} in all: nothing of {completion!r} is left to learn"
-                )
+                found = f"{column!r} has {len(known)} of {limit} tokens: nothing of {completion!r} is left to learn"
                 raise self.table.error(row, f"{found}; raise max_length or remove the row")
             inputs["input_ids"].append([*known, *learned][:limit])
             inputs["attention_mask"].append([1] * min(length, limit))

@@ -25,11 +25,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import ProgressCallback, TrainerCallback, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SchedulerType
 
 from .checkpoint import open_tokenizer
+from .collating import Collator
 from .data import Prepared, prepare
 from .errors import ArtifactError, UsageError, did_you_mean, first_line
 from .interrupt import saving_at_interrupt
@@ -78,6 +79,7 @@ class TrainResult:
         best_step: the optimiser step whose weights were kept, when ``keep_best`` chose them; None as well when no
             evaluation came after the schedules of the methods: the weights are then those of the last step
         is_main: whether this process is the one that writes results (the first one under ``torchrun``)
+        rows_cut: how many training rows were longer than ``max_length`` and lost their end
     """
 
     metrics: dict[str, float]
@@ -85,6 +87,7 @@ class TrainResult:
     seconds: float
     best_step: int | None = None
     is_main: bool = True
+    rows_cut: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON values."""
@@ -106,14 +109,15 @@ def train(
 ) -> TrainResult:
     """Train ``program`` in place on a table of texts (or a dataset of its inputs), with HF Trainer.
 
-    A sequence classifier learns the column ``label`` from ``text`` (and ``text_pair``), a causal or masked language
-    model learns from ``text`` alone, an encoder-decoder writes ``label``. Under ``torchrun`` every process calls this.
+    A sequence classifier learns the column ``label`` from ``text`` (and ``text_pair``), a masked language model learns
+    from ``text`` alone, an encoder-decoder writes ``label``. A causal language model learns ``text`` and its end, or
+    with ``label`` what follows it and nothing of the text. Under ``torchrun`` every process calls this.
 
     Args:
         data: a csv, tsv, jsonl, json or parquet file, a mapping of columns, rows, or a dataset of model inputs
         eval_data: the same, evaluated after every epoch
         tokenizer: read from the checkpoint folder when None
-        collator: makes batches of a dataset of model inputs
+        collator: makes batches of a dataset of model inputs; without, a tokenizer pads them, labels of tokens with -100
         output_dir: where resumable checkpoints go, one more when training is interrupted; a temporary folder when None
         resume: True to go on from the last checkpoint in ``output_dir``, or the folder of one
         callbacks: transformers callbacks
@@ -137,7 +141,7 @@ def train(
         arguments = training_arguments(settings, folder, held_out is not None, metric, progress)
         trainer = _trainer(program, arguments, rows, held_out, metric, settings, callbacks)
         with nullcontext() if output_dir is None else saving_at_interrupt(trainer):
-            return _run(program, trainer, checkpoint)
+            return dataclasses.replace(_run(program, trainer, checkpoint), rows_cut=rows.cut)
 
 
 def _check(program: Program, settings: TrainOptions, eval_data: Any, output_dir: Any, resume: Any) -> None:
@@ -274,7 +278,7 @@ def _trainer(
     trainer = Trainer(
         model,
         arguments,
-        data_collator=rows.collator,
+        data_collator=rows.collator or Collator(default_data_collator),
         train_dataset=rows.rows,
         eval_dataset=None if held_out is None else held_out.rows,
         compute_metrics=None if metric is None else metric.compute,

@@ -20,14 +20,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 from small import POSITIONS, bert, bert_config, captured, example, gpt2, table, words
+from tokenizers import Tokenizer, models
 from torch import nn
 
 from lorafx.capture import capture
+from lorafx.collating import Collator
 from lorafx.data import Prepared, pad_like, positions, prepare
 from lorafx.errors import ArtifactError, LorafxError, UsageError
 from lorafx.options import TrainOptions
 from lorafx.program import Program
 from lorafx.table import read_table, table_of
+from lorafx.tokens import Cuts, Texts
 
 ROWS: dict[str, list[Any]] = {"text": ["w1, w2\nw3", 'a "quoted" text', "Gemüse 蔬菜"], "label": ["1", "0", "1"]}
 
@@ -367,3 +370,190 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatc
     with pytest.raises(UsageError, match=r"reading parquet needs pyarrow; pip install 'lorafx\[parquet\]'") as caught:
         read_table(file)
     assert isinstance(caught.value, LorafxError)
+
+
+# ---- what a causal model learns
+
+
+def speaking() -> Any:
+    """A tokenizer of whole words without brackets, whose end-of-text token is [SEP] (3)."""
+    tokenizer = words()
+    tokenizer.backend_tokenizer.post_processor = None
+    tokenizer.eos_token = "[SEP]"
+    return tokenizer
+
+
+def causal(columns: Any, tokenizer: Any = None, **options: Any) -> list[dict[str, Any]]:
+    ready = prepared(columns, captured(gpt2), tokenizer or speaking(), **options).rows
+    return [ready[row] for row in range(len(ready))]
+
+
+def test_a_causal_model_learns_to_end() -> None:
+    whole, ended = causal({"text": ["w1 w2", "w3 w4 [SEP]"]})
+    assert whole == {"input_ids": [6, 7, 3], "attention_mask": [1, 1, 1], "labels": [6, 7, 3]}
+    assert ended["labels"] == [8, 9, 3], "written out by hand: not twice"
+    assert causal({"text": ["w1 w2"]}, end_of_text=False)[0]["labels"] == [6, 7]
+    assert causal({"text": ["w1"]})[0]["labels"] == [6, 3]
+
+
+def test_a_text_that_was_cut_does_not_end() -> None:
+    rows = causal({"text": ["w1 w2 w3 w4", "w1 w2 w3", "w1 w2"]}, max_length=3)
+    assert [row["labels"] for row in rows] == [[6, 7, 8], [6, 7, 8], [6, 7, 3]]
+    bracketed = words()
+    bracketed.eos_token = "[SEP]"  # which this tokenizer puts after every text, cut or not
+    rows = causal({"text": ["w1 w2 w3 w4", "w1"]}, bracketed, max_length=4)
+    assert [row["labels"] for row in rows] == [[2, 6, 7, 8], [2, 6, 3]]
+
+
+def test_an_encoder_decoder_learns_to_end() -> None:
+    sizes: dict[str, Any] = {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+    config = hf.T5Config(**{**sizes, "vocab_size": 45, "decoder_start_token_id": 0, "eos_token_id": 3})
+    program = capture(hf.T5ForConditionalGeneration(config))
+    columns = {"text": ["w1 w2", "w3"], "label": ["w9", "w8 w7 w6"]}
+    ready = prepared(columns, program, speaking(), max_length=3)
+    assert ready.rows.features["labels"] == [[14, 3], [13, 12, 11]]
+    assert ready.rows.features["input_ids"] == [[6, 7], [8]]
+    assert ready.cut == 1
+
+
+PROMPTS: dict[str, list[Any]] = {"prompt": ["w1 w2", "w3"], "completion": ["w4", "w5 w6"]}
+
+
+def test_a_causal_model_learns_what_follows_a_prompt() -> None:
+    rows = causal(PROMPTS, text="prompt", label="completion")
+    assert [row["input_ids"] for row in rows] == [[6, 7, 9, 3], [8, 10, 11, 3]]
+    assert [row["labels"] for row in rows] == [[-100, -100, 9, 3], [-100, 10, 11, 3]]
+    assert [row["attention_mask"] for row in rows] == [[1] * 4] * 2
+    bracketed = words()  # [CLS] before and [SEP] after: around prompt and completion, not between them
+    rows = causal(PROMPTS, bracketed, text="prompt", label="completion")
+    assert [row["input_ids"] for row in rows] == [[2, 6, 7, 9, 3], [2, 8, 10, 11, 3]]
+    assert [row["labels"] for row in rows] == [[-100, -100, -100, 9, 3], [-100, -100, 10, 11, 3]]
+    assert causal(PROMPTS, text="prompt", label="completion", end_of_text=False)[0]["labels"] == [-100, -100, 9]
+
+
+def test_a_completion_is_tokenised_as_it_follows_its_prompt() -> None:
+    vocabulary = {"a": 0, "b": 1, " ": 2, " b": 3, "ab": 4, "[PAD]": 5}
+    pieces = Tokenizer(models.BPE(vocabulary, [(" ", "b"), ("a", "b")]))
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=pieces, pad_token="[PAD]")
+    texts = Texts(table_of({"p": ["a", "a"], "c": [" b", "b"]}), tokenizer, Cuts(9))
+    inputs, labels = texts.continued("p", "c")
+    assert inputs["input_ids"] == [[0, 3], [0, 1]], "the second would join its prompt, whose token the model is given"
+    assert labels == [[-100, 3], [-100, 1]]
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_with_its_row() -> None:
+    with pytest.raises(
+        ArtifactError, match="row 1: 'prompt' has 2 of 2 tokens: nothing of 'completion' is left to learn; raise"
+    ):
+        causal(PROMPTS, text="prompt", label="completion", max_length=2)
+
+
+def test_a_completion_that_was_cut_does_not_end() -> None:
+    assert [r["labels"] for r in causal(PROMPTS, text="prompt", label="completion", max_length=3)] == [
+        [-100, -100, 9],
+        [-100, 10, 11],
+    ]
+
+
+def test_what_a_label_is_to_a_language_model_is_said_not_guessed() -> None:
+    both: dict[str, list[Any]] = {"text": ["w1 w2"], "label": ["w3"]}
+    with pytest.raises(UsageError, match="data: the column 'label' holds texts: say label='label' to learn them as"):
+        causal(both)
+    assert causal(both, label="label")[0]["labels"] == [-100, -100, 8, 3]
+    assert causal(both, label="")[0]["labels"] == [6, 7, 3]
+    assert causal({"text": ["w1 w2"], "label": [1]})[0]["labels"] == [6, 7, 3], "numbers continue no text"
+    with pytest.raises(UsageError, match="learns what follows one text: leave text_pair out, or label"):
+        causal({**PROMPTS, "other": ["", ""]}, text="prompt", text_pair="other", label="completion")
+    with pytest.raises(ArtifactError, match="no column 'completions'"):
+        causal(PROMPTS, text="prompt", label="completions")
+    with pytest.raises(UsageError, match="BertForMaskedLM learns from 'text' alone: leave label out"):
+        prepared(both, capture(masked(), inputs=example(True)), label="label")
+
+
+# ---- what is cut is said
+
+
+def test_rows_that_are_cut_are_counted_aloud(caplog: pytest.LogCaptureFixture) -> None:
+    columns = {"text": ["w1 " * 20, "w1", "w1 " * 9], "label": [0, 1, 0]}
+    assert prepared(columns, max_length=8).cut == 2
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("lorafx")]
+    expected = (
+        "data: 2 of 3 rows were cut to max_length = 8 tokens, the longest has 22; raise max_length (--max-length)"
+    )
+    assert line.startswith(expected)
+    caplog.clear()
+    assert prepared({"text": ["w1 " * 100], "label": [0]}, max_length=999).cut == 1
+    assert f"were cut to the {POSITIONS} tokens the model holds, the longest has 102" in caplog.text
+    caplog.clear()
+    assert prepared(columns, max_length=22).cut == 0
+    assert not [record for record in caplog.records if record.name.startswith("lorafx")]
+
+
+# ---- numbers as a table writes them
+
+
+@pytest.mark.parametrize("written", ["1_0", "0x1", "1e0", "1.0", "\u0661", "\u00b9", "1 0"])
+def test_what_only_python_reads_as_an_integer_is_none(written: str) -> None:
+    with pytest.raises(ArtifactError, match=rf"row 2: label '{written}' is not an integer, as other labels are"):
+        prepared({"text": ["w1", "w2"], "label": ["0", written]})
+
+
+def test_class_names_may_look_like_pythons_integers() -> None:
+    program = labelled()
+    assert prepared({"text": ["w1", "w2"], "label": ["1_0", "0_1"]}, program).rows.features["labels"] == [1, 0]
+    assert program.config.id2label == {0: "0_1", 1: "1_0"}
+    assert prepared({"text": ["w1", "w2"], "label": [" 1", "+0"]}).rows.features["labels"] == [1, 0]
+
+
+@pytest.mark.parametrize("written", ["1_0", "nan", "inf", "1e999", "", float("nan"), float("inf"), [1.0]])
+def test_regression_learns_finite_numbers_alone(written: Any) -> None:
+    program = capture(bert(num_labels=1), inputs=example(True))
+    good = ["-1", "2.5", ".5", "1e-3", 3, True]
+    ready = prepared({"text": ["w1"] * 6, "label": good}, program)
+    assert ready.rows.features["labels"] == [-1.0, 2.5, 0.5, 0.001, 3.0, 1.0]
+    with pytest.raises(ArtifactError, match=r"row 2: label .* is not a number"):
+        prepared({"text": ["w1", "w2"], "label": ["1", written]}, program)
+
+
+# ---- rows of model inputs
+
+
+def token_rows(shorter: int = 0) -> list[dict[str, Any]]:
+    rows = []
+    for length in (3, 5, 2):
+        ids = list(range(5, 5 + length))
+        labels = [-100, *[number % 2 for number in ids[1:]]][: length - shorter]
+        rows.append({"input_ids": ids, "attention_mask": [1] * length, "labels": labels})
+    return rows
+
+
+def gathered(program: Program, rows: list[dict[str, Any]], tokenizer: Any = None) -> Any:
+    return prepare(rows, program, tokenizer or words(), TrainOptions()).collator(rows)
+
+
+@pytest.mark.parametrize("build", [tokens, masked, gpt2])
+def test_labels_of_tokens_are_padded(build: Callable[[], nn.Module]) -> None:
+    program = captured(gpt2) if build is gpt2 else capture(build())
+    batch = gathered(program, token_rows())
+    assert batch["labels"].tolist() == [[-100, 0, 1, -100, -100], [-100, 0, 1, 0, 1], [-100, 0, -100, -100, -100]]
+    assert batch["input_ids"].tolist()[2] == [5, 6, 0, 0, 0]
+    assert batch["attention_mask"].tolist()[2] == [1, 1, 0, 0, 0]
+
+
+def test_an_encoder_decoders_labels_have_a_length_of_their_own() -> None:
+    sizes: dict[str, Any] = {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+    config = hf.T5Config(**{**sizes, "vocab_size": 45, "decoder_start_token_id": 0, "eos_token_id": 3})
+    rows = [{"input_ids": [5, 6], "labels": [7]}, {"input_ids": [5], "labels": [7, 8, 9]}]
+    batch = gathered(capture(hf.T5ForConditionalGeneration(config)), rows)
+    assert batch["labels"].tolist() == [[7, -100, -100], [7, 8, 9]]
+    assert batch["decoder_input_ids"].tolist() == [[0, 7, 0], [0, 7, 8]]
+
+
+def test_rows_that_fit_nothing_are_refused_in_a_line() -> None:
+    with pytest.raises(UsageError, match="a row has 2 labels for 3 tokens; give one a token, -100 where there"):
+        gathered(capture(tokens()), token_rows(shorter=1))
+    spans = [{"input_ids": [5, 6], "labels": [1, 0]}, {"input_ids": [5], "labels": [1]}]
+    with pytest.raises(UsageError, match="rows differ in the length of 'labels'; pass a collator that pads them"):
+        Collator(hf.DataCollatorWithPadding(words()))(spans)
+    with pytest.raises(UsageError, match="rows differ in the length of 'input_ids'; pass a collator that pads them"):
+        Collator(hf.default_data_collator)(token_rows())
