@@ -71,6 +71,8 @@ def _first(title: str, column: str, words: str) -> Callable[[dict[str, Any]], st
 
 _LORA = {"name": "lora", "rank": 8, "alpha": 16.0, "targets": TARGETS}
 _GATES = {"name": "finegates", "couple": False, "targets": TARGETS}
+#: SaLoRA's multiplier as its sources have it, without what this library changed.
+_BY_EXPECTATION = {"steer": "expected", "multiplier_rate": 0.05, "ramp": 0.0, "restart": False}
 ROWS: dict[str, Row] = {
     "PEFT LoRA r 8": Row(None),
     "LoRA r 8": Row((_LORA,)),
@@ -85,6 +87,10 @@ ROWS: dict[str, Row] = {
     ),
     "SaLoRA r 16, density 0.5": Row(
         ({"name": "salora", "alpha": 32.0, "targets": TARGETS},),
+        _first("salora: Open ranks", "open", "of the ranks open"),
+    ),
+    "SaLoRA r 16, density 0.5, steered by E0": Row(
+        ({"name": "salora", "alpha": 32.0, "targets": TARGETS, **_BY_EXPECTATION},),
         _first("salora: Open ranks", "open", "of the ranks open"),
     ),
     "RoseLoRA r 8": Row(

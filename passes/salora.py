@@ -37,8 +37,9 @@ class Salora(LowRank):
     Keeps: the outputs, bit by bit, since B = 0. Does nothing where no target matches (and says so).
     Source: SaLoRA, Mathematics 2023, 11(20):4317 (form of gates, orthogonality and penalty; its constants could not be
     read); gates: Louizos et al. 2018, arXiv 1712.01312, with the constants of its code; lagrangian: Gallego-Posada et
-    al. 2022, arXiv 2208.04425. ``density``, ``orthogonality``, ``initial``, ``steer``, ``ramp`` and the two rates are
-    this library's: with E0 alone, gates that are mostly closed count as partly open, and too many close.
+    al. 2022, arXiv 2208.04425, which is ``steer = "expected"``, ``multiplier_rate = 0.05``, ``ramp = 0`` and
+    ``restart = false``. The defaults of these four are this library's, as are the floor, ``density``, ``initial``,
+    ``orthogonality`` and the gates' rate: with E0 alone, mostly closed gates count as half open, and too many close.
     """
 
     promise: ClassVar[Promise] = Promise.EXACT

@@ -18,6 +18,7 @@ from ..module import MethodState
 from ..program import Program
 from ..site import Site, stack_of
 
+aten = torch.ops.aten
 _FACTORS = ("A", "B", "u", "v")
 
 
@@ -29,7 +30,8 @@ class TiedLora(LowRank):
     After: ``y_l = W_l x + b_l + v_l ⊙ B (s · u_l ⊙ A drop(x))``
 
     Weights at one place of every block, of one shape, share A (rank, in) and B (out, rank); u_l (rank) and v_l (out)
-    are a block's own. Projections named by ``fuse`` stand for the paper's fused one: they share A and u_l too. A ~
+    are a block's own. Projections named by ``fuse`` stand for the paper's fused one: those of one module that read the
+    same value share A and u_l too (a cross-attention's key and value, but not its query, which reads another). A ~
     N(0, 0.2²), u = v = 1, and the first of B, v, A, u that trains starts at 0, so that the branch is 0 and learns.
 
     Keeps: the outputs, bit by bit, since one factor is 0. Does nothing where no target matches (and says so).
@@ -67,25 +69,35 @@ class TiedLora(LowRank):
         return Selection(taken, (*found.missed, *alone))
 
     def factor_a(self, edit: Edit, site: Site, shape: tuple[int, ...]) -> fx.Node:
-        return self._factor(edit, site, "A", "lora_A.weight", shape, f"tied_lora.{self._input_group(site)}")
+        return self._factor(edit, site, "A", "lora_A.weight", shape, f"tied_lora.{self._input_group(edit, site)}")
 
     def factor_b(self, edit: Edit, site: Site, shape: tuple[int, ...]) -> fx.Node:
         place = _place((site.module, _shape(site)))
         return self._factor(edit, site, "B", "lora_B.weight", shape, f"tied_lora.{_plain(place)}")
 
     def within(self, edit: Edit, site: Site, hidden: fx.Node) -> fx.Node:
-        owner = f"tied_lora.{self._input_group(site)}.block_{site.block}"
+        owner = f"tied_lora.{self._input_group(edit, site)}.block_{site.block}"
         return _times(edit, hidden, self._factor(edit, site, "u", "lora_u", (self.rank_of(site),), owner))
 
     def leave(self, edit: Edit, site: Site, delta: fx.Node) -> fx.Node:
         return _times(edit, delta, self._factor(edit, site, "v", "lora_v", (site.out_features,), None))
 
-    def _input_group(self, site: Site) -> str:
-        """What shares A: the weights at one place, or the fused projections of one module."""
-        fused = any(site.role == name or f".{site.module}".endswith(f".{name}") for name in self.fuse)
+    def _input_group(self, edit: Edit, site: Site) -> str:
+        """What shares A: the weights at one place, or the fused projections of one module that read one value."""
         place = _place((site.module, _shape(site)))
+        if not self._fused(edit.program, site):
+            return _plain(place)
+        module = site.module.rpartition(".")[0]
+        near = [other for other in edit.program.sites() if other.module.rpartition(".")[0] == module]
+        beside = [s for s in near if self._fused(edit.program, s) and s.in_features == site.in_features]
+        together = [other.module for other in beside if _read(other) is _read(site)]
+        names = [name.rpartition(".")[2] for name in together] if len(together) < len(beside) else []
         parent = place.rsplit(".", 2)[0]  # without the projection's own name, and its shape
-        return _plain(f"{parent}.fused_{site.in_features}" if fused else place)
+        return _plain("_".join([f"{parent}.fused_{site.in_features}", *names]))
+
+    def _fused(self, program: Program, site: Site) -> bool:
+        named = any(site.role == name or f".{site.module}".endswith(f".{name}") for name in self.fuse)
+        return named and program.roles.get(site.parameter) != "adapter"
 
     def _factor(
         self, edit: Edit, site: Site, name: str, short: str, shape: tuple[int, ...], owner: str | None
@@ -134,9 +146,21 @@ def _place(use: tuple[str, tuple[int, int]]) -> str:
     return f"{stack}.{inside}.{rows}x{columns}" if inside else f"{module}.{rows}x{columns}"
 
 
+#: Operators whose result is their input in another shape or dtype.
+_SAME = (aten.view.default, aten.reshape.default, aten.contiguous.default, aten.to.dtype, aten._to_copy.default)
+
+
+def _read(site: Site) -> fx.Node:
+    """The value a weight reads, before it is reshaped or cast for it."""
+    value = site.input
+    while value.target in _SAME:
+        value = value.args[0]  # type: ignore[assignment]
+    return value
+
+
 def _plain(place: str) -> str:
     return place.replace(".", "_")
 
 
 def _times(edit: Edit, value: fx.Node, factor: fx.Node) -> fx.Node:
-    return edit.call(torch.ops.aten.mul.Tensor, value, factor)
+    return edit.call(aten.mul.Tensor, value, factor)

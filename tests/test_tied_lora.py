@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from methods import batch, fit, refused, rewritten, square, state_of, tower, training
 from torch import Tensor, nn
 
@@ -192,3 +193,22 @@ def test_a_weight_without_a_partner_is_a_miss() -> None:
 def test_unknown_factors_are_refused() -> None:
     assert "name one or more of A, B, u, v" in refused(UsageError, (TiedLora(train=("A", "w")),))
     assert "name one or more of A, B, u, v" in refused(UsageError, (TiedLora(train=()),))
+
+
+def test_cross_attention_ties_what_reads_one_value() -> None:
+    """Key and value read the encoder, the query the decoder: other inputs have other A and u, in every block."""
+    sizes: dict[str, Any] = {"d_model": 16, "d_ff": 16, "d_kv": 4, "num_layers": 2, "num_heads": 4, "vocab_size": 20}
+    model = hf.T5ForConditionalGeneration(hf.T5Config(**sizes, decoder_start_token_id=0))
+    program = lorafx.rewrite(lorafx.capture(model), [TiedLora(targets=("q", "k", "v"), rank=2)])
+    found = {entry.module: entry.tensors for entry in program.history[-1].inserted if entry.module}
+    for block in (0, 1):
+        self_, cross = (f"decoder.block.{block}.layer.{number}" for number in (0, 1))
+        own = [found[f"{self_}.SelfAttention.{name}"] for name in "qkv"]
+        query, key, value = (found[f"{cross}.EncDecAttention.{name}"] for name in "qkv")
+        for short in ("lora_A", "lora_u"):
+            assert len({id(program.tensor(tensors[short])) for tensors in own}) == 1
+            assert program.tensor(key[short]) is program.tensor(value[short])
+            assert program.tensor(query[short]) is not program.tensor(key[short])
+    first, second = (found[f"decoder.block.{block}.layer.1.EncDecAttention.k"] for block in (0, 1))
+    assert program.tensor(first["lora_A"]) is program.tensor(second["lora_A"]), "all blocks share A still"
+    assert program.tensor(first["lora_u"]) is not program.tensor(second["lora_u"])
