@@ -30,6 +30,7 @@ from .adapters import as_lora
 from .capture import dynamic_shapes, program_from
 from .companions import copy_companions
 from .errors import CaptureError, ParityError, UsageError
+from .exported import check_cache
 from .hf_format import hf_model
 from .onnx_kernels import unfuse_batch_transposes, unfuse_skip_norms
 from .parity import Comparison, verify
@@ -294,6 +295,7 @@ def _write_exported(
 ) -> None:
     exported = converted(program, kind, provider, dtype, generate)
     if kind == "onnx":
+        check_cache(exported)
         record = {"lorafx_version": __version__, "lorafx_history": json.dumps(_history_record(program))}
         record["lorafx_base"] = json.dumps(base_record(program))
         for component in exported.components.values():

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .errors import ArtifactError, UsageError, first_line
+from .errors import ArtifactError, CaptureError, UsageError, first_line
 from .inputs import InputSpec, specs_of
 from .precision import coarsest, dtype_name
 from .runner import PROVIDERS, Place, Runner
@@ -51,6 +51,26 @@ def open_exported(folder: Path, place: Place, label: str, trusted: bool = False)
         return backend(**inputs)
 
     return Runner(label, kind, used, place.threads, dtype, specs, call, exported.config, folder, note=note)
+
+
+def check_cache(exported: Any) -> None:
+    """CaptureError when the graphs of an export for generation want a cache that nothing gives.
+
+    Prefill starts without one, decode has what prefill gives. Whoever runs the two could only make up the rest: a state
+    that the model keeps outside its tensors of keys and values, such as how far a window has slid.
+    """
+    graphs = {name: component.program.graph for name, component in exported.components.items()}
+    if not {"prefill", "decode"} <= graphs.keys():
+        return
+    given = {f"input.{value.name.removeprefix('output.')}" for value in graphs["prefill"].outputs}
+    for name, known in (("prefill", set()), ("decode", given)):
+        wanted = [value.name for value in graphs[name].inputs if value.name.startswith("input.")]
+        missing = [value for value in wanted if value not in known]
+        if missing:
+            raise CaptureError(
+                f"its {name} graph wants {missing[0]}, which nothing gives, so nobody could run it; export it without "
+                "generate, or as an ordinary checkpoint (--format hf)"
+            )
 
 
 def _session_options(place: Place) -> dict[str, Any]:
