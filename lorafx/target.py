@@ -10,6 +10,9 @@ A spec is one string or a list of strings. Each item of it is one of
 ``.*\.(query|value)``   a regular expression for the whole path, as PEFT's ``target_modules`` string
 ======================  ====================================================================================
 
+A module that uses several weights, as ``nn.MultiheadAttention`` does, stands for all of them as a name; each has one of
+its own: ``attn`` (its fused projection, also ``attn.in_proj_weight``), ``attn.out_proj``.
+
 ``name:``, ``glob:`` and ``re:`` in front remove all doubt. Without them, an item that starts with ``.*`` or
 holds any of ``\ ( ) | [ ] ^ $ +`` is a regular expression; else one with ``*``, ``?`` or ``{`` is a glob;
 else it is a name. Commas outside brackets separate items within a string: ``"query,value"``. A regular
@@ -149,7 +152,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Block ranges, inclusive; negative ends count from the last block (``-1`` is the last)."""
+    """Block ranges, inclusive; negative ends count from the last block of a stack (``-1`` is the last)."""
 
     ranges: tuple[tuple[int, int], ...]
 
@@ -173,7 +176,7 @@ class Blocks:
         return first, last
 
     def contains(self, block: int, last_block: int) -> bool:
-        """Whether ``block`` is in a range, in a model whose largest block index is ``last_block``."""
+        """Whether ``block`` is in a range, in a stack whose largest block index is ``last_block``."""
 
         def resolve(end: int) -> int:
             return end if end >= 0 else last_block + 1 + end
