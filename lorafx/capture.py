@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from .checkpoint import open_model, open_tokenizer, weight_hashes
 from .errors import CaptureError, UsageError
 from .gradients import functions_laid_open, same_gradients
+from .masks import check_unpadded
 from .normal import normalise
 from .pipeline import to_eval
 from .program import Program, Signature, Source
@@ -95,7 +96,10 @@ def _captured(origin: Source, example: dict[str, Any], shapes: Any, *, check: bo
 
 def trainable(program: Program, functions: Iterable[str], *, check: bool) -> Program:
     """``program``, or its evaluation form when autograd functions of the model's give it gradients that a graph does
-    not have. They often only save time or memory; what they do is found by comparing (not on the meta device)."""
+    not have. They often only save time or memory; what they do is found by comparing (not on the meta device).
+    CaptureError when it is right for padded texts alone."""
+    if check:
+        check_unpadded(program)
     if not functions or not check or same_gradients(program):
         return program
     names = ", ".join(sorted(functions))

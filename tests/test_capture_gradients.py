@@ -307,3 +307,34 @@ def test_what_does_not_train_is_left_alone_in_an_export_too(tmp_path: Path):
     result = lorafx.export(adapted, tmp_path / "onnx", format="onnx", adapters="separate")
     assert result is not None
     assert result.ok
+
+
+# ---- masks
+
+
+class MaskedOrNot(nn.Module):
+    """Leaves out a mask that masks nothing; what it computes then is the same, or not."""
+
+    def __init__(self, without: float):
+        super().__init__()
+        self.layer, self.without = nn.Embedding(9, 4), without
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        # As transformers' masks do: a trace takes the branch with the mask.
+        skip = not torch.compiler.is_exporting() and bool(attention_mask.all())
+        values = self.layer(input_ids)
+        return self.without * values.mean(1) if skip else (values * attention_mask[..., None]).mean(1)
+
+
+@pytest.mark.parametrize("without", [1.0, 2.0])
+def test_a_model_that_looks_into_its_mask_is_refused_if_it_matters(without: float):
+    ids = torch.arange(8).reshape(2, 4)
+    inputs = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])}
+    model = MaskedOrNot(without)
+    if without != 1.0:
+        with pytest.raises(CaptureError, match="MaskedOrNot computes something else for texts without padding"):
+            lorafx.capture(model, inputs=inputs)
+        return
+    program = lorafx.capture(model, inputs=inputs)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert torch.allclose(zoo.run(program, given)[""], model(**given), rtol=0.0, atol=1e-7)
