@@ -6,6 +6,7 @@ from the input to the narrowest value is A, from there to the result B. Ranks th
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -86,21 +87,21 @@ def as_lora(program: Program) -> Program:
         rank_pattern=other,
         alpha_pattern={key: float(value) for key, value in other.items()},
     )
-    result = rewrite(program.captured, [step])
-    trained = set(program.trainable())
+    result = rewrite(program.captured, [step], check=False)
+    taken: dict[int, Tensor] = {}  # a tied tensor stays one
     for name, value in named_tensors(program.root):
         if name in program.captured.roles:
-            put_tensor(result.root, name, _taken_over(value, name in trained))
+            put_tensor(result.root, name, taken.setdefault(id(value), _taken_over(value)))
     for entry in result.history[-1].inserted:
         update = next(update for update in updates if update.module == entry.module)
         for short, value in (("lora_A", update.a), ("lora_B", update.b)):
             with torch.no_grad():
                 get_tensor(result.root, entry.tensors[short]).copy_(value)
-    return result
+    return dataclasses.replace(result, captured=program.captured)
 
 
-def _taken_over(value: Tensor, trains: bool) -> Tensor:
-    return nn.Parameter(value.detach(), trains) if isinstance(value, nn.Parameter) else value
+def _taken_over(value: Tensor) -> Tensor:
+    return nn.Parameter(value.detach(), value.requires_grad) if isinstance(value, nn.Parameter) else value
 
 
 def _deltas(site: Site) -> Iterator[fx.Node]:

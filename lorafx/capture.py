@@ -27,7 +27,7 @@ from .normal import normalise
 from .pipeline import to_eval
 from .program import Program, Signature, Source
 from .trace import cacheless, export_graph, lean
-from .tree import has_tensor, named_tensors, put_tensor
+from .tree import has_tensor, named_tensors, put_tensor, tensor_hash
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +60,10 @@ def capture(
         CaptureError: the model cannot be captured; names the line, the guard or the dimension
     """
     if isinstance(source, nn.Module):
+        given = {**options, "num_labels": num_labels, "meta": meta or None}
+        given = [name for name, value in given.items() if value is not None]
+        if given:
+            raise UsageError(f"{given[0]} is for opening a folder; a model in memory is captured as it is")
         origin = Source(source, task=task)
         checkpoint = None
     else:
@@ -68,7 +72,8 @@ def capture(
         checkpoint = Path(source)
         model, fresh = open_model(checkpoint, task, opened, meta=meta, allow_pickle=allow_pickle)
         hashes = weight_hashes(checkpoint)
-        origin = Source(model, str(checkpoint.absolute()), task, opened, hashes, fresh)
+        drawn = {} if meta else {name: tensor_hash(model.get_parameter(name)) for name in fresh}
+        origin = Source(model, str(checkpoint.absolute()), task, opened, hashes, fresh, drawn)
     example = dict(inputs) if inputs is not None else example_inputs(origin.model, checkpoint)
     shapes = dynamic_shapes(origin.model, example) if dynamic else None
     return _captured(origin, example, shapes, check=not meta)

@@ -132,10 +132,56 @@ def open_model(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         _check_trust(path, error)
         raise ArtifactError(f"{path}: transformers cannot open it: {first_line(error)}") from error
-    if task is None and info["unexpected_keys"]:
-        first = sorted(info["unexpected_keys"])[0]
-        _log.warning("%s: %s is in its files but not in a %s, and is left out", path, first, type(model).__name__)
+    except TypeError as error:
+        odd = next((name for name in options if f"'{name}'" in str(error)), None)
+        if odd is None:
+            raise
+        raise UsageError(f"{path}: transformers takes no {odd!r} for this model; leave that option out") from error
+    chosen = task is not None or bool(config.get("architectures"))
+    masks = _masks(path)
+    unread = sorted(key for key in info["unexpected_keys"] if key not in masks)
+    _check_unread(path, model, unread, chosen=chosen)
     return model, frozenset(info["missing_keys"])
+
+
+def _masks(path: Path) -> set[str]:
+    """What safetensors files hold that is no weight: the masks and single numbers that older classes kept there."""
+    files = [file for file in weight_files(path, allow_pickle=True) if file.suffix == ".safetensors"]
+    entries = {name: entry for file in files for name, entry in check_safetensors(file).items()}
+    return {name for name, entry in entries.items() if not entry["shape"] or "F" not in entry["dtype"]}
+
+
+def _check_unread(path: Path, model: nn.Module, unread: list[str], *, chosen: bool) -> None:
+    """What a checkpoint holds and its model does not take: the head of another task at most, and that is logged.
+
+    Raises ArtifactError when a weight belongs within what the model has (blocks that the config does not count, an
+    adapter's matrices), or when no class was named or asked for, so that leaving a head out was nobody's choice.
+    """
+    if not unread:
+        return
+    name = type(model).__name__
+    inside = next((key for key in unread if not _is_another_head(model, key)), None)
+    if inside is not None:
+        raise ArtifactError(
+            f"{path}: its files hold {inside}, for which a {name} of this config has no place; mend config.json, or "
+            "merge what was added into the checkpoint"
+        )
+    if not chosen:
+        raise ArtifactError(
+            f"{path}: config.json names no architecture, and a {name} leaves out {unread[0]}; say which task to "
+            "open it for (--task)"
+        )
+    more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+    _log.warning("%s: %s%s is in its files but not in a %s, and is left out", path, unread[0], more, name)
+
+
+def _is_another_head(model: nn.Module, key: str) -> bool:
+    """Whether a weight is of a part beside the model's own: a child that neither the model nor its base has."""
+    base = getattr(model, "base_model", model)
+    parts = key.split(".")
+    if parts[0] == getattr(model, "base_model_prefix", "") and len(parts) > 1:
+        parts = parts[1:]
+    return all(getattr(owner, parts[0], None) is None for owner in (model, base))
 
 
 def _named_class(path: Path, config: Mapping[str, Any]) -> Any:
@@ -203,7 +249,10 @@ def _build_on_meta(cls: Any, path: Path, options: dict[str, Any]) -> nn.Module:
     from transformers.initialization import no_init_weights
 
     dtype = options.pop("dtype", None)
-    config = transformers.AutoConfig.from_pretrained(path, **options)
+    config, unknown = transformers.AutoConfig.from_pretrained(path, return_unused_kwargs=True, **options)
+    odd = next((name for name in unknown if name != "trust_remote_code"), None)
+    if odd is not None:
+        raise UsageError(f"{path}: transformers takes no {odd!r} for this model; leave that option out")
     dtype = dtype or getattr(config, "dtype", None)
     default = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     previous = torch.get_default_dtype()

@@ -26,6 +26,9 @@ def _together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return add
 
 
+check_option = click.option(
+    "--check/--no-check", default=True, help="Hold every pass to its promise, and what is written to the program."
+)
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 out_option = click.option("--out", "-o", required=True, type=click.Path(path_type=Path), help="The folder to make.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")

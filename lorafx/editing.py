@@ -29,12 +29,12 @@ from .passes.fold_affine import FoldAffine
 from .passes.fold_constants import FoldConstants
 from .passes.rose_lora import RoseLora
 from .passes.to_eval import ToEval
-from .patch import Patch, make, program_name, tensor_hash
+from .patch import Patch, make, program_name
 from .patch_folder import slots
 from .pipeline import rewrite, run
 from .program import Program
 from .render import draw_text, section_of
-from .tree import has_tensor
+from .tree import has_tensor, tensor_hash
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ class _Editor:
         started = time.perf_counter()
         trained, steps = self._trained(current, request)
         # Merged, not folded: fold() also takes dead channels out, and a patch needs every tensor in its shape.
-        merged = run(trained, (ToEval(), FoldConstants(), FoldAffine()))
+        merged = run(trained, (ToEval(), FoldConstants(), FoldAffine()), check=False)
         patch = self.between(current, merged).noting(prompt=request.prompt, target=request.target)
         return _Work(patch, steps, time.perf_counter() - started)
 
@@ -227,7 +227,7 @@ class _Editor:
         options = self.options
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(options.seed)
-            program = rewrite(current, [self.step])
+            program = rewrite(current, [self.step], check=False)
         # The evaluation graph trains as well, and without dropout what is fitted is what will be said.
         model = program.module().eval()
         model.total_steps = options.steps

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
 import sys
 from collections.abc import Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -35,14 +36,19 @@ from .hf_format import hf_model
 from .onnx_kernels import unfuse_batch_transposes, unfuse_skip_norms
 from .parity import Comparison, verify
 from .peft_format import adapter_config, adapter_keys
+from .peft_reader import opened_adapter
 from .pipeline import fold, run, to_eval
-from .program import Program, Source
+from .precision import coarsest
+from .program import Program, Source, structure
+from .proof import parity_record, reference_of, refuse_untrained, unproven
 from .report import shrunk_blocks
-from .runner import open_runner
+from .runner import Runner, open_runner
 from .sizes import chart
 from .store import VALUES, base_record, new_folder, plain_tensor
 from .trace import gradients_on, trace_with
 from .tree import get_tensor, has_tensor, named_tensors, put_tensor
+
+_log = logging.getLogger(__name__)
 
 Format = Literal["onnx", "hf", "pt2", "peft"]
 FORMATS = ("onnx", "hf", "pt2", "peft")
@@ -75,21 +81,27 @@ def export(
         adapters: ``merged`` into the base weights, or ``separate`` operators as they were trained
         dtype: convert weights and activations to this dtype; folding happens before, so weights round once
         generate: export prefill and decode graphs with a cache, for causal language models
-        check: compare the result with the program on the same inputs before the folder gets its name
+        check: hold the passes of folding to their promises, and compare what was written with the trained program (the
+            one ``program`` was folded from) on the same inputs before the folder gets its name
         made_from: what the manifest is to say of the inputs; see :func:`lorafx.workflow.run_job`
 
     Returns:
-        the comparison, or None when there is none to make (``check=False``, ``generate``)
+        the comparison; None without ``check``, and with ``generate``, whose graphs cannot be compared yet: the log and
+        the folder's report say so
 
     Raises:
-        UsageError: an unknown format, or a format that cannot hold this program
+        UsageError: an unknown format, a format that cannot hold this program, or values that are random because
+            nothing was trained
         ParityError: the written model does not compute the program's function; nothing is left behind
     """
     if format not in FORMATS or provider not in PROVIDERS:
         raise UsageError(f"cannot export to {format!r} for {provider!r}; formats: {FORMATS}, providers: {PROVIDERS}")
     if program.device.type == "meta":
         raise UsageError("the program was captured on the meta device and has no weights; capture or load it with them")
-    final = as_lora(program) if format == "peft" else _final(program, adapters, format, provider)
+    reference, reason = reference_of(program), unproven(check, generate)
+    if check:
+        refuse_untrained(reference)
+    final = _adapter(program) if format == "peft" else _final(program, adapters, format, provider, check)
     meta = {"base": base_record(final), "history": _history_record(final), "provider": provider, "adapters": adapters}
     if made_from is not None:
         meta["made_from"] = dict(made_from)
@@ -101,35 +113,50 @@ def export(
         else:
             _write_exported(final, folder, format, provider, dtype, generate)
         copy_companions(final, folder)
-        _write_report(final, folder)
-        if not check or generate:
-            return None
-        # What was written here is trusted as the program is.
-        written = final if format == "peft" else open_runner(folder, sealed=False, trust_remote_code=True)
         trusted = bool(final.source.options.get("trust_remote_code"))
-        result = verify(program if format == "peft" else final, written, trust_remote_code=trusted)
-        if not result.ok:
+        written = None if reason else _written(final, folder, format, dtype)
+        result = None if written is None else verify(reference, written, trust_remote_code=trusted)
+        if result is not None and not result.ok:
             raise ParityError(f"{format} export differs from the program: {result.summary}")
+        if reason:
+            _log.warning("%s: %s", path, reason)
+        _write_report(final, folder, parity_record(result, reason))
         return result
 
 
-def _final(program: Program, adapters: str, kind: str, provider: Literal["cpu", "cuda"]) -> Program:
+def _written(program: Program, folder: Path, kind: str, dtype: torch.dtype | None) -> Runner:
+    """What was written, as others read it."""
+    if kind == "peft":
+        runner = open_runner(opened_adapter(program, folder))
+        # PEFT computes in the base's dtype, with values that were rounded to this one.
+        return runner if dtype is None else dataclasses.replace(runner, dtype=coarsest((runner.dtype, dtype)))
+    # It is trusted as the program is.
+    return open_runner(folder, sealed=False, trust_remote_code=True)
+
+
+def _adapter(program: Program) -> Program:
+    """The program as plain LoRA: itself, if it is that."""
+    return program if program.origin is None and adapter_config(program)[0] is not None else as_lora(program)
+
+
+def _final(program: Program, adapters: str, kind: str, provider: Literal["cpu", "cuda"], check: bool) -> Program:
     if adapters == "separate":
         if program.origin is not None:
             raise UsageError("this program is folded: its adapters are merged; export the program before fold()")
         return to_eval(program)
     # A checkpoint's architecture has no gathers.
     gather = "never" if kind == "hf" else "auto"
-    folded = program if program.origin is not None else fold(program, provider=provider, gather=gather)
+    folded = program if program.origin is not None else fold(program, provider=provider, gather=gather, check=check)
     left = folded.names("adapter", "gate")
     if left:
         raise UsageError(f"{left[0]} cannot be merged into the base; export with adapters='separate'")
     return folded
 
 
-def _write_report(program: Program, folder: Path) -> None:
+def _write_report(program: Program, folder: Path, parity: Mapping[str, Any]) -> None:
     """What happened, beside the model; with a chart when channels were removed."""
-    (folder / "report.json").write_text(json.dumps(program.report.to_json(), indent=2) + "\n", encoding="utf-8")
+    report = program.report.plus(parity=parity)
+    (folder / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     rows = shrunk_blocks(program)
     if rows:
         (folder / "blocks.svg").write_text(chart(rows), encoding="utf-8")
@@ -212,7 +239,7 @@ def replay(program: Program, base: Program, *, whole: bool = True) -> Program:
     """
     trained = program.origin or program
     steps = [applied.step for applied in program.history]
-    result = run(base, steps[: len(trained.history)])
+    result = run(base, steps[: len(trained.history)], check=False)
     for applied, again in zip(trained.history, result.history, strict=True):
         ours = {name for inserted in applied.inserted for name in inserted.tensors.values()}
         theirs = {name for inserted in again.inserted for name in inserted.tensors.values()}
@@ -221,7 +248,7 @@ def replay(program: Program, base: Program, *, whole: bool = True) -> Program:
             raise CaptureError(f"{applied.step.pass_name()}: {odd} is not in both captures of {program.name}")
     _take_values(result, trained)
     if program is not trained:
-        result = run(result, steps[len(trained.history) :])
+        result = run(result, steps[len(trained.history) :], check=False)
         _take_values(result, program)
     return result
 
@@ -251,17 +278,6 @@ def only_values_differ(program: Program) -> bool:
     if program.captured is None or program.config_changes:
         return False
     return structure(program.graph) == structure(to_eval(program.captured).graph)
-
-
-def structure(graph: fx.Graph) -> list[tuple[Any, ...]]:
-    """Operators and the shapes of tensors: equal for graphs that differ in their tensors' values only."""
-    operators = [node for node in graph.nodes if node.op != "get_attr"]
-    number = {node: f"%{index}" for index, node in enumerate(operators)}
-
-    def name(node: fx.Node) -> str:
-        return number.get(node) or f"{node.target}{getattr(node.meta.get('val'), 'shape', '')}"
-
-    return [(n.op, str(n.target), str(fx.map_arg((n.args, n.kwargs), name))) for n in operators]
 
 
 def _with_values(captured: ExportedProgram, program: Program, local: Mapping[str, str]) -> ExportedProgram:

@@ -178,3 +178,22 @@ def _conv_groups(node: fx.Node) -> object:
 
 
 _BRANCHES = {"linear": _linear, "addmm": _linear, "embedding": _embedding, "conv2d": _conv2d}
+
+
+@dataclass(frozen=True)
+class ExactLora(LowRank):
+    """Plain LoRA whose rank and scale are given for each module, by its path."""
+
+    kinds: ClassVar[tuple[str, ...]] = tuple(_BRANCHES)
+
+    ranks: Mapping[str, int] = option({}, "rank, by module path")
+    scales: Mapping[str, float] = option({}, "factor, by module path")
+
+    def refuse(self, program: Program, site: Site) -> str | None:
+        return super().refuse(program, site) if site.module in self.ranks else "no rank was given"
+
+    def rank_of(self, site: Site) -> int:
+        return self.ranks[site.module]
+
+    def scale_of(self, site: Site) -> float:
+        return self.scales[site.module]

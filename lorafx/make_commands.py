@@ -12,6 +12,7 @@ import click
 
 from .command_options import (
     as_json_option,
+    check_option,
     checkpoint_options,
     emit,
     open_program,
@@ -39,7 +40,8 @@ _FLAGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 @task_options
 @checkpoint_options
 @click.option("--dry-run", is_flag=True, help="Print every site and every miss, and change nothing.")
-@click.option("--verify-each", is_flag=True, help="Hold every pass to its numeric promise (reads the weights).")
+@check_option
+@click.option("--verify-each", is_flag=True, help="Read the weights, without which no promise can be checked.")
 @click.option("--double", is_flag=True, help="Verify in fp64.")
 @click.option("--dump", type=click.Path(path_type=Path), help="Write the graph after every pass into this folder.")
 @click.option("--seed", type=int, default=None, help="Seed of the initial adapter values.")
@@ -63,10 +65,10 @@ def rewrite(ctx: click.Context, checkpoint: Path, recipe: Path | None, passes: t
     seed = o["seed"] if o["seed"] is not None else steps.model.get("seed", 0)
     _seed(seed)
     observers: list[Observer] = [Dump(o["dump"])] if o["dump"] else []
-    observers += [VerifyEach(double=o["double"])] if o["verify_each"] else []
+    observers += [VerifyEach(double=True)] if o["verify_each"] and o["double"] and o["check"] else []
     with quiet():
         program = capture(checkpoint, task, num_labels, meta=not o["verify_each"], **opened)
-        program = apply(program, steps, observers)
+        program = apply(program, steps, observers, check=o["check"])
         if o["out"] is not None and not o["dry_run"]:
             save_run(program, o["out"], o["overwrite"], train=steps.train, seed=seed)
     report = program.report
@@ -113,26 +115,29 @@ def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, resum
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @out_option
-@click.option("--verify-each", is_flag=True, help="Hold every fold pass to its numeric promise.")
-@click.option("--double", is_flag=True, help="Verify in fp64.")
+@check_option
+@click.option("--verify-each", is_flag=True, hidden=True, help="The default.")
+@click.option("--double", is_flag=True, help="Check the passes in fp64.")
 @width_options
 @opening_options
 @overwrite_option
 @as_json_option
-def fold(run: Path, out: Path, verify_each: bool, double: bool, overwrite: bool, as_json: bool, **o: Any) -> None:
+def fold(run: Path, out: Path, check: bool, double: bool, overwrite: bool, as_json: bool, **o: Any) -> None:
     """Fold everything RUN learned into its base and write an ordinary checkpoint (or a .pt2 where none can hold it)."""
     from .export import export as write
     from .hf_format import fits_checkpoint
     from .observe import VerifyEach
     from .pipeline import fold as merge
+    from .proof import parity_record, unproven
 
     with quiet():
         program = open_program(run, **opening(o))
-        observers = [VerifyEach(double=double)] if verify_each else []
-        folded = merge(program, observers, removal=removal_of("cpu", **widths(o)), gather="never")
+        observers = [VerifyEach(double=True)] if double and check else []
+        removal = removal_of("cpu", **widths(o))
+        folded = merge(program, observers, removal=removal, gather="never", check=check)
         kind = "hf" if fits_checkpoint(folded) else "pt2"
-        result = write(folded, out, kind, overwrite=overwrite)
-    report = folded.report.plus(parity=result.to_json() if result else None, output=str(out))
+        result = write(folded, out, kind, check=check, overwrite=overwrite)
+    report = folded.report.plus(parity=parity_record(result, unproven(check, False)), output=str(out))
     emit(report.to_json(), report.text(), as_json)
 
 
@@ -144,6 +149,7 @@ def fold(run: Path, out: Path, verify_each: bool, double: bool, overwrite: bool,
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Convert to this dtype.")
 @click.option("--adapters", type=click.Choice(["merged", "separate"]), default="merged", show_default=True)
 @click.option("--generate", is_flag=True, help="Prefill and decode graphs with a cache (causal language models).")
+@check_option
 @width_options
 @task_options
 @opening_options
@@ -155,14 +161,17 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ad
 
     from .export import export as write
     from .pipeline import fold as merge
+    from .proof import parity_record, unproven
 
+    check, generate = o["check"], o["generate"]
     removal = removal_of(provider, **widths(o))
     if removal is not None and (kind == "peft" or adapters == "separate"):
         raise UsageError("widths are those left by folding, and nothing is folded here; leave the width options out")
     with quiet():
         program = open_program(run, task=o["task"], num_labels=o["num_labels"], **opening(o))
         if removal is not None:
-            program = merge(program, provider=provider, removal=removal, gather="never" if kind == "hf" else "auto")
+            gather = "never" if kind == "hf" else "auto"
+            program = merge(program, provider=provider, removal=removal, gather=gather, check=check)
         result = write(
             program,
             out,
@@ -170,10 +179,11 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ad
             provider=provider,
             adapters=adapters,
             dtype=getattr(torch, dtype) if dtype else None,
-            generate=o["generate"],
+            generate=generate,
+            check=check,
             overwrite=o["overwrite"],
         )
-    report = program.report.plus(parity=result.to_json() if result else None, output=str(out))
+    report = program.report.plus(parity=parity_record(result, unproven(check, generate)), output=str(out))
     emit(report.to_json(), report.text(), o["as_json"])
 
 

@@ -1,185 +1,29 @@
 """Parity: whether two models compute the same function, shown on inputs of several shapes with padding.
 
-A difference is judged against the scale of its output (the largest reference value over all inputs) and the tolerance
-of the lower precision of the two sides; nothing else can be tuned. Positions that are padding are left out of outputs
-that have a value for each token: no reader looks at them, and fused attention may hold anything there.
+Positions that are padding are left out of outputs that have a value for each token: no reader looks at them, and fused
+attention may hold anything there. How a difference is judged is said in :mod:`lorafx.comparison`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .comparison import Case, Comparison, difference
 from .errors import ArtifactError, UsageError, first_line
 from .inputs import SHAPES, Batch, Generator, find_tokenizer, length_limit, merged, pad_token, tokenised
-from .precision import coarsest, dtype_name, tolerance
+from .precision import coarsest, tolerance
 from .program import Program
 from .runner import Runner, open_runner
 
-
-@dataclass(frozen=True)
-class Case:
-    """One output for one batch of inputs.
-
-    Attributes:
-        inputs: the shape, e.g. ``5x33, padded right``
-        output: its name
-        max_abs: the largest difference
-        scale: the largest absolute value of the reference
-        index: where the largest difference is
-        problem: what cannot be said in numbers: a missing output, another shape, NaN, a refusal
-        shapes_differ: whether the outputs differ in presence, shape or dtype kind
-    """
-
-    inputs: str
-    output: str
-    max_abs: float = math.inf
-    scale: float = 0.0
-    index: tuple[int, ...] = ()
-    problem: str = ""
-    shapes_differ: bool = False
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What a comparison found.
-
-    Attributes:
-        a, b: names of the two models; a is the reference
-        dtype: the lower precision of the two
-        tolerance: the largest difference allowed, as a share of an output's scale
-        cases: one entry for each output and batch
-        problems: what is wrong beside the outputs, e.g. labels in another order
-        notes: what to know, e.g. shapes that both refuse
-    """
-
-    a: str
-    b: str
-    dtype: torch.dtype
-    tolerance: float
-    cases: tuple[Case, ...]
-    problems: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @cached_property
-    def scales(self) -> dict[str, float]:
-        """The largest absolute reference value of each output, over all inputs."""
-        scales: dict[str, float] = {}
-        for case in self.cases:
-            scales[case.output] = max(case.scale, scales.get(case.output, 0.0))
-        return scales
-
-    def relative(self, case: Case) -> float:
-        """A case's largest difference as a share of its output's scale."""
-        if case.max_abs == 0.0 or case.problem:
-            return math.inf if case.problem else 0.0
-        scale = self.scales[case.output]
-        return case.max_abs / scale if scale > 0.0 else math.inf
-
-    @property
-    def worst(self) -> Case | None:
-        """The case that is furthest off; None when nothing was compared."""
-        return max(self.cases, key=lambda case: (self.relative(case), case.max_abs), default=None)
-
-    @property
-    def max_abs(self) -> float:
-        """The largest difference; infinite when a case has none, such as a missing output."""
-        return max((math.inf if case.problem else case.max_abs for case in self.cases), default=math.inf)
-
-    @property
-    def max_rel(self) -> float:
-        """The largest difference as a share of its output's scale."""
-        return max((self.relative(case) for case in self.cases), default=math.inf)
-
-    @property
-    def same_shapes(self) -> bool:
-        """Whether both gave the same outputs in the same shapes."""
-        return bool(self.cases) and not any(case.shapes_differ for case in self.cases)
-
-    @property
-    def ok(self) -> bool:
-        """Whether everything agrees within the tolerance."""
-        return bool(self.cases) and not self.problems and self.max_rel <= self.tolerance
-
-    @property
-    def summary(self) -> str:
-        """One line: the verdict and the worst case."""
-        if not self.cases:
-            return "nothing could be compared: " + "; ".join(self.notes or ("no inputs",))
-        if self.max_rel > self.tolerance:
-            return self.difference
-        if self.problems:
-            return self.problems[0]
-        count = len({case.inputs for case in self.cases})
-        batches = f"{count} batch{'es' if count > 1 else ''}"
-        return f"equal: largest difference {self.max_rel:.2g} of the scale over {batches} ({self._limit})"
-
-    @property
-    def difference(self) -> str:
-        """Where the worst case is and how far off."""
-        worst = self.worst
-        if worst is None:
-            return self.summary
-        if worst.problem:
-            return f"{worst.output} for inputs {worst.inputs}: {worst.problem}"
-        where = f"{worst.output}{list(worst.index)} for inputs {worst.inputs}"
-        return f"{where} differs by {self.relative(worst):.2g} of its scale ({self._limit})"
-
-    @property
-    def _limit(self) -> str:
-        return f"tolerance {self.tolerance:g} of the scale, {dtype_name(self.dtype)}"
-
-    def __str__(self) -> str:
-        return self.summary
-
-    def text(self) -> str:
-        """The summary, then a line for each output, problem and note."""
-        lines = [f"{self.a} against {self.b}", self.summary]
-        for name in sorted({case.output for case in self.cases}):
-            cases = [case for case in self.cases if case.output == name]
-            worst = max(cases, key=self.relative)
-            numbers = f"{self.relative(worst):.2g} of its scale, {worst.max_abs:.2g} at {list(worst.index)}"
-            state = worst.problem or numbers
-            lines.append(f"  {name}: {state} ({worst.inputs}; worst of {len(cases)})")
-        return "\n".join([*lines, *(f"  {line}" for line in (*self.problems, *self.notes))])
-
-    def to_json(self) -> dict[str, Any]:
-        """The comparison as JSON values; a difference that is no number is null and its case says why."""
-        cases = [
-            {
-                "inputs": case.inputs,
-                "output": case.output,
-                "max_abs": _finite(case.max_abs),
-                "max_rel": _finite(self.relative(case)),
-                "index": list(case.index),
-                "problem": case.problem or None,
-            }
-            for case in self.cases
-        ]
-        return {
-            "ok": self.ok,
-            "summary": self.summary,
-            "a": self.a,
-            "b": self.b,
-            "max_abs": _finite(self.max_abs),
-            "max_rel": _finite(self.max_rel),
-            "tolerance": self.tolerance,
-            "dtype": dtype_name(self.dtype),
-            "problems": list(self.problems),
-            "notes": list(self.notes),
-            "cases": cases,
-        }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
+#: The longest text compared unless shapes are given. Attention takes time and memory with the square of the length, and
+#: the tables and windows that end somewhere mostly end before; a comparison that stops here says so.
+LONGEST = 512
 
 # ---- comparing
 
@@ -189,7 +33,7 @@ def verify(
     b: Any,
     texts: Iterable[str] | None = None,
     tokenizer: Any = None,
-    shapes: Sequence[tuple[int, int]] = SHAPES,
+    shapes: Sequence[tuple[int, int]] | None = None,
     seed: int = 0,
     dtype: torch.dtype | None = None,
     *,
@@ -207,7 +51,8 @@ def verify(
         b: the other, likewise
         texts: real texts to compare on, instead of made-up tokens
         tokenizer: makes tokens of them and says on which side to pad; found in either folder when None
-        shapes: batch × length of made-up inputs; clipped to what both models take
+        shapes: batch × length of made-up inputs, clipped to what both models take; by default small and odd ones, one
+            row, one token, and the longest text the models take, up to ``LONGEST`` tokens
         seed: of made-up inputs
         dtype: compute both in this dtype; fp64 leaves rounding no room to hide a mistake
         inputs: inputs of one's own, instead of all that
@@ -237,8 +82,21 @@ def verify(
         return compare(left, right, own, _per_token(left, None))
     tokenizer = tokenizer or find_tokenizer(left.folder, right.folder, trust_remote_code=trust_remote_code)
     generator = _generator(left, right, tokenizer, texts is not None, seed)
-    batches = generator.batches(shapes) if texts is None else tokenised(texts, tokenizer, generator)
-    return compare(left, right, batches, _per_token(left, generator))
+    tokens = _per_token(left, generator)
+    if texts is not None:
+        return compare(left, right, tokenised(texts, tokenizer, generator), tokens)
+    ends, note = _ends(generator) if shapes is None else ((), "")
+    result = compare(left, right, generator.batches((*(shapes or SHAPES), *ends)), tokens)
+    return dataclasses.replace(result, notes=(*result.notes, note)) if note else result
+
+
+def _ends(generator: Generator) -> tuple[tuple[tuple[int, int], ...], str]:
+    """The shape at the far end of what the models take, if they say one; and what to know about it."""
+    limit = generator.limit
+    if limit is None or not any(spec.is_text for spec in generator.specs):
+        return (), ""
+    note = f"compared on texts of up to {LONGEST} of the {limit} tokens that the models take" if limit > LONGEST else ""
+    return ((1, min(limit, LONGEST)),), note
 
 
 def compare_programs(a: Program, b: Program, dtype: torch.dtype | None = None) -> Comparison:
@@ -264,11 +122,25 @@ def _generator(a: Runner, b: Runner, tokenizer: Any, needed: bool, seed: int) ->
 
 def compare(a: Runner, b: Runner, batches: Iterable[Batch], per_token: frozenset[str] = frozenset()) -> Comparison:
     """Compare two runners batch by batch; ``per_token`` names the outputs that have a value for each token."""
+    said = ((batch, _outcome(a, batch), _outcome(b, batch)) for batch in batches)
+    return _compared(a, b, said, per_token)
+
+
+Outcome = dict[str, Tensor] | str
+
+
+def _compared(
+    a: Runner,
+    b: Runner,
+    said: Iterable[tuple[Batch, Outcome, Outcome]],
+    per_token: frozenset[str] = frozenset(),
+    *,
+    same_nan: bool = False,
+) -> Comparison:
     lowest = coarsest((a.dtype, b.dtype))
     cases: list[Case] = []
     notes = [f"{runner.label}: {runner.note}" for runner in (a, b) if runner.note]
-    for batch in batches:
-        first, second = _outcome(a, batch), _outcome(b, batch)
+    for batch, first, second in said:
         if isinstance(first, str) and isinstance(second, str):
             notes.append(f"both refuse inputs {batch.label}: {first}")
         elif isinstance(first, str) or isinstance(second, str):
@@ -276,18 +148,73 @@ def compare(a: Runner, b: Runner, batches: Iterable[Batch], per_token: frozenset
             problem = f"refused by {refusing.label}: {reason}"
             cases.append(Case(batch.label, "outputs", problem=problem, shapes_differ=True))
         else:
-            cases += _cases(batch, first, second, per_token)
+            cases += _cases(batch, first, second, per_token, same_nan)
     return Comparison(a.label, b.label, lowest, tolerance(lowest), tuple(cases), tuple(_labels(a, b)), tuple(notes))
 
 
-def _outcome(runner: Runner, batch: Batch) -> dict[str, Tensor] | str:
+@dataclass(frozen=True)
+class Answers:
+    """What a program answers to some inputs, asked once: the program may be changed afterwards.
+
+    Attributes:
+        runner: how it was run
+        batches: the inputs
+        outcomes: the outputs for each of them, or why there are none
+    """
+
+    runner: Runner
+    batches: tuple[Batch, ...]
+    outcomes: tuple[Outcome, ...]
+
+    @classmethod
+    def of(cls, program: Program, batches: Sequence[Batch], label: str) -> Answers:
+        """Ask ``program``, where its tensors are; the caller's random state stays as it is."""
+        device = program.device
+        runner = open_runner(program, "cuda" if device.type == "cuda" else "cpu", label=label)
+        outcomes = []
+        for batch in batches:
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else ()):
+                torch.manual_seed(0)  # a model may be random in evaluation, too
+                outcomes.append(_outcome(runner, batch))
+        return cls(runner, tuple(batches), tuple(outcomes))
+
+    def against(self, other: Answers, acceptable: Callable[[Comparison], bool]) -> Comparison:
+        """Compare, ``self`` being the reference. Inputs it refuses count only if they are the first.
+
+        Where ``acceptable`` says no, padding is told apart and left out, which takes two more runs.
+        """
+        said = list(zip(self.batches, self.outcomes, other.outcomes, strict=True))
+        counted = [entry for number, entry in enumerate(said) if number == 0 or not isinstance(entry[1], str)]
+        result = _compared(self.runner, other.runner, counted, same_nan=True)
+        tokens = frozenset() if acceptable(result) else _per_token(other.runner, None)
+        return _compared(self.runner, other.runner, counted, tokens, same_nan=True) if tokens else result
+
+
+def example_batches(program: Program) -> tuple[Batch, ...]:
+    """The inputs a program was captured with, and the first entry of each of their free axes: one row, one token."""
+    example = {name: value for name, value in program.example.items() if isinstance(value, Tensor)}
+    nodes = [node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")]
+    fakes = [value for value in nodes if isinstance(value, Tensor)]
+    whole = Batch("the example inputs", example)
+    if len(fakes) != len(example):
+        return (whole,)
+    smallest = {
+        name: value[tuple(slice(None if isinstance(size, int) else 1) for size in fake.shape)]
+        for (name, value), fake in zip(example.items(), fakes, strict=True)
+    }
+    return (whole, Batch("the first of the example inputs", smallest)) if smallest else (whole,)
+
+
+def _outcome(runner: Runner, batch: Batch) -> Outcome:
     try:
         return runner(batch.values)
     except Exception as error:  # whatever a runtime raises, it is that model's answer to these inputs
         return first_line(error)
 
 
-def _cases(batch: Batch, a: dict[str, Tensor], b: dict[str, Tensor], per_token: frozenset[str]) -> Iterator[Case]:
+def _cases(
+    batch: Batch, a: dict[str, Tensor], b: dict[str, Tensor], per_token: frozenset[str], same_nan: bool
+) -> Iterator[Case]:
     mask = batch.values.get("attention_mask")
     for name in dict.fromkeys((*a, *b)):
         if name not in a or name not in b:
@@ -298,28 +225,7 @@ def _cases(batch: Batch, a: dict[str, Tensor], b: dict[str, Tensor], per_token: 
             yield Case(batch.label, name, problem=problem, shapes_differ=True)
         else:
             tokens = mask if name in per_token and mask is not None and a[name].shape[:2] == mask.shape else None
-            yield _difference(batch.label, name, a[name], b[name], tokens)
-
-
-def _difference(inputs: str, name: str, a: Tensor, b: Tensor, tokens: Tensor | None) -> Case:
-    kinds_differ = a.is_floating_point() != b.is_floating_point()
-    x, y = a.detach().cpu().double(), b.detach().cpu().double()
-    counted = torch.ones_like(x, dtype=torch.bool)
-    if tokens is not None:
-        counted &= tokens.bool().reshape(*tokens.shape, *[1] * (x.dim() - 2))
-    if not bool(counted.any()):
-        return Case(inputs, name, 0.0)
-    for side, value in (("first", x), ("second", y)):
-        wrong = value.isnan() & counted
-        if bool(wrong.any()):
-            index = tuple(wrong.nonzero()[0].tolist())
-            return Case(inputs, name, index=index, problem=f"NaN in the {side} model at {list(index)}")
-    # Equal infinities (logits that a model rules out) are equal, though their difference is no number.
-    gap = torch.where((x == y) | ~counted, 0.0, (x - y).abs())
-    index = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
-    finite = x.abs()[counted & x.isfinite()]
-    scale = float(finite.max()) if finite.numel() else 0.0
-    return Case(inputs, name, float(gap.max()), scale, index, shapes_differ=kinds_differ)
+            yield difference(batch.label, name, a[name], b[name], tokens, same_nan=same_nan)
 
 
 def _per_token(runner: Runner, generator: Generator | None) -> frozenset[str]:

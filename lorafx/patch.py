@@ -15,7 +15,6 @@ patches made one after another on one model come off in the reverse order.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -35,7 +34,7 @@ from torch import Tensor, nn
 from .checkpoint import check_safetensors
 from .errors import ArtifactError, UsageError
 from .folder import read_manifest
-from .tree import get_tensor, has_tensor, named_tensors, persistent, put_tensor
+from .tree import get_tensor, has_tensor, named_tensors, persistent, put_tensor, tensor_hash
 
 if TYPE_CHECKING:
     from .program import Program
@@ -271,12 +270,6 @@ def _place(name: str, value: Tensor) -> Any:
 
 
 # ---- parts
-
-
-def tensor_hash(value: Tensor) -> str:
-    """sha256 of a tensor's bytes, in row-major order."""
-    plain = value.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(plain.view(torch.uint8).numpy().data).hexdigest()
 
 
 def _bits(value: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import nn
 
 from .edit import aliases
 from .site import module_path
+from .tree import get_tensor, has_tensor, named_tensors, same_values
 
 if TYPE_CHECKING:
     from .lowrank import LowRank
@@ -71,6 +72,7 @@ def adapter_config(program: Program) -> tuple[dict[str, Any] | None, str]:
     """The ``adapter_config.json`` with which PEFT computes this program's function; or None, and why there is none."""
     try:
         adapted = _adapted(program)
+        _check_rest(program, adapted)
         modules = {entry.module for entry in adapted}
         paths = [path for path, _ in program.source.model.named_modules(remove_duplicate=False) if path]
         saved = _saved_modules(program, modules, paths)
@@ -115,6 +117,30 @@ def _adapted(program: Program) -> list[_Adapted]:
     if not result:
         raise _InexpressibleError("no LoRA adapter was inserted")
     return result
+
+
+def _check_rest(program: Program, adapted: list[_Adapted]) -> None:
+    """Raise unless the program is its base with plain LoRA, but for what the adapter file holds.
+
+    Shown, not assumed: a pass may change weights, or the graph, and insert nothing that would tell.
+    """
+    from .lowrank import ExactLora
+    from .pipeline import run, to_eval
+    from .program import structure
+
+    base = program.captured
+    if base is None or program.origin is not None:
+        raise _InexpressibleError("the program it was made from is not at hand")
+    ranks = {entry.module: entry.rank for entry in adapted}
+    scales = {entry.module: entry.step.scale_of(entry.site) for entry in adapted}
+    plain = run(base, [ExactLora(targets=tuple(ranks), ranks=ranks, scales=scales)], check=False)
+    if structure(to_eval(plain).graph) != structure(to_eval(program).graph):
+        raise _InexpressibleError("it computes more than its base with LoRA beside some weights")
+    held = {id(program.tensor(name)) for name in program.learned()}
+    for name, value in named_tensors(base.root):
+        mine = get_tensor(program.root, name) if has_tensor(program.root, name) else None
+        if mine is None or (id(mine) not in held and not same_values(mine, value)):
+            raise _InexpressibleError(f"{name} is not as in the base, and an adapter holds what was trained only")
 
 
 def _plain_pair(program: Program, entry: Inserted) -> bool:

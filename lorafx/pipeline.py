@@ -25,11 +25,17 @@ _ROUNDS = 20
 _CUDA_WIDTHS = 8
 
 
-def run(program: Program, passes: Sequence[Pass], observers: Sequence[Observer] = ()) -> Program:
+def run(program: Program, passes: Sequence[Pass], observers: Sequence[Observer] = (), *, check: bool = True) -> Program:
     """Apply ``passes`` in order and return a new Program; ``program`` is not changed.
 
-    Observers see the program before and after each pass (timing, dumps, verification, parity).
+    Every pass is held to its numeric promise on the example inputs, unless ``check`` is off or there are no weights;
+    the history says which. Observers see the program before and after each pass (dumps, verification in fp64).
+    ParityError names a pass that broke its promise.
     """
+    from .observe import VerifyEach, keeper
+
+    if not any(isinstance(observer, VerifyEach) for observer in observers):
+        observers = (keeper(program, check), *observers)
     result = program.copy()
     for step in passes:
         for observer in observers:
@@ -77,20 +83,23 @@ def rewrite(
     program: Program,
     recipe: str | PathLike[str] | Mapping[str, object] | Recipe | Sequence[Pass],
     observers: Sequence[Observer] = (),
+    *,
+    check: bool = True,
 ) -> Program:
     """Apply a recipe (a path, a dict, a Recipe, or passes) and return a new Program.
 
     The first method freezes the base: from then on only what methods insert, and what they are asked to train, trains.
+    Every pass is held to its promise on the example inputs, see :func:`run`; ``check=False`` leaves that out.
     """
     passes = Recipe.of(recipe).passes
-    return run(program, passes, observers)
+    return run(program, passes, observers, check=check)
 
 
 def to_eval(program: Program) -> Program:
     """The program's evaluation form: no dropout, no noise. Not recorded when the program is in that form already."""
     from .passes.to_eval import ToEval
 
-    return program if program.stage == "eval" else run(program, (ToEval(),))
+    return program if program.stage == "eval" else run(program, (ToEval(),), check=False)
 
 
 def removal_for(provider: str) -> DeadChannels:
@@ -107,6 +116,7 @@ def fold(
     provider: Literal["cpu", "cuda"] = "cpu",
     removal: DeadChannels | None = None,
     gather: Literal["auto", "always", "never"] = "auto",
+    check: bool = True,
 ) -> Program:
     """Fold everything learned into the base, by ordinary compiler simplification, to a fixed point.
 
@@ -120,6 +130,10 @@ def fold(
             ``dead-channels``, or else what the provider likes
         gather: when zero columns over a residual stream are skipped (``gather-columns``); what was gathered fits no
             checkpoint any more
+        check: hold every pass to its promise on the example inputs (see :func:`run`)
+
+    Raises:
+        ParityError: a pass broke its promise; the message names it and the first output that differs
     """
     from .passes.dead_channels import DeadChannels
     from .passes.fold_affine import FoldAffine
@@ -136,5 +150,5 @@ def fold(
     # Gathering comes after removal, which would have to see through a gather.
     last = (removal or (asked or [liked])[-1], GatherColumns(gather, cost, liked.round_to), Tidy())
     steps = (ToEval(), FoldConstants(), FoldAffine(), *last)
-    folded = run(program, steps, observers)
+    folded = run(program, steps, observers, check=check)
     return dataclasses.replace(folded, origin=program.origin or program)

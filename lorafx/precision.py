@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import UsageError
 from .program import Program
-from .tree import named_tensors, put_tensor
+from .tree import named_tensors, persistent, put_tensor
 
 #: The one table of tolerances: the largest difference allowed, as a share of the largest reference value of an output.
 #: Two correct computations differ by the order of their sums; how much that costs grows with depth, not with size.
@@ -63,6 +63,18 @@ def recast(program: Program, dtype: torch.dtype | None = None, device: torch.dev
         name: _moved(value, dtype, device) if isinstance(value, Tensor) else value
         for name, value in program.example.items()
     }
+    return result
+
+
+def relaid(program: Program) -> Program:
+    """The program with a copy of every tensor: two programs laid out alike compute the same bits."""
+    result = program.copy()
+    copies: dict[int, Tensor] = {}
+    for name, value in list(named_tensors(result.root)):
+        if id(value) not in copies:
+            copy = value.detach().clone()
+            copies[id(value)] = nn.Parameter(copy, value.requires_grad) if isinstance(value, nn.Parameter) else copy
+        put_tensor(result.root, name, copies[id(value)], persistent(result.root, name))
     return result
 
 

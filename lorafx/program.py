@@ -36,6 +36,7 @@ class Source:
         options: further keyword arguments that open the same model again (``num_labels``, ``dtype``, …)
         hashes: sha256 of every weight file of the folder, by file name
         fresh: names of parameters the checkpoint did not hold, so that they were newly initialised
+        drawn: sha256 of the values these got, where they got any: what is still the same was never trained
     """
 
     model: nn.Module
@@ -44,6 +45,7 @@ class Source:
     options: Mapping[str, Any] = field(default_factory=dict)
     hashes: Mapping[str, str] = field(default_factory=dict)
     fresh: frozenset[str] = frozenset()
+    drawn: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Inserted:
 class Applied:
     """One entry of a program's history: a pass, what it inserted where, what it missed, and the time it took (s).
 
-    ``facts`` are what it has to say for the report: titles and JSON values.
+    ``facts`` are what it has to say for the report: titles and JSON values. ``proof`` says how the pass was held to its
+    promise, or why it was not.
     """
 
     step: Pass
@@ -78,6 +81,7 @@ class Applied:
     missed: tuple[Miss, ...] = ()
     seconds: float = 0.0
     facts: Mapping[str, Any] = field(default_factory=dict)
+    proof: str = ""
 
 
 @dataclass
@@ -241,6 +245,17 @@ def updated(graph: fx.Graph) -> set[str]:
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             written += node.args[:1]
     return {str(node.target) for node in written if isinstance(node, fx.Node) and node.op == "get_attr"}
+
+
+def structure(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """Operators and the shapes of tensors: equal for graphs that differ in their tensors' values only."""
+    operators = [node for node in graph.nodes if node.op != "get_attr"]
+    number = {node: f"%{index}" for index, node in enumerate(operators)}
+
+    def name(node: fx.Node) -> str:
+        return number.get(node) or f"{node.target}{getattr(node.meta.get('val'), 'shape', '')}"
+
+    return [(n.op, str(n.target), str(fx.map_arg((n.args, n.kwargs), name))) for n in operators]
 
 
 def parameter_count(values: Iterable[Tensor]) -> int:

@@ -34,6 +34,7 @@ class PassReport:
         tensors: how many tensors it inserted
         parameters: how many numbers those hold now (0 once they are folded away)
         seconds: how long it took
+        proof: how it was held to its promise, or why it was not
     """
 
     name: str
@@ -44,6 +45,7 @@ class PassReport:
     tensors: int
     parameters: int
     seconds: float
+    proof: str = ""
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,7 @@ def _pass_report(program: Program, applied: Applied) -> PassReport:
         tensors=len(names),
         parameters=sum(program.tensor(name).numel() for name in names if has_tensor(program.root, name)),
         seconds=applied.seconds,
+        proof=applied.proof,
     )
 
 
@@ -262,7 +265,11 @@ def _notes(program: Program, roles: Mapping[str, RoleReport]) -> list[str]:
     if program.config_changes:
         changes = ", ".join(f"{key} = {value}" for key, value in program.config_changes.items())
         notes.append(f"The config of the result has to say {changes}.")
-    return notes
+    unproven: dict[str, list[str]] = {}
+    for applied in program.history:
+        if applied.proof.startswith("not checked"):
+            unproven.setdefault(applied.proof, []).append(applied.step.pass_name())
+    return notes + [f"Promises of {', '.join(passes)} {reason}." for reason, passes in unproven.items()]
 
 
 def _folding_note(program: Program) -> str:

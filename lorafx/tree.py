@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterator
 
 import torch
@@ -88,6 +89,21 @@ def _modules(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module._modules.items():
         if child is not None:
             yield from _modules(child, f"{prefix}{name}.")
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bits; on the meta device, whether they are one tensor."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.is_meta or b.is_meta:
+        return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return a.data_ptr() == b.data_ptr() or torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def tensor_hash(value: Tensor) -> str:
+    """sha256 of a tensor's bytes, in row-major order."""
+    plain = value.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(plain.view(torch.uint8).numpy().data).hexdigest()
 
 
 def persistent(root: nn.Module, name: str) -> bool:

@@ -19,7 +19,13 @@ def _settle() -> None:
 
 _settle()
 
-from examples import assets  # noqa: E402  (after the settings above)
+from hypothesis import HealthCheck, settings  # noqa: E402  (after the settings above)
+
+from examples import assets  # noqa: E402
+
+# A busy machine is no failure: what a test may cost is judged by nobody's clock.
+settings.register_profile("lorafx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("lorafx")
 
 
 @pytest.fixture(scope="session")

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import peft
 import pytest
 import torch
 import transformers as hf
 import zoo
+from torch import fx
 
 import lorafx
 from lorafx.adapters import as_lora, factors
-from lorafx.errors import UsageError
+from lorafx.base import Pass, Promise, Selection
+from lorafx.edit import Edit
+from lorafx.errors import ParityError, UsageError
 from lorafx.passes.finegates import Finegates
 from lorafx.passes.lora import Lora
 from lorafx.passes.prilora import Prilora
 from lorafx.passes.rose_lora import RoseLora
 from lorafx.passes.salora import Salora
+from lorafx.passes.tidy import Tidy
 from lorafx.passes.tied_lora import TiedLora
+from lorafx.peft_format import adapter_config
+from lorafx.peft_reader import apply_adapter
 from lorafx.program import Program
+from lorafx.site import Site
+from lorafx.tree import own
 
 RECIPES: dict[str, list[Any]] = {
     "lora": [Lora(rank=3, alpha=5.0)],
@@ -99,3 +110,112 @@ def test_peft_opens_what_was_exported(recipe: str, tiny_checkpoint: Path, tmp_pa
     model = hf.AutoModelForSequenceClassification.from_pretrained(tiny_checkpoint, num_labels=3)
     opened = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
     assert lorafx.verify(program, opened).ok
+
+
+# ---- what is written is what PEFT reads
+
+
+@pytest.mark.parametrize("model", ["bert", "gpt2", "vit"])
+def test_lorafx_reads_an_adapter_as_peft_does(model: str, tmp_path: Path) -> None:
+    targets = {"gpt2": ("c_attn", "wte"), "bert": ("query", "word_embeddings"), "vit": ("q_proj", "projection")}
+    full = {"gpt2": ("ln_f",), "bert": ("auto", "LayerNorm"), "vit": ("auto",)}
+    step = Lora(rank=3, alpha=5.0, targets=targets[model], alpha_pattern={".*1.*": 2.0}, trainable=full[model])
+    program = learned(lorafx.rewrite(zoo.captured(model), [step]))
+    lorafx.export(program, tmp_path / "adapter", "peft")
+    ours = copy.deepcopy(program.source.model).eval()
+    apply_adapter(ours, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(program.source.model), tmp_path / "adapter").eval()
+    assert lorafx.verify(theirs, ours).ok
+    assert not lorafx.verify(program.source.model, ours).ok
+
+
+@pytest.mark.parametrize(("model", "embedding"), [("gpt2", "wte"), ("qwen3", "embed_tokens")])
+def test_a_tied_weight_stays_one(model: str, embedding: str, tmp_path: Path) -> None:
+    """Trained in full under one of its names, and gates beside it, so that the adapter is made anew as plain LoRA."""
+    program = lorafx.rewrite(zoo.captured(model), [Salora(rank=2, targets="*.0.*", trainable=(embedding,))])
+    learned(program)
+    with torch.no_grad():
+        for value in program.trainable().values():
+            value.add_(0.1)
+    plain = as_lora(program)
+    assert plain.learned().keys() - program.learned().keys() <= set(plain.names("adapter"))
+    result = lorafx.export(program, tmp_path / "adapter", "peft")
+    assert result is not None
+    assert result.ok
+    opened = peft.PeftModel.from_pretrained(copy.deepcopy(program.source.model), tmp_path / "adapter").eval()
+    assert lorafx.verify(program, opened).ok
+
+
+def test_what_is_written_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = learned(lorafx.rewrite(zoo.captured("bert"), [Lora(rank=2)]))
+    monkeypatch.setattr(import_module("lorafx.export"), "plain_tensor", lambda value: value.detach().clone() * 1.01)
+    with pytest.raises(ParityError, match="peft export differs from the program: logits"):
+        lorafx.export(program, tmp_path / "adapter", "peft")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_without_peft_the_adapter_is_compared_too(
+    installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not installed:
+        monkeypatch.setattr("lorafx.peft_reader.find_spec", lambda name: None)
+    program = zoo.randomised(lorafx.rewrite(zoo.captured("gpt2"), [Lora(rank=2, targets=("c_attn", "wte"))]), 0.02)
+    result = lorafx.export(program, tmp_path / "adapter", "peft", dtype=torch.float16)
+    assert result is not None
+    assert result.dtype == torch.float16
+    assert result.ok
+
+
+# ---- what no adapter holds has no adapter_config.json
+
+
+@dataclass(frozen=True)
+class ChangesWeights(Pass):
+    """Scale a weight of the base, and insert nothing."""
+
+    promise: ClassVar[Promise] = Promise.SHAPES
+
+    def sites(self, program: Program) -> Selection:
+        return Selection(("bert.pooler.dense.weight",))  # type: ignore[arg-type]
+
+    def rewrite(self, edit: Edit, site: Any) -> None:
+        with torch.no_grad():
+            own(edit.program.root, site).mul_(1.5)
+
+
+@dataclass(frozen=True)
+class ChangesTheGraph(ChangesWeights):
+    """Scale the logits, and insert no tensor."""
+
+    def sites(self, program: Program) -> Selection:
+        return Selection(tuple(program.graph.output_node().all_input_nodes))  # type: ignore[arg-type]
+
+    def rewrite(self, edit: Edit, site: Any) -> None:
+        with edit.after(site):
+            edit.replace(site, edit.call(torch.ops.aten.mul.Tensor, site, 1.5))
+
+
+@dataclass(frozen=True)
+class BendsTheBranch(Lora):
+    """LoRA whose result goes through tanh: the tensors are LoRA's, the function is not."""
+
+    def leave(self, edit: Edit, site: Site, delta: fx.Node) -> fx.Node:
+        return edit.call(torch.ops.aten.tanh.default, delta)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "reason"),
+    [
+        ([ChangesWeights(), Lora()], "bert.pooler.dense.weight is not as in the base"),
+        ([Lora(), ChangesWeights()], "bert.pooler.dense.weight is not as in the base"),
+        ([Lora(), ChangesTheGraph()], "computes more than its base with LoRA"),
+        ([BendsTheBranch()], "computes more than its base with LoRA"),
+        ([Lora()], ""),
+        ([Lora(trainable=("pooler",)), Tidy()], ""),
+    ],
+)
+def test_only_plain_lora_gets_an_adapter_config(recipe: list[Any], reason: str) -> None:
+    config, said = adapter_config(lorafx.rewrite(zoo.captured("bert"), recipe))
+    assert (config is None) == bool(reason)
+    assert reason in said

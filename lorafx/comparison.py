@@ -1,0 +1,214 @@
+"""What a comparison of two models found: one case for each output and batch, and the verdict on all of them.
+
+A difference is judged against the scale of its output (the largest reference value over all inputs) and the tolerance
+of the lower precision of the two sides; nothing else can be tuned.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .precision import dtype_name
+
+
+@dataclass(frozen=True)
+class Case:
+    """One output for one batch of inputs.
+
+    Attributes:
+        inputs: the shape, e.g. ``5x33, padded right``
+        output: its name
+        max_abs: the largest difference
+        scale: the largest absolute value of the reference
+        index: where the largest difference is
+        problem: what cannot be said in numbers: a missing output, another shape, NaN, a refusal
+        shapes_differ: whether the outputs differ in presence, shape or dtype kind
+    """
+
+    inputs: str
+    output: str
+    max_abs: float = math.inf
+    scale: float = 0.0
+    index: tuple[int, ...] = ()
+    problem: str = ""
+    shapes_differ: bool = False
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison found.
+
+    Attributes:
+        a, b: names of the two models; a is the reference
+        dtype: the lower precision of the two
+        tolerance: the largest difference allowed, as a share of an output's scale
+        cases: one entry for each output and batch
+        problems: what is wrong beside the outputs, e.g. labels in another order
+        notes: what to know, e.g. shapes that both refuse
+    """
+
+    a: str
+    b: str
+    dtype: torch.dtype
+    tolerance: float
+    cases: tuple[Case, ...]
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def scales(self) -> dict[str, float]:
+        """The largest absolute reference value of each output, over all inputs."""
+        scales: dict[str, float] = {}
+        for case in self.cases:
+            scales[case.output] = max(case.scale, scales.get(case.output, 0.0))
+        return scales
+
+    def relative(self, case: Case) -> float:
+        """A case's largest difference as a share of its output's scale."""
+        if case.max_abs == 0.0 or case.problem:
+            return math.inf if case.problem else 0.0
+        scale = self.scales[case.output]
+        return case.max_abs / scale if scale > 0.0 else math.inf
+
+    @property
+    def worst(self) -> Case | None:
+        """The case that is furthest off; None when nothing was compared."""
+        return max(self.cases, key=lambda case: (self.relative(case), case.max_abs), default=None)
+
+    @property
+    def max_abs(self) -> float:
+        """The largest difference; infinite when a case has none, such as a missing output."""
+        return max((math.inf if case.problem else case.max_abs for case in self.cases), default=math.inf)
+
+    @property
+    def max_rel(self) -> float:
+        """The largest difference as a share of its output's scale."""
+        return max((self.relative(case) for case in self.cases), default=math.inf)
+
+    @property
+    def same_shapes(self) -> bool:
+        """Whether both gave the same outputs in the same shapes."""
+        return bool(self.cases) and not any(case.shapes_differ for case in self.cases)
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything agrees within the tolerance."""
+        return bool(self.cases) and not self.problems and self.max_rel <= self.tolerance
+
+    @property
+    def summary(self) -> str:
+        """One line: the verdict and the worst case."""
+        if not self.cases:
+            return "nothing could be compared: " + "; ".join(self.notes or ("no inputs",))
+        if self.max_rel > self.tolerance:
+            return self.difference
+        if self.problems:
+            return self.problems[0]
+        count = len({case.inputs for case in self.cases})
+        batches = f"{count} batch{'es' if count > 1 else ''}"
+        return f"equal: largest difference {self.max_rel:.2g} of the scale over {batches} ({self._limit})"
+
+    @property
+    def difference(self) -> str:
+        """Where the worst case is and how far off."""
+        return self.summary if self.worst is None else self.describe(self.worst)
+
+    def first_beyond(self, share: float) -> Case | None:
+        """The first case, in the order of the outputs, that is off by more than ``share`` of its scale."""
+        return next((case for case in self.cases if case.problem or self.relative(case) > share), None)
+
+    def describe(self, case: Case) -> str:
+        """One line: where a case is and how far off."""
+        if case.problem:
+            return f"{case.output} for inputs {case.inputs}: {case.problem}"
+        where = f"{case.output}{list(case.index)} for inputs {case.inputs}"
+        return f"{where} differs by {self.relative(case):.2g} of its scale ({self._limit})"
+
+    @property
+    def _limit(self) -> str:
+        return f"tolerance {self.tolerance:g} of the scale, {dtype_name(self.dtype)}"
+
+    def __str__(self) -> str:
+        return self.summary
+
+    def text(self) -> str:
+        """The summary, then a line for each output, problem and note."""
+        lines = [f"{self.a} against {self.b}", self.summary]
+        for name in sorted({case.output for case in self.cases}):
+            cases = [case for case in self.cases if case.output == name]
+            worst = max(cases, key=self.relative)
+            numbers = f"{self.relative(worst):.2g} of its scale, {worst.max_abs:.2g} at {list(worst.index)}"
+            state = worst.problem or numbers
+            lines.append(f"  {name}: {state} ({worst.inputs}; worst of {len(cases)})")
+        return "\n".join([*lines, *(f"  {line}" for line in (*self.problems, *self.notes))])
+
+    def to_json(self) -> dict[str, Any]:
+        """The comparison as JSON values; a difference that is no number is null and its case says why."""
+        cases = [
+            {
+                "inputs": case.inputs,
+                "output": case.output,
+                "max_abs": _finite(case.max_abs),
+                "max_rel": _finite(self.relative(case)),
+                "index": list(case.index),
+                "problem": case.problem or None,
+            }
+            for case in self.cases
+        ]
+        return {
+            "ok": self.ok,
+            "summary": self.summary,
+            "a": self.a,
+            "b": self.b,
+            "max_abs": _finite(self.max_abs),
+            "max_rel": _finite(self.max_rel),
+            "tolerance": self.tolerance,
+            "dtype": dtype_name(self.dtype),
+            "problems": list(self.problems),
+            "notes": list(self.notes),
+            "cases": cases,
+        }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def difference(
+    inputs: str, name: str, a: Tensor, b: Tensor, tokens: Tensor | None = None, *, same_nan: bool = False
+) -> Case:
+    """The case of one output, of one shape on both sides.
+
+    Args:
+        inputs: how the batch is called
+        name: the output
+        a, b: its values; ``a`` is the reference
+        tokens: which positions of the first two axes count; all when None
+        same_nan: NaN on both sides is agreement, else it is a problem
+    """
+    kinds_differ = a.is_floating_point() != b.is_floating_point()
+    x, y = a.detach().cpu().double(), b.detach().cpu().double()
+    counted = torch.ones_like(x, dtype=torch.bool)
+    if tokens is not None:
+        counted &= tokens.bool().reshape(*tokens.shape, *[1] * (x.dim() - 2))
+    if same_nan:
+        counted &= ~(x.isnan() & y.isnan())
+    if not bool(counted.any()):
+        return Case(inputs, name, 0.0)
+    for side, value in (("first", x), ("second", y)):
+        wrong = value.isnan() & counted
+        if bool(wrong.any()):
+            index = tuple(wrong.nonzero()[0].tolist())
+            return Case(inputs, name, index=index, problem=f"NaN in the {side} model at {list(index)}")
+    # Equal infinities (logits that a model rules out) are equal, though their difference is no number.
+    gap = torch.where((x == y) | ~counted, 0.0, (x - y).abs())
+    index = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
+    finite = x.abs()[counted & x.isfinite()]
+    scale = float(finite.max()) if finite.numel() else 0.0
+    return Case(inputs, name, float(gap.max()), scale, index, shapes_differ=kinds_differ)

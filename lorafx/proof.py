@@ -1,0 +1,52 @@
+"""What an export is held against: the trained program, and the refusal of one that holds random values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .base import Promise
+from .comparison import Comparison
+from .errors import UsageError
+from .parity import Answers, example_batches
+from .program import Program
+from .tree import has_tensor, tensor_hash
+
+_KEPT = (Promise.EXACT, Promise.CLOSE)
+
+
+def reference_of(program: Program) -> Program:
+    """The program whose function ``program`` is to compute: the one it was folded from.
+
+    Itself, if it was not folded, or if a pass after folding promised less than the same function.
+    """
+    origin = program.origin
+    if origin is None or any(a.step.promise not in _KEPT for a in program.history[len(origin.history) :]):
+        return program
+    return origin
+
+
+def refuse_untrained(program: Program) -> None:
+    """UsageError for a program that computes what its base computes with values no file holds and no training gave."""
+    drawn = {name: digest for name, digest in program.source.drawn.items() if has_tensor(program.root, name)}
+    random = sorted(name for name, digest in drawn.items() if tensor_hash(program.tensor(name)) == digest)
+    base = program.captured
+    if not random or base is None:
+        return
+    first, second = (Answers.of(one, example_batches(one), program.name) for one in (base, program))
+    if first.against(second, lambda found: found.max_abs == 0.0).max_abs == 0.0:
+        raise UsageError(
+            f"{program.name}: no file holds {random[0]} and nothing was trained, so its values are random; train the "
+            "program first (check=False, --no-check writes it all the same)"
+        )
+
+
+def unproven(check: bool, generate: bool) -> str:
+    """Why an export is not compared with its program; empty when it is."""
+    if not check:
+        return "not compared with the program: it was not asked for"
+    return "not compared with the program: prefill and decode graphs cannot be compared yet" if generate else ""
+
+
+def parity_record(result: Comparison | None, reason: str) -> dict[str, Any]:
+    """The section ``parity`` of an export's report: what was found, or why nothing was."""
+    return result.to_json() if result is not None else {"ok": None, "summary": reason}
