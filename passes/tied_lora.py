@@ -153,8 +153,8 @@ _SAME = (aten.view.default, aten.reshape.default, aten.contiguous.default, aten.
 def _read(site: Site) -> fx.Node:
     """The value a weight reads, before it is reshaped or cast for it."""
     value = site.input
-    while value.target in _SAME:
-        value = value.args[0]  # type: ignore[assignment]
+    while value.target in _SAME and isinstance(value.args[0], fx.Node):
+        value = value.args[0]
     return value
 
 

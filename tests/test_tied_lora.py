@@ -198,7 +198,7 @@ def test_unknown_factors_are_refused() -> None:
 def test_cross_attention_ties_what_reads_one_value() -> None:
     """Key and value read the encoder, the query the decoder: other inputs have other A and u, in every block."""
     sizes: dict[str, Any] = {"d_model": 16, "d_ff": 16, "d_kv": 4, "num_layers": 2, "num_heads": 4, "vocab_size": 20}
-    model = hf.T5ForConditionalGeneration(hf.T5Config(**sizes, decoder_start_token_id=0))
+    model = hf.T5ForConditionalGeneration(hf.T5Config(**{**sizes, "decoder_start_token_id": 0}))
     program = lorafx.rewrite(lorafx.capture(model), [TiedLora(targets=("q", "k", "v"), rank=2)])
     found = {entry.module: entry.tensors for entry in program.history[-1].inserted if entry.module}
     for block in (0, 1):
