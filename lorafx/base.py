@@ -171,7 +171,9 @@ class SitePass(Pass):
                 hint = nearest(item, found)
                 raise NoSitesError(f"{name}: target {item!r} matched 0 of {len(found)} weight uses{hint}")
         if not taken:
-            reasons = sorted({f"{miss.site.module}: {miss.reason}" for miss in missed})[:2]
+            # What the targets name and the pass would not take says more than what they do not name.
+            named = [miss for miss in missed if selector.decide(miss.site, miss.site.blocks - 1) is None] or missed
+            reasons = sorted({f"{miss.site.module}: {miss.reason}" for miss in named})[:2]
             raise NoSitesError(
                 f"{name}: targets {self.targets!r} took 0 of {len(found)} weight uses; {'; '.join(reasons)}"
                 f" (set allow_empty = true if that is meant)"
