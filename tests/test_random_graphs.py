@@ -10,6 +10,18 @@ from lorafx.program import Program
 from tests.judge import judge as court
 from tests.judge.judge import build, draw, judge
 from tests.judge.minimise import described, minimise
+from tests.random_graphs import failure
+
+
+def check(seed: int) -> None:
+    verdict = judge(draw(seed))
+    if verdict.kind in ("mismatch", "crash"):
+        pytest.fail(f"seed {seed}: {failure(seed)}", pytrace=False)
+
+
+@pytest.mark.parametrize("seed", range(36))
+def test_fixed_seeds(seed: int) -> None:
+    check(seed)
 
 
 def test_a_graph_is_determined_by_its_seed() -> None:
