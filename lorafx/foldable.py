@@ -15,6 +15,7 @@ from .base import Method
 from .constants import Constants
 from .program import Program
 from .site import WEIGHT_OPS, is_tensor_node
+from .tree import has_tensor
 
 LEARNED = ("adapter", "gate", "statistic")
 
@@ -147,7 +148,8 @@ def _undisturbed(region: Region, place: dict[fx.Node, int], writes: list[int]) -
 def _groups(program: Program, regions: list[Region]) -> list[Group]:
     """Regions by weight, without those after which everything they read would still be read by others."""
     constants = Constants(program.root)
-    nodes = list(program.graph.find_nodes(op="get_attr"))
+    # A name without a tensor stands for an inner graph.
+    nodes = [n for n in program.graph.find_nodes(op="get_attr") if has_tensor(program.root, str(n.target))]
     while True:
         used = {node for region in regions for node in region.nodes}
         consumers = _consumers(program.graph, constants, used)
