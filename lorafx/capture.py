@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import logging
 from collections.abc import Iterable, Mapping
 from os import PathLike
@@ -20,16 +21,26 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from .checkpoint import open_model, open_tokenizer, weight_hashes
-from .errors import CaptureError, UsageError
+from .domain import domain_of
+from .eager import judged, unjudged
+from .errors import ArtifactError, CaptureError, UsageError
 from .gradients import functions_laid_open, same_gradients
+from .inputs import find_tokenizer, length_limit, pad_token
+from .intact import intact
 from .masks import check_unpadded
+from .module import loss_type
 from .normal import normalise
 from .pipeline import to_eval
 from .program import Program, Signature, Source
-from .trace import cacheless, export_graph, lean
+from .trace import export_graph, lean
 from .tree import has_tensor, named_tensors, put_tensor, tensor_hash
 
 _log = logging.getLogger(__name__)
+
+#: Height and width of images where neither config nor processor says: what most are trained on.
+_USUAL_PIXELS = 224
+#: Losses of encoder-decoders that make the decoder's input from the encoder's, and look for its end-of-text tokens.
+_DERIVED = ("ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification")
 
 
 def capture(
@@ -71,6 +82,7 @@ def capture(
         opened = {**options, **({"trust_remote_code": True} if trust_remote_code else {})}
         checkpoint = Path(source)
         model, fresh = open_model(checkpoint, task, opened, meta=meta, allow_pickle=allow_pickle)
+        _find_padding(model, checkpoint, trust_remote_code)
         hashes = weight_hashes(checkpoint)
         drawn = {} if meta else {name: tensor_hash(model.get_parameter(name)) for name in fresh}
         origin = Source(model, str(checkpoint.absolute()), task, opened, hashes, fresh, drawn)
@@ -79,24 +91,44 @@ def capture(
     return _captured(origin, example, shapes, check=not meta)
 
 
+def _find_padding(model: nn.Module, folder: Path, trusted: bool) -> None:
+    """Tell a classifier that has no padding token which one its texts are padded with: its tokenizer's, or the
+    end-of-text token. A decoder's finds the last token of each text by it, and refuses more than one text without."""
+    config: Any = model.config
+    if loss_type(model) != "ForSequenceClassification" or pad_token(config) is not None:
+        return
+    text_config, tokenizer = config.get_text_config(), find_tokenizer(folder, trust_remote_code=trusted)
+    known = (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None))
+    ends = getattr(text_config, "eos_token_id", None)
+    for token in (*known, *(ends if isinstance(ends, list) else [ends])):
+        if token is not None and 0 <= token < text_config.vocab_size:
+            text_config.pad_token_id = token
+            return
+
+
 @lean()
 def _captured(origin: Source, example: dict[str, Any], shapes: Any, *, check: bool) -> Program:
     """Traced in training mode if that gives the model's evaluation too, else in evaluation mode."""
+    with intact(origin.model):
+        return _judged(origin, example, shapes, check=check)
+
+
+def _judged(origin: Source, example: dict[str, Any], shapes: Any, *, check: bool) -> Program:
     failure = None
     for training in (True, False):
         try:
             with functions_laid_open() as functions:
                 exported = export_graph(origin.model, example, shapes, training=training)
-            program = program_from(exported, origin, example)
+            program = program_from(exported, origin, example, shapes=shapes)
+            program = judged(program) if check else unjudged(program)
         except CaptureError as error:
             failure = failure or error
             continue
-        if not check or computes_evaluation(program):
-            if not training:
-                _log.warning("%s can be captured in evaluation mode only: it trains without dropout", program.name)
-            return trainable(program, functions, check=check)
-    name = type(origin.model).__name__
-    raise failure or CaptureError(f"{name} computes something else as a graph; try example inputs of your own")
+        if not training:
+            _log.warning("%s can be captured in evaluation mode only: it trains without dropout", program.name)
+        return trainable(program, functions, check=check)
+    assert failure is not None
+    raise failure
 
 
 def trainable(program: Program, functions: Iterable[str], *, check: bool) -> Program:
@@ -115,34 +147,6 @@ def trainable(program: Program, functions: Iterable[str], *, check: bool) -> Pro
     return dataclasses.replace(to_eval(program), history=(), untrainable=why)
 
 
-def computes_evaluation(program: Program) -> bool:
-    """Whether the evaluation graph gives what the eager model gives on the example inputs.
-
-    A trace can be wrong in silence: random numbers of another library become constants, for one. The tolerance is the
-    square root of the dtype's precision: far above rounding, far below any wrong operator.
-    """
-    model, graph = program.source.model, program.module().eval()
-    modes = [(module, module.training) for module in model.modules()]
-    results = []
-    try:
-        for run in (model.eval(), graph):
-            with torch.no_grad(), torch.random.fork_rng(devices=[]), cacheless(model):
-                torch.manual_seed(0)  # a model may be random in evaluation, too
-                results.append(pytree.tree_leaves(run(**program.example)))
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    return len(results[0]) == len(results[1]) and all(_close(a, b) for a, b in zip(*results, strict=True))
-
-
-def _close(a: Any, b: Any) -> bool:
-    if not isinstance(a, Tensor) or not a.is_floating_point() or not a.numel():
-        return True
-    scale = a[a.isfinite()].abs().max() if a.isfinite().any() else torch.zeros(())
-    tolerance = torch.finfo(a.dtype).eps ** 0.5
-    return a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=float(scale) * tolerance, equal_nan=True)
-
-
 # ---- example inputs
 
 
@@ -151,16 +155,13 @@ def example_inputs(model: nn.Module, checkpoint: Path | None = None, batch: int 
     config = getattr(model, "config", None)
     if config is None:
         raise UsageError(f"{type(model).__name__} has no config to make inputs from; pass inputs={{name: tensor}}")
+    try:
+        example = _made_up(model, config, checkpoint, batch, length)
+    except (AttributeError, TypeError) as error:  # a config that lacks a size, or has one of another kind
+        raise UsageError(
+            f"no inputs can be made up for {type(model).__name__} ({error}); pass inputs={{name: tensor}}"
+        ) from error
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    parameters = inspect.signature(model.forward).parameters
-    main = getattr(model, "main_input_name", "input_ids")
-    if main == "pixel_values" or (main not in parameters and "pixel_values" in parameters):
-        example = {"pixel_values": _pixels(config, batch)}
-    elif main == "input_features":
-        bins, frames = config.num_mel_bins, 2 * config.max_source_positions
-        example = {"input_features": torch.randn(batch, bins, frames, generator=_generator())}
-    else:
-        example = _text(model, config, parameters, checkpoint, batch, length)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return {
         name: value.to(device=device, dtype=dtype if value.is_floating_point() else None)
@@ -168,16 +169,44 @@ def example_inputs(model: nn.Module, checkpoint: Path | None = None, batch: int 
     }
 
 
+def _made_up(model: nn.Module, config: Any, checkpoint: Path | None, batch: int, length: int) -> dict[str, Tensor]:
+    parameters = inspect.signature(model.forward).parameters
+    main = getattr(model, "main_input_name", "input_ids")
+    if main == "pixel_values" or (main not in parameters and "pixel_values" in parameters):
+        return {"pixel_values": _pixels(config, checkpoint, batch)}
+    if main == "input_features":
+        bins, frames = config.num_mel_bins, 2 * config.max_source_positions
+        return {"input_features": torch.randn(batch, bins, frames, generator=_generator())}
+    return _text(model, config, parameters, checkpoint, batch, length)
+
+
 def _generator() -> torch.Generator:
     # Example inputs never depend on, or disturb, the caller's random state.
     return torch.Generator().manual_seed(0)
 
 
-def _pixels(config: Any, batch: int) -> Tensor:
+def _pixels(config: Any, checkpoint: Path | None, batch: int) -> Tensor:
+    """Images of the size the config names; else of the size the folder's image processor makes, or the usual one."""
     vision = getattr(config, "vision_config", config)
-    size = vision.image_size
+    size = getattr(vision, "image_size", None) or _processed_size(checkpoint) or _USUAL_PIXELS
     height, width = (size, size) if isinstance(size, int) else size
     return torch.randn(batch, getattr(vision, "num_channels", 3), height, width, generator=_generator())
+
+
+def _processed_size(checkpoint: Path | None) -> tuple[int, int] | None:
+    file = checkpoint / "preprocessor_config.json" if checkpoint is not None else None
+    if file is None or not file.is_file():
+        return None
+    try:
+        processor = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{file}: not valid JSON ({error}); fetch the checkpoint again") from None
+    size = processor.get("crop_size" if processor.get("do_center_crop") else "size") or {}
+    if isinstance(size, int):
+        return size, size
+    edge = size.get("shortest_edge")
+    height, width = size.get("height", edge), size.get("width", edge)
+    return (height, width) if height and width else None
 
 
 def _text(
@@ -186,10 +215,13 @@ def _text(
     text_config = config.get_text_config()
     # A model of characters takes any number.
     top = min(getattr(text_config, "vocab_size", None) or 1000, 1000)
+    pad = pad_token(config)
     ids = torch.randint(min(5, top - 1), top, (batch, length), generator=_generator())
     mask = torch.ones_like(ids)
     mask[-1, length // 2 + 1 :] = 0
-    pad = getattr(text_config, "pad_token_id", None)
+    derived = getattr(config, "is_encoder_decoder", False) and loss_type(model) in _DERIVED
+    if derived and text_config.eos_token_id is not None:
+        ids = _ended(ids, mask, text_config.eos_token_id)
     if pad is not None:
         # Heads of decoders find the last token by looking for the padding token.
         ids = torch.where(mask.bool(), ids, torch.full_like(ids, pad))
@@ -198,9 +230,16 @@ def _text(
         example["attention_mask"] = mask
     if "token_type_ids" in parameters and "token_type_ids" in _tokenizer_inputs(model, checkpoint):
         example["token_type_ids"] = torch.zeros_like(ids)
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters and not derived:
         example["decoder_input_ids"] = ids.flip(1).contiguous()
     return example
+
+
+def _ended(ids: Tensor, mask: Tensor, end: int) -> Tensor:
+    """Texts that end with the end-of-text token and have no other."""
+    ids = ids.where(ids != end, ids + 1)
+    last = mask.sum(1, keepdim=True) - 1
+    return ids.scatter(1, last, end)
 
 
 def _tokenizer_inputs(model: nn.Module, checkpoint: Path | None) -> list[str]:
@@ -214,22 +253,22 @@ def _tokenizer_inputs(model: nn.Module, checkpoint: Path | None) -> list[str]:
 
 def dynamic_shapes(model: nn.Module, example: Mapping[str, Any]) -> dict[str, Any]:
     """Batch is free in every input; so is the length of texts, up to the model's number of positions, and how many of
-    them stand side by side in a row (choices)."""
-    config = getattr(model, "config", None)
-    text_config = config.get_text_config() if config is not None else None
-    limit = getattr(text_config, "max_position_embeddings", None)
-    ends = {"max": limit} if limit and limit > 0 else {}  # some say -1 for none
+    them stand side by side in a row (choices). A size of 1 is none that a tracer can leave free: it stays 1."""
+    limit = length_limit(getattr(model, "config", None))
     batch, choices = Dim("batch"), Dim("choices")
-    dims = {"": Dim("sequence", **ends), "decoder_": Dim("target", **ends)}
-    shapes: dict[str, Any] = {}
-    for name, value in example.items():
+    dims = {
+        side: Dim(name, max=limit) if limit else Dim(name) for side, name in (("", "sequence"), ("decoder_", "target"))
+    }
+
+    def axes(name: str, value: Any) -> dict[int, Dim] | None:
         if not isinstance(value, Tensor):
-            shapes[name] = None
-            continue
+            return None
         side = "decoder_" if name.startswith("decoder_") else ""
-        axes = _text_axes(value, example.get(f"{side}input_ids"))
-        shapes[name] = {0: batch, **({1: choices} if axes == 3 else {}), **({axes - 1: dims[side]} if axes > 1 else {})}
-    return shapes
+        count = _text_axes(value, example.get(f"{side}input_ids"))
+        free = {0: batch, **({1: choices} if count == 3 else {}), **({count - 1: dims[side]} if count > 1 else {})}
+        return {axis: dim for axis, dim in free.items() if axis < value.dim() and value.shape[axis] != 1} or None
+
+    return {name: pytree.tree_map(lambda leaf, name=name: axes(name, leaf), value) for name, value in example.items()}
 
 
 def _text_axes(value: Tensor, ids: Any) -> int:
@@ -249,8 +288,10 @@ def program_from(
     source: Source,
     example: Mapping[str, Any],
     names: Mapping[int, str] | None = None,
+    shapes: Any = None,
 ) -> Program:
-    """The Program of a traced graph. ``names`` maps tensor ids to names in the root model, if a part was traced."""
+    """The Program of a traced graph. ``names`` maps tensor ids to names in the root model, if a part was traced;
+    ``shapes`` are the dynamic shapes asked for."""
     unlifted = exported.module(check_guards=False)
     model = source.model
     tensors = dict(named_tensors(model))
@@ -265,8 +306,8 @@ def program_from(
     _adopt(root, graph, unlifted, names or {})
     codegen = unlifted.graph._codegen
     info = codegen.pytree_info  # type: ignore[attr-defined]
-    inputs = tuple(example)
-    signature = Signature(inputs, info.in_spec, info.out_spec, _range_of(exported))
+    inputs = tuple(info.in_spec.children()[1].context)  # of positional and keyword arguments the second
+    signature = Signature(inputs, info.in_spec, info.out_spec, domain_of(exported, example, inputs, shapes))
     # By identity: a tied tensor is read under one of its names only.
     held = dict(named_tensors(root))
     read = {id(held[str(node.target)]) for node in graph.nodes if node.op == "get_attr" and str(node.target) in held}
@@ -275,10 +316,6 @@ def program_from(
     roles.update({name: "constant" for name in held if name not in tensors})
     program = Program(graph, root, roles, signature, dict(example), source, heads)
     return dataclasses.replace(program.copy(), captured=program)
-
-
-def _range_of(exported: ExportedProgram) -> dict[str, Any]:
-    return {str(symbol): value for symbol, value in exported.range_constraints.items()}
 
 
 def _adopt(root: nn.Module, graph: fx.Graph, unlifted: nn.Module, names: Mapping[int, str]) -> None:

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from .collating import dataset_collator, text_collator
 from .errors import ArtifactError, UsageError, did_you_mean
+from .inputs import length_limit
 from .module import loss_type
 from .table import Table, short, table_of
 from .tokens import Cuts, Texts
@@ -303,7 +304,8 @@ def _check_inputs(program: Program, inputs: Mapping[str, Any], options: TrainOpt
 
 def positions(program: Program) -> int:
     """How many tokens the model has positions for."""
-    limit = getattr(program.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    held = program.signature.domain.bounds("input_ids", 1).high if "input_ids" in program.example else None
+    limit = min(length_limit(program.config) or 2**31, held or 2**31)
     for name, module in program.source.model.named_modules():
         # RoBERTa and its kin count positions from the one after the padding token's.
         if isinstance(module, nn.Embedding) and name.endswith("position_embeddings") and module.padding_idx is not None:

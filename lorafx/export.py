@@ -28,12 +28,15 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 
 from . import __version__
 from .adapters import as_lora
-from .capture import dynamic_shapes, program_from
+from .capture import program_from
 from .companions import copy_companions
 from .errors import CaptureError, ParityError, UsageError
 from .exported import check_cache
 from .hf_format import hf_model
+from .inputs import length_limit
+from .intact import intact
 from .onnx_kernels import unfuse_batch_transposes, unfuse_skip_norms
+from .onnx_ranges import hold_ranges
 from .parity import Comparison, verify
 from .peft_format import adapter_config, adapter_keys
 from .peft_reader import opened_adapter
@@ -297,13 +300,8 @@ def _exportable(program: Program, dtype: torch.dtype | None):
     if dtype is not None:
         yield copy.deepcopy(model).to(dtype).eval()
         return
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with intact(model):
+        yield model.eval()
 
 
 def _write_exported(
@@ -317,6 +315,8 @@ def _write_exported(
         for component in exported.components.values():
             component.program.metadata_props.update(record)
             unfuse_batch_transposes(component.program)
+            if not generate:
+                hold_ranges(component.program, program.signature.domain, length_limit(program.config))
             if provider == "cpu":
                 unfuse_skip_norms(component.program)
     for key, value in program.config_changes.items():
@@ -334,16 +334,17 @@ def converted(
         target = dataclasses.replace(program, source=dataclasses.replace(program.source, model=model))
 
         def attempt(shapes: Any) -> Any:
-            exporter, config = _back_end(target, kind, provider, shapes)
+            exporter, config = _back_end(target, kind, provider, shapes, free=generate or shapes is not None)
             if generate:
                 return exporter.export_for_generation(model, dict(program.example), config)
             return exporter.export(model, dict(program.example), config)
 
-        return trace_with(attempt, model, None if generate else dynamic_shapes(model, program.example))
+        shapes = program.signature.domain.dynamic_shapes(program.example)
+        return trace_with(attempt, model, None if generate else shapes)
 
 
-def _back_end(program: Program, kind: str, provider: str, shapes: Any) -> tuple[Any, Any]:
+def _back_end(program: Program, kind: str, provider: str, shapes: Any, *, free: bool) -> tuple[Any, Any]:
     if kind == "onnx":
-        config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, ort_fusions=provider)  # type: ignore[arg-type]
+        config = OnnxConfig(dynamic=free, dynamic_shapes=shapes, ort_fusions=provider)  # type: ignore[arg-type]
         return RewritingOnnxExporter(program), config
-    return RewritingExporter(program), DynamoConfig(dynamic=True, dynamic_shapes=shapes)
+    return RewritingExporter(program), DynamoConfig(dynamic=free, dynamic_shapes=shapes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import open_tokenizer
+from .domain import Range
 from .errors import UsageError
 
 #: batch × length of the generated inputs: the smallest, the smallest that is not one, and odd ones.
@@ -28,6 +29,7 @@ class InputSpec:
         dtype: of the tensor the model takes
         sizes: one entry an axis; None where it is free
         low, high: integer values lie in ``[low, high)``
+        ranges: the sizes that free axes may have, by axis, where more is known than that they are positive
     """
 
     name: str
@@ -35,6 +37,7 @@ class InputSpec:
     sizes: tuple[int | None, ...]
     low: int = 0
     high: int = 2
+    ranges: Mapping[int, Range] = field(default_factory=dict)
 
     @property
     def is_mask(self) -> bool:
@@ -100,11 +103,23 @@ def merged(a: Sequence[InputSpec], b: Sequence[InputSpec]) -> tuple[InputSpec, .
         first, last = found[0], found[-1]
         sizes = tuple(x if x is not None else y for x, y in zip(first.sizes, last.sizes, strict=False))
         low, high = max(first.low, last.low), min(first.high, last.high)
-        result.append(dataclasses.replace(first, sizes=sizes, low=low, high=high))
+        ranges = {axis: _common(first.ranges.get(axis), last.ranges.get(axis)) for axis in range(len(sizes))}
+        known = {axis: allowed for axis, allowed in ranges.items() if allowed is not None}
+        result.append(dataclasses.replace(first, sizes=sizes, low=low, high=high, ranges=known))
     return tuple(result)
 
 
+def _common(a: Range | None, b: Range | None) -> Range | None:
+    if a is None or b is None:
+        return a or b
+    highs = [end for end in (a.high, b.high) if end is not None]
+    return Range(max(a.low, b.low), min(highs, default=None))
+
+
 # ---- made up
+
+#: The longest text that is made up because it is the end of a range: beyond it a comparison takes too long.
+_LONGEST = 2048
 
 
 @dataclass(frozen=True)
@@ -126,26 +141,46 @@ class Generator:
     limit: int | None = None
 
     def batches(self, shapes: Iterable[tuple[int, int]]) -> Iterator[Batch]:
-        """One batch a shape, clipped to what the models take, the shorter rows padded; shapes that coincide once.
+        """One batch a shape, clipped to what the models take, the shorter rows padded; shapes that coincide once. The
+        ends of the ranges come, too.
 
         A single row is not padded, so the longest one comes a second time with padding.
         """
-        wanted = list(dict.fromkeys(self.clipped(*shape) for shape in shapes))
+        asked = list(shapes)
+        wanted = list(dict.fromkeys(self.clipped(*shape) for shape in (*asked, *self._ends(asked))))
         longest = max((length for _, length in wanted), default=0)
         for batch, length in wanted:
             yield self.batch(batch, length)
             if batch == 1 and length == longest and length > 2 and any(spec.is_mask for spec in self.specs):
                 yield self.batch(batch, length, [length // 2])
 
+    def _ends(self, shapes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        """The first shape at each end of a range that a model has for its batch or its length."""
+        for batch, length in shapes[:1]:
+            for axis in (0, 1):
+                ends = {end for allowed in self._ranges(axis) for end in (allowed.low, allowed.high) if end is not None}
+                for end in sorted(ends):
+                    if end <= _LONGEST:
+                        yield (end, length) if axis == 0 else (batch, end)
+
+    def _ranges(self, axis: int) -> list[Range]:
+        specs = [spec for spec in self.specs if axis == 0 or spec.is_text]
+        return [spec.ranges[axis] for spec in specs if axis in spec.ranges and spec.sizes[axis] is None]
+
     def clipped(self, batch: int, length: int) -> tuple[int, int]:
         """The nearest shape the models take; the length is 0 when no input has one."""
         sizes = [spec.sizes for spec in self.specs if spec.sizes]
-        batch = next((size[0] for size in sizes if size[0] is not None), batch)
+        batch = next((size[0] for size in sizes if size[0] is not None), self._inside(0, batch))
         texts = [spec.sizes for spec in self.specs if spec.is_text]
         if not texts:
             return batch, 0
-        length = next((size[1] for size in texts if size[1] is not None), length)
+        length = next((size[1] for size in texts if size[1] is not None), self._inside(1, length))
         return batch, min(length, self.limit or length)
+
+    def _inside(self, axis: int, size: int) -> int:
+        for allowed in self._ranges(axis):
+            size = max(allowed.low, min(size, allowed.high or size))
+        return size
 
     def batch(self, batch: int, length: int, valid: Sequence[int] | None = None) -> Batch:
         """Inputs of one shape. ``valid`` is how many tokens of each row are text; by default ever fewer, row by row."""
@@ -201,9 +236,10 @@ def length_limit(*configs: Any) -> int | None:
 
 
 def pad_token(*configs: Any) -> int | None:
-    """The padding token of the first config that names one."""
+    """The padding token of the first config that names one; a negative number says that there is none."""
     texts = [config.get_text_config() for config in configs if config is not None]
-    return next((pad for text in texts if (pad := getattr(text, "pad_token_id", None)) is not None), None)
+    found = ((text, getattr(text, "pad_token_id", None)) for text in texts)
+    return next((pad for text, pad in found if pad is not None and 0 <= pad < getattr(text, "vocab_size", 2**31)), None)
 
 
 # ---- tokenised

@@ -15,10 +15,11 @@ from torch import Tensor, distributed, nn
 from torch.utils import _pytree as pytree
 
 from .base import Method
+from .call import by_name, parameters_of
 from .duties import Duties, watch
 from .errors import UsageError
 from .segments import compile_graph
-from .tree import get_tensor
+from .tree import get_tensor, own_when_trained
 
 if TYPE_CHECKING:
     from .program import Applied, Program
@@ -104,6 +105,13 @@ class RewrittenModel(nn.Module):
         twin.duties = watch(twin, [method for method, _ in twin._methods()])
         return twin
 
+    def train(self, mode: bool = True) -> RewrittenModel:
+        """Choose the training graph (or the evaluation graph); what trains from now on changes this program alone."""
+        for value in self.parameters():
+            if value.requires_grad:
+                own_when_trained(value)
+        return super().train(mode)
+
     @property
     def config(self) -> Any:
         """The Hugging Face config of the base model."""
@@ -133,6 +141,9 @@ class RewrittenModel(nn.Module):
         known = {**labels, **dict(outputs), "pooled_logits": outputs.get("logits"), "config": config}
         known["vocab_size"] = getattr(config.get_text_config(), "vocab_size", None)
         wanted = inspect.signature(function).parameters
+        odd = next((name for name in labels if name not in wanted), None)
+        if odd is not None:
+            raise UsageError(f"{self.program.name}: its loss takes {_label_names(self.program)}, not {odd!r}")
         loss = function(
             **{key: value for key, value in known.items() if key in wanted},
             **({} if items is None else {"num_items_in_batch": items}),
@@ -281,13 +292,13 @@ def count_targets(model: nn.Module, labels: Tensor) -> Tensor:
 
 
 def _forward(self: RewrittenModel, *args: Any, **kwargs: Any) -> Any:
-    names = self.program.signature.inputs
-    inputs = {**dict(zip(names, args, strict=False)), **{k: v for k, v in kwargs.items() if k in names}}
-    labels = {key: kwargs[key] for key in _LABELS if kwargs.get(key) is not None}
+    inputs = {**by_name(self.program, args, kwargs), **kwargs}
+    items = inputs.pop("num_items_in_batch", None)
+    targets = {name: inputs.pop(name) for name in _LABELS if name in inputs and name not in self.program.example}
+    labels = {name: value for name, value in targets.items() if value is not None}
     outputs = self._run(inputs)
     if not labels:
         return outputs
-    items = kwargs.get("num_items_in_batch")
     loss = self._loss(outputs, labels, items)
     if self.training:
         loss = self._with_penalty(loss, labels, items)
@@ -295,11 +306,11 @@ def _forward(self: RewrittenModel, *args: Any, **kwargs: Any) -> Any:
 
 
 def _signature(program: Program) -> inspect.Signature:
+    """What the eager model takes, so that HF Trainer drops no column that it would use, and the loss's arguments."""
     keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    names = [*program.signature.inputs]
-    names += [name for name in _label_names(program) if name not in names]
+    names = dict.fromkeys([*program.example, *parameters_of(program.source.model), *_label_names(program)])
     parameters = [inspect.Parameter("self", keyword)]
-    parameters += [inspect.Parameter(name, keyword, default=None) for name in names]
+    parameters += [inspect.Parameter(name, keyword, default=None) for name in names if name != "self"]
     parameters.append(inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD))
     return inspect.Signature(parameters)
 

@@ -16,7 +16,7 @@ def normalise(graph: fx.Graph) -> None:
 
     - Checks of the dtype and device seen at capture go: they would refuse autocast, fp64 and any other device.
     - A tensor cast to the dtype it has is the tensor: else a shared weight is read through its first user's cast.
-    - An operator that overwrites a value nobody else reads becomes the one that makes a new value.
+    - An operator that overwrites a value nobody else reads becomes the one that makes a new value, of the same dtype.
     - A product with a transposed weight is a linear.
     """
     for node in list(graph.nodes):
@@ -25,7 +25,7 @@ def normalise(graph: fx.Graph) -> None:
         elif node.target is aten.to.dtype and _is_idle(node):
             node.replace_all_uses_with(node.args[0])
         elif _overwrites_its_own(node):
-            node.target = _functional(node.target)
+            _make_anew(node)
         elif node.target is aten.matmul.default:
             _to_linear(node)
     graph.eliminate_dead_code()
@@ -58,6 +58,22 @@ def _to_linear(node: fx.Node) -> None:
     swaps = turned.args[1:] in ((), (0, 1), (1, 0), (-1, -2), (-2, -1), ([1, 0],))
     if isinstance(weight, fx.Node) and weight.op == "get_attr" and swaps and value.meta["val"].dim() > 1:  # type: ignore
         node.target, node.args = aten.linear.default, (value, weight)
+
+
+def _make_anew(node: fx.Node) -> None:
+    """Put the pure twin of an overwriting operator in its place. What it writes into keeps its dtype: a comparison in
+    place gives numbers where its twin gives truth values, an fp16 sum with an fp32 term stays fp16."""
+    node.target = _functional(node.target)  # type: ignore[assignment]
+    before = node.meta["val"]
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
+    with before.fake_mode, torch.no_grad():
+        after = node.target(*args, **kwargs)  # type: ignore[operator]
+    if after.dtype == before.dtype:
+        return
+    with node.graph.inserting_after(node):
+        cast = node.graph.call_function(aten.to.dtype, (node, before.dtype))
+    node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+    cast.meta, node.meta = {**node.meta}, {**node.meta, "val": after}
 
 
 def _functional(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:

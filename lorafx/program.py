@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from .domain import Domain
 from .site import Site, find_sites
 from .tree import copy_tree, get_tensor, named_tensors
 
@@ -50,12 +51,22 @@ class Source:
 
 @dataclass(frozen=True)
 class Signature:
-    """How the graph is called: input names in order, and the pytree specs of its arguments and of its result."""
+    """How the graph is called: input names in order, the pytree specs of its arguments and of its result, and which
+    inputs it is right for.
+
+    ``proven`` remembers what the model was found to compute without some of its inputs (:mod:`lorafx.eager`).
+    """
 
     inputs: tuple[str, ...]
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
-    dynamic_shapes: Any = None
+    domain: Domain
+    proven: dict[Any, dict[str, str] | None] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def dynamic_shapes(self) -> dict[str, str]:
+        """The free sizes and their ranges, by the first input and axis each is; empty when every size is fixed."""
+        return {self.domain.readable(name): str(allowed) for name, allowed in self.domain.ranges.items()}
 
 
 @dataclass(frozen=True)
@@ -197,7 +208,7 @@ class Program:
         return dataclasses.replace(
             self,
             graph=graph,
-            root=copy_tree(self.root, updated(self.graph)),
+            root=copy_tree(self.root, updated(self.graph) | set(self.names("statistic"))),
             roles=dict(self.roles),
             config_changes=dict(self.config_changes),
         )
@@ -209,18 +220,11 @@ class Program:
         return build_module(self)
 
     def flatten(self, inputs: Mapping[str, Any]) -> list[Any]:
-        """The graph's positional inputs for keyword ``inputs``; omitted masks are ones, omitted token types zeros."""
-        return pytree.tree_leaves([self._input(name, inputs) for name in self.signature.inputs])
+        """The graph's positional inputs for keyword ``inputs`` (see :func:`lorafx.call.arguments`)."""
+        from .call import arguments
 
-    def _input(self, name: str, inputs: Mapping[str, Any]) -> Any:
-        if inputs.get(name) is not None:
-            return inputs[name]
-        like = next((value for value in inputs.values() if isinstance(value, Tensor) and value.dim() == 2), None)
-        if like is not None and name.endswith("attention_mask"):
-            return torch.ones_like(like, dtype=torch.long)
-        if like is not None and name == "token_type_ids":
-            return torch.zeros_like(like, dtype=torch.long)
-        raise TypeError(f"{self.name}: missing input {name!r}; it was captured with {list(self.signature.inputs)}")
+        complete = arguments(self, inputs)
+        return pytree.tree_leaves([complete[name] for name in self.signature.inputs])
 
     def save(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
         """Write a run folder (see :mod:`lorafx.store`): what was learned, the recipe, and a reference to the base."""
@@ -236,15 +240,33 @@ class Program:
         return report_of(self)
 
 
+#: Operators that update running statistics without saying so: where those are, and whether they do.
+_RUNNING = {torch.ops.aten.batch_norm.default: 5, torch.ops.aten.instance_norm.default: 5}
+
+
 def updated(graph: fx.Graph) -> set[str]:
-    """Names of the tensors that running the graph changes: counters, and the running statistics of batch norms."""
+    """Names of the tensors that running the graph changes: counters, running statistics, embeddings kept short."""
     written: list[Any] = []
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.batch_norm.default):
-        written += node.args[3:5] if node.args[5] else ()  # running mean and variance; whether it is training
     for node in graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            written += node.args[:1]
-    return {str(node.target) for node in written if isinstance(node, fx.Node) and node.op == "get_attr"}
+        if node.target in _RUNNING:
+            written += node.args[3:5] if node.args[_RUNNING[node.target]] else ()
+        elif isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            given = dict(zip((argument.name for argument in node.target._schema.arguments), node.args, strict=False))
+            given.update(node.kwargs)
+            writes = [a.name for a in node.target._schema.arguments if a.alias_info and a.alias_info.is_write]
+            written += [given.get(name) for name in writes]
+    owners = [_owner(node) for node in written if isinstance(node, fx.Node)]
+    return {str(node.target) for node in owners if node.op == "get_attr"}
+
+
+def _owner(node: fx.Node) -> fx.Node:
+    """The value whose memory ``node`` is a view of."""
+    while isinstance(node.target, torch._ops.OpOverload) and node.target._schema.returns:
+        first = node.args[0] if node.args else None
+        if node.target._schema.returns[0].alias_info is None or not isinstance(first, fx.Node):
+            break
+        node = first
+    return node
 
 
 def structure(graph: fx.Graph) -> list[tuple[Any, ...]]:

@@ -7,6 +7,7 @@ token types that were left out, and runs in evaluation mode without gradients. V
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -206,16 +207,17 @@ def _of_program(program: Program, place: Place, label: str, kind: str = "program
 
 
 def _graph_specs(program: Program) -> tuple[InputSpec, ...]:
-    """What a program takes: the axes that are symbols in its graph are free."""
-    specs = specs_of(program.example, program.config)
-    found = [node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")]
-    values = [value for value in found if isinstance(value, Tensor)]
-    if len(values) != len(specs):
-        return specs
-    sizes = [tuple(size if isinstance(size, int) else None for size in value.shape) for value in values]
-    return tuple(
-        InputSpec(spec.name, spec.dtype, size, spec.low, spec.high) for spec, size in zip(specs, sizes, strict=True)
-    )
+    """What a program takes: the axes that are free in its graph, and the sizes they may have."""
+    domain = program.signature.domain
+    specs = []
+    for spec in specs_of(program.example, program.config):
+        shape = domain.shapes.get(spec.name)
+        if shape is not None:
+            sizes = tuple(size if isinstance(size, int) else None for size in shape)
+            ranges = {axis: domain.bounds(spec.name, axis) for axis, size in enumerate(sizes) if size is None}
+            spec = dataclasses.replace(spec, sizes=sizes, ranges=ranges)
+        specs.append(spec)
+    return tuple(specs)
 
 
 # ---- modules

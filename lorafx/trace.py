@@ -11,6 +11,7 @@ import gc
 import io
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from typing import Any, TypeVar, cast
@@ -20,7 +21,9 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import config as fx_config
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.utils import _pytree as pytree
 
+from .domain import FLAGS, input_nodes, is_axes, leaves_of
 from .errors import CaptureError
 from .site import module_path
 
@@ -119,9 +122,13 @@ def trace_with(attempt: Callable[[Any], T], model: nn.Module, shapes: Any) -> T:
             if shapes is None or not any(sign in str(error) for sign in _REFUSED_DIMENSIONS):
                 raise _capture_error(model, error) from error
         try:
-            return attempt({name: value and dict.fromkeys(value, Dim.AUTO) for name, value in shapes.items()})
+            return attempt(pytree.tree_map(_left_to_tracer, shapes, is_leaf=is_axes))
         except Exception as error:
             raise _capture_error(model, error) from error
+
+
+def _left_to_tracer(axes: Any) -> Any:
+    return axes and dict.fromkeys(axes, Dim.AUTO)
 
 
 @contextmanager
@@ -159,7 +166,9 @@ def _trace(model: nn.Module, example: Mapping[str, Any], shapes: Any) -> Exporte
     # A tracer that fails prints the whole graph it had; the error says what a user needs, the log keeps the rest.
     said = io.StringIO()
     try:
-        with redirect_stderr(said), _idle_moves():
+        with redirect_stderr(said), _idle_moves(), warnings.catch_warnings():
+            # What a model assigns to itself while it is traced is taken out again (lorafx.intact).
+            warnings.filterwarnings("ignore", message="(?s).*assigned during export", category=UserWarning)
             exported = _exported(model, example, shapes)
     finally:
         _log.debug("%s", said.getvalue())
@@ -173,7 +182,9 @@ def _exported(model: nn.Module, example: Mapping[str, Any], shapes: Any) -> Expo
     from transformers.exporters.configs import DynamoConfig
     from transformers.exporters.exporter_dynamo import DynamoExporter
 
-    config = DynamoConfig(dynamic=shapes is not None, dynamic_shapes=shapes)
+    # The exporter takes settings of the model out of its inputs.
+    inputs = shapes and {name: axes for name, axes in shapes.items() if name not in FLAGS}
+    config = DynamoConfig(dynamic=shapes is not None, dynamic_shapes=inputs)
     with gradients_on(model.training):
         return DynamoExporter().export(cast(Any, model), dict(example), config).program
 
@@ -216,16 +227,13 @@ def gradients_on(wanted: bool) -> Iterator[None]:
 
 def _check_free(exported: ExportedProgram, shapes: Any) -> None:
     """Refuse a trace in which a dimension that was to stay free got the size of the example."""
-    inputs = set(exported.graph_signature.user_inputs)
-    nodes = {node.name: node for node in exported.graph.find_nodes(op="placeholder") if node.name in inputs}
-    for name, dims in (shapes or {}).items():
-        value = nodes[name].meta.get("val") if name in nodes else None
-        if not isinstance(value, Tensor):
-            continue
-        for dim in dims or ():
-            size = value.shape[dim]
-            if is_concrete_int(size):
-                raise RuntimeError(f"the model's code fixes dimension {dim} of input {name!r} to {size}")
+    wanted = {name: axes for name, axes in (shapes or {}).items() if name not in FLAGS}
+    for (name, axes), node in zip(leaves_of(wanted, is_axes).items(), input_nodes(exported), strict=False):
+        value = node.meta.get("val")
+        for axis in axes or ():
+            size: Any = value.shape[axis] if isinstance(value, Tensor) else None
+            if size is not None and is_concrete_int(size):
+                raise RuntimeError(f"the model's code fixes dimension {axis} of input {name!r} to {size}")
 
 
 def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
@@ -248,6 +256,7 @@ def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
 _ADVICE = {
     "data-dependent": "a graph cannot branch on values: choose a config or example inputs of your own that do not",
     "fixes dimension": "its code computes with that size as a number: dynamic=False captures it for this size alone",
+    "padding token": "set model.config.pad_token_id",
     "ONNX": "format='pt2' needs no conversion",
     "": "try dynamic=False, example inputs of your own, or attn_implementation='eager'",
 }

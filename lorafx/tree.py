@@ -115,7 +115,7 @@ def persistent(root: nn.Module, name: str) -> bool:
 def copy_tree(root: nn.Module, apart: Collection[str] = ()) -> nn.Module:
     """A new tree of new Parameter objects over the same storage; ties stay ties, inner graph modules are shared.
 
-    Buffers named in ``apart`` get storage of their own.
+    Tensors named in ``apart`` get storage of their own.
 
     New objects let two programs disagree about ``requires_grad`` without a copy of the weights.
     """
@@ -123,14 +123,28 @@ def copy_tree(root: nn.Module, apart: Collection[str] = ()) -> nn.Module:
     seen: dict[int, Tensor] = {}
     for name, value in named_tensors(root):
         if id(value) not in seen:
+            held = value.detach().clone() if name in apart else value
             is_parameter = isinstance(value, nn.Parameter)
-            buffer = value.clone() if name in apart else value
-            seen[id(value)] = nn.Parameter(value.detach(), value.requires_grad) if is_parameter else buffer
+            seen[id(value)] = nn.Parameter(held.detach(), value.requires_grad) if is_parameter else held
         put_tensor(result, name, seen[id(value)], persistent(root, name))
     for name, module in root.named_children():
         if isinstance(module, torch.fx.GraphModule):
             result.add_module(name, module)
     return result
+
+
+def own_when_trained(value: nn.Parameter) -> None:
+    """Give a trainable parameter storage of its own when its first gradient arrives: what shares it now, another
+    program or the user's model, stays as it is, and a model that is never trained is not copied."""
+    if getattr(value, "_lorafx_watched", False):
+        return
+
+    def take(value: Tensor) -> None:
+        value.data = value.data.clone()
+        handle.remove()
+
+    handle = value.register_post_accumulate_grad_hook(take)
+    value._lorafx_watched = True  # type: ignore[attr-defined]
 
 
 def own(root: nn.Module, name: str) -> nn.Parameter:

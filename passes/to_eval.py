@@ -21,6 +21,11 @@ _DROPOUTS = (
     *(aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default),
     *(aten.dropout_.default, aten.feature_dropout_.default, aten.alpha_dropout_.default),
 )
+#: Their dropout between layers is noise of their own.
+_RECURRENT = (
+    *(aten.lstm.input, aten.lstm.data, aten.gru.input, aten.gru.data),
+    *(aten.rnn_tanh.input, aten.rnn_tanh.data, aten.rnn_relu.input, aten.rnn_relu.data),
+)
 
 
 def _bypass(node: fx.Node) -> None:
@@ -40,6 +45,17 @@ def _argument(name: str, value: object) -> Callable[[fx.Node], None]:
     return change
 
 
+def _from_running_statistics(name: str) -> Callable[[fx.Node], None]:
+    """A norm that keeps no statistics normalises by its input's in evaluation, too."""
+    change = _argument(name, False)
+
+    def keep(node: fx.Node) -> None:
+        if node.args[3] is not None:  # the running mean
+            change(node)
+
+    return keep
+
+
 def _median(operator: Any, *rest: object) -> Callable[[fx.Node], None]:
     def change(node: fx.Node) -> None:
         node.target, node.args = operator, (node.args[0], *rest)
@@ -57,7 +73,9 @@ _MEDIANS: dict[Any, Callable[[fx.Node], None]] = {
 RULES: dict[Any, Callable[[fx.Node], None]] = {
     **dict.fromkeys(_DROPOUTS, _bypass),
     aten.scaled_dot_product_attention.default: _argument("dropout_p", 0.0),
-    aten.batch_norm.default: _argument("training", False),
+    aten.batch_norm.default: _from_running_statistics("training"),
+    aten.instance_norm.default: _from_running_statistics("use_input_stats"),
+    **dict.fromkeys(_RECURRENT, _argument("train", False)),
 }
 
 

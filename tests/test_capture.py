@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small
 import torch
 import transformers as hf
 import zoo
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.errors import CaptureError
+from lorafx.errors import CaptureError, UsageError
 from lorafx.passes.lora import Lora
 
 
@@ -222,3 +223,119 @@ def test_a_fixed_dimension_is_refused_by_name():
         lorafx.capture(Counting(), inputs={"x": torch.ones(2, 4)})
     program = lorafx.capture(Counting(), inputs={"x": torch.ones(2, 4)}, dynamic=False)
     assert operators(program).count("aten.linear.default") == 2
+
+
+# ---- example inputs that a config does not name
+
+
+def stages(**changes: Any) -> dict[str, Any]:
+    return {"hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3, **changes}
+
+
+TRANSFORMER: dict[str, Any] = {"num_encoder_blocks": 2, "patch_sizes": [7, 3], "strides": [4, 2]}
+IMAGES: dict[str, Any] = {
+    "resnet": lambda: hf.ResNetForImageClassification(hf.ResNetConfig(embedding_size=8, **stages())),
+    "regnet": lambda: hf.RegNetForImageClassification(hf.RegNetConfig(embedding_size=8, groups_width=8, **stages())),
+    "bit": lambda: hf.BitForImageClassification(hf.BitConfig(embedding_size=8, num_groups=4, **stages())),
+    "poolformer": lambda: hf.PoolFormerForImageClassification(
+        hf.PoolFormerConfig(**TRANSFORMER, **stages(padding=[2, 1]))
+    ),
+    "segformer": lambda: hf.SegformerForImageClassification(
+        hf.SegformerConfig(**TRANSFORMER, **stages(num_attention_heads=[1, 2], sr_ratios=[2, 1], mlp_ratios=[2, 2]))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_images_have_the_size_that_their_processor_makes(name: str, tmp_path: Path):
+    torch.manual_seed(0)
+    IMAGES[name]().save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 64}}')
+    program = lorafx.capture(tmp_path / "base")
+    assert program.example["pixel_values"].shape == (2, 3, 64, 64)
+    program.save(tmp_path / "run")
+    again = lorafx.load(tmp_path / "run")
+    inputs = {"pixel_values": torch.randn(3, 3, 64, 64)}
+    assert zoo.distance(zoo.run(program, inputs), zoo.run(again, inputs)) == 0
+    with pytest.raises(UsageError, match="dimension 2 of input 'pixel_values' is 96, and the graph holds for 64"):
+        program.module()(pixel_values=torch.randn(1, 3, 96, 96))
+
+
+def test_a_model_without_usual_inputs_is_saved_with_its_own(tmp_path: Path):
+    model = hf.ResNetForImageClassification(hf.ResNetConfig(embedding_size=8, **stages()))
+    model.save_pretrained(tmp_path / "base")
+    program = lorafx.capture(tmp_path / "base", inputs={"pixel_values": torch.randn(2, 3, 32, 32)})
+    program.save(tmp_path / "run")
+    assert lorafx.load(tmp_path / "run").example["pixel_values"].shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("changes", [{"pad_token_id": -1}, {"max_position_embeddings": -1}, {"pad_token_id": None}])
+def test_negative_numbers_in_a_config_mean_none(changes: dict[str, Any]):
+    config = hf.LlamaConfig(**{**zoo.DECODER, **changes})
+    check(hf.LlamaForCausalLM(config).eval(), zoo.text(2, 7))
+    assert lorafx.capture(hf.LlamaForCausalLM(config)).example["input_ids"].min() >= 0
+
+
+def encoder_decoder(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    tokens: dict[str, Any] = {"vocab_size": 50, "pad_token_id": 0, "eos_token_id": 5, "decoder_start_token_id": 0}
+    if kind == "t5":
+        return hf.T5ForSequenceClassification(
+            hf.T5Config(**tokens, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+        ).eval()
+    sizes: dict[str, Any] = {f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("attention_heads",)}
+    layers: dict[str, Any] = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    config = hf.BartConfig(**tokens, **sizes, **layers, d_model=16, max_position_embeddings=40, bos_token_id=1)
+    return hf.BartForSequenceClassification(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_classifiers_that_look_for_the_end_of_a_text(kind: str):
+    model = encoder_decoder(kind)
+    program = lorafx.capture(model)
+    ids = torch.randint(6, 50, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    ids[0, 8], ids[1, 5], ids[2, 8] = 5, 5, 5
+    ids[1, 6:], mask[1, 6:] = 0, 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    assert zoo.distance(zoo.eager(model, inputs), zoo.run(program, inputs)) < 1e-5
+
+
+def test_a_classifier_without_a_padding_token_says_what_to_do():
+    with pytest.raises(CaptureError, match=r"if no padding token is defined; set model\.config\.pad_token_id"):
+        lorafx.capture(hf.LlamaForSequenceClassification(hf.LlamaConfig(**{**zoo.DECODER, "pad_token_id": None})))
+
+
+@pytest.mark.parametrize("pad", [None, -1])
+def test_a_classifier_of_a_folder_pads_as_its_tokenizer_does(pad: int | None, tmp_path: Path):
+    hf.LlamaForCausalLM(hf.LlamaConfig(**{**zoo.DECODER, "pad_token_id": pad})).save_pretrained(tmp_path)
+    tokenizer = small.words()
+    tokenizer.pad_token, tokenizer.eos_token = None, "w3"
+    tokenizer.save_pretrained(tmp_path)
+    program = lorafx.capture(tmp_path, task="text-classification", num_labels=3)
+    end = tokenizer.convert_tokens_to_ids("w3")
+    assert program.config.pad_token_id == end
+    text = torch.tensor([[11, 12, 13]])
+    both = torch.tensor([[11, 12, 13, end, end], [21, 22, 23, 24, 25]])
+    alone = zoo.run(program, {"input_ids": text, "attention_mask": torch.ones_like(text)})["['logits']"]
+    beside = zoo.run(program, {"input_ids": both, "attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1] * 5])})
+    torch.testing.assert_close(beside["['logits']"][:1], alone)
+
+
+# ---- dropout of recurrent layers
+
+
+def test_recurrent_layers_have_an_evaluation_form(caplog: pytest.LogCaptureFixture):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = (
+                nn.LSTM(4, 4, 2, dropout=0.5, batch_first=True),
+                nn.BatchNorm1d(4, track_running_stats=False),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.layer(x)[0].transpose(1, 2))
+
+    check(Recurrent().eval(), {"x": torch.randn(2, 5, 4)})
+    assert "captured without" not in caplog.text
