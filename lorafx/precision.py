@@ -67,13 +67,16 @@ def recast(program: Program, dtype: torch.dtype | None = None, device: torch.dev
 
 
 def relaid(program: Program) -> Program:
-    """The program with a copy of every tensor: two programs laid out alike compute the same bits."""
+    """The program with a copy of every tensor, none of which trains: two programs laid out alike compute the same bits.
+
+    A product with a weight that trains is summed in another order by torch than one with a weight that is frozen.
+    """
     result = program.copy()
     copies: dict[int, Tensor] = {}
     for name, value in list(named_tensors(result.root)):
         if id(value) not in copies:
             copy = value.detach().clone()
-            copies[id(value)] = nn.Parameter(copy, value.requires_grad) if isinstance(value, nn.Parameter) else copy
+            copies[id(value)] = nn.Parameter(copy, requires_grad=False) if isinstance(value, nn.Parameter) else copy
         put_tensor(result.root, name, copies[id(value)], persistent(result.root, name))
     return result
 

@@ -187,6 +187,12 @@ def weight_times_a_row_before_a_linear() -> nn.Module:
     return Small(lambda s, x: s.o(F.linear(x, s.w * s.r)), w=weight(4, 8), r=weight(8), o=nn.Linear(4, 6, bias=False))
 
 
+@case(4, 6)
+def linear_of_a_transposed_value() -> nn.Module:
+    """torch sums in another order where the weight trains: inserting an adapter, which freezes it, keeps the bits."""
+    return Small(lambda s, x: F.linear(x.transpose(1, 2), s.w, s.b), w=weight(6, 4), b=weight(6))
+
+
 @case()
 def encoder_layer_of_torch() -> nn.Module:
     layer = nn.TransformerEncoderLayer(6, 3, 8, batch_first=True, norm_first=True, dropout=0.0)

@@ -151,7 +151,7 @@ def _by_hand(g: Builder, q: Value, k: Value, v: Value, n: Heads, r: random.Rando
         scores = g.do(f"{scores} + {g.part(f'nn.Parameter(torch.randn({n.query}, {q.number(2)}, {k.number(2)}))')}")
     elif kind == 4:
         scores = g.do(f"{scores} + {g.part(f'nn.Parameter(torch.randn({n.query}))')}.view(1, -1, 1, 1)")
-    if r.random() < 0.15:
+    if r.random() < 0.15 and kind != 1:  # heads mixed; what masks may be near the largest number
         scores = g.do(f"{g.part(f'nn.Conv2d({n.query}, {n.query}, 1)')}({scores})")
     if r.random() < 0.2:  # a sink: one more score, dropped after the softmax
         sink = g.part(f"nn.Parameter(torch.randn({n.query}))")
