@@ -19,6 +19,8 @@ import torch
 from tests.judge.judge import draw, judge
 from tests.judge.minimise import described, minimise
 
+#: What must not be found.
+FAILURES = ("mismatch", "crash", "warned")
 #: A worker is replaced after so many graphs: what the tracer keeps of each adds up.
 _GRAPHS_A_WORKER = 200
 
@@ -47,7 +49,8 @@ def summary(rows: list[dict[str, Any]]) -> str:
     return (
         f"{len(rows)} graphs: {kinds['mismatch']} mismatches, {kinds['crash']} crashes, {kinds['refused']} refused; "
         f"something removed in {plain} (after gates in {gated}) of {len(judged)}, {share:.1%} of the parameters; "
-        f"{sum(bool(row.get('warned')) for row in judged)} with a rule caught being wrong; "
+        f"{sum(bool(row['warned']) for row in judged)} with a rule caught being wrong; "
+        f"{sum(row['outside'] > 0 for row in judged)} hold for some of the sizes alone; "
         f"{sum(row['seconds'] for row in rows) / max(1, len(rows)):.2f} s a graph"
     )
 
@@ -76,12 +79,12 @@ def main() -> int:
             if given.log:
                 with given.log.open("a") as log:
                     log.write(json.dumps(row) + "\n")
-            if row["kind"] in ("mismatch", "crash"):
+            if row["kind"] in FAILURES:
                 print(f"seed {row['seed']}: {row['kind']} in {row['stage']}: {row['what']}", flush=True)
             if len(rows) % 500 == 0:
                 print(summary(rows), flush=True)
     print(summary(rows))
-    return int(any(row["kind"] in ("mismatch", "crash") for row in rows))
+    return int(any(row["kind"] in FAILURES for row in rows))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ from tests.judge.layers import LAYERS, activation, layer, linear, width
 TOLERANCE = 1e-9
 #: Batch sizes and, for texts, lengths the outputs are compared at; the first is the one captured.
 SIZES = ((2, 5), (1, 3), (5, 7))
+#: Who warns when a rule about channels raised, or did not hold when a removal was tried.
+_ANALYSIS = tuple(f"lorafx.{name}" for name in ("axes", "channels", "needs", "removal_plan"))
 #: A graph that takes longer hangs.
 _LIMIT_S = 120
 #: Token numbers are below this.
@@ -113,13 +115,14 @@ class Verdict:
     """What was found about one graph.
 
     Attributes:
-        kind: ``right``, ``refused``, ``mismatch`` or ``crash``
+        kind: ``right``, ``refused``, ``mismatch``, ``crash``, or ``warned``: right, but the analysis caught a rule
         stage: where it went wrong
         what: the gap, or the error
         removed: how many numbers removal took out of tensors, in the plain fold and after gates
         parameters: how many there were
         warned: the first warning that asks for a report: a rule that removal caught being wrong
         seconds: of processor time
+        outside: how many of the sizes its graph does not hold for
     """
 
     kind: str
@@ -129,6 +132,7 @@ class Verdict:
     gated: int = 0
     parameters: int = 0
     seconds: float = 0.0
+    outside: int = 0
     warned: str = ""
 
 
@@ -152,7 +156,9 @@ def judge(plan: Plan, only: str = "") -> Verdict:
     except Exception as found:
         verdict.kind, verdict.what = "crash", _first(found)
     verdict.stage, verdict.seconds = stage[0], round(time.process_time() - started, 3)
-    verdict.warned = next((text for text in warnings if text.startswith("dead-channels")), "")
+    verdict.warned = next(iter(warnings), "")
+    if verdict.kind == "right" and verdict.warned:
+        verdict.kind, verdict.what = "warned", verdict.warned
     return verdict
 
 
@@ -189,6 +195,10 @@ def hold(
     if only in ("", "eager after capture"):
         stage[0] = "eager after capture"
         _compare(eager, _outputs(model, inputs))
+    # Where the model's code branches on a size, the graph holds for one branch and refuses the others.
+    within = [place for place, given in enumerate(inputs) if _allowed(program, given)]
+    verdict.outside = len(inputs) - len(within)
+    inputs, eager = [inputs[place] for place in within], [eager[place] for place in within]
     if only in ("", "captured = eager"):
         stage[0] = "captured = eager"
         _compare(eager, _outputs(program.module().eval(), inputs))
@@ -212,6 +222,10 @@ def hold(
             verdict.gated = removed(folded)
             _compare(_outputs(gated.module().eval(), inputs), _outputs(folded.module().eval(), inputs))
     return verdict
+
+
+def _allowed(program: Program, given: dict[str, Tensor]) -> bool:
+    return program.signature.domain.allows(program.signature.domain.sizes(given))
 
 
 def _fold(program: Program) -> Program:
@@ -260,9 +274,9 @@ def _outputs(module: nn.Module, inputs: list[dict[str, Tensor]]) -> list[list[Te
 
 
 def _compare(want: list[list[Tensor]], got: list[list[Tensor]]) -> None:
-    for sizes, expected, found in zip(SIZES, want, got, strict=True):
+    for place, (expected, found) in enumerate(zip(want, got, strict=True)):
         for number, (a, b) in enumerate(zip(expected, found, strict=True)):
-            where = f"output {number}, batch {sizes[0]}"
+            where = f"output {number}, input {place}"
             if a.shape != b.shape:
                 raise Mismatch(f"{where}: shape {tuple(a.shape)} became {tuple(b.shape)}")
             gap = float((a - b).abs().max() / a.abs().max().clamp(min=1e-12))
@@ -281,11 +295,12 @@ def _first(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _heard() -> Iterator[list[str]]:
-    """The warnings of lorafx, which are printed nowhere; torch's tracer is silent."""
+    """What the analysis of channels warns of, its own mistakes; printed nowhere. torch's tracer is silent."""
 
     class Ear(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
+            if record.name in _ANALYSIS:
+                said.append(record.getMessage())
 
     said: list[str] = []
     ours, ear = logging.getLogger("lorafx"), Ear(logging.WARNING)
