@@ -109,7 +109,14 @@ class Domain:
     def allows(self, sizes: Mapping[str, int]) -> bool:
         """Whether the free sizes are all in their ranges and relations."""
         inside = all(size in self.ranges[name] for name, size in sizes.items())
-        return inside and all(self.evaluate(relation, sizes) for relation in self.relations)
+        return inside and all(self.holds(relation, sizes) for relation in self.relations)
+
+    def holds(self, relation: str, sizes: Mapping[str, int]) -> bool:
+        """Whether a relation holds for these free sizes; not, where it divides by nothing."""
+        try:
+            return bool(self.evaluate(relation, sizes))
+        except ZeroDivisionError:
+            return False
 
     def check(self, leaves: Leaves, what: str) -> None:
         """UsageError unless the graph of ``what`` is right for ``leaves``: names the input, the axis and the range."""
@@ -122,7 +129,7 @@ class Domain:
             for axis, size in enumerate(shape):
                 self._check_axis(name, axis, size, int(value.shape[axis]), sizes, what)
         for relation in self.relations:
-            if not self.evaluate(relation, sizes):
+            if not self.holds(relation, sizes):
                 raise UsageError(
                     f"{what}: the graph holds where {self.readable(relation)}, and {self._given(sizes)}; "
                     "capture it with example inputs of such sizes"

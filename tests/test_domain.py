@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lorafx
 from lorafx.data import positions
-from lorafx.domain import Range
+from lorafx.domain import Domain, Range
 from lorafx.errors import CaptureError, UsageError
 from lorafx.inputs import Generator, InputSpec
 from lorafx.passes.lora import Lora
@@ -188,3 +188,11 @@ def test_made_up_inputs_keep_to_the_ranges_and_reach_their_ends():
     ids = InputSpec("input_ids", torch.long, (None, None), 0, 50, {0: Range(2, 4), 1: Range(3, 9)})
     shapes = [tuple(batch.values["input_ids"].shape) for batch in Generator((ids,)).batches([(1, 5), (8, 20)])]
     assert shapes == [(2, 5), (4, 9), (4, 5), (2, 3), (2, 9)]
+
+
+def test_a_relation_that_divides_by_nothing_does_not_hold() -> None:
+    domain = Domain({"x": ("s", "t")}, {"s": Range(1), "t": Range(1)}, ("s % (t // 2) == 0",))
+    assert domain.allows({"s": 4, "t": 4})
+    assert not domain.allows({"s": 4, "t": 1})
+    with pytest.raises(UsageError, match="the graph holds where"):
+        domain.check({"x": torch.zeros(4, 1)}, "a model")

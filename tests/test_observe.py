@@ -16,6 +16,7 @@ from lorafx.errors import ParityError, UsageError
 from lorafx.observe import Dump, VerifyEach
 from lorafx.passes.lora import Lora
 from lorafx.pipeline import run
+from lorafx.precision import recast
 from lorafx.program import Program
 from lorafx.tree import own
 from tests.small import adapted, bert, captured
@@ -85,6 +86,16 @@ def test_a_pass_is_held_to_its_promise(program: Program, honest: Pass, lying: Pa
     assert run(program, [honest], observers).history[-1].step is honest
     with pytest.raises(ParityError, match=f"'test-observe' promised {lying.promise.value} outputs, but logits"):
         run(program, [honest, lying], observers)
+
+
+def test_the_last_bit_is_a_kernels_choice_and_no_more(program: Program) -> None:
+    double = recast(program, torch.float64)
+    assert run(double, [Nudge(factor=1 + 2.3e-16)], [VerifyEach()]).history[-1].proof
+    for factor in (1 + 1e-11, 1 + 1.2e-7):
+        with pytest.raises(ParityError, match="promised exact"):
+            run(double, [Nudge(factor=factor)], [VerifyEach()])
+    with pytest.raises(ParityError, match="promised exact"):  # one bit of fp32 is many of fp64
+        run(program, [Nudge(factor=1 + 1.2e-7)], [VerifyEach()])
 
 
 def test_a_promise_of_nothing_is_not_checked(program: Program) -> None:
