@@ -190,7 +190,7 @@ def _checkpoint(folder: Path, resume: bool | str | PathLike[str]) -> str | None:
     """The checkpoint to start from, after checking that it is whole."""
     if resume is False:
         # Whole or not, and whoever wrote it: the Trainer removes the oldest of what is called so.
-        old = next(iter(sorted(folder.glob("checkpoint-*"))), None)
+        old = max(folder.glob("checkpoint-*"), key=lambda left: (len(left.name), left.name), default=None)
         if old is not None:
             raise UsageError(f"{old}: left by an earlier training; resume it, remove it, or choose another output_dir")
         return None
