@@ -120,7 +120,7 @@ def test_errors_name_the_candidate(checkpoint: Path, tmp_path: Path) -> None:
         bench(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ArtifactError, match=r"empty: a process of its own cannot run it: .*config\.json"):
-        module._peak_of(tmp_path / "empty", (1, 2), 1, ("cpu", False))
+        module._peak_of(tmp_path / "empty", (1, 2), 1, ("cpu", {}))
 
 
 def test_peak_memory_is_the_process_own() -> None:
