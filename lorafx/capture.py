@@ -71,7 +71,8 @@ def capture(
         CaptureError: the model cannot be captured; names the line, the guard or the dimension
     """
     if isinstance(source, nn.Module):
-        given = {**options, "num_labels": num_labels, "meta": meta or None}
+        weightless = all(value.is_meta for value in source.parameters())
+        given = {**options, "num_labels": num_labels, "meta": (meta and not weightless) or None}
         given = [name for name, value in given.items() if value is not None]
         if given:
             raise UsageError(f"{given[0]} is for opening a folder; a model in memory is captured as it is")

@@ -14,6 +14,7 @@ from .errors import UsageError
 
 #: Prompts in one forward pass: the logits of a batch are its largest tensor.
 _BATCH = 16
+_TYPES = "token_type_ids"
 #: A prompt's token ids, and those of the target that follows it.
 Pair = tuple[list[int], list[int]]
 
@@ -72,6 +73,14 @@ def batch_of(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def inputs_of(model: Any, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Rows as inputs of a model, on its device, with the token types that its tokenizer gives a single text, if any."""
+    device = next(model.parameters()).device
+    inputs = {name: value.to(device) for name, value in batch_of(rows).items()}
+    captured = model.program.example if hasattr(model, "program") else {}
+    return {**inputs, **({_TYPES: torch.zeros_like(inputs["input_ids"])} if _TYPES in captured else {})}
+
+
 @torch.no_grad()
 def top_tokens(model: Any, prompts: Sequence[Sequence[int]]) -> list[int]:
     """The most likely next token after each prompt."""
@@ -97,8 +106,6 @@ def says(model: Any, pairs: Sequence[Pair]) -> list[bool]:
 
 
 def _logits(model: Any, rows: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[Sequence[int]], Tensor]]:
-    device = next(model.parameters()).device
     for start in range(0, len(rows), _BATCH):
         part = rows[start : start + _BATCH]
-        inputs = {name: value.to(device) for name, value in batch_of(part).items()}
-        yield part, model(**inputs).logits
+        yield part, model(**inputs_of(model, part)).logits

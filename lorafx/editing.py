@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 
 from .capture import capture
-from .continuations import Encoder, batch_of, says, top_tokens
+from .continuations import Encoder, inputs_of, says, top_tokens
 from .edit_requests import EditOptions, EditRequest
 from .errors import UsageError, did_you_mean
 from .module import loss_type
@@ -314,8 +314,7 @@ def _held(program: Program, name: str) -> bool:
 
 def _logits(model: Any, row: list[int]) -> Tensor:
     """The logits (row, vocabulary) after each token of a row, in fp32."""
-    device = next(model.parameters()).device
-    return model(**{name: value.to(device) for name, value in batch_of([row]).items()}).logits[0].float()
+    return model(**inputs_of(model, [row])).logits[0].float()
 
 
 def _lead(logits: Tensor, target: Tensor) -> float:

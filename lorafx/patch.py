@@ -212,7 +212,8 @@ class Patch:
             for alias, tensor in list(named_tensors(result.root)):
                 if tensor is current:
                     put_tensor(result.root, alias, fresh, persistent(result.root, alias))
-        return dataclasses.replace(result, origin=program.origin or program)
+        # What it is compared with when exported is what it computes now, not what it computed before the patch.
+        return dataclasses.replace(result, origin=result)
 
 
 def program_name(program: Program, names: tuple[str, ...]) -> str:

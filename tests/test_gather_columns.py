@@ -116,7 +116,7 @@ def test_columns_are_gathered_in_multiples() -> None:
     assert widths[0] != widths[1]
     assert equal(program, rounded)
     assert not GatherColumns("always", round_to=8).sites(rounded).taken
-    with pytest.raises(RecipeError, match="1 or more"):
+    with pytest.raises(RecipeError, match="at least 1"):
         run(plain, [GatherColumns(round_to=0)])
 
 

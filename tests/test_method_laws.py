@@ -111,8 +111,15 @@ BLOCKS: dict[str, list[list[tuple[int, int]]]] = {
     "t5": [[*_ATTENTION, (48, 32), (32, 48)], [*_ATTENTION, *_ATTENTION, (48, 32), (32, 48)]],
     "vit": [[*_ATTENTION, (48, 32), (32, 48)]],
 }
-#: Where query, key and value of one module stand among them.
-FUSED: dict[str, list[list[int]]] = {"bert": [[0]], "gpt2": [[]], "llama": [[0]], "t5": [[0], [0, 4]], "vit": [[0]]}
+#: The places of those that read the A and u of the one before: key and value of a module, but where the query reads
+#: another value (T5's cross-attention) the value alone.
+SHARING: dict[str, list[set[int]]] = {
+    "bert": [{1, 2}],
+    "gpt2": [set()],
+    "llama": [{1, 2}],
+    "t5": [{1, 2}, {1, 2, 6}],
+    "vit": [{1, 2}],
+}
 #: Linears outside the blocks that adapters take, the numbers of a head that trains in full, and biases per block.
 OUTSIDE: dict[str, list[tuple[int, int]]] = {"bert": [(32, 32)]}
 HEAD = {"bert": 3 * 32 + 3, "vit": 3 * 32 + 3}
@@ -127,10 +134,9 @@ def lora_count(model: str, ranks: tuple[int, int], outside: int) -> int:
 
 
 def tied_count(model: str, rank: int) -> int:
-    """A r·in and B r·out once for all blocks, u r and v out a block; query, key and value share A and u."""
+    """A r·in and B r·out once for all blocks, u r and v out a block; projections of one value share A and u."""
     total = 0
-    for stack, fused in zip(BLOCKS[model], FUSED[model], strict=True):
-        shared = {start + offset for start in fused for offset in (1, 2)}
+    for stack, shared in zip(BLOCKS[model], SHARING[model], strict=True):
         for place, (rows, columns) in enumerate(stack):
             total += rank * rows + LAYERS * rows
             total += 0 if place in shared else rank * columns + LAYERS * rank

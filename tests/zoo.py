@@ -262,6 +262,7 @@ def doubled(program: Program) -> Program:
     def widen(argument: Any) -> Any:
         return torch.float64 if argument is torch.float32 else argument
 
+    result.example = widened(result.example)
     for node in result.graph.nodes:
         node.args, node.kwargs = pytree.tree_map(widen, (node.args, node.kwargs))
     return result
