@@ -52,7 +52,7 @@ def attention(axes: Axes, node: fx.Node) -> Known:
     axes.same_rows(q, v)
     mask = argument(node, "attn_mask")
     if isinstance(mask, fx.Node):
-        if mask.meta["val"].dim() == 4 and not is_one(mask.meta["val"].shape[1]):
+        if mask.meta["val"].dim() > 2 and not is_one(mask.meta["val"].shape[-3]):  # with or without a batch
             axes.hold_rows(v)
         for axis in axes.axes(mask):
             axes.pin(axis.data, "an attention mask")

@@ -252,6 +252,24 @@ def test_a_head_goes_whose_factor_is_computed(caplog: pytest.LogCaptureFixture) 
     assert result.tensor("g.weight").shape == (2, 9)
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 5), (1, 2, 5, 5), (5, 5)])
+def test_heads_that_a_mask_tells_apart_stay(shape: tuple[int, ...], caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model = Model(
+        lambda s, x: s.o(
+            joined(functional.scaled_dot_product_attention(heads(s.q(x)), heads(s.k(x)), heads(s.v(x)), attn_mask=s.m))
+        ),
+        q=linear(8, 8),
+        k=linear(8, 8),
+        v=linear(8, 8),
+        o=linear(8, 3, unread=[4, 5, 6, 7]),
+        m=nn.Parameter(torch.randn(shape)),
+    )
+    result = folded(model, tokens(), caplog)
+    # With one mask for all heads the second goes; else it keeps a channel of its value, as many as the first.
+    assert result.tensor("q.weight").shape == ((4 if shape == (5, 5) else 8), 8)
+
+
 # ---- literals and geometry
 
 
