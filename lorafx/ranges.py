@@ -33,11 +33,12 @@ class Range:
             return "is no finite number"
         if self.whole and not isinstance(value, numbers.Integral):
             return "is no integer"
+        number: Any = value  # a number of any library's
         inside = (
-            (self.least is None or value >= self.least)
-            and (self.most is None or value <= self.most)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
+            (self.least is None or number >= self.least)
+            and (self.most is None or number <= self.most)
+            and (self.above is None or number > self.above)
+            and (self.below is None or number < self.below)
         )
         return None if inside else f"but it is {self}"
 
