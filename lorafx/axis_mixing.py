@@ -143,9 +143,10 @@ def layer_norm(axes: Axes, node: fx.Node) -> Known:
     operands += [argument(node, "bias")] if node.target is aten.layer_norm.default else []  # an RMS norm has none
     for operand in operands:
         for axis in axes.axes(operand):
-            if axis_of(found, rank - 1) is None:
+            there = axis.moved(lambda dim: dim + inner)
+            if any(axis_of(found, dim) is None for dim in (rank - 1, *there.dims)):
                 axes.pin(axis.data, "a norm over channels that are not known")
-            join(axes, node, result, axis.moved(lambda dim: dim + inner))
+            join(axes, node, result, there)
     return result
 
 

@@ -181,7 +181,14 @@ def _finite(value: float) -> float | None:
 
 
 def difference(
-    inputs: str, name: str, a: Tensor, b: Tensor, tokens: Tensor | None = None, *, same_nan: bool = False
+    inputs: str,
+    name: str,
+    a: Tensor,
+    b: Tensor,
+    tokens: Tensor | None = None,
+    *,
+    same_nan: bool = False,
+    slack: Tensor | None = None,
 ) -> Case:
     """The case of one output, of one shape on both sides.
 
@@ -191,6 +198,7 @@ def difference(
         a, b: its values; ``a`` is the reference
         tokens: which positions of the first two axes count; all when None
         same_nan: NaN on both sides is agreement, else it is a problem
+        slack: how far each element may be off for nothing (see :mod:`lorafx.rounding`); not at all when None
     """
     kinds_differ = a.is_floating_point() != b.is_floating_point()
     x, y = a.detach().cpu().double(), b.detach().cpu().double()
@@ -208,6 +216,8 @@ def difference(
             return Case(inputs, name, index=index, problem=f"NaN in the {side} model at {list(index)}")
     # Equal infinities (logits that a model rules out) are equal, though their difference is no number.
     gap = torch.where((x == y) | ~counted, 0.0, (x - y).abs())
+    if slack is not None:
+        gap = (gap - slack).clamp(min=0.0)
     index = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
     finite = x.abs()[counted & x.isfinite()]
     scale = float(finite.max()) if finite.numel() else 0.0

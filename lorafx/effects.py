@@ -41,6 +41,11 @@ def written(graph: fx.Graph) -> frozenset[fx.Node]:
     return frozenset(node for node, part in parts.items() if part in touched)
 
 
+def is_view(node: fx.Node) -> bool:
+    """Whether the node's value may lie in an operand's memory."""
+    return bool(_sharing(node))
+
+
 def _writes(node: fx.Node) -> list[fx.Node]:
     """The operands that the node writes to."""
     if node.target is aten.batch_norm.default:  # its schema does not say so

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ class FakeValues:
     def _computed(self, node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._operand)
         operator: Any = node.target
-        with self.mode, torch.no_grad():
+        # As the tracer does: some operators have symbolic shapes in Python alone (baddbmm, of a bias it broadcasts).
+        with self.mode, torch.no_grad(), enable_python_dispatcher():
             return operator(*args, **kwargs)
 
     def _operand(self, node: fx.Node) -> Any:

@@ -19,6 +19,7 @@ from .errors import ArtifactError, UsageError, first_line
 from .inputs import SHAPES, Batch, Generator, find_tokenizer, length_limit, merged, pad_token, tokenised
 from .precision import coarsest, tolerance
 from .program import Program
+from .rounding import slack
 from .runner import Runner, open_runner
 
 #: The longest text compared unless shapes are given. Attention takes time and memory with the square of the length, and
@@ -127,6 +128,8 @@ def compare(a: Runner, b: Runner, batches: Iterable[Batch], per_token: frozenset
 
 
 Outcome = dict[str, Tensor] | str
+#: How far each element of each output may be off for nothing.
+Slack = dict[str, Tensor]
 
 
 def _compared(
@@ -136,6 +139,7 @@ def _compared(
     per_token: frozenset[str] = frozenset(),
     *,
     same_nan: bool = False,
+    slack: Mapping[str, Slack] | None = None,
 ) -> Comparison:
     lowest = coarsest((a.dtype, b.dtype))
     cases: list[Case] = []
@@ -148,7 +152,7 @@ def _compared(
             problem = f"refused by {refusing.label}: {reason}"
             cases.append(Case(batch.label, "outputs", problem=problem, shapes_differ=True))
         else:
-            cases += _cases(batch, first, second, per_token, same_nan)
+            cases += _cases(batch, first, second, per_token, same_nan, (slack or {}).get(batch.label, {}))
     return Comparison(a.label, b.label, lowest, tolerance(lowest), tuple(cases), tuple(_labels(a, b)), tuple(notes))
 
 
@@ -178,16 +182,36 @@ class Answers:
                 outcomes.append(_outcome(runner, batch))
         return cls(runner, tuple(batches), tuple(outcomes))
 
-    def against(self, other: Answers, acceptable: Callable[[Comparison], bool]) -> Comparison:
+    def against(
+        self, other: Answers, acceptable: Callable[[Comparison], bool], slack: Mapping[str, Slack] | None = None
+    ) -> Comparison:
         """Compare, ``self`` being the reference. Inputs it refuses count only if they are the first.
 
         Where ``acceptable`` says no, padding is told apart and left out, which takes two more runs.
+
+        Args:
+            other: what the other program answers to the same inputs
+            acceptable: whether a comparison is good enough
+            slack: what each element may be off for nothing, by the names of batches and outputs (:meth:`slack`)
         """
         said = list(zip(self.batches, self.outcomes, other.outcomes, strict=True))
         counted = [entry for number, entry in enumerate(said) if number == 0 or not isinstance(entry[1], str)]
-        result = _compared(self.runner, other.runner, counted, same_nan=True)
+        result = _compared(self.runner, other.runner, counted, same_nan=True, slack=slack)
         tokens = frozenset() if acceptable(result) else _per_token(other.runner, None)
-        return _compared(self.runner, other.runner, counted, tokens, same_nan=True) if tokens else result
+        if not tokens:
+            return result
+        return _compared(self.runner, other.runner, counted, tokens, same_nan=True, slack=slack)
+
+    def slack(self, moved: Sequence[Answers]) -> dict[str, Slack]:
+        """The differences that rounding explains, from the answers when every value was moved by its last bit."""
+        found: dict[str, Slack] = {}
+        for number, (batch, outcome) in enumerate(zip(self.batches, self.outcomes, strict=True)):
+            if not isinstance(outcome, str):
+                others = [other for answers in moved if not isinstance(other := answers.outcomes[number], str)]
+                found[batch.label] = {
+                    name: slack(value, [other.get(name) for other in others]) for name, value in outcome.items()
+                }
+        return found
 
 
 def example_batches(program: Program) -> tuple[Batch, ...]:
@@ -213,7 +237,7 @@ def _outcome(runner: Runner, batch: Batch) -> Outcome:
 
 
 def _cases(
-    batch: Batch, a: dict[str, Tensor], b: dict[str, Tensor], per_token: frozenset[str], same_nan: bool
+    batch: Batch, a: dict[str, Tensor], b: dict[str, Tensor], per_token: frozenset[str], same_nan: bool, slack: Slack
 ) -> Iterator[Case]:
     mask = batch.values.get("attention_mask")
     for name in dict.fromkeys((*a, *b)):
@@ -225,7 +249,7 @@ def _cases(
             yield Case(batch.label, name, problem=problem, shapes_differ=True)
         else:
             tokens = mask if name in per_token and mask is not None and a[name].shape[:2] == mask.shape else None
-            yield difference(batch.label, name, a[name], b[name], tokens, same_nan=same_nan)
+            yield difference(batch.label, name, a[name], b[name], tokens, same_nan=same_nan, slack=slack.get(name))
 
 
 def _per_token(runner: Runner, generator: Generator | None) -> frozenset[str]:

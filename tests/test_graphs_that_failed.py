@@ -223,6 +223,37 @@ def linear_of_nothing_and_a_value_repeated_from_one_channel() -> nn.Module:
     return Small(forward, e=nn.Embedding(11, 6), w=weight(1, 6), c=weight(1), b=nn.Linear(12, 6, bias=False), **parts)
 
 
+@case(8)
+def norm_over_rows_that_are_no_channels() -> nn.Module:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        h = s.n(s.a(x[:, None].expand(-1, 6, -1)))
+        return h @ s.w
+
+    norm = nn.LayerNorm((6, 12))
+    norm.weight.data[2:] = 0.0
+    norm.bias.data[2:] = 0.0
+    return Small(forward, a=closed(nn.Linear(8, 12), slice(0, 3)), n=norm, w=weight(12, 3))
+
+
+@case()
+def scores_of_narrowed_queries_with_a_bias_of_one_number() -> nn.Module:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        h = s.c(s.e(x).transpose(1, 2)).transpose(1, 2)
+        return s.o(torch.baddbmm(s.b, h, s.q(h).transpose(1, 2), alpha=0.5).softmax(-1) @ (h @ s.v))
+
+    parts = {"c": nn.Conv1d(6, 6, 2, groups=6), "q": closed(nn.Linear(6, 6, bias=False), slice(2, 3))}
+    return Small(forward, e=nn.Embedding(11, 6), b=weight(1, 1, 1), v=weight(6, 6), o=nn.Linear(6, 6), **parts)
+
+
+@case()
+def group_norm_of_what_is_equal_but_for_rounding() -> nn.Module:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        h = torch.sigmoid(s.a(s.e(x))).transpose(1, 2)[:, :1]
+        return s.n(h - h.mean((1, 2), keepdim=True) + torch.cat([h * 0.1 + h * 0.2 - h * 0.3] * 3, 1)) * 1e3
+
+    return Small(forward, e=nn.Embedding(11, 6), a=nn.Linear(6, 4), n=nn.GroupNorm(1, 3))
+
+
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_everything_holds(name: str) -> None:
