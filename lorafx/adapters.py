@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from .affine import AffineAnalysis, Region
-from .affine_rules import RULES, dense
+from .affine_rules import RULES
+from .affine_values import dense
 from .errors import UsageError
 from .pipeline import rewrite, to_eval
 from .program import Program

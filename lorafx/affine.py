@@ -15,11 +15,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
+from .affine_values import Value
 from .constants import Constants, computed, operands_first
 from .tree import copy_tree
 
-#: A matrix (out, in), its diagonal when it is diagonal, or None for the identity; and an offset or None. All fp64.
-Value = tuple[Tensor | None, Tensor | None]
+#: What has to become an identity: an operator; who reads the value that stays in its place, and as which argument.
+Bypass: TypeAlias = "tuple[tuple[fx.Node, fx.Node, int], ...] | None"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Region:
         reads: names of the tensors it reads
         carrier: the operator that applies a full weight, which can take over the whole map; None when there is none
         bypass: all operators between the origin and the value that have to become identities if one carrier computes
-            the map, each with the place of the argument that stays, inner first; None when that is impossible
+            the map, inner first, see :data:`Bypass`; None when that is impossible
         key: what the map is made of; equal keys are equal maps
         parts: the regions that this one is made of
         compose: computes the map from those of its parts
@@ -56,7 +57,7 @@ class Region:
     nodes: frozenset[fx.Node]
     reads: frozenset[str]
     carrier: fx.Node | None
-    bypass: tuple[tuple[fx.Node, int], ...] | None
+    bypass: Bypass
     key: Hashable
     parts: tuple[Region, ...]
     compose: Callable[..., Value]
@@ -65,8 +66,8 @@ class Region:
     def identities(self) -> Iterator[tuple[fx.Node, fx.Node]]:
         """What has to become an identity, and what stays in its place, inner first; looked up when it is asked for, as
         another region may have put something else there."""
-        for node, place in self.bypass or ():
-            kept = node.args[place]
+        for node, reader, place in self.bypass or ():
+            kept = reader.args[place]
             assert isinstance(kept, fx.Node)
             yield node, kept
 
@@ -107,6 +108,8 @@ class AffineAnalysis:
         # Of the tensors as they are now: what one region folds into must not show in the value of another.
         self.constants = Constants(copy_tree(root))
         self.device = next((p.device for p in root.parameters()), torch.device("cpu"))
+        #: What is known of features on several axes (:mod:`lorafx.spread`).
+        self.spreads: dict[fx.Node, list[Any]] = {}
         self._known: dict[fx.Node, list[Region]] = {}
 
     def regions(self, node: fx.Node) -> list[Region]:

@@ -1,36 +1,22 @@
-"""How each operator changes an affine map: one rule per operator, and the algebra of their values."""
+"""How each operator changes an affine map: one rule per operator."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from .affine import AffineAnalysis, Operand, Region, Rule, Value, origin
+from .affine import AffineAnalysis, Bypass, Operand, Region, Rule, origin
+from .affine_values import Value, added, applied, scaled, shifted
 from .site import WEIGHT_OPS, is_tensor_node
+from .spread import spread
+from .spread_rules import LAYOUTS, VIEWS
 
 aten = torch.ops.aten
-
-
-def compose(outer: Tensor, inner: Tensor | None) -> Tensor:
-    """The matrix product, with a diagonal or identity ``inner`` written as such."""
-    if inner is None:
-        return outer
-    return outer * inner if inner.dim() == 1 else outer @ inner
-
-
-def dense(matrix: Tensor | None, size: int, device: torch.device) -> Tensor:
-    """``matrix`` written out."""
-    if matrix is None:
-        return torch.eye(size, dtype=torch.float64, device=device)
-    return torch.diag(matrix) if matrix.dim() == 1 else matrix
-
-
-Bypass: TypeAlias = "tuple[tuple[fx.Node, int], ...] | None"
 
 
 def _extend(region: Region, node: fx.Node, operand: Operand | None, compose: Callable[[Value], Value]) -> Region:
@@ -50,7 +36,7 @@ def _extend(region: Region, node: fx.Node, operand: Operand | None, compose: Cal
 def _passed(bypass: Bypass, node: fx.Node, kept: fx.Node) -> Bypass:
     """The way through a region, and on through ``node``."""
     place = next(index for index, value in enumerate(node.args) if value is kept)
-    return None if bypass is None else (*bypass, (node, place))
+    return None if bypass is None else (*bypass, (node, node, place))
 
 
 def _per_feature(node: fx.Node, operand: object, axis: int) -> bool:
@@ -101,7 +87,7 @@ def _weight(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
             inner.bypass if takes_over else _passed(inner.bypass, node, value),
             (use.kind, read.key, shift and shift.key, geometry, inner.key),
             (inner,),
-            partial(_apply, own),
+            partial(applied, own),
             inner.shifts or bias is not None,
         )
 
@@ -118,7 +104,7 @@ def _product(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
         return
     own = partial(_matrix, "addmm", read.value, None)
     for inner in analysis.inputs(value, -1):
-        yield _extend(inner, node, read, partial(_apply, own))
+        yield _extend(inner, node, read, partial(applied, own))
 
 
 def _patches(analysis: AffineAnalysis, value: fx.Node, weight: Any, geometry: tuple[Any, ...]) -> Iterator[Region]:
@@ -139,26 +125,6 @@ def _matrix(kind: str, weight: Callable[[], Tensor], bias: Callable[[], Tensor] 
     return matrix.flatten(1), bias() if bias is not None else None
 
 
-def _apply(own: Callable[[], tuple[Tensor, Tensor | None]], inner: Value) -> Value:
-    (matrix, bias), (m, c) = own(), inner
-    offset = None if c is None else matrix @ c
-    if bias is not None:
-        offset = bias if offset is None else offset + bias
-    return compose(matrix, m), offset
-
-
-def _scaled(factor: Callable[[], Tensor], size: int, inner: Value) -> Value:
-    (m, c), f = inner, factor().reshape(-1).expand(size)
-    scaled = f if m is None else m * f if m.dim() == 1 else f[:, None] * m
-    return scaled, None if c is None else c * f
-
-
-def _shifted(shift: Callable[[], Tensor], size: int, sign: float, inner: Value) -> Value:
-    m, c = inner
-    s = sign * shift().reshape(-1).expand(size)
-    return m, s if c is None else c + s
-
-
 def _multiply(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
     first, second = node.args[:2]
     commutes = node.target in (aten.mul.Tensor, aten.mul.Scalar)
@@ -170,7 +136,7 @@ def _multiply(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
         for axis in (-1, 1):
             if _per_feature(node, operand, axis):
                 for region in analysis.inputs(value, axis):
-                    yield _extend(region, node, read, partial(_scaled, factor, _features(node, axis)))
+                    yield _extend(region, node, read, partial(scaled, factor, _features(node, axis)))
 
 
 def _reciprocal(read: Callable[[], Tensor]) -> Tensor:
@@ -210,8 +176,8 @@ def _shifts(analysis: AffineAnalysis, node: fx.Node, value: Any, operand: Any, s
     for axis in (-1, 1):
         if _per_feature(node, operand, axis):
             for region in analysis.inputs(value, axis):
-                shifted = partial(_shifted, read.value, _features(node, axis), sign)
-                yield replace(_extend(region, node, read, shifted), shifts=True)
+                sum_ = partial(shifted, read.value, _features(node, axis), sign)
+                yield replace(_extend(region, node, read, sum_), shifts=True)
 
 
 def _sums(analysis: AffineAnalysis, node: fx.Node, first: Any, second: Any, sign: float) -> Iterator[Region]:
@@ -227,9 +193,8 @@ def _sum(analysis: AffineAnalysis, node: fx.Node, left: Region, right: Region, s
     # The carrier is the operand that applies its weight in one step; a low-rank branch's first factor is no carrier.
     size = _features(node, left.axis)
     sides = [r for r in (left, right) if r.carrier is not None and carrier_features(r.carrier) == size]
+    sides = [r for r in sides if sign > 0 or r is not right]
     sides.sort(key=lambda r: len(r.nodes))
-    if sides and sign < 0 and sides[0] is right:
-        sides = []
     # Without one, what follows may take over, if it comes past one side.
     way = sides[0] if sides else next((r for r in (left, right) if r.carrier is None), None)
     return Region(
@@ -242,7 +207,7 @@ def _sum(analysis: AffineAnalysis, node: fx.Node, left: Region, right: Region, s
         _passed(way.bypass, node, way.root) if way else None,
         (str(node.target), left.key, right.key),
         (left, right),
-        partial(_added, size, sign, analysis.device),
+        partial(added, size, sign, analysis.device),
         left.shifts or right.shifts,
     )
 
@@ -255,12 +220,13 @@ def carrier_features(carrier: fx.Node) -> int:
     return use.size(weight.meta["val"].shape)[0]
 
 
-def _added(size: int, sign: float, device: torch.device, left: Value, right: Value) -> Value:
-    (m1, c1), (m2, c2) = left, right
-    matrix = dense(m1, size, device) + sign * dense(m2, size, device)
-    if c2 is None:
-        return matrix, c1
-    return matrix, sign * c2 if c1 is None else c1 + sign * c2
+def _zeros(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
+    """Zeros of a value's shape, which a sum may start with: the value times 0."""
+    value, zero = node.args[0], analysis.constant(0.0)
+    if isinstance(value, fx.Node) and _same_shape(node, value) and zero is not None:
+        for axis in (-1, 1):
+            for region in analysis.inputs(value, axis):
+                yield _extend(region, node, zero, partial(scaled, zero.value, _features(node, axis)))
 
 
 def _transparent(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
@@ -276,20 +242,22 @@ def _transparent(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
             yield _extend(region, node, None, lambda inner: inner)
 
 
+def _view(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
+    yield from _transparent(analysis, node)
+    yield from spread(analysis, node)
+
+
 #: Operators that give their operand another dtype.
 CASTS = (aten.to.dtype, aten._to_copy.default)
 
 #: What the analysis knows of operators. Anything else ends a region.
 RULES: dict[Any, Rule] = {
+    **dict.fromkeys(LAYOUTS, spread),
+    **dict.fromkeys(VIEWS, _view),
     **{op: _weight for op, use in WEIGHT_OPS.items() if use.kind in ("linear", "addmm", "embedding", "conv2d")},
     **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar), _multiply),
     **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor), _add),
     **dict.fromkeys((aten.matmul.default, aten.mm.default), _product),
-    **dict.fromkeys(
-        (
-            *(*CASTS, aten.clone.default, aten.contiguous.default, aten.alias.default),
-            *(aten.view.default, aten.reshape.default, aten._unsafe_view.default),
-        ),
-        _transparent,
-    ),
+    **dict.fromkeys((*CASTS, aten.clone.default, aten.contiguous.default, aten.alias.default), _transparent),
+    aten.zeros_like.default: _zeros,
 }

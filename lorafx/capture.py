@@ -34,6 +34,7 @@ from .pipeline import to_eval
 from .program import Program, Signature, Source
 from .trace import export_graph, lean
 from .tree import has_tensor, named_tensors, put_tensor, tensor_hash
+from .tuners import adapter_tensors
 
 _log = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ def capture(
         hashes = weight_hashes(checkpoint)
         drawn = {} if meta else {name: tensor_hash(model.get_parameter(name)) for name in fresh}
         origin = Source(model, str(checkpoint.absolute()), task, opened, hashes, fresh, drawn)
+    origin = dataclasses.replace(origin, adapters=adapter_tensors(origin.model))
     example = dict(inputs) if inputs is not None else example_inputs(origin.model, checkpoint)
     shapes = dynamic_shapes(origin.model, example) if dynamic else None
     return _captured(origin, example, shapes, check=not meta)

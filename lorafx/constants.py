@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from .effects import written
 from .site import WEIGHT_OPS
-from .tree import get_tensor, has_tensor
+from .tree import get_tensor, has_tensor, tensor_hash
 
 
 def is_pure(node: fx.Node) -> bool:
@@ -132,12 +132,21 @@ class Constants:
         if not isinstance(value, fx.Node):
             return repr(value)
         for node in operands_first(value, _operands, self._keys):
-            self._keys[node] = str(node.target) if node.op == "get_attr" else self.short(self._made_of(node))
+            self._keys[node] = (
+                self._held(str(node.target)) if node.op == "get_attr" else self.short(self._made_of(node))
+            )
         return self._keys[value]
 
     def short(self, key: Hashable) -> Hashable:
         """Another key for ``key``, the same for equal ones: keys of keys stay flat."""
         return self._known.setdefault(key, ("made of", len(self._known)))
+
+    def _held(self, name: str) -> Hashable:
+        """A parameter is known by its name; a buffer by its values, as a tracer lifts one constant from each use."""
+        value = get_tensor(self.root, name) if has_tensor(self.root, name) else None
+        if value is None or value.is_meta or isinstance(value, nn.Parameter):
+            return name
+        return self.short((value.dtype, tuple(value.shape), tensor_hash(value)))
 
     def _made_of(self, node: fx.Node) -> Hashable:
         def plain(value: object) -> Hashable:

@@ -59,6 +59,11 @@ def foldable(program: Program) -> list[Group]:
     return _groups(program, sorted(taken, key=lambda region: place[region.root]))
 
 
+def added(program: Program) -> frozenset[str]:
+    """Names of the tensors that were put into the base model: by passes, or by another library before the capture."""
+    return program.source.adapters.union(program.names(*LEARNED))
+
+
 def weight_of(carrier: fx.Node) -> fx.Node:
     """The node that reads the carrier's weight."""
     weight = carrier.args[WEIGHT_OPS[carrier.target].weight]
@@ -77,12 +82,15 @@ def _accounting(program: Program, candidates: list[Region]) -> Callable[[Region]
     """How many numbers a region reads beyond its carrier's own weight and bias: those that nobody reads but it and the
     regions alike (other uses of a shared module), and all.
 
-    With methods applied, all of that must be something they inserted: the base model keeps its architecture. In a
-    program without methods anything may have been learned, as in a captured model with another library's adapters;
-    there, one-dimensional parameters (norms, layer scales) count as the base's and give no reason to fold.
+    Where it is known what was put into the base model, all of that must be so: the base keeps its architecture. Of a
+    captured model, constants that its tracer lifted may be either's; they give no reason to fold. In any other program
+    anything may have been learned, but one-dimensional parameters (norms, layer scales) count as the base's and give
+    no reason to fold either.
     """
     methods = any(isinstance(applied.step, Method) for applied in program.history)
-    learned = set(program.names(*LEARNED))
+    known = methods or bool(program.source.adapters)
+    learned = added(program)
+    lifted = set() if methods else set(program.names("constant"))
 
     constants = Constants(program.root)
     found = _consumers(program.graph, constants, set())
@@ -98,9 +106,10 @@ def _accounting(program: Program, candidates: list[Region]) -> Callable[[Region]
         bias = bias_of(carrier)
         own = constants.reads(bias) if bias is not None else None
         extra = region.reads - {str(weight_of(carrier).target)} - (own or frozenset())
-        if methods and extra - learned:
+        if known and extra - learned - lifted:
             return 0, 0
-        sizes = {name: program.tensor(name).numel() for name in extra if methods or program.tensor(name).dim() > 1}
+        reasons = extra & learned if known else {name for name in extra if program.tensor(name).dim() > 1}
+        sizes = {name: program.tensor(name).numel() for name in reasons}
         freed = sum(size for name, size in sizes.items() if consumers[name] <= alike[region.key])
         new = carrier_features(carrier) if region.shifts and not is_tensor_node(bias) else 0
         return freed, sum(sizes.values()) - new
@@ -109,8 +118,8 @@ def _accounting(program: Program, candidates: list[Region]) -> Callable[[Region]
 
 
 def _can_take_over(region: Region) -> bool:
-    """Closed (inner values are read inside only), and led by a carrier of the map's size and dtype, which can read the
-    origin. Folded, at least one operator goes: folding comes to rest."""
+    """Closed (inner values are read inside only, but for casts of the origin), and led by a carrier of the map's size
+    and dtype, which can read the origin. Folded, at least one operator goes: folding comes to rest."""
     carrier, root = region.carrier, region.root
     if carrier is None or not region.bypass or root.meta["val"].dtype != carrier.meta["val"].dtype:
         return False
@@ -122,8 +131,14 @@ def _can_take_over(region: Region) -> bool:
 
     kept = dict(region.identities())
     spans = width(root) == carrier_features(carrier) and all(width(node) == width(k) for node, k in kept.items())
-    inner = region.nodes - {root}
+    inner = [node for node in region.nodes if node is not root and not _is_cast_of(node, region.origin.node)]
     return spans and _keeps_dtypes(kept, root) and all(user in region.nodes for node in inner for user in node.users)
+
+
+def _is_cast_of(node: fx.Node, origin: fx.Node) -> bool:
+    while node.target in CASTS and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node is origin
 
 
 def _keeps_dtypes(kept: Mapping[fx.Node, fx.Node], root: fx.Node) -> bool:

@@ -15,14 +15,15 @@ def normalise(graph: fx.Graph) -> None:
     """Bring a traced graph into normal form.
 
     - Checks of the dtype and device seen at capture go: they would refuse autocast, fp64 and any other device.
-    - A tensor cast to the dtype it has is the tensor: else a shared weight is read through its first user's cast.
+    - A tensor cast to the dtype it has, where it is, is the tensor: else a shared weight is read through its first
+      user's cast.
     - An operator that overwrites a value nobody else reads becomes the one that makes a new value, of the same dtype.
     - A product with a transposed weight is a linear.
     """
     for node in list(graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
-        elif node.target is aten.to.dtype and _is_idle(node):
+        elif node.target in (aten.to.dtype, aten.to.device) and _is_idle(node):
             node.replace_all_uses_with(node.args[0])
         elif _overwrites_its_own(node):
             _make_anew(node)
@@ -33,7 +34,10 @@ def normalise(graph: fx.Graph) -> None:
 
 def _is_idle(node: fx.Node) -> bool:
     value = node.args[0]
-    return isinstance(value, fx.Node) and value.op == "get_attr" and value.meta["val"].dtype == node.args[1]
+    if not isinstance(value, fx.Node) or value.op != "get_attr":
+        return False
+    found = value.meta["val"]
+    return node.args[1:] in ((found.dtype,), (found.device, found.dtype))
 
 
 def _overwrites_its_own(node: fx.Node) -> bool:

@@ -38,6 +38,8 @@ class Source:
         hashes: sha256 of every weight file of the folder, by file name
         fresh: names of parameters the checkpoint did not hold, so that they were newly initialised
         drawn: sha256 of the values these got, where they got any: what is still the same was never trained
+        adapters: names of the tensors of another library's adapters, if the model was captured with some inside; their
+            roles are those of any tensor that the model came with
     """
 
     model: nn.Module
@@ -47,6 +49,7 @@ class Source:
     hashes: Mapping[str, str] = field(default_factory=dict)
     fresh: frozenset[str] = frozenset()
     drawn: Mapping[str, str] = field(default_factory=dict)
+    adapters: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from ..base import Pass, Promise, Selection
 from ..constants import Constants
-from ..edit import Edit
-from ..foldable import LEARNED
+from ..edit import Edit, aliases
+from ..foldable import added
 from ..program import Program
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Nodes that compute the same value from tensors alone. They fold together, so that a tied weight stays tied."""
+
+    nodes: tuple[fx.Node, ...]
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.nodes))
 
 
 @dataclass(frozen=True)
@@ -22,9 +34,10 @@ class FoldConstants(Pass):
     Before: ``W_eff = sigmoid(θ) ⊙ W``, ``y = W_eff x``
     After: ``y = W' x``
 
-    Only subgraphs that read something a pass inserted are folded: the base model's own constants (a norm that adds one
-    to its weight, say) stay as they are, so that the folded weights still fit the original architecture. Computed in
-    the dtype of the graph, on the device of the tensors.
+    Only subgraphs that read something that was put into the base model are folded, by a pass or by another library
+    before the capture: the base model's own constants (a norm that adds one to its weight, say) stay as they are, so
+    that the folded weights still fit the original architecture. What is computed several times becomes one tensor.
+    Computed in the dtype of the graph, on the device of the tensors.
 
     Keeps: the outputs, bit by bit. Does nothing without inserted tensors.
     Source: constant folding, as in any compiler.
@@ -33,47 +46,68 @@ class FoldConstants(Pass):
     promise: ClassVar[Promise] = Promise.EXACT
 
     def sites(self, program: Program) -> Selection:
-        learned = frozenset(program.names(*LEARNED))
+        learned = added(program)
         constants = Constants(program.root, frozenset(program.roles) - learned)
-        roots = [
-            node
-            for node in program.graph.nodes
-            if node.op != "get_attr"
-            and (constants.reads(node) or frozenset()) & learned
-            and any(constants.reads(user) is None for user in node.users)
-        ]
-        return Selection(tuple(roots))
+        groups: dict[Hashable, list[fx.Node]] = defaultdict(list)
+        for node in program.graph.nodes:
+            if (
+                node.op != "get_attr"
+                and (constants.reads(node) or frozenset()) & learned
+                and any(constants.reads(user) is None for user in node.users)
+            ):
+                groups[constants.key(node)].append(node)
+        return Selection(tuple(Alike(tuple(nodes)) for nodes in groups.values()))  # type: ignore[misc]
 
     def rewrite(self, edit: Edit, site: Any) -> None:
         region = _region(site)
-        value = Constants(edit.program.root).value(site).contiguous()
+        value = nn.Parameter(Constants(edit.program.root).value(site.nodes[0]).contiguous(), requires_grad=False)
         name = _name(edit, site, region, value.shape)
         if name in (str(node.target) for node in region):
-            edit.set_tensor(name, value)
+            for alias in _tied(edit, name, region):
+                edit.set_tensor(alias, value)
         else:
             edit.set_tensor(name, value, "adapter")
-        site.replace_all_uses_with(edit.tensor(name))
-        edit.sweep([site])
+        for node in site.nodes:
+            node.replace_all_uses_with(edit.tensor(name))
+        edit.sweep(site.nodes)
 
 
-def _region(site: fx.Node) -> list[fx.Node]:
-    """``site`` and everything it is computed from."""
+def _region(site: Alike) -> dict[fx.Node, None]:
+    """The nodes of ``site`` and everything they are computed from."""
     seen: dict[fx.Node, None] = {}
-    stack = [site]
+    stack = list(site.nodes)
     while stack:
         node = stack.pop()
         if node not in seen:
             seen[node] = None
             stack.extend(node.all_input_nodes)
-    return list(seen)
+    return seen
 
 
-def _name(edit: Edit, site: fx.Node, region: list[fx.Node], shape: torch.Size) -> str:
-    """The name of a base weight of that shape that nothing else reads, then of an inserted tensor, then a new one."""
-    inside = set(region)
-    free = [node for node in region if node.op == "get_attr" and all(user in inside for user in node.users)]
-    roles = edit.program.roles
-    base = [str(n.target) for n in free if roles[str(n.target)] not in LEARNED and n.meta["val"].shape == shape]
-    learned = [str(n.target) for n in free if roles[str(n.target)] in LEARNED]
-    names = base + learned
-    return names[0] if names else f"{next(str(n.target) for n in region if n.op == 'get_attr')}_folded_{site.name}"
+def _free(edit: Edit, site: Alike, region: dict[fx.Node, None]) -> list[str]:
+    """Names of the tensors that only ``site`` is made of: nobody reads them, nor anything inside that reads them."""
+    kept = [node for node in region if node not in site.nodes and any(user not in region for user in node.users)]
+    read_on = set(_region(Alike(tuple(kept))))
+    names = {str(node.target): None for node in region if node.op == "get_attr" and node not in read_on}
+    return [name for name in names if all(user in region for user in edit.readers(name))]
+
+
+def _name(edit: Edit, site: Alike, region: dict[fx.Node, None], shape: torch.Size) -> str:
+    """The name of the base weight that it takes the place of, then of an inserted tensor, then a new one.
+
+    A base weight of that shape that is free, and the only one there: of several (a weight norm's direction and length)
+    none holds the value.
+    """
+    read = {str(node.target): node for node in region if node.op == "get_attr"}
+    free = _free(edit, site, region)
+    learned, roles = added(edit.program), edit.program.roles
+    base = [name for name in read if name not in learned and roles[name] != "constant"]
+    fits = [name for name in base if name in free and read[name].meta["val"].shape == shape]
+    names = (fits if len(base) == 1 else []) + [name for name in free if name in learned]
+    return names[0] if names else f"{next(iter(read))}_folded_{site.nodes[0].name}"
+
+
+def _tied(edit: Edit, name: str, region: dict[fx.Node, None]) -> list[str]:
+    """The names that change together: all of the tensor's, unless something else reads it under another one."""
+    names = aliases(edit.program.root, name)
+    return names if all(user in region for alias in names for user in edit.readers(alias)) else [name]

@@ -1,0 +1,58 @@
+"""The algebra of affine maps, in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+#: A matrix (out, in), its diagonal when it is diagonal, or None for the identity; and an offset or None. All fp64.
+Value: TypeAlias = "tuple[Tensor | None, Tensor | None]"
+
+
+def compose(outer: Tensor, inner: Tensor | None) -> Tensor:
+    """The matrix product, with a diagonal or identity ``inner`` written as such."""
+    if inner is None:
+        return outer
+    return outer * inner if inner.dim() == 1 else outer @ inner
+
+
+def dense(matrix: Tensor | None, size: int, device: torch.device) -> Tensor:
+    """``matrix`` written out."""
+    if matrix is None:
+        return torch.eye(size, dtype=torch.float64, device=device)
+    return torch.diag(matrix) if matrix.dim() == 1 else matrix
+
+
+def applied(own: Callable[[], tuple[Tensor, Tensor | None]], inner: Value) -> Value:
+    """The map followed by a matrix and a bias."""
+    (matrix, bias), (m, c) = own(), inner
+    offset = None if c is None else matrix @ c
+    if bias is not None:
+        offset = bias if offset is None else offset + bias
+    return compose(matrix, m), offset
+
+
+def scaled(factor: Callable[[], Tensor], size: int, inner: Value) -> Value:
+    """The map times one number, or one a feature."""
+    (m, c), f = inner, factor().reshape(-1).expand(size)
+    product = f if m is None else m * f if m.dim() == 1 else f[:, None] * m
+    return product, None if c is None else c * f
+
+
+def shifted(shift: Callable[[], Tensor], size: int, sign: float, inner: Value) -> Value:
+    """The map plus one number, or one a feature."""
+    m, c = inner
+    s = sign * shift().reshape(-1).expand(size)
+    return m, s if c is None else c + s
+
+
+def added(size: int, sign: float, device: torch.device, left: Value, right: Value) -> Value:
+    """The sum of two maps, or their difference."""
+    (m1, c1), (m2, c2) = left, right
+    matrix = dense(m1, size, device) + sign * dense(m2, size, device)
+    if c2 is None:
+        return matrix, c1
+    return matrix, sign * c2 if c1 is None else c1 + sign * c2
