@@ -23,8 +23,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from examples import assets
 
 if TYPE_CHECKING:
-    from lorafx.editing import EditResult
-    from lorafx.patch import Patch
+    from lorafx.editing.edit import EditResult
+    from lorafx.editing.patch import Patch
 
 HERE = Path(assets.__file__).parent
 WEIGHTS = "model.safetensors"
@@ -32,8 +32,8 @@ WEIGHTS = "model.safetensors"
 
 def main() -> None:
     """Make the edits and print the table."""
-    from lorafx.edit_requests import PAPER, EditOptions, read_edits
-    from lorafx.editing import edit
+    from lorafx.editing.edit import edit
+    from lorafx.editing.requests import PAPER, EditOptions, read_edits
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--edits", type=Path, default=HERE / "edits.jsonl")
@@ -59,8 +59,8 @@ def main() -> None:
 
 def restores(checkpoint: Path, patch: Patch) -> bool:
     """Whether a folder with the patch applied is another one, and with it reverted the very same, by sha256."""
-    from lorafx.folder import file_hash
-    from lorafx.patch_folder import apply, revert
+    from lorafx.editing.patch_folder import apply, revert
+    from lorafx.files.folder import file_hash
 
     with tempfile.TemporaryDirectory() as place:
         edited, back = Path(place, "edited"), Path(place, "back")

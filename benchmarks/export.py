@@ -38,8 +38,8 @@ def main() -> None:
     from transformers.exporters.exporter_onnx import OnnxExporter
 
     import lorafx
-    from lorafx.capture import dynamic_shapes
-    from lorafx.export import converted
+    from lorafx.backends.export import converted
+    from lorafx.models.examples import dynamic_shapes
     from lorafx.passes.lora import Lora
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])

@@ -18,11 +18,11 @@ from torch.utils import _pytree as pytree
 
 import lorafx
 from lorafx.errors import LorafxError, NoSitesError
+from lorafx.graph.precision import recast
+from lorafx.graph.site import WEIGHT_OPS, Site
 from lorafx.passes.finegates import Finegates
 from lorafx.passes.lora import Lora
-from lorafx.precision import recast
-from lorafx.program import Program
-from lorafx.site import WEIGHT_OPS, Site
+from lorafx.public import Program
 
 from .family_models import Family, build
 

@@ -80,7 +80,7 @@ def session(width: int, kept: int | None, outputs: tuple[int, ...], threads: int
     if threads == CUDA:
         providers: list[Any] = [("CUDAExecutionProvider", {"enable_cuda_graph": "1"})]
         return ort.InferenceSession(model.SerializeToString(), providers=providers)
-    from lorafx.exported import session_options
+    from lorafx.proof.exported import session_options
 
     providers = ["CPUExecutionProvider"]
     return ort.InferenceSession(model.SerializeToString(), session_options(threads), providers=providers)

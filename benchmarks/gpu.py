@@ -53,7 +53,7 @@ def export(trained: Path, out: Path, dtypes: list[str], multiples: list[int]) ->
     from benchmarks.prune import folder_of
     from examples.demo import hugging_face_export
     from lorafx.passes.dead_channels import DeadChannels
-    from lorafx.runner import open_runner
+    from lorafx.proof.open import open_runner
 
     out.mkdir(parents=True, exist_ok=True)
     rows = held_out()

@@ -22,7 +22,7 @@ SHAPE = (8, 64)
 def table(out: Path) -> dict[str, float]:
     """The table of latencies, measured once."""
     import lorafx
-    from lorafx.latency import latency_table
+    from lorafx.proof.latency import latency_table
 
     file = out / "latency.json"
     if not file.is_file():
@@ -41,13 +41,13 @@ def passes(budget: float, latency: dict[str, float]) -> list[dict[str, Any]]:
 def gated_seconds(latency: dict[str, float]) -> float:
     """What all gated weights, and attention, take by the table."""
     import lorafx
+    from lorafx.channels.costs import prices
+    from lorafx.channels.units import RemovableUnits, Units
     from lorafx.passes.finegates import Finegates
-    from lorafx.prices import prices
-    from lorafx.units import UnitAnalysis, Units
 
     program = lorafx.capture(assets.minilm(), task="text-classification", num_labels=2)
     taken = Finegates(targets=prune.methods.TARGETS, couple=False).sites(program).taken
-    analysis = UnitAnalysis(program, taken, prices("latency", SHAPE[1], latency))
+    analysis = RemovableUnits(program, taken, prices("latency", SHAPE[1], latency))
     units = [found for site in taken if isinstance(found := analysis.find(site), Units)]
     return analysis.total + sum(unit.mixing for unit in units)
 
@@ -55,7 +55,7 @@ def gated_seconds(latency: dict[str, float]) -> float:
 def main() -> None:
     """Measure, train what is missing, export, time and print the table."""
     import lorafx
-    from lorafx.bench import bench
+    from lorafx.proof.bench import bench
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/prune"), help="folder of finished runs")

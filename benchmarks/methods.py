@@ -150,8 +150,8 @@ def lorafx_run(row: Row, task: str, rows: list[dict[str, Any]], collate: Any, se
     from transformers import TrainingArguments
 
     import lorafx
-    from lorafx.runner import open_runner
-    from lorafx.training import Trainer
+    from lorafx.proof.open import open_runner
+    from lorafx.training.fit import Trainer
 
     program = lorafx.capture(assets.minilm(), task="text-classification", num_labels=LABELS[task])
     program = lorafx.rewrite(program, {"pass": list(row.passes or ())})

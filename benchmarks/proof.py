@@ -18,7 +18,7 @@ import torch
 import lorafx
 from examples import assets
 from lorafx.passes.lora import Lora
-from lorafx.program import Program
+from lorafx.public import Program
 
 RUNS = 3
 MODELS: dict[str, Callable[[], Path]] = {"MiniLM": assets.minilm, "SmolLM2": assets.smollm2}

@@ -62,9 +62,9 @@ def train_one(folder: Path, passes: list[dict[str, Any]], seed: int, fold: int |
     from transformers import AutoTokenizer, DataCollatorWithPadding, TrainingArguments, set_seed
 
     import lorafx
-    from lorafx.runner import open_runner
-    from lorafx.sizes import flops_by_block, weights_by_block
-    from lorafx.training import Trainer
+    from lorafx.proof.open import open_runner
+    from lorafx.reporting.sizes import flops_by_block, weights_by_block
+    from lorafx.training.fit import Trainer
 
     tokenizer = AutoTokenizer.from_pretrained(assets.minilm())
     collate = DataCollatorWithPadding(tokenizer)
@@ -139,7 +139,7 @@ def deployed(out: Path, budgets: Sequence[float]) -> dict[str, Path]:
 
 def table(out: Path, budgets: Sequence[float], repeats: int) -> str:
     """The rows as Markdown: accuracy over seeds, what is left, and times of the first seed's models."""
-    from lorafx.bench import bench
+    from lorafx.proof.bench import bench
 
     folders = deployed(out, budgets)
     result = bench(*folders.items(), shapes=SHAPES, repeats=repeats)

@@ -44,7 +44,7 @@ def main() -> None:
     from lorafx.passes.dead_channels import DeadChannels
     from lorafx.passes.tidy import Tidy
     from lorafx.pipeline import run, to_eval
-    from lorafx.runner import open_runner
+    from lorafx.proof.open import open_runner
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/smollm2-pruned"), help="the checkpoint to write")

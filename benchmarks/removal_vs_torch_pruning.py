@@ -25,8 +25,8 @@ def closed_units(program: Any, keep: float) -> dict[str, list[int]]:
     """For each weight that reads units, the input channels of the least important ones."""
     import torch
 
+    from lorafx.methods.masks import dropped, lowest
     from lorafx.passes.magnitude import Magnitude
-    from lorafx.sparsity import dropped, lowest
 
     step = Magnitude(keep=keep, exclude=("pooler",))
     units: Any = step.sites(program).taken

@@ -53,10 +53,10 @@ def rewrite_with_lorafx(folder: Path) -> dict[str, Any]:
     from transformers import LlamaForCausalLM  # noqa: F401
 
     import lorafx
-    from lorafx.capture import capture
-    from lorafx.memory import peak_memory
+    from lorafx.frontend.capture import capture
+    from lorafx.graph.program import parameter_count
     from lorafx.passes.lora import Lora
-    from lorafx.program import parameter_count
+    from lorafx.proof.memory import peak_memory
 
     imported, busy = time.perf_counter(), time.process_time()
     program = capture(folder, meta=True)
@@ -79,8 +79,8 @@ def wrap_with_peft(folder: Path, *, meta: bool) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from lorafx.memory import peak_memory
-    from lorafx.program import parameter_count
+    from lorafx.graph.program import parameter_count
+    from lorafx.proof.memory import peak_memory
 
     importing = time.perf_counter() - started
     torch.set_default_dtype(torch.bfloat16)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.skip_norms
 
-Six norms in a row with a bias, fp32; ``lorafx.onnx_kernels`` puts them apart in every CPU export. The same for the
-norm without a mean, which it leaves fused.
+Six norms in a row with a bias, fp32; ``lorafx.backends.onnx_kernels`` puts them apart in every CPU export. The same for
+the norm without a mean, which it leaves fused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from lorafx.exported import session_options
+from lorafx.proof.exported import session_options
 
 WIDTHS = (384, 768, 2048)
 SHAPES = ((1, 64), (8, 64), (32, 128))

@@ -32,9 +32,9 @@ from lorafx.passes.finegates import Finegates  # noqa: E402
 from lorafx.passes.lora import Lora  # noqa: E402
 
 if TYPE_CHECKING:
-    from lorafx.bench import BenchResult
-    from lorafx.parity import Comparison
-    from lorafx.training import TrainResult
+    from lorafx.parity.answers import Comparison
+    from lorafx.proof.bench import BenchResult
+    from lorafx.training.fit import TrainResult
 
 
 #: The weights that are adapted and gated.
@@ -56,7 +56,7 @@ def hugging_face_export(
     from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
 
-    from lorafx.capture import dynamic_shapes, example_inputs
+    from lorafx.models.examples import dynamic_shapes, example_inputs
 
     model = AutoModelForSequenceClassification.from_pretrained(checkpoint, dtype=dtype).eval()
     inputs = example_inputs(model, checkpoint)
@@ -130,7 +130,7 @@ def accuracy(trained: TrainResult) -> float:
 
 def time_side_by_side(out: Path) -> BenchResult:
     """Time what was deployed beside PyTorch and transformers' own export of the merged LoRA model."""
-    from lorafx.bench import bench
+    from lorafx.proof.bench import bench
 
     return bench(
         ("transformers' export, LoRA merged", out / "hugging-face-onnx"),
@@ -173,7 +173,7 @@ def main() -> None:
 
 def left(folded: lorafx.Program) -> float:
     """The share of the blocks' parameters that folding left."""
-    from lorafx.sizes import weights_by_block
+    from lorafx.reporting.sizes import weights_by_block
 
     assert folded.origin is not None, "a folded program knows what it was folded from"
     assert folded.origin.captured is not None, "and that what it was captured as"

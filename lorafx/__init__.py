@@ -7,23 +7,21 @@ deploy that. The names below are the public interface; they load on first use, s
 from __future__ import annotations
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from .version import __version__
 
 _HOME = {
-    "capture": "capture",
-    "Program": "program",
+    "capture": "frontend.capture",
+    "Program": "public",
     "rewrite": "pipeline",
     "fold": "pipeline",
-    "Recipe": "recipe",
-    "Report": "report",
-    "train": "training",
-    "export": "export",
-    "verify": "parity",
-    "load": "store",
+    "Recipe": "recipes.recipe",
+    "Report": "reporting.report",
+    "train": "training.fit",
+    "export": "backends.export",
+    "verify": "proof.verify",
+    "load": "frontend.load",
     "LorafxError": "errors",
 }
 
@@ -43,30 +41,19 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .capture import capture
+    from .backends.export import export
     from .errors import LorafxError
-    from .export import export
-    from .parity import verify
+    from .frontend.capture import capture
+    from .frontend.load import load
     from .pipeline import fold, rewrite
-    from .program import Program
-    from .recipe import Recipe
-    from .report import Report
-    from .store import load
-    from .training import train
+    from .proof.verify import verify
+    from .public import Program
+    from .recipes.recipe import Recipe
+    from .reporting.report import Report
+    from .training.fit import train
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-class _Package(types.ModuleType):
-    """Lets ``lorafx.capture`` stay the function: importing a submodule of that name would otherwise hide it."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

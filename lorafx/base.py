@@ -14,16 +14,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .errors import NoSitesError
+from .graph.selection import Miss, Selection
+from .graph.target import Blocks, Selector, Target, nearest
 from .ranges import Range, check_ranges
-from .target import Blocks, Selector, Target, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .edit import Edit
-    from .module import MethodState
-    from .program import Program
-    from .site import Site
+    from .graph.edit import Edit
+    from .graph.program import Program
+    from .graph.site import Site
+    from .graph.state import MethodState
 
 
 class Promise(enum.Enum):
@@ -81,22 +82,6 @@ class Options:
 
     def __post_init__(self) -> None:
         check_ranges(self, self.title())
-
-
-@dataclass(frozen=True)
-class Miss:
-    """A site that was not taken, and why."""
-
-    site: Site
-    reason: str
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What a pass would rewrite (``taken``) and what it would not (``missed``). Printable: this is the dry run."""
-
-    taken: tuple[Site, ...]
-    missed: tuple[Miss, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -218,3 +203,8 @@ class Method(SitePass):
     def describe(self, state: MethodState) -> Mapping[str, Any]:
         """What was learned, for the report: titles and JSON values (a list of objects is shown as a table)."""
         return {}
+
+
+def passes_of(program: Program) -> list[Pass]:
+    """The passes in a program's history, oldest first."""
+    return [applied.step for applied in program.history if isinstance(applied.step, Pass)]

@@ -11,11 +11,11 @@ from typing import Any, NoReturn
 
 import click
 
-from . import __version__
-from .edit_commands import edit, patch
+from .commands.edit import edit, patch
+from .commands.look import bench, inspect, latency, passes, verify
+from .commands.make import export, fold, rewrite, run, train
 from .errors import ArtifactError, LorafxError, first_line
-from .look_commands import bench, inspect, latency, passes, verify
-from .make_commands import export, fold, rewrite, run, train
+from .version import __version__
 
 # A new command is imported above and named here; its module must not import torch or transformers when imported.
 _COMMANDS = (rewrite, train, fold, export, run, verify, bench, inspect, latency, passes, edit, patch)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..base import option
-from ..closing import CloseUnits
-from ..observed import input_power
-from ..program import Program
-from ..units import Units
+from ..channels.units import Units
+from ..graph.program import Program
+from ..methods.activations import input_power
+from ..methods.close_units import CloseUnits
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Activation(CloseUnits):
         result = {}
         for unit in units:
             weight = program.tensor(unit.site.parameter).detach().double()
-            columns = (weight if unit.site.kind != "addmm" else weight.t()).square().sum(0)
+            columns = unit.site.op.matrix(weight).square().sum(0)
             share = power[unit.site.parameter].to(columns.device) * columns
             sums = torch.zeros(len(unit.costs), dtype=torch.float64, device=columns.device)
             result[unit.module] = sums.index_add_(0, torch.from_numpy(unit.of).to(columns.device), share).cpu()

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..axes import Axes
-from ..axis_report import zeros_left
-from ..axis_table import RULES
-from ..base import Pass, Promise, Selection, option
-from ..edit import Edit
-from ..program import Program
-from ..removal import Widths
-from ..removal_plan import proven
+from ..base import Pass, Promise, option
+from ..channels.axes import Axes
+from ..channels.groups import zeros_left
+from ..channels.plan import proven
+from ..channels.removal import Widths
+from ..channels.table import RULES
+from ..graph.edit import Edit
+from ..graph.program import Program
+from ..graph.selection import Selection
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,18 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from ..base import Method, Miss, Promise, Selection, option
-from ..edit import Edit, aliases
+from ..base import Method, Promise, option
+from ..channels.costs import Measure, prices
+from ..channels.units import RemovableUnits, Units
 from ..errors import RecipeError
-from ..gates import GATES, ClampedGaussian, gates_of, histogram, is_open, kept_share, open_gates
-from ..lowrank import train_in_full
-from ..module import MethodState
-from ..prices import Measure, prices
-from ..program import Program
-from ..site import Site, is_tensor_node
-from ..steering import Steering
-from ..units import UnitAnalysis, Units
+from ..graph.edit import Edit, aliases
+from ..graph.program import Program
+from ..graph.selection import Miss, Selection
+from ..graph.site import Site, is_tensor_node
+from ..graph.state import MethodState
+from ..methods.gates import GATES, ClampedGaussian, gates_of, histogram, is_open, kept_share, open_gates
+from ..methods.low_rank import train_in_full
+from ..methods.steering import Steering
 
 aten = torch.ops.aten
 #: The least initial θ of a gate that is fully open in evaluation: tanh θ = ½.
@@ -82,7 +83,7 @@ class Finegates(Method):
         found = super().sites(program)
         if not self.couple or not found.taken:
             return found
-        analysis = UnitAnalysis(program, found.taken, prices(self.measure, self.length, self.latency))
+        analysis = RemovableUnits(program, found.taken, prices(self.measure, self.length, self.latency))
         units = [(site, analysis.find(site)) for site in found.taken]
         missed = [Miss(site, f"gated where its result is read: {why}") for site, why in units if isinstance(why, str)]
         taken = tuple(unit for _, unit in units if isinstance(unit, Units))

@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..affine import Region
-from ..base import Pass, Promise, Selection
-from ..edit import Edit, aliases
-from ..foldable import Group, bias_of, foldable, weight_of
-from ..program import Program
-from ..site import WEIGHT_OPS, is_tensor_node, module_path
-from ..tree import has_tensor
+from ..affine.regions import Region
+from ..affine.worth import Group, bias_of, weight_of, worth_folding
+from ..base import Pass, Promise
+from ..graph.edit import Edit, aliases
+from ..graph.program import Program
+from ..graph.selection import Selection
+from ..graph.site import WEIGHT_OPS, WeightOp, is_tensor_node, module_path
+from ..graph.tree import has_tensor
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class FoldAffine(Pass):
     fixed_point: ClassVar[bool] = True
 
     def sites(self, program: Program) -> Selection:
-        return Selection(tuple(foldable(program)))  # type: ignore[arg-type]
+        return Selection(tuple(worth_folding(program)))  # type: ignore[arg-type]
 
     def rewrite(self, edit: Edit, site: Any) -> None:
         regions = {region.key: region for region in site.regions}
@@ -52,8 +53,8 @@ class FoldAffine(Pass):
                 _name(edit, bias, own, replace=old)
 
 
-def _pack(kind: str, matrix: Tensor, like: Tensor) -> Tensor:
-    stored = (matrix.t() if kind in ("addmm", "embedding") else matrix).reshape(like.shape).to(like.dtype)
+def _pack(use: WeightOp, matrix: Tensor, like: Tensor) -> Tensor:
+    stored = use.stored(matrix, like.shape).to(like.dtype)
     # A weight that did not change keeps its bits: -0.0 + 0 is +0.0.
     return torch.where(stored == like, like.detach(), stored).contiguous()
 
@@ -65,7 +66,7 @@ def _store(edit: Edit, region: Region) -> tuple[str, str | None]:
     old, role = edit.program.tensor(name), edit.program.roles.get(name, "base")
     matrix, offset = region.evaluate()
     assert matrix is not None, "a carrier's map is written out"
-    weight = _pack(WEIGHT_OPS[region.carrier.target].kind, matrix, old)
+    weight = _pack(WEIGHT_OPS[region.carrier.target], matrix, old)
     bias = None if offset is None else edit.add_tensor(f"{name}_folded_bias", offset.to(old.dtype), role)
     return edit.add_tensor(f"{name}_folded", weight, role), bias
 

@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
-from ..base import Pass, Promise, Selection
-from ..constants import Constants
-from ..edit import Edit, aliases
-from ..foldable import added
-from ..program import Program
+from ..affine.worth import added
+from ..base import Pass, Promise
+from ..graph.constants import Constants
+from ..graph.edit import Edit, aliases
+from ..graph.program import Program
+from ..graph.selection import Selection
 
 
 @dataclass(frozen=True)

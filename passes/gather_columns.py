@@ -11,14 +11,16 @@ import numpy as np
 import torch
 from torch import fx
 
-from ..axes import Axes, axis_of, stuck
-from ..axis_table import RULES
-from ..base import Pass, Promise, Selection, option
-from ..channels import operands
-from ..edit import Edit, aliases
-from ..program import Program
-from ..removal import Widths
-from ..site import is_tensor_node, module_path
+from ..base import Pass, Promise, option
+from ..channels.axes import Axes, stuck
+from ..channels.axis import axis_of
+from ..channels.constant import operands
+from ..channels.removal import Widths
+from ..channels.table import RULES
+from ..graph.edit import Edit, aliases
+from ..graph.program import Program
+from ..graph.selection import Selection
+from ..graph.site import is_tensor_node, module_path
 
 aten = torch.ops.aten
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..base import Promise, option
-from ..lowrank import LowRank, pattern_value
-from ..site import Site
+from ..graph.site import Site
+from ..methods.low_rank import LowRank, pattern_value
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..closing import CloseUnits
-from ..program import Program
-from ..units import Units
+from ..channels.units import Units
+from ..graph.program import Program
+from ..methods.close_units import CloseUnits
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ..base import Promise, option
-from ..edit import Edit
-from ..lowrank import LowRank
-from ..module import MethodState, SiteState
-from ..site import Site
-from ..sparsity import check_group, density, lowest_by_group
-from ..statistics import measure_input
+from ..graph.edit import Edit
+from ..graph.site import Site
+from ..graph.state import MethodState, SiteState
+from ..methods.input_statistics import measure_input
+from ..methods.low_rank import LowRank
+from ..methods.masks import check_group, density, lowest_by_group
 
 
 @dataclass(frozen=True)

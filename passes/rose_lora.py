@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ..base import Promise, option
-from ..edit import Edit
 from ..errors import RecipeError, UsageError
-from ..lowrank import LowRank
-from ..module import MethodState, SiteState
-from ..schedules import cubic, start_of, steps_of
-from ..site import Site
-from ..sparsity import density, highest, kept
+from ..graph.edit import Edit
+from ..graph.site import Site
+from ..graph.state import MethodState, SiteState
+from ..methods.low_rank import LowRank
+from ..methods.masks import density, highest, kept
+from ..methods.schedules import cubic, start_of, steps_of
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, fx
 
 from ..base import Promise, option
-from ..edit import Edit
-from ..gates import HardConcrete, histogram
-from ..lowrank import LowRank
-from ..module import MethodState, SiteState
-from ..site import Site
-from ..steering import Steering
+from ..graph.edit import Edit
+from ..graph.site import Site
+from ..graph.state import MethodState, SiteState
+from ..methods.gates import HardConcrete, histogram
+from ..methods.low_rank import LowRank
+from ..methods.steering import Steering
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..base import Pass, Promise, Selection
-from ..edit import Edit
-from ..program import Program
-from ..tree import named_tensors
+from ..base import Pass, Promise
+from ..graph.edit import Edit
+from ..graph.program import Program
+from ..graph.selection import Selection
+from ..graph.tree import named_tensors
 
 
 @dataclass(frozen=True)

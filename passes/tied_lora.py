@@ -10,13 +10,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from ..base import Miss, Promise, Selection, option
-from ..edit import Edit
+from ..base import Promise, option
 from ..errors import NoSitesError, UsageError
-from ..lowrank import LowRank, kaiming
-from ..module import MethodState
-from ..program import Program
-from ..site import Site, stack_of
+from ..graph.edit import Edit
+from ..graph.program import Program
+from ..graph.selection import Miss, Selection
+from ..graph.site import Site, stack_of
+from ..graph.state import MethodState
+from ..methods.low_rank import LowRank, kaiming
 
 aten = torch.ops.aten
 _FACTORS = ("A", "B", "u", "v")

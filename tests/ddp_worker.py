@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from small import adapted, learned, table, words
 from torch import Tensor, distributed
 
-from lorafx.training import train
+from lorafx.training.fit import train
 
 #: Rows of one optimiser step are 16, however they are split over processes and micro-batches.
 RUNS: dict[str, dict[str, Any]] = {"plain": {"batch_size": 8}, "accumulated": {"batch_size": 4, "accumulate": 2}}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorafx.errors import ArtifactError
-from lorafx.folder import find_manifest, read_manifest
+from lorafx.files.folder import find_manifest, read_manifest
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from small import captured, learned, table, words
 from torch import Tensor, distributed, nn
 
 import lorafx
-from lorafx.module import RewrittenModel
-from lorafx.program import Program
-from lorafx.training import train
+from lorafx.public import Program
+from lorafx.training.fit import train
+from lorafx.training.module import RewrittenModel
 
 STEPS, MICRO = 4, 2
 #: Recipes that HF Trainer also trains, and with what.

@@ -13,14 +13,17 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.base import Method, Pass
 from lorafx.errors import LorafxError
-from lorafx.module import MethodState, RewrittenModel, method_state
+from lorafx.graph import program as data
+from lorafx.graph.program import P
+from lorafx.graph.state import MethodState, method_state
+from lorafx.graph.tree import get_tensor
 from lorafx.passes.finegates import Finegates
 from lorafx.passes.prilora import Prilora
 from lorafx.passes.rose_lora import RoseLora
 from lorafx.passes.salora import Salora
 from lorafx.passes.tied_lora import TiedLora
-from lorafx.program import Program
-from lorafx.tree import get_tensor
+from lorafx.public import Program
+from lorafx.training.module import RewrittenModel
 
 #: Every method, and every combination the project lists; ranks that models of width 32 hold.
 RECIPES: dict[str, tuple[Pass, ...]] = {
@@ -98,7 +101,7 @@ def batch(rows: int, length: int, seed: int = 0, padding: int = 0) -> dict[str, 
 # ---- values
 
 
-def stirred(program: Program, seed: int = 1) -> Program:
+def stirred(program: P, seed: int = 1) -> P:
     """``program`` as training may leave it: adapters full of holes that do something, gates open, shut and between."""
     generator = torch.Generator().manual_seed(seed)
     for name in program.names("adapter", "gate"):
@@ -148,7 +151,7 @@ def fit(
         optimizer.zero_grad()
 
 
-def inputs_of(program: Program, run: Callable[[nn.Module], object]) -> dict[str, Tensor]:
+def inputs_of(program: data.Program, run: Callable[[nn.Module], object]) -> dict[str, Tensor]:
     """What entered each module of the eager model while ``run`` called it, by module path."""
     seen: dict[str, Tensor] = {}
     hooks = []

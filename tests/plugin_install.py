@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lorafx import registry
+from lorafx.recipes import registry
 
 SOURCE = Path(__file__).parent / "plugin"
 

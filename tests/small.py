@@ -13,13 +13,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from lorafx.base import Method, option
-from lorafx.capture import capture
-from lorafx.edit import Edit
-from lorafx.module import MethodState
+from lorafx.frontend.capture import capture
+from lorafx.graph.edit import Edit
+from lorafx.graph.site import Site
+from lorafx.graph.state import MethodState
 from lorafx.passes.lora import Lora
 from lorafx.pipeline import rewrite
-from lorafx.program import Program
-from lorafx.site import Site
+from lorafx.public import Program
 
 WORDS = [f"w{number}" for number in range(40)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -17,10 +17,16 @@ import zoo
 from torch import fx
 
 import lorafx
-from lorafx.adapters import as_lora, factors
-from lorafx.base import Pass, Promise, Selection
-from lorafx.edit import Edit
+from lorafx.backends.plain_lora import as_lora, factors
+from lorafx.base import Pass, Promise
 from lorafx.errors import ParityError, UsageError
+from lorafx.formats.peft import adapter_config
+from lorafx.formats.peft_reader import apply_adapter
+from lorafx.graph import program as data
+from lorafx.graph.edit import Edit
+from lorafx.graph.selection import Selection
+from lorafx.graph.site import Site
+from lorafx.graph.tree import own
 from lorafx.passes.finegates import Finegates
 from lorafx.passes.lora import Lora
 from lorafx.passes.prilora import Prilora
@@ -28,11 +34,7 @@ from lorafx.passes.rose_lora import RoseLora
 from lorafx.passes.salora import Salora
 from lorafx.passes.tidy import Tidy
 from lorafx.passes.tied_lora import TiedLora
-from lorafx.peft_format import adapter_config
-from lorafx.peft_reader import apply_adapter
-from lorafx.program import Program
-from lorafx.site import Site
-from lorafx.tree import own
+from lorafx.public import Program
 
 RECIPES: dict[str, list[Any]] = {
     "lora": [Lora(rank=3, alpha=5.0)],
@@ -148,7 +150,8 @@ def test_a_tied_weight_stays_one(model: str, embedding: str, tmp_path: Path) -> 
 
 def test_what_is_written_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = learned(lorafx.rewrite(zoo.captured("bert"), [Lora(rank=2)]))
-    monkeypatch.setattr(import_module("lorafx.export"), "plain_tensor", lambda value: value.detach().clone() * 1.01)
+    export = import_module("lorafx.backends.export")
+    monkeypatch.setattr(export, "plain_tensor", lambda value: value.detach().clone() * 1.01)
     with pytest.raises(ParityError, match="peft export differs from the program: logits"):
         lorafx.export(program, tmp_path / "adapter", "peft")
     assert not list(tmp_path.iterdir())
@@ -159,7 +162,7 @@ def test_without_peft_the_adapter_is_compared_too(
     installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not installed:
-        monkeypatch.setattr("lorafx.peft_reader.find_spec", lambda name: None)
+        monkeypatch.setattr("lorafx.formats.peft_reader.find_spec", lambda name: None)
     program = zoo.randomised(lorafx.rewrite(zoo.captured("gpt2"), [Lora(rank=2, targets=("c_attn", "wte"))]), 0.02)
     result = lorafx.export(program, tmp_path / "adapter", "peft", dtype=torch.float16)
     assert result is not None
@@ -176,7 +179,7 @@ class ChangesWeights(Pass):
 
     promise: ClassVar[Promise] = Promise.SHAPES
 
-    def sites(self, program: Program) -> Selection:
+    def sites(self, program: data.Program) -> Selection:
         return Selection(("bert.pooler.dense.weight",))  # type: ignore[arg-type]
 
     def rewrite(self, edit: Edit, site: Any) -> None:
@@ -188,7 +191,7 @@ class ChangesWeights(Pass):
 class ChangesTheGraph(ChangesWeights):
     """Scale the logits, and insert no tensor."""
 
-    def sites(self, program: Program) -> Selection:
+    def sites(self, program: data.Program) -> Selection:
         return Selection(tuple(program.graph.output_node().all_input_nodes))  # type: ignore[arg-type]
 
     def rewrite(self, edit: Edit, site: Any) -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import lorafx
 from lorafx.base import Pass
-from lorafx.constants import Constants
+from lorafx.graph.constants import Constants
 from lorafx.passes.finegates import Finegates
 from lorafx.passes.fold_affine import FoldAffine
 from lorafx.passes.fold_constants import FoldConstants
@@ -20,7 +20,7 @@ from lorafx.passes.lora import Lora
 from lorafx.passes.tidy import Tidy
 from lorafx.passes.to_eval import ToEval
 from lorafx.pipeline import run
-from lorafx.program import Program
+from lorafx.public import Program
 
 #: Everything that folds, and nothing that removes.
 FOLD: tuple[Pass, ...] = (ToEval(), FoldConstants(), FoldAffine(), Tidy())

@@ -16,12 +16,13 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from lorafx import bench as module
-from lorafx.bench import BenchResult, bench
 from lorafx.errors import ArtifactError, UsageError
-from lorafx.exported import session_options
-from lorafx.memory import peak_memory
-from lorafx.runner import Runner, open_runner
+from lorafx.parity.runner import Runner
+from lorafx.proof import bench as module
+from lorafx.proof.bench import BenchResult, bench
+from lorafx.proof.exported import session_options
+from lorafx.proof.memory import peak_memory
+from lorafx.proof.open import open_runner
 from tests.small import bert, captured
 
 SHAPES = ((1, 4), (3, 9))
@@ -127,7 +128,7 @@ def test_peak_memory_is_the_process_own() -> None:
     """A child's mark does not start at its parent's, which holds torch and whatever tests made."""
     peak = peak_memory()
     assert peak is not None
-    code = "from lorafx.memory import peak_memory; print(peak_memory())"
+    code = "from lorafx.proof.memory import peak_memory; print(peak_memory())"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 0 < int(child.stdout) < peak / 2
 

@@ -10,13 +10,13 @@ import zoo
 from methods import state_of
 
 import lorafx
+from lorafx.channels.costs import shape_name
 from lorafx.errors import UsageError
-from lorafx.gates import ClampedGaussian, kept_share
-from lorafx.latency import latency_table
+from lorafx.methods.gates import ClampedGaussian, kept_share
 from lorafx.passes.finegates import Finegates
-from lorafx.prices import shape_name
-from lorafx.program import Program
-from lorafx.sizes import TOKENS, flops_by_block
+from lorafx.proof.latency import latency_table
+from lorafx.public import Program
+from lorafx.reporting.sizes import TOKENS, flops_by_block
 
 BLOCKS = "*encoder.layer.*"
 #: Seconds, as `lorafx latency` would say them: every shape has another price.

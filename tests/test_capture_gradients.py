@@ -12,8 +12,8 @@ import zoo
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.capture import example_inputs
 from lorafx.errors import CaptureError, LorafxError
+from lorafx.models.examples import example_inputs
 from lorafx.passes.lora import Lora
 
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import lorafx
+from lorafx.frontend.tuners import adapter_tensors
+from lorafx.graph.tree import named_tensors
 from lorafx.passes.fold_constants import FoldConstants
 from lorafx.passes.lora import Lora
 from lorafx.pipeline import run, to_eval
-from lorafx.program import Program
-from lorafx.tree import named_tensors
-from lorafx.tuners import adapter_tensors
+from lorafx.public import Program
 
 
 def adapted(model: nn.Module, config: peft.PeftConfig) -> nn.Module:

@@ -11,9 +11,9 @@ import pytest
 import transformers as hf
 from small import gpt2
 
-from lorafx.companions import companions, copy_companions, inner_companions
+from lorafx.editing.patch_folder import apply
 from lorafx.errors import ArtifactError, UsageError
-from lorafx.patch_folder import apply
+from lorafx.formats.companions import companions, copy_companions, inner_companions
 
 TRUE_OF_BOTH = {
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "merges.txt", "spiece.model"),
@@ -111,7 +111,7 @@ def test_generation_settings_of_a_model_from_memory(tmp_path: Path) -> None:
 def test_a_patched_checkpoint_keeps_its_modules(tiny_checkpoint: Path, tmp_path: Path) -> None:
     import shutil
 
-    from lorafx.patch import Patch
+    from lorafx.editing.patch import Patch
 
     folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "base"))
     (folder / "1_Pooling").mkdir()

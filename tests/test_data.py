@@ -23,14 +23,14 @@ from small import POSITIONS, bert, bert_config, captured, example, gpt2, table, 
 from tokenizers import Tokenizer, models
 from torch import nn
 
-from lorafx.capture import capture
-from lorafx.collating import Collator
-from lorafx.data import Prepared, pad_like, positions, prepare
 from lorafx.errors import ArtifactError, LorafxError, UsageError
-from lorafx.options import TrainOptions
-from lorafx.program import Program
-from lorafx.table import read_table, table_of
-from lorafx.tokens import Cuts, Texts
+from lorafx.files.table import read_table, table_of
+from lorafx.frontend.capture import capture
+from lorafx.public import Program
+from lorafx.recipes.options import TrainOptions
+from lorafx.training.collating import Collator
+from lorafx.training.data import Prepared, pad_like, positions, prepare
+from lorafx.training.tokens import Cuts, Texts
 
 ROWS: dict[str, list[Any]] = {"text": ["w1, w2\nw3", 'a "quoted" text', "Gemüse 蔬菜"], "label": ["1", "0", "1"]}
 

@@ -14,14 +14,14 @@ import zoo
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.axes import Axes
-from lorafx.axis_table import RULES
+from lorafx.channels.axes import Axes
+from lorafx.channels.table import RULES
 from lorafx.errors import RecipeError
+from lorafx.graph.precision import recast
+from lorafx.graph.tree import named_tensors, put_tensor
 from lorafx.passes.dead_channels import DeadChannels
 from lorafx.pipeline import run, to_eval
-from lorafx.precision import recast
-from lorafx.program import Program
-from lorafx.tree import named_tensors, put_tensor
+from lorafx.public import Program
 
 #: Random closed sets for each family; a release takes 25.
 SEEDS = int(os.environ.get("LORAFX_SEEDS", "6"))
@@ -36,7 +36,7 @@ def evaluating(model: str) -> Program:
 def free_channels(axes: Axes) -> np.ndarray[Any, Any]:
     """For each label, whether its channel is not pinned."""
     pinned = np.zeros(axes.count, bool)
-    pinned[axes.channel[np.fromiter(axes.reasons, int)]] = True
+    pinned[axes.channel[np.fromiter(axes.pins, int)]] = True
     return ~pinned[axes.channel]
 
 
@@ -48,9 +48,9 @@ def closed(program: Program, seed: int) -> tuple[Program, int]:
     free = free_channels(axes)
     channels = np.unique(axes.channel[free])
     chosen = np.isin(axes.channel, rng.choice(channels, max(1, int(len(channels) * rng.uniform(0.1, 0.5))), False))
-    rows = np.unique(axes.row[free])
+    rows = np.unique(axes.head_row[free])
     if (rows >= 0).any():
-        chosen |= np.isin(axes.row, rng.choice(rows[rows >= 0], max(1, (rows >= 0).sum() // 3), False))
+        chosen |= np.isin(axes.head_row, rng.choice(rows[rows >= 0], max(1, (rows >= 0).sum() // 3), False))
     chosen &= free
     how = ("everywhere", "where read", "where made")[rng.integers(3)]
     done: dict[int, Tensor] = {}
@@ -328,7 +328,7 @@ def test_nothing_beyond_an_unknown_operator_is_touched() -> None:
     sliced = removed(program)
     assert sliced.tensor("up.weight").shape == (6, 6)
     assert sliced.tensor("last.weight").shape == (4, 6)
-    assert any("aten.sort" in why for why in Axes(program, RULES).reasons.values()), "what pinned it is named"
+    assert any("aten.sort" in why for why in Axes(program, RULES).pins.values()), "what pinned it is named"
 
 
 def test_a_norm_over_an_input_keeps_its_channels() -> None:

@@ -12,12 +12,12 @@ import transformers as hf
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.data import positions
-from lorafx.domain import Domain, Range
 from lorafx.errors import CaptureError, UsageError
-from lorafx.inputs import Generator, InputSpec
+from lorafx.graph.domain import Domain, Range
+from lorafx.parity.inputs import Generator, InputSpec
 from lorafx.passes.lora import Lora
-from lorafx.runner import open_runner
+from lorafx.proof.open import open_runner
+from lorafx.training.data import positions
 
 
 class Model(nn.Module):

@@ -12,18 +12,18 @@ import transformers as hf
 from small import Notes, adapted, bert, captured, example, largest_difference, learned, table, words
 from torch import Tensor
 
-from lorafx.data import prepare
 from lorafx.errors import UsageError
-from lorafx.module import MethodState
-from lorafx.options import TrainOptions
+from lorafx.graph.state import MethodState
 from lorafx.passes.finegates import Finegates
 from lorafx.passes.lora import Lora
 from lorafx.passes.prilora import Prilora
 from lorafx.passes.rose_lora import RoseLora
 from lorafx.passes.salora import Salora
 from lorafx.pipeline import rewrite
-from lorafx.program import Program
-from lorafx.training import LorafxCallback, Trainer
+from lorafx.public import Program
+from lorafx.recipes.options import TrainOptions
+from lorafx.training.data import prepare
+from lorafx.training.fit import LorafxCallback, Trainer
 
 
 def plainly(program: Program, cls: Any = hf.Trainer, callbacks: Any = None, **arguments: Any) -> hf.Trainer:

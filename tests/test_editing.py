@@ -11,15 +11,15 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from lorafx.capture import capture
-from lorafx.continuations import Encoder, says, top_tokens
-from lorafx.edit_commands import edit as edit_command
-from lorafx.edit_requests import EditOptions, EditRequest, read_edits
-from lorafx.editing import EditResult, edit
+from lorafx.commands.edit import edit as edit_command
+from lorafx.editing.continuations import Encoder, says, top_tokens
+from lorafx.editing.edit import EditResult, edit
+from lorafx.editing.patch import PATCH, Patch
+from lorafx.editing.patch_folder import apply, revert, slots
+from lorafx.editing.requests import EditOptions, EditRequest, read_edits
 from lorafx.errors import ArtifactError, LorafxError, UsageError
-from lorafx.folder import file_hash, read_manifest
-from lorafx.patch import PATCH, Patch
-from lorafx.patch_folder import apply, revert, slots
+from lorafx.files.folder import file_hash, read_manifest
+from lorafx.frontend.capture import capture
 from tests import small
 
 REQUESTS = (

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from lorafx.cli import main
-from lorafx.recipe import Recipe
+from lorafx.recipes.recipe import Recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "examples").glob("*.toml"))
 FIVE = {"prilora", "salora", "tied-lora", "finegates", "rose-lora"}

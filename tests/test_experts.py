@@ -13,12 +13,12 @@ import zoo
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.axis_report import axis_groups
+from lorafx.channels.groups import axis_groups
+from lorafx.graph.precision import recast
+from lorafx.graph.tree import put_tensor
 from lorafx.passes.dead_channels import DeadChannels
 from lorafx.pipeline import run, to_eval
-from lorafx.precision import recast
-from lorafx.program import Program
-from lorafx.tree import put_tensor
+from lorafx.public import Program
 
 EXPERTS, HIDDEN, WIDTH = 4, 48, 32
 GATE_UP, DOWN = "model.layers.{}.mlp.experts.gate_up_proj", "model.layers.{}.mlp.experts.down_proj"

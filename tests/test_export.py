@@ -11,19 +11,20 @@ from small import bert, captured
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.edit import Edit
+from lorafx.backends.export import only_values_differ, replay
 from lorafx.errors import CaptureError, UsageError
-from lorafx.export import only_values_differ, replay
-from lorafx.hf_format import fits_checkpoint, hf_model
+from lorafx.formats.hf import fits_checkpoint, hf_model
+from lorafx.graph.edit import Edit
 from lorafx.passes.lora import Lora
 from lorafx.passes.magnitude import Magnitude
 from lorafx.passes.tidy import Tidy
+from lorafx.pipeline import to_eval
 
 
 def test_a_merged_adapter_changes_values_alone() -> None:
     program = lorafx.rewrite(zoo.captured("bert"), [Lora()])
     assert only_values_differ(lorafx.fold(program))
-    assert not only_values_differ(lorafx.pipeline.to_eval(program)), "separate adapters are operators of their own"
+    assert not only_values_differ(to_eval(program)), "separate adapters are operators of their own"
 
 
 def test_other_shapes_are_traced_again() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lorafx.errors import CaptureError
-from lorafx.exported import check_cache
+from lorafx.proof.exported import check_cache
 
 
 def exported(**graphs: tuple[list[str], list[str]]) -> Any:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import lorafx
-from lorafx import axis_table, removal_plan
-from lorafx.program import Program
+from lorafx.channels import plan as removal_plan
+from lorafx.channels import table as axis_table
+from lorafx.public import Program
 
 #: Sums over fewer terms, in fp64, through a handful of layers.
 CLOSE = 1e-12
@@ -429,7 +430,7 @@ def test_a_rule_that_says_nothing_of_an_axis_pins_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(axis_table.RULES, torch.ops.aten.tanh.default, lambda axes, node: [])
     program = lorafx.fold(lorafx.capture(model, inputs={"x": tokens()}))
     assert program.tensor("a.weight").shape == (12, 8)
-    reasons = removal_plan.Axes(program, axis_table.RULES).reasons.values()
+    reasons = removal_plan.Axes(program, axis_table.RULES).pins.values()
     assert any("aten.tanh" in why and "does not say" in why for why in reasons)
 
 

@@ -16,14 +16,16 @@ from torch import Tensor, nn
 
 import lorafx
 from lorafx.errors import NoSitesError, UsageError
-from lorafx.gates import ClampedGaussian, is_open, kept_share
-from lorafx.module import RewrittenModel
+from lorafx.graph import program as data
+from lorafx.methods.gates import ClampedGaussian, is_open, kept_share
 from lorafx.passes.finegates import Finegates
 from lorafx.passes.fold_affine import FoldAffine
 from lorafx.passes.fold_constants import FoldConstants
 from lorafx.passes.to_eval import ToEval
 from lorafx.pipeline import run
-from lorafx.program import Program
+from lorafx.public import Program
+from lorafx.reporting.report import report_of
+from lorafx.training.module import RewrittenModel
 
 SIDES = ("gate_in", "gate_out")
 
@@ -33,7 +35,7 @@ def apart(**options: Any) -> Finegates:
     return Finegates(couple=False, **options)
 
 
-def masked(program: Program) -> Program:
+def masked(program: data.P) -> data.P:
     """Gates folded into the weights, closed channels still there as zeros."""
     return run(program, (ToEval(), FoldConstants(), FoldAffine()))
 
@@ -67,7 +69,7 @@ def test_the_surrogate_leaves_less_than_it_says() -> None:
     penalty = model.penalty()
     assert penalty is not None
     assert penalty.item() == pytest.approx(0.0, abs=50 * 0.84 / 400)  # half a gate of 200
-    (shown,) = model.program.report.sections["finegates: Gates"]
+    (shown,) = report_of(model.program).sections["finegates: Gates"]
     assert shown["weights kept"] == pytest.approx(0.276, abs=0.003)
 
 
@@ -217,7 +219,7 @@ def test_the_achieved_mode_steers_with_what_is_really_kept() -> None:
         model.after_step()
         multiplier += 2.0 * (hard / total - 0.01)
         assert float(state.shared["multiplier"]) == pytest.approx(multiplier, rel=1e-5)
-    (shown,) = model.program.report.sections["finegates: Gates"]
+    (shown,) = report_of(model.program).sections["finegates: Gates"]
     assert shown["weights kept"] == pytest.approx(hard / total, rel=1e-6)
     assert 0.05 < hard / total < 0.95
 
@@ -252,7 +254,7 @@ def test_the_budget_is_reached(options: dict[str, Any]) -> None:
     # Without restarts the multiplier comes down slowly, so its rate has to suit the loss, which is of size 0.1.
     model = training(apart(targets=EVERY, budget=0.6, **options), total_steps=400, seed=0)
     fit(model, (batch(8, 6, seed) for seed in range(400)))
-    (shown,) = model.program.report.sections["finegates: Gates"]
+    (shown,) = report_of(model.program).sections["finegates: Gates"]
     assert shown["weights kept"] == pytest.approx(0.6, abs=0.02)
     folded = masked(model.program)
     kept_weights = sum(int(folded.tensor(f"{s.module}.weight").count_nonzero()) for s in state_of(model).sites)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 import lorafx
 from lorafx.base import Method, Promise
-from lorafx.edit import Edit
+from lorafx.graph.edit import Edit
+from lorafx.graph.site import Site
 from lorafx.passes.lora import Lora
-from lorafx.program import Program
-from lorafx.site import Site
+from lorafx.pipeline import to_eval
+from lorafx.public import Program
 
 aten = torch.ops.aten
 
@@ -432,7 +433,7 @@ def test_captured_adapters_of_peft_fold_to_its_merged_weights(method: str):
     # fp32: the adapter's branch is gone, and with it the rounding of its operators.
     assert zoo.distance(zoo.eager(inner, inputs), zoo.run(folded, inputs)) < 1e-5  # type: ignore[arg-type]
     assert sum(map(operators(folded).count, ("linear.default", "addmm.default"))) == sum(
-        map(operators(lorafx.pipeline.to_eval(zoo.captured(name))).count, ("linear.default", "addmm.default"))
+        map(operators(to_eval(zoo.captured(name))).count, ("linear.default", "addmm.default"))
     )
     merged = model.merge_and_unload().state_dict()  # type: ignore[operator]
     values = {key.replace(".base_layer", ""): folded.tensor(key) for key in folded.roles}

@@ -12,14 +12,14 @@ from test_dead_channels import Mlp, captured
 from torch import Tensor, nn
 
 import lorafx
+from lorafx.backends.export import converted
 from lorafx.errors import RecipeError, UsageError
-from lorafx.export import converted
+from lorafx.graph.tree import put_tensor
 from lorafx.passes.dead_channels import DeadChannels
 from lorafx.passes.finegates import Finegates
 from lorafx.passes.gather_columns import GPU_COST, GatherColumns, gathers, pays
 from lorafx.pipeline import run, to_eval
-from lorafx.program import Program
-from lorafx.tree import put_tensor
+from lorafx.public import Program
 
 ALWAYS = GatherColumns(when="always")
 #: What reads the residual stream in the families below, and the dimension its columns lie along.

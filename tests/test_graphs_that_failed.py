@@ -229,7 +229,7 @@ def norm_over_rows_that_are_no_channels() -> nn.Module:
         h = s.n(s.a(x[:, None].expand(-1, 6, -1)))
         return h @ s.w
 
-    norm = nn.LayerNorm((6, 12))
+    norm = nn.LayerNorm([6, 12])
     norm.weight.data[2:] = 0.0
     norm.bias.data[2:] = 0.0
     return Small(forward, a=closed(nn.Linear(8, 12), slice(0, 3)), n=norm, w=weight(12, 3))

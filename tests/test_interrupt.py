@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from small import adapted, bert, learned, table, words
 from transformers import TrainerCallback
 
 from lorafx.cli import main
-from lorafx.interrupt import SaveOnInterrupt
-from lorafx.program import Program
-from lorafx.training import last_checkpoint, train
+from lorafx.public import Program
+from lorafx.training.fit import last_checkpoint, train
+from lorafx.training.interrupt import SaveOnInterrupt
 
 OPTIONS: dict[str, Any] = {"max_steps": 6, "batch_size": 8, "learning_rate": 5e-3, "progress": False}
 
@@ -36,6 +37,14 @@ class InterruptAt(TrainerCallback):
         if state.global_step == self.step - 1:
             for _ in range(self.times):
                 os.kill(os.getpid(), self.number)
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """What a shell starts in the background ignores interrupts, and so would everything here."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def go(program: Program, folder: Path | None, *callbacks: TrainerCallback, **options: Any) -> None:

@@ -21,19 +21,19 @@ from plugin_install import installed
 
 import lorafx
 from lorafx.base import Method, Pass, Promise, SitePass
-from lorafx.edit import Edit
-from lorafx.observe import VerifyEach
+from lorafx.graph.edit import Edit
+from lorafx.graph.site import Site
+from lorafx.graph.tree import named_tensors, own
+from lorafx.parity.promises import VerifyEach
 from lorafx.passes.lora import Lora
 from lorafx.passes.magnitude import Magnitude
 from lorafx.passes.tidy import Tidy
 from lorafx.passes.to_eval import ToEval
 from lorafx.pipeline import run
-from lorafx.program import Program
+from lorafx.public import Program
 from lorafx.ranges import Range, range_of
-from lorafx.recipe import Recipe, parse_options, pass_dict
-from lorafx.registry import known, options, pass_class
-from lorafx.site import Site
-from lorafx.tree import named_tensors, own
+from lorafx.recipes.recipe import Recipe, parse_options, pass_dict
+from lorafx.recipes.registry import known, options, pass_class
 
 PLUGINS = ("ia3",)
 NAMES = [*known(), *PLUGINS]
@@ -268,7 +268,7 @@ def test_every_tensor_has_a_role_and_every_node_a_value(name: str, model: str) -
     for step, program in cases(name, model):
         result = run(program, [step])
         assert set(result.roles) == {tensor for tensor, _ in named_tensors(result.root)} - {"clock"}
-        assert set(result.roles.values()) <= set(lorafx.program.ROLES)
+        assert set(result.roles.values()) <= set(lorafx.graph.program.ROLES)
         for node in result.graph.nodes:
             assert node.op == "output" or "val" in node.meta, f"{node} has no fake value"
             assert node.op in ("placeholder", "output") or node.users or node.is_impure(), f"{node} is dead"

@@ -13,9 +13,9 @@ import zoo
 from torch import Tensor, nn
 
 import lorafx
+from lorafx.graph.tree import named_tensors
 from lorafx.passes.lora import Lora
-from lorafx.program import Program
-from lorafx.tree import named_tensors
+from lorafx.public import Program
 
 SHAPES = [(batch, length) for batch in (1, 2, 5) for length in (1, 2, 33)]
 FEW = [(2, 7), (1, 1), (5, 33)]

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 import lorafx
 from lorafx.base import Pass
-from lorafx.module import RewrittenModel
 from lorafx.passes.finegates import Finegates
 from lorafx.passes.lora import Lora
 from lorafx.passes.prilora import Prilora
 from lorafx.passes.salora import Salora
 from lorafx.passes.tied_lora import TiedLora
-from lorafx.program import Program
+from lorafx.public import Program
+from lorafx.training.module import RewrittenModel
 
 #: An encoder, decoders with fused and with grouped projections, an encoder-decoder, and one without a mask.
 MODELS = ("bert", "gpt2", "llama", "t5", "vit")

@@ -23,15 +23,15 @@ from transformers import TrainerCallback
 
 import lorafx
 from lorafx.base import Pass
-from lorafx.module import RewrittenModel
 from lorafx.passes.finegates import Finegates
 from lorafx.passes.prilora import Prilora
 from lorafx.passes.rose_lora import RoseLora
 from lorafx.passes.salora import Salora
 from lorafx.passes.tied_lora import TiedLora
-from lorafx.program import Program
-from lorafx.trainer import STATE, Trainer
-from lorafx.training import train
+from lorafx.public import Program
+from lorafx.training.fit import train
+from lorafx.training.module import RewrittenModel
+from lorafx.training.trainer import STATE, Trainer
 
 #: Rounding of sums in another order, after a few steps of AdamW at this learning rate on fp32 parameters of size 0.1.
 ROUNDING = 1e-5

@@ -13,10 +13,11 @@ from methods import RECIPES, batch, fit, refused, state_of, training
 import lorafx
 from lorafx.base import Pass
 from lorafx.errors import RecipeError
+from lorafx.methods.masks import dropped, highest, kept, lowest, lowest_by_group
+from lorafx.methods.schedules import ascend, cubic, linear, steps_of
 from lorafx.passes.prilora import Prilora
 from lorafx.passes.rose_lora import RoseLora
-from lorafx.schedules import ascend, cubic, linear, steps_of
-from lorafx.sparsity import dropped, highest, kept, lowest, lowest_by_group
+from lorafx.reporting.report import report_of
 
 # ---- schedules and exact masks
 
@@ -111,7 +112,7 @@ def test_tied_factors_and_gates_train_together() -> None:
 def test_reports_are_json(name: str) -> None:
     model = training(*RECIPES[name], total_steps=5)
     fit(model, [batch(4, 5, seed) for seed in range(5)])
-    report = model.program.report
+    report = report_of(model.program)
     for step in RECIPES[name]:
         assert any(title.startswith(f"{step.pass_name()}: ") for title in report.sections)
     assert lorafx.Report.from_json(report.to_json()) == report

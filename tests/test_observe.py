@@ -10,15 +10,17 @@ import pytest
 import torch
 
 import lorafx
-from lorafx.base import Pass, Promise, Selection
-from lorafx.edit import Edit
+from lorafx.apply import Dump
+from lorafx.base import Pass, Promise
 from lorafx.errors import ParityError, UsageError
-from lorafx.observe import Dump, VerifyEach
+from lorafx.graph.edit import Edit
+from lorafx.graph.precision import recast
+from lorafx.graph.program import Program
+from lorafx.graph.selection import Selection
+from lorafx.graph.tree import own
+from lorafx.parity.promises import VerifyEach
 from lorafx.passes.lora import Lora
 from lorafx.pipeline import run
-from lorafx.precision import recast
-from lorafx.program import Program
-from lorafx.tree import own
 from tests.small import adapted, bert, captured
 
 aten = torch.ops.aten

@@ -12,8 +12,8 @@ from small import bert, captured, gpt2, llama
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.observed import input_power
-from lorafx.program import Program
+from lorafx.methods.activations import input_power
+from lorafx.public import Program
 
 
 def observed(program: Program) -> dict[str, Tensor]:

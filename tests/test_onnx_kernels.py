@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from lorafx.onnx_kernels import unfuse_batch_transposes, unfuse_skip_norms
+from lorafx.backends.onnx_kernels import unfuse_batch_transposes, unfuse_skip_norms
 
 WIDTH = 48
 GENERATOR = np.random.default_rng(0)

@@ -13,10 +13,10 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 import lorafx
-from lorafx.checkpoint import open_model, open_tokenizer
 from lorafx.cli import main
 from lorafx.errors import ArtifactError, UsageError, first_line
-from lorafx.folder import new_folder
+from lorafx.files.folder import new_folder
+from lorafx.models.checkpoint import open_model, open_tokenizer
 from lorafx.passes.lora import Lora
 
 OPENING = ["--allow-pickle", "--trust-remote-code", "--base", "moved"]
@@ -54,7 +54,7 @@ def test_options_of_opening_reach_the_run(
         seen.append(options)
         raise ArtifactError("seen")
 
-    monkeypatch.setattr("lorafx.store.load", load)
+    monkeypatch.setattr("lorafx.frontend.load.load", load)
     words = [word.format(run=run, table=tiny_table, tmp=tmp_path) for word in COMMANDS[command]]
     assert call(command, *words, *OPENING).exit_code == 5
     given = {name: seen[0][name] for name in ("allow_pickle", "trust_remote_code", "base")}
@@ -263,7 +263,7 @@ def test_a_file_that_no_command_looks_after_exits_5_too(monkeypatch: pytest.Monk
     def opens(*_: Any, **__: Any) -> None:
         Path("/no/where").read_text()
 
-    monkeypatch.setattr("lorafx.store.find_manifest", opens)
+    monkeypatch.setattr("lorafx.frontend.load.find_manifest", opens)
     result = call("inspect", "x")
     assert result.exit_code == 5
     assert "lorafx: error: /no/where: cannot be used: No such file or directory" in result.stderr
@@ -290,7 +290,7 @@ def test_a_size_that_no_setting_says_is_named() -> None:
     """The reason was empty: 'cannot hold this program: ;'."""
     from small import captured
 
-    from lorafx.hf_format import hf_model
+    from lorafx.formats.hf import hf_model
 
     program = captured(num_labels=7).copy()
     narrow = torch.nn.Parameter(torch.zeros(5, 32))
@@ -304,7 +304,7 @@ def test_a_model_with_something_built_in_is_told_so() -> None:
     from peft import LoraConfig, get_peft_model
     from small import bert, example
 
-    from lorafx.hf_format import hf_model
+    from lorafx.formats.hf import hf_model
 
     built: Any = get_peft_model(bert(), LoraConfig(r=2, target_modules=["query"]))  # type: ignore[arg-type]
     for model in (built, built.base_model.model):

@@ -47,7 +47,8 @@ def contents(wheel: zipfile.ZipFile, prefix: str) -> dict[str, bytes]:
 
 
 def folder(path: Path, prefix: str) -> dict[str, bytes]:
-    return {prefix + file.name: file.read_bytes() for file in path.glob("*.py")}
+    files = [file for file in path.rglob("*.py") if not file.is_relative_to(ROOT / "lorafx" / "passes")]
+    return {prefix + file.relative_to(path).as_posix(): file.read_bytes() for file in files}
 
 
 def test_wheel_holds_the_passes_of_the_top_level_folder(wheel: zipfile.ZipFile) -> None:

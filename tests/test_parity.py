@@ -21,14 +21,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.capture import dynamic_shapes, example_inputs
 from lorafx.errors import ArtifactError, UsageError
-from lorafx.inputs import SHAPES, Batch, Generator, InputSpec, merged, specs_of, tokenised
-from lorafx.parity import Comparison, compare, compare_programs, verify
+from lorafx.graph.precision import TOLERANCES, recast
+from lorafx.models.examples import dynamic_shapes, example_inputs
+from lorafx.parity.answers import Comparison, compare
+from lorafx.parity.inputs import SHAPES, Batch, Generator, InputSpec, merged, specs_of, tokenised
+from lorafx.parity.runner import Runner, named_outputs
 from lorafx.passes.lora import Lora
-from lorafx.precision import TOLERANCES, recast
-from lorafx.program import Program
-from lorafx.runner import Runner, named_outputs, open_runner
+from lorafx.proof.open import open_runner
+from lorafx.proof.verify import compare_programs, verify
+from lorafx.public import Program
 from tests.small import POSITIONS, adapted, bert, llama, words
 
 

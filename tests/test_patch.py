@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lorafx
-from lorafx.edit_commands import patch as patch_group
+from lorafx.commands.edit import patch as patch_group
+from lorafx.editing.patch import PATCH, Patch, make, tensor_hash
+from lorafx.editing.patch_folder import apply, between, revert, slots
 from lorafx.errors import ArtifactError, LorafxError, UsageError
-from lorafx.folder import file_hash
-from lorafx.patch import PATCH, Patch, make, tensor_hash
-from lorafx.patch_folder import apply, between, revert, slots
-from lorafx.tree import named_tensors
+from lorafx.files.folder import file_hash
+from lorafx.graph.tree import named_tensors
 from tests import small
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]

@@ -11,10 +11,10 @@ import torch
 from small import POSITIONS, SPECIAL, VOCABULARY, bert, gpt2, largest_difference, learned, llama
 from torch import Tensor, nn
 
-from lorafx.capture import capture
+from lorafx.frontend.capture import capture
 from lorafx.passes.lora import Lora
 from lorafx.pipeline import rewrite
-from lorafx.program import Program
+from lorafx.public import Program
 
 STEPS = 50
 

@@ -18,9 +18,9 @@ SCRIPT = """
 import json, sys, tomllib
 import torch
 import lorafx
-from lorafx.observe import VerifyEach
-from lorafx.recipe import Recipe
-from lorafx.registry import known, pass_class, summary
+from lorafx.parity.promises import VerifyEach
+from lorafx.recipes.recipe import Recipe
+from lorafx.recipes.registry import known, pass_class, summary
 from zoo import build
 
 base = build("bert")

@@ -25,9 +25,11 @@ from torch import Tensor, nn
 
 import lorafx
 from lorafx.errors import UsageError
-from lorafx.module import RewrittenModel
+from lorafx.graph import program as data
 from lorafx.passes.prilora import Prilora
-from lorafx.program import Program
+from lorafx.public import Program
+from lorafx.reporting.report import report_of
+from lorafx.training.module import RewrittenModel
 
 #: Rounding of fp32 sums taken in another order.
 ROUNDING = 1e-6
@@ -115,7 +117,7 @@ def test_a_group_that_cannot_be_is_refused_before_training(group: str, message: 
     assert "prilora" in found
 
 
-def by_hand(program: Program, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def by_hand(program: data.Program, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """‖X_j‖₂ / √tokens of what enters each module, over the tokens the mask lets through."""
     mask = inputs["attention_mask"].bool()
     seen = inputs_of(program, lambda model: model(**inputs))
@@ -233,7 +235,7 @@ def test_a_last_pruning_closes_training(final_prune: bool) -> None:
     for site in state_of(model).sites:
         half = site["lora_A"].shape[1] // 2
         assert ((site["lora_A"] == 0).sum(1) == half).all() == final_prune
-    rows = model.program.report.sections["prilora: Density of A"]
+    rows = report_of(model.program).sections["prilora: Density of A"]
     assert ({row["density"] for row in rows} == {0.5}) == final_prune
 
 

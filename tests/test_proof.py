@@ -15,19 +15,20 @@ from small import adapted, bert, captured, gpt2
 from torch import nn
 
 import lorafx
-from lorafx.base import Pass, Promise, Selection
-from lorafx.edit import Edit
+from lorafx.base import Pass, Promise
 from lorafx.errors import ParityError, UsageError
-from lorafx.observe import VerifyEach
-from lorafx.parity import Answers, example_batches
+from lorafx.graph.edit import Edit
+from lorafx.graph.precision import recast
+from lorafx.graph.program import Program
+from lorafx.graph.selection import Selection
+from lorafx.graph.tree import named_tensors, own, put_tensor
+from lorafx.parity.answers import Answers, example_batches
+from lorafx.parity.promises import VerifyEach
 from lorafx.passes.fold_affine import FoldAffine
 from lorafx.passes.fold_constants import FoldConstants
 from lorafx.passes.lora import Lora
 from lorafx.passes.magnitude import Magnitude
 from lorafx.pipeline import run, to_eval
-from lorafx.precision import recast
-from lorafx.program import Program
-from lorafx.tree import named_tensors, own, put_tensor
 
 aten = torch.ops.aten
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lorafx.pipeline import to_eval
-from lorafx.program import Program
+from lorafx.public import Program
 from tests.judge import judge as court
 from tests.judge.judge import build, draw, judge
 from tests.judge.minimise import described, minimise

@@ -13,14 +13,14 @@ from click.testing import CliRunner
 
 from lorafx.base import Options, Pass, option
 from lorafx.cli import main
-from lorafx.edit_requests import EditOptions
+from lorafx.commands.flags import read_recipe, train_options
+from lorafx.editing.requests import EditOptions
 from lorafx.errors import RecipeError, UsageError
-from lorafx.flags import read_recipe, train_options
-from lorafx.options import ModelOptions, TrainOptions
 from lorafx.passes.finegates import Finegates
 from lorafx.ranges import Range, range_of
-from lorafx.recipe import Recipe
-from lorafx.registry import known, options, pass_class
+from lorafx.recipes.options import ModelOptions, TrainOptions
+from lorafx.recipes.recipe import Recipe
+from lorafx.recipes.registry import known, options, pass_class
 
 #: Values that used to crash, to give NaN, or to mean something else in silence; and their neighbours that are right.
 WRONG: list[tuple[str, dict[str, Any], str]] = [

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from lorafx.cli import main
-from lorafx.recipe import Recipe
+from lorafx.recipes.recipe import Recipe
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -45,14 +45,22 @@ def test_the_commands_exist() -> None:
         assert CliRunner().invoke(main, [command, "--help"]).exit_code == 0
 
 
-def test_the_file_table_names_every_file() -> None:
+def test_the_folder_table_names_every_folder() -> None:
     root = Path(__file__).parents[1]
-    table = README[README.index("## File") : README.index("## Command line")]
-    missing = [file.name for file in (root / "lorafx").glob("[a-z]*.py") if f"{file.name}`" not in table]
-    missing += [file.stem for file in (root / "passes").glob("[a-z]*.py") if f"`{file.stem}`" not in table]
+    table = README[README.index("## Folder") : README.index("## Command line")]
+    rows = {
+        tuple(re.findall(r"`([^`]*)`", line.split("|")[1])): line
+        for line in table.splitlines()
+        if line.startswith("| `")
+    }
+    named = {name for row in rows for name in row}
+    folders = {f"lorafx/{file.parent.name}/" for file in (root / "lorafx").glob("*/__init__.py")} - {"lorafx/passes/"}
+    assert not (folders | {"passes/"}) - named
+    missing = [file.stem for file in (root / "passes").glob("[a-z]*.py") if f"`{file.stem}`" not in table]
     assert not missing
-    named = re.findall(r"`(?:lorafx/)?(\w+\.py)`", table)
-    assert not [name for name in named if not (root / "lorafx" / name).is_file()]
+    for (first, *_), line in ((row, line) for row, line in rows.items() if row and row[0].endswith("/")):
+        for name in re.findall(r"`(\w+\.py)`", line):
+            assert (root / first / name).is_file() or (root / "lorafx" / name).is_file(), name
 
 
 def test_example_recipes_parse() -> None:

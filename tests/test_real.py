@@ -10,7 +10,7 @@ import torch
 
 import lorafx
 from lorafx.passes.lora import Lora
-from lorafx.program import Program
+from lorafx.public import Program
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +31,7 @@ def test_minilm_exports_with_the_fused_operators_of_transformers_own_export(mini
     from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
 
-    from lorafx.capture import dynamic_shapes, example_inputs
+    from lorafx.models.examples import dynamic_shapes, example_inputs
 
     program = lorafx.capture(minilm, task="text-classification", num_labels=2)
     program = lorafx.rewrite(program, [Lora(rank=8)])

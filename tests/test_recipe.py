@@ -16,7 +16,7 @@ from lorafx.base import option
 from lorafx.errors import ArtifactError, LorafxError, RecipeError, UsageError
 from lorafx.passes.lora import Lora
 from lorafx.passes.to_eval import ToEval
-from lorafx.recipe import Recipe, coerce, parse_options, parse_text, pass_dict, type_name
+from lorafx.recipes.recipe import Recipe, coerce, parse_options, parse_text, pass_dict, type_name
 
 TEXT = """
 [model]

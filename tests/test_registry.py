@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from lorafx import registry
 from lorafx.base import Pass
 from lorafx.errors import UsageError
 from lorafx.passes.lora import Lora
+from lorafx.recipes import registry
 
 PASSES = Path(registry.__file__).parent / "passes"
 
@@ -43,7 +43,7 @@ def test_every_file_is_a_pass_of_its_name(plugins: list[EntryPoint]) -> None:
 
 def test_listing_imports_neither_torch_nor_the_passes() -> None:
     code = (
-        "import sys\nfrom lorafx.registry import known, summary\n"
+        "import sys\nfrom lorafx.recipes.registry import known, summary\n"
         "assert [summary(name) for name in known()]\n"
         "assert not {'torch', 'transformers', 'lorafx.passes.lora'} & set(sys.modules)"
     )

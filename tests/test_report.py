@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lorafx
+from lorafx.graph.target import Target
 from lorafx.passes.lora import Lora
-from lorafx.program import Program
-from lorafx.render import braced
-from lorafx.report import Report, json_value
-from lorafx.target import Target
+from lorafx.public import Program
+from lorafx.reporting.render import braced
+from lorafx.reporting.report import Report, json_value
 
 
 @pytest.fixture(scope="module")

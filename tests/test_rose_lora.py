@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import lorafx
 from lorafx.errors import UsageError
+from lorafx.methods.masks import highest, kept
 from lorafx.passes.rose_lora import RoseLora
-from lorafx.sparsity import highest, kept
+from lorafx.reporting.report import report_of
 
 EDITING = RoseLora(density=0.05, start=3, end=20)
 
@@ -86,7 +87,7 @@ def test_exact_counts_are_kept_of_rows_of_a_and_columns_of_b(steps: int) -> None
         a, b = site["lora_A"], site["lora_B"]
         assert (a != 0).sum(1).tolist() == [math.ceil(share * a.shape[1])] * 3
         assert (b != 0).sum(0).tolist() == [math.ceil(share * b.shape[0])] * 3
-    rows = model.program.report.sections["rose-lora: Sparse factors"]
+    rows = report_of(model.program).sections["rose-lora: Sparse factors"]
     for row, site in zip(rows, state_of(model).sites, strict=True):
         a, b = site["lora_A"].detach(), site["lora_B"].detach()
         assert (row["A"], row["B"]) == (int(a.count_nonzero()) / a.numel(), int(b.count_nonzero()) / b.numel())

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.base import Pass, Promise, Selection
-from lorafx.edit import Edit
+from lorafx.base import Pass, Promise
 from lorafx.errors import ParityError
+from lorafx.graph import program as data
+from lorafx.graph.edit import Edit
+from lorafx.graph.rounding import MARGIN, jittered, slack
+from lorafx.graph.selection import Selection
+from lorafx.graph.tree import own
 from lorafx.passes.lora import Lora
 from lorafx.pipeline import run, to_eval
-from lorafx.program import Program
-from lorafx.rounding import MARGIN, jittered, slack
-from lorafx.tree import own
+from lorafx.public import Program
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -43,7 +45,7 @@ class Shift(Pass):
     promise: ClassVar[Promise] = Promise.CLOSE
     by: float = 0.0
 
-    def sites(self, program: Program) -> Selection:
+    def sites(self, program: data.Program) -> Selection:
         return Selection(("second.bias",))  # type: ignore[arg-type]
 
     def rewrite(self, edit: Edit, site: Any) -> None:
@@ -116,6 +118,6 @@ def test_slack_is_the_largest_move() -> None:
 
 def values(program: Program) -> list[tuple[str, Tensor]]:
     """What the operators of a program give, by name."""
-    from lorafx.agreement import _values
+    from lorafx.channels.trial import _values
 
     return [(name, value) for name, value in _values(program).items() if isinstance(value, Tensor)]

@@ -11,9 +11,10 @@ from methods import EVERY, RECIPES, assert_equal, batch, fit, layer, optimiser, 
 from torch import Tensor
 
 from lorafx.base import Pass
-from lorafx.gates import HardConcrete
-from lorafx.module import RewrittenModel
+from lorafx.methods.gates import HardConcrete
 from lorafx.passes.salora import Salora
+from lorafx.reporting.report import report_of
+from lorafx.training.module import RewrittenModel, build_module
 
 
 def test_hard_concrete_gates_close_at_minus_1_599() -> None:
@@ -186,9 +187,9 @@ def test_the_density_asked_for_is_reached(options: dict[str, Any]) -> None:
     step = Salora(targets=EVERY, rank=8, alpha=8.0, density=0.5, **options)
     model = training(step, total_steps=400, seed=0)
     fit(model, (batch(8, 6, seed) for seed in range(400)))
-    shown = model.program.report.sections["salora: Open ranks"][0]
+    shown = report_of(model.program).sections["salora: Open ranks"][0]
     assert shown["open"] == pytest.approx(0.5, abs=0.02)
-    rows = model.program.report.sections["salora: Rank by module"]
+    rows = report_of(model.program).sections["salora: Rank by module"]
     assert sum(row["rank"] for row in rows) == round(shown["open"] * 80)
     assert {row["of"] for row in rows} == {8}
 
@@ -233,4 +234,4 @@ def test_closing_gates_does_not_move_the_scale() -> None:
     with torch.no_grad():  # removing what is closed leaves the function as it is
         site["lora_A"][closed] = 0.0
         site["lora_B"][:, closed] = 0.0
-    assert torch.equal(program.module().eval()(**batch(4, 5)), before)
+    assert torch.equal(build_module(program).eval()(**batch(4, 5)), before)

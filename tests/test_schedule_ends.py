@@ -17,17 +17,17 @@ from torch import Tensor
 
 from lorafx import training
 from lorafx.base import Method
-from lorafx.gates import ClampedGaussian, HardConcrete, kept_share
-from lorafx.metrics import ACCURACY
-from lorafx.module import MethodState
+from lorafx.graph.state import MethodState
+from lorafx.methods.gates import ClampedGaussian, HardConcrete, kept_share
+from lorafx.methods.masks import density
+from lorafx.methods.steering import Steering
 from lorafx.passes.finegates import Finegates
 from lorafx.passes.prilora import Prilora
 from lorafx.passes.rose_lora import RoseLora
 from lorafx.passes.salora import Salora, open_share
-from lorafx.program import Program
-from lorafx.sparsity import density
-from lorafx.steering import Steering
-from lorafx.training import TrainResult, train
+from lorafx.public import Program
+from lorafx.training.fit import TrainResult, train
+from lorafx.training.metrics import ACCURACY
 
 #: 48 rows of 8 in a batch: 6 steps an epoch.
 OPTIONS: dict[str, Any] = {"progress": False, "batch_size": 8, "learning_rate": 3e-2, "log_steps": 100, "epochs": 8}

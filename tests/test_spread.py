@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import lorafx
 from lorafx.pipeline import to_eval
-from lorafx.program import Program
+from lorafx.public import Program
 
 
 class Net(nn.Module):

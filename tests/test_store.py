@@ -24,11 +24,13 @@ from zoo import ZOO, build
 import lorafx
 from lorafx.base import Method, Pass
 from lorafx.errors import ArtifactError, LorafxError, UsageError
-from lorafx.folder import MANIFEST, find_manifest, new_folder, read_manifest
+from lorafx.files.folder import MANIFEST, find_manifest, new_folder, read_manifest
+from lorafx.formats.run import save_run
+from lorafx.frontend.load import run_recipe
+from lorafx.graph.program import Source
 from lorafx.passes.lora import Lora
 from lorafx.passes.to_eval import ToEval
-from lorafx.program import Program, Source
-from lorafx.store import run_recipe, save_run
+from lorafx.public import Program
 
 Checkpoints = Callable[[str], Path]
 
@@ -551,7 +553,7 @@ def test_two_writers_of_one_folder_do_not_mix(tmp_path: Path) -> None:
 
 WRITER = """
 import os, signal, sys
-from lorafx.folder import new_folder
+from lorafx.files.folder import new_folder
 with new_folder(sys.argv[1], "run", {}, overwrite=True) as folder:
     (folder / "file").write_text("new")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -596,7 +598,7 @@ for _ in range(10):
 #: Writes, with nothing to import first, a folder of many files.
 WRITES = """
 import sys
-from lorafx.folder import new_folder
+from lorafx.files.folder import new_folder
 with new_folder(sys.argv[1], "run", {}, overwrite=True) as folder:
     for number in range(50):
         (folder / str(number)).write_bytes(bytes(1000))

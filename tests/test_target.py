@@ -24,8 +24,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from lorafx.errors import UsageError
-from lorafx.roles import ROLES
-from lorafx.target import Blocks, Selector, Target, nearest, role_of
+from lorafx.graph.target import Blocks, Selector, Target, nearest, role_of
+from lorafx.models.roles import ROLES
 
 
 @dataclass(frozen=True)
@@ -556,5 +556,5 @@ def test_all_linear_takes_what_peft_takes(family: str) -> None:
 
 
 def test_targets_need_no_torch() -> None:
-    code = "import sys, lorafx.target; sys.exit('torch' in sys.modules)"
+    code = "import sys, lorafx.graph.target; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

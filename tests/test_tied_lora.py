@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import lorafx
 from lorafx.errors import NoSitesError, UsageError
-from lorafx.module import RewrittenModel
 from lorafx.passes.lora import Lora
 from lorafx.passes.tied_lora import TiedLora
-from lorafx.program import Program
+from lorafx.public import Program
+from lorafx.training.module import RewrittenModel
 
 
 def tied_count(train: tuple[str, ...], width: int, rank: int, blocks: int) -> int:

@@ -34,15 +34,15 @@ from small import (
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from lorafx.capture import capture
-from lorafx.data import Rows
 from lorafx.errors import ArtifactError, LorafxError, RecipeError, UsageError
+from lorafx.frontend.capture import capture
+from lorafx.frontend.load import load
 from lorafx.passes.lora import Lora
 from lorafx.pipeline import fold, rewrite
-from lorafx.program import Program
-from lorafx.store import load
-from lorafx.trainer import STATE
-from lorafx.training import LorafxCallback, MethodTrainerMixin, Trainer, last_checkpoint, state_of, train
+from lorafx.public import Program
+from lorafx.training.data import Rows
+from lorafx.training.fit import LorafxCallback, MethodTrainerMixin, Trainer, last_checkpoint, state_of, train
+from lorafx.training.trainer import STATE
 
 WEIGHT = Notes().weight
 #: Rounding of sums in another order, after a few steps of AdamW at this learning rate on fp32 parameters of size 0.1.

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from small import bert
 
 import lorafx
-from lorafx.checkpoint import open_model
 from lorafx.errors import ArtifactError, UsageError
+from lorafx.models.checkpoint import open_model
 
 
 @pytest.fixture

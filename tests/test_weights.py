@@ -21,7 +21,7 @@ from lorafx.passes.prilora import Prilora
 from lorafx.passes.rose_lora import RoseLora
 from lorafx.passes.salora import Salora
 from lorafx.passes.tied_lora import TiedLora
-from lorafx.program import Program
+from lorafx.public import Program
 
 
 class Several(nn.Module):
@@ -224,7 +224,7 @@ def test_ordinary_layers_keep_their_names() -> None:
 
 def test_a_weight_that_another_module_applies_is_nothing_peft_could_adapt() -> None:
     """PEFT wraps the module that owns it, which never runs."""
-    from lorafx.peft_format import adapter_config
+    from lorafx.formats.peft import adapter_config
 
     build, shape, _ = BUILDS["attention"]
     config, reason = adapter_config(lorafx.rewrite(capture(build, shape), [Lora(rank=2, targets="out_proj")]))

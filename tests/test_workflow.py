@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from lorafx import workflow
+from lorafx.commands import job as workflow
+from lorafx.commands.job import Job, run_job
 from lorafx.errors import ArtifactError, LorafxError, ParityError, UsageError
-from lorafx.folder import MANIFEST, new_folder
+from lorafx.files.folder import MANIFEST, new_folder
 from lorafx.passes.lora import Lora
-from lorafx.recipe import Recipe
-from lorafx.training_folder import MARK, training_folder
-from lorafx.workflow import Job, run_job
+from lorafx.recipes.recipe import Recipe
+from lorafx.training.folder import MARK, training_folder
 
 STAGES = ["run", "folded", "onnx"]
 

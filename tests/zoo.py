@@ -13,9 +13,9 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lorafx.capture import capture
-from lorafx.program import Program
-from lorafx.tree import named_tensors, persistent, put_tensor
+from lorafx.frontend.capture import capture
+from lorafx.graph.tree import named_tensors, persistent, put_tensor
+from lorafx.public import Program
 
 VOCABULARY = 120
 LABELS = 3

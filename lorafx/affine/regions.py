@@ -15,9 +15,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from .affine_values import Value
-from .constants import Constants, computed, operands_first
-from .tree import copy_tree
+from ..graph.constants import Constants, computed, operands_first
+from ..graph.tree import copy_tree
+from .values import Value
 
 #: What has to become an identity: an operator; who reads the value that stays in its place, and as which argument.
 Bypass: TypeAlias = "tuple[tuple[fx.Node, fx.Node, int], ...] | None"
@@ -108,7 +108,7 @@ class AffineAnalysis:
         # Of the tensors as they are now: what one region folds into must not show in the value of another.
         self.constants = Constants(copy_tree(root))
         self.device = next((p.device for p in root.parameters()), torch.device("cpu"))
-        #: What is known of features on several axes (:mod:`lorafx.spread`).
+        #: What is known of features on several axes (:mod:`lorafx.affine.spread`).
         self.spreads: dict[fx.Node, list[Any]] = {}
         self._known: dict[fx.Node, list[Region]] = {}
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .affine import AffineAnalysis, Bypass, Operand, Region, Rule, origin
-from .affine_values import Value, added, applied, scaled, shifted
-from .site import WEIGHT_OPS, is_tensor_node
+from ..graph.site import WEIGHT_OPS, WeightOp, is_tensor_node
+from .regions import AffineAnalysis, Bypass, Operand, Region, Rule, origin
 from .spread import spread
 from .spread_rules import LAYOUTS, VIEWS
+from .values import Value, added, applied, scaled, shifted
 
 aten = torch.ops.aten
 
@@ -72,7 +72,7 @@ def _weight(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
         origins = _patches(analysis, value, weight, geometry)
     else:
         origins = analysis.inputs(value, -1)
-    own = partial(_matrix, use.kind, read.value, shift and shift.value)
+    own = partial(_matrix, use, read.value, shift and shift.value)
     for inner in origins:
         # It must stand where the map begins: what comes before it has to go, and no other kind of weight fits there.
         first = inner.carrier is None and inner.bypass is not None and (inner.origin.kind == "value" or not inner.nodes)
@@ -102,7 +102,7 @@ def _product(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
     read = analysis.constant(matrix)
     if read is None or not isinstance(value, fx.Node) or matrix.meta["val"].dim() != 2:  # type: ignore[union-attr]
         return
-    own = partial(_matrix, "addmm", read.value, None)
+    own = partial(_matrix, WEIGHT_OPS[aten.addmm.default], read.value, None)
     for inner in analysis.inputs(value, -1):
         yield _extend(inner, node, read, partial(applied, own))
 
@@ -118,11 +118,10 @@ def _patches(analysis: AffineAnalysis, value: fx.Node, weight: Any, geometry: tu
         yield from (region for region in analysis.regions(value) if region.axis == 1)
 
 
-def _matrix(kind: str, weight: Callable[[], Tensor], bias: Callable[[], Tensor] | None) -> tuple[Tensor, Tensor | None]:
-    matrix = weight()
-    if kind in ("addmm", "embedding"):
-        matrix = matrix.t()
-    return matrix.flatten(1), bias() if bias is not None else None
+def _matrix(
+    use: WeightOp, weight: Callable[[], Tensor], bias: Callable[[], Tensor] | None
+) -> tuple[Tensor, Tensor | None]:
+    return use.matrix(weight()), bias() if bias is not None else None
 
 
 def _multiply(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .affine import AffineAnalysis, Region
-from .affine_values import Value, dense
-from .constants import computed
+from ..graph.constants import computed
+from .regions import AffineAnalysis, Region
 from .spread_rules import LAYOUTS, PLAIN, VIEWS, alike, fixed, occurrences, shape_of
+from .values import Value, dense
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from .affine import AffineAnalysis, Region
-from .affine_rules import CASTS, RULES, carrier_features
-from .base import Method
-from .constants import Constants
-from .program import Program
-from .site import WEIGHT_OPS, is_tensor_node
-from .tree import has_tensor
+from ..base import Method
+from ..graph.constants import Constants
+from ..graph.program import Program
+from ..graph.site import WEIGHT_OPS, is_tensor_node
+from ..graph.tree import has_tensor
+from .regions import AffineAnalysis, Region
+from .rules import CASTS, RULES, carrier_features
 
 LEARNED = ("adapter", "gate", "statistic")
 
@@ -32,7 +32,7 @@ class Group:
         return f"{self.weight}: {', '.join(sorted(reads))}"
 
 
-def foldable(program: Program) -> list[Group]:
+def worth_folding(program: Program) -> list[Group]:
     """The groups of regions to fold, none overlapping. Of nested regions the one that frees most is taken, and the
     smallest of equals: everything learned is rounded once, and operators of the base model stay outside."""
     analysis = AffineAnalysis(program.root, RULES)

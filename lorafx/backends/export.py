@@ -26,30 +26,35 @@ from transformers.exporters.configs import DynamoConfig, OnnxConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.exporter_onnx import OnnxExporter
 
-from . import __version__
-from .adapters import as_lora
-from .capture import program_from
-from .companions import copy_companions
-from .errors import CaptureError, ParityError, UsageError
-from .exported import check_cache
-from .hf_format import hf_model
-from .inputs import length_limit
-from .intact import intact
+from ..base import passes_of
+from ..errors import CaptureError, ParityError, UsageError
+from ..files.folder import new_folder
+from ..formats.companions import copy_companions
+from ..formats.hf import hf_model
+from ..formats.peft import adapter_config, adapter_keys
+from ..formats.peft_reader import opened_adapter
+from ..formats.run import VALUES, base_record, plain_tensor
+from ..frontend.capture import program_from
+from ..frontend.trace import gradients_on, trace_with
+from ..graph.precision import coarsest
+from ..graph.program import Source, structure
+from ..graph.tree import get_tensor, has_tensor, named_tensors, put_tensor
+from ..models.intact import intact
+from ..models.tokenizers import length_limit
+from ..parity.answers import Comparison
+from ..parity.runner import Runner
+from ..pipeline import fold, run, to_eval
+from ..proof.exported import check_cache
+from ..proof.exports import parity_record, reference_of, refuse_untrained, unproven
+from ..proof.open import open_runner
+from ..proof.verify import verify
+from ..public import Program
+from ..reporting.report import shrunk_blocks
+from ..reporting.sizes import chart
+from ..version import __version__
 from .onnx_kernels import unfuse_batch_transposes, unfuse_skip_norms
 from .onnx_ranges import hold_ranges
-from .parity import Comparison, verify
-from .peft_format import adapter_config, adapter_keys
-from .peft_reader import opened_adapter
-from .pipeline import fold, run, to_eval
-from .precision import coarsest
-from .program import Program, Source, structure
-from .proof import parity_record, reference_of, refuse_untrained, unproven
-from .report import shrunk_blocks
-from .runner import Runner, open_runner
-from .sizes import chart
-from .store import VALUES, base_record, new_folder, plain_tensor
-from .trace import gradients_on, trace_with
-from .tree import get_tensor, has_tensor, named_tensors, put_tensor
+from .plain_lora import as_lora
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +91,7 @@ def export(
         generate: export prefill and decode graphs with a cache, for causal language models
         check: hold the passes of folding to their promises, and compare what was written with the trained program (the
             one ``program`` was folded from) on the same inputs before the folder gets its name
-        made_from: what the manifest is to say of the inputs; see :func:`lorafx.workflow.run_job`
+        made_from: what the manifest is to say of the inputs; see :func:`lorafx.commands.job.run_job`
 
     Returns:
         the comparison; None without ``check``, and with ``generate``, whose graphs cannot be compared yet: the log and
@@ -166,9 +171,9 @@ def _write_report(program: Program, folder: Path, parity: Mapping[str, Any]) -> 
 
 
 def _history_record(program: Program) -> list[dict[str, Any]]:
-    from .recipe import pass_dict
+    from ..recipes.recipe import pass_dict
 
-    return [pass_dict(applied.step) for applied in program.history]
+    return [pass_dict(step) for step in passes_of(program)]
 
 
 # ---- Hugging Face checkpoint
@@ -241,7 +246,7 @@ def replay(program: Program, base: Program, *, whole: bool = True) -> Program:
     inserts other tensors than it did in ``program``, or leaves others behind.
     """
     trained = program.origin or program
-    steps = [applied.step for applied in program.history]
+    steps = passes_of(program)
     result = run(base, steps[: len(trained.history)], check=False)
     for applied, again in zip(trained.history, result.history, strict=True):
         ours = {name for inserted in applied.inserted for name in inserted.tensors.values()}

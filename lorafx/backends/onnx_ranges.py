@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from .domain import Domain, Range
-from .errors import UsageError
+from ..errors import UsageError
+from ..graph.domain import Domain, Range
 
 
 def hold_ranges(model: ir.Model, domain: Domain, limit: int | None) -> int:

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from .affine import AffineAnalysis, Region
-from .affine_rules import RULES
-from .affine_values import dense
-from .errors import UsageError
-from .pipeline import rewrite, to_eval
-from .program import Program
-from .site import Site
-from .tree import get_tensor, named_tensors, put_tensor
+from ..affine.regions import AffineAnalysis, Region
+from ..affine.rules import RULES
+from ..affine.values import dense
+from ..errors import UsageError
+from ..graph.site import Site
+from ..graph.tree import get_tensor, named_tensors, put_tensor
+from ..pipeline import rewrite, to_eval
+from ..public import Program
 
 aten = torch.ops.aten
 
@@ -72,7 +72,7 @@ def as_lora(program: Program) -> Program:
     Raises:
         UsageError: an update that is not of low rank, or a program that was folded or captured elsewhere
     """
-    from .passes.lora import Lora
+    from ..passes.lora import Lora
 
     if program.captured is None or program.origin is not None:
         raise UsageError("a folded program has no adapters left; use the program before fold()")

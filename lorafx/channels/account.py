@@ -6,13 +6,12 @@ that does, is contracted, is left out unread, or is pinned. A rule that forgets 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .axes import Array, Axis
+from .axis import Array, Axis
 
 
 class Classes:

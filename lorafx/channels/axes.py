@@ -17,48 +17,19 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from torch import Tensor, fx
 
-from .axis_account import Account, Classes, fitted
-from .effects import written
-from .program import Program
-from .tree import get_tensor, has_tensor
+from ..graph.effects import written
+from ..graph.program import Program
+from ..graph.tree import get_tensor, has_tensor
+from .account import Account, Classes, fitted
+from .axis import Array, Axis, Known
 
-Array: TypeAlias = "np.ndarray[Any, Any]"
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Some dimensions of a value, in order, and one entry for each channel along them.
-
-    Attributes:
-        dims: which dimensions
-        data: labels (or, in other analyses, facts about channels), in the shape of these dimensions
-    """
-
-    dims: tuple[int, ...]
-    data: Array
-
-    def moved(self, place: Callable[[int], int]) -> Axis:
-        """The axis after its dimensions went elsewhere; kept in order."""
-        dims = [place(dim) for dim in self.dims]
-        order = sorted(range(len(dims)), key=dims.__getitem__)
-        return Axis(tuple(dims[i] for i in order), self.data.transpose(order))
-
-
-#: What is known of a node: its axes; of a node that gives several values, a list of such.
-Known: TypeAlias = "list[Any]"
-
-
-def axis_of(axes: Iterable[Axis], dim: int) -> Axis | None:
-    """The axis that has ``dim``."""
-    return next((axis for axis in axes if dim in axis.dims), None)
 
 
 class Axes:
@@ -72,7 +43,9 @@ class Axes:
     Attributes:
         known: the axes of each node
         members: for each tensor the graph reads, one array of labels a dimension
-        reasons: why labels are pinned
+        pins: the pinned labels, and why each is
+        tied_class: for each label the class of labels that it keeps step with
+        head_row: for each label the row it lies in (the channels of one head, say), negative outside rows
         contracted: for each node, the labels it reads to compute other channels
         read: for each node, pairs of arrays: entries of the second are read wherever those of the first are needed
         aligned: labels of which only a multiple of a number may stay
@@ -94,7 +67,7 @@ class Axes:
         self.read: dict[fx.Node, list[tuple[Array, Array]]] = defaultdict(list)
         self._account = Account()
         self.members: dict[str, list[Array]] = {}
-        self.reasons: dict[int, str] = {}
+        self.pins: dict[int, str] = {}
         self._count = 0
         self._same, self._tied = Classes(), Classes()
         self._broadcasts: list[tuple[Array, Array]] = []
@@ -160,7 +133,7 @@ class Axes:
         """These channels stay."""
         self._account.close(labels)
         for label in labels.ravel().tolist():
-            self.reasons.setdefault(label, why)
+            self.pins.setdefault(label, why)
 
     def hold(self, axis: Axis, dim: int, why: str) -> None:
         """The size of ``dim`` must not change: rows stay, if it counts rows; else every channel does."""
@@ -258,21 +231,21 @@ class Axes:
 
     def _solve(self) -> None:
         self.channel = self._same.solve(self._count)
-        self.row = self._solve_rows()
+        self.head_row = self._solve_rows()
         self._solve_broadcasts()
         self._tied.join(np.arange(self._count), self.channel)
-        self.step = self._tied.solve(self._count)
+        self.tied_class = self._tied.solve(self._count)
         self.held_rows: set[int] = set()
         for held in self._held_rows:
             labels = held.ravel()
-            self.held_rows.update(np.unique(self.row[labels]).tolist())
-            self.pin(labels[self.row[labels] < 0], "its size is held")
+            self.held_rows.update(np.unique(self.head_row[labels]).tolist())
+            self.pin(labels[self.head_row[labels] < 0], "its size is held")
         self._hold_per_row()
         self.held_rows.discard(-1)
 
     def _solve_broadcasts(self) -> None:
         for wide, narrow in self._broadcasts:
-            rows = self.row[wide]
+            rows = self.head_row[wide]
             inside = bool((rows >= 0).all() and (rows == rows[..., :1]).all())
             if inside and narrow.shape[-1] == 1 < wide.shape[-1]:
                 self.per_row.append((wide, narrow))
@@ -282,9 +255,9 @@ class Axes:
     def _hold_per_row(self) -> None:
         """A row stays if its entry must, and an entry if its row must."""
         pinned = np.zeros(self._count, bool)
-        pinned[self.channel[np.fromiter(self.reasons, int)]] = True
+        pinned[self.channel[np.fromiter(self.pins, int)]] = True
         for wide, narrow in self.per_row:
-            rows = self.row[wide][..., :1]
+            rows = self.head_row[wide][..., :1]
             entries = np.broadcast_to(narrow, rows.shape)
             self.held_rows.update(rows[pinned[self.channel[entries]]].tolist())
             self.pin(entries[np.isin(rows, list(self.held_rows))], "its row is held")
@@ -322,14 +295,14 @@ class Axes:
 def stuck(axes: Axes) -> Array:
     """For each label, whether neither its channel alone nor the row it lies in can ever go."""
     pinned = np.zeros(axes.count, bool)
-    if axes.reasons:
-        pinned[axes.channel[np.fromiter(axes.reasons, int)]] = True
+    if axes.pins:
+        pinned[axes.channel[np.fromiter(axes.pins, int)]] = True
     steps = np.zeros(axes.count, bool)
-    steps[axes.step[pinned[axes.channel]]] = True
+    steps[axes.tied_class[pinned[axes.channel]]] = True
     rows = np.zeros(axes.row_count + 1, bool)  # the last one, -1, stands for "in no row"
-    rows[axes.row[pinned[axes.channel]]] = True
+    rows[axes.head_row[pinned[axes.channel]]] = True
     rows[[-1, *axes.held_rows]] = True
-    return steps[axes.step] & rows[axes.row]
+    return steps[axes.tied_class] & rows[axes.head_row]
 
 
 def flat(known: Known) -> list[Axis]:

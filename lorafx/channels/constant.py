@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from .axes import Array, Axes, Axis, axis_of
-from .axis_moves import MOVES, argument, rank_of
-from .axis_rules import spread
-from .axis_table import ELEMENTWISE
-from .constants import Constants
+from ..graph.constants import Constants
+from ..graph.site import WEIGHT_OPS
+from ..graph.tree import get_tensor
+from .axes import Axes
+from .axis import Array, Axis, axis_of
 from .grouped import grouped_reads, is_grouped
-from .tree import get_tensor
+from .moves import MOVES, argument, rank_of
+from .rules import spread
+from .table import ELEMENTWISE
 
 aten = torch.ops.aten
 
@@ -37,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Carried:
-    """Facts, as what moves carry: what cannot be followed is forgotten."""
+    """ConstantChannels, as what moves carry: what cannot be followed is forgotten."""
 
     def lose(self, axis: Axis, why: str) -> None:
         pass
@@ -68,7 +70,7 @@ class _Carried:
         return Axis(axes[0].dims, np.where((data == data[:1]).all(0), data[0], np.nan))
 
 
-class Facts:
+class ConstantChannels:
     """For every axis of every value, the constant that each of its channels is; not-a-number where it is none.
 
     Attributes:
@@ -88,7 +90,7 @@ class Facts:
         """The facts about a value, in the axes its labels have."""
         return self.known[value] if isinstance(value, fx.Node) else []
 
-    def among(self, experts: slice, nodes: list[fx.Node]) -> Facts:
+    def among(self, experts: slice, nodes: list[fx.Node]) -> ConstantChannels:
         """The facts about ``nodes``, in graph order, in the rows of these experts alone."""
         result = copy.copy(self)
         result.experts, result.known = experts, dict(self.known)
@@ -188,7 +190,7 @@ class Facts:
         entering = axis_of(self.of(value), rank_of(value) - 1)
         if matrix is None or not self.has_plain_bias(node):
             return None
-        matrix = matrix if node.target is aten.linear.default else matrix.t()
+        matrix = WEIGHT_OPS[node.target].matrix(matrix)
         known = entering.data if entering is not None and len(entering.dims) == 1 else np.full(matrix.shape[1], np.nan)
         return _combined(matrix, known, shift)
 

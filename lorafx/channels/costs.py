@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .errors import UsageError
-from .site import Site
+from ..errors import UsageError
+from ..graph.site import Site
 
 Measure = Literal["parameters", "flops", "latency"]
 

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from .axes import Array, Axes, Axis, axis_of, flat, sizes_of
-from .axis_moves import MOVES
-from .axis_table import ELEMENTWISE
-from .channels import Facts
+from .axes import Axes, flat, sizes_of
+from .axis import Array, Axis, axis_of
+from .constant import ConstantChannels
 from .grouped import products
-from .needs import grown
+from .moves import MOVES
+from .needed import grown
+from .table import ELEMENTWISE
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def reordered(orders: list[Order], name: str, value: Tensor) -> Tensor:
     return value
 
 
-def ordered(axes: Axes, facts: Facts, need: Array) -> tuple[Array, list[Order]]:
+def ordered(axes: Axes, facts: ConstantChannels, need: Array) -> tuple[Array, list[Order]]:
     """Orders that let experts' hidden units go, and which channels anybody needs then."""
     result, found = need.copy(), []
     for alike in products(axes).values():
@@ -73,7 +74,7 @@ class Hidden:
         units: channels, in order
     """
 
-    def __init__(self, axes: Axes, facts: Facts, alike: list[fx.Node], units: Array):
+    def __init__(self, axes: Axes, facts: ConstantChannels, alike: list[fx.Node], units: Array):
         self.axes, self.facts, self.alike, self.units = axes, facts, alike, units
         self.experts = sizes_of(alike[0].args[1])[0]  # type: ignore[arg-type]  # a product's weight is a node
         self._rows = sizes_of(alike[0])[0]
@@ -89,14 +90,14 @@ class Hidden:
     def free(self) -> bool:
         """Whether every expert may put them in an order of its own: nothing else holds them or keeps step with them,
         and all that is done with them is done to each alike."""
-        pinned = np.fromiter(self.axes.reasons, int)
+        pinned = np.fromiter(self.axes.pins, int)
         steps = np.zeros(self.axes.count, bool)
-        steps[self.axes.step[self._own]] = True
+        steps[self.axes.tied_class[self._own]] = True
         return (
             len(np.unique(self.units)) == self.units.size == steps.sum()
-            and np.array_equal(steps[self.axes.step], self._own)
+            and np.array_equal(steps[self.axes.tied_class], self._own)
             and not self._own[pinned].any()
-            and not (self.axes.row[self._own] >= 0).any()
+            and not (self.axes.head_row[self._own] >= 0).any()
             and all(self._alike(node, axis) for node, axis in self._holders)
         )
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-from .axes import Axes, Known, axis_of
-from .axis_moves import rank_of
-from .axis_rules import affine, matrix_labels
-from .constants import Constants
+from ..graph.constants import Constants
+from .axes import Axes
+from .axis import Known, axis_of
+from .moves import rank_of
+from .rules import affine, matrix_labels
 
 #: By name: transformers registers its own operator when its experts are first imported, and not in every version.
 FALLBACK, KERNEL = "transformers.grouped_mm_fallback.default", "aten._grouped_mm.default"

@@ -9,9 +9,10 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
-from .axes import Array, Axes, stuck
-from .axis_table import RULES
-from .program import Program
+from ..graph.program import Program
+from .axes import Axes, stuck
+from .axis import Array
+from .table import RULES
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def _parts(axes: Axes) -> Iterator[list[tuple[int, str, int]]]:
                 continue
             node = (place, name, dim)
             graph.add_node(node)
-            for step in np.unique(axes.step[labels]).tolist():
+            for step in np.unique(axes.tied_class[labels]).tolist():
                 graph.add_edge(node, first.setdefault(step, node))
     yield from (list(part) for part in nx.connected_components(graph))
 
@@ -82,15 +83,15 @@ def _parts(axes: Axes) -> Iterator[list[tuple[int, str, int]]]:
 def _group(axes: Axes, part: list[tuple[int, str, int]], fixed: Array) -> Group:
     every = np.concatenate([axes.members[name][dim] for _, name, dim in part])
     channels = np.unique(axes.channel[every])
-    rows = np.unique(axes.row[every])
-    smallest = np.unique(axes.step[every])
+    rows = np.unique(axes.head_row[every])
+    smallest = np.unique(axes.tied_class[every])
     members = []
     for _, name, dim in part:
         labels = axes.members[name][dim]
-        offset = int(np.flatnonzero(np.isin(axes.step[labels], smallest))[0])
+        offset = int(np.flatnonzero(np.isin(axes.tied_class[labels], smallest))[0])
         members.append(Member(name, dim, labels.size, offset))
-    kept = set(axes.step[every[fixed[every]]].tolist())
-    why = dict.fromkeys(why for label, why in axes.reasons.items() if int(axes.step[label]) in kept)
+    kept = set(axes.tied_class[every[fixed[every]]].tolist())
+    why = dict.fromkeys(why for label, why in axes.pins.items() if int(axes.tied_class[label]) in kept)
     removable = int((~fixed[channels]).sum())
     return Group(tuple(members), len(channels), int((rows >= 0).sum()), removable, tuple(why))
 
@@ -111,13 +112,13 @@ def group_rows(groups: list[Group]) -> list[dict[str, Any]]:
 
 def zeros_left(axes: Axes) -> list[dict[str, Any]]:
     """Rows and columns of weights that are zero and stay, with the reason."""
-    why = {int(axes.step[label]): reason for label, reason in axes.reasons.items()}
+    why = {int(axes.tied_class[label]): reason for label, reason in axes.pins.items()}
     rows = []
     for name, dims in axes.members.items():
         value = axes.program.tensor(name)
         for dim, labels in enumerate(dims if value.dim() in (2, 3) and value.is_floating_point() else []):
             zero = (value == 0).movedim(dim, 0).flatten(1).all(1).nonzero().flatten().tolist()
             if zero and labels.size > 1:
-                reason = why.get(int(axes.step[labels[zero[0]]]), "others beside them stay")
+                reason = why.get(int(axes.tied_class[labels[zero[0]]]), "others beside them stay")
                 rows.append({"weight": name, "dimension": dim, "zero": len(zero), "of": labels.size, "why": reason})
     return rows

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import fx
 
-from .axes import Array, Axes, Axis, Known, axis_of
-from .axis_moves import argument, rank_of
-from .axis_rules import affine, is_one, join, matrix_labels
+from .axes import Axes
+from .axis import Array, Axis, Known, axis_of
+from .moves import argument, rank_of
+from .rules import affine, is_one, join, matrix_labels
 
 aten = torch.ops.aten
 

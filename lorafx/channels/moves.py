@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from .axes import Axis, axis_of
-from .axis_views import Carrier, Move, argument, expand, rank_of, view
+from .axis import Axis, axis_of
+from .views import Carrier, Move, argument, expand, rank_of, view
 
 aten = torch.ops.aten
 

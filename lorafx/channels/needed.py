@@ -13,25 +13,27 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from .axes import Array, Axes, axis_of
-from .axis_moves import rank_of
-from .axis_table import WITHIN_ROWS
-from .channels import CONVOLUTIONS, LINEARS, Facts, operands
+from ..graph.site import WEIGHT_OPS
+from .axes import Axes
+from .axis import Array, axis_of
+from .constant import CONVOLUTIONS, LINEARS, ConstantChannels, operands
 from .grouped import GROUPED, grouped_reads
+from .moves import rank_of
+from .table import WITHIN_ROWS
 
 aten = torch.ops.aten
 _log = logging.getLogger(__name__)
 
 
-def needed(axes: Axes, facts: Facts) -> Array:
+def needed_channels(axes: Axes, facts: ConstantChannels) -> Array:
     """For every channel class, whether anybody needs it."""
     need = np.zeros(axes.count, bool)
-    if axes.reasons:
-        need[axes.channel[np.fromiter(axes.reasons, int)]] = True
+    if axes.pins:
+        need[axes.channel[np.fromiter(axes.pins, int)]] = True
     return grown(axes, facts, need, list(axes.program.graph.nodes))
 
 
-def grown(axes: Axes, facts: Facts, need: Array, nodes: list[fx.Node]) -> Array:
+def grown(axes: Axes, facts: ConstantChannels, need: Array, nodes: list[fx.Node]) -> Array:
     """``need``, and what the operators among ``nodes`` need to compute it.
 
     What an operator contracts is needed, unless its reader below knows better.
@@ -57,19 +59,19 @@ def grown(axes: Axes, facts: Facts, need: Array, nodes: list[fx.Node]) -> Array:
             return need
 
 
-def _all(axes: Axes, facts: Facts, need: Array, node: fx.Node, reads: Tensor | None) -> None:
+def _all(axes: Axes, facts: ConstantChannels, need: Array, node: fx.Node, reads: Tensor | None) -> None:
     for labels in axes.contracted.get(node, ()):
         _mark(axes, need, labels)
 
 
-def _repeated(axes: Axes, facts: Facts, need: Array, node: fx.Node, reads: Tensor | None) -> None:
+def _repeated(axes: Axes, facts: ConstantChannels, need: Array, node: fx.Node, reads: Tensor | None) -> None:
     """An entry that the result repeats for other channels is needed where one of these is."""
     for result, operand in axes.read[node]:
         result, operand = np.broadcast_arrays(result, operand)
         _mark(axes, need, operand[need[axes.channel[result]]])
 
 
-def _row_needs(axes: Axes, facts: Facts, need: Array, node: fx.Node, reads: Tensor | None) -> None:
+def _row_needs(axes: Axes, facts: ConstantChannels, need: Array, node: fx.Node, reads: Tensor | None) -> None:
     """Channels are taken together in each row: one that is needed needs the others."""
     for labels in axes.contracted[node]:
         live = np.any(need[axes.channel[labels]], axis=-1, keepdims=True)
@@ -80,18 +82,18 @@ def _mark(axes: Axes, need: Array, labels: Array) -> None:
     need[axes.channel[labels.ravel()]] = True
 
 
-def _reads(facts: Facts, node: fx.Node) -> Tensor | None:
+def _reads(facts: ConstantChannels, node: fx.Node) -> Tensor | None:
     """Which outputs of a weight operator read which inputs (out, in); None when the weight is not known."""
     if node.target in (aten.linear.default, aten.addmm.default):
         weight = facts.weight(operands(node)[1])
-        return None if weight is None else (weight if node.target is aten.linear.default else weight.t()) != 0
+        return None if weight is None else WEIGHT_OPS[node.target].matrix(weight) != 0
     if node.target in CONVOLUTIONS:
         weight = facts.weight(node.args[1])
         return None if weight is None else (weight != 0).flatten(2).any(2)
     return grouped_reads(facts.constants, node, facts.experts)
 
 
-def _weight_needs(axes: Axes, facts: Facts, need: Array, node: fx.Node, reads: Tensor | None) -> None:
+def _weight_needs(axes: Axes, facts: ConstantChannels, need: Array, node: fx.Node, reads: Tensor | None) -> None:
     """A weight's needed outputs need the channels they read through a number that is not 0."""
     value = operands(node)[0] if node.target in LINEARS else node.args[0]
     convolution = node.target in CONVOLUTIONS
@@ -109,7 +111,7 @@ def _weight_needs(axes: Axes, facts: Facts, need: Array, node: fx.Node, reads: T
     _mark(axes, need, entering.data[wanted])
 
 
-def _attention_needs(axes: Axes, facts: Facts, need: Array, node: fx.Node, reads: Tensor | None) -> None:
+def _attention_needs(axes: Axes, facts: ConstantChannels, need: Array, node: fx.Node, reads: Tensor | None) -> None:
     """A head of which a channel is needed needs its query and key, channel by channel unless one of them is 0."""
     result = axis_of(axes.axes(node), 3)
     if rank_of(node) != 4 or result is None or result.dims != (1, 3):
@@ -125,7 +127,7 @@ def _attention_needs(axes: Axes, facts: Facts, need: Array, node: fx.Node, reads
         _mark(axes, need, labels[wanted])
 
 
-def _product_needs(axes: Axes, facts: Facts, need: Array, node: fx.Node, reads: Tensor | None) -> None:
+def _product_needs(axes: Axes, facts: ConstantChannels, need: Array, node: fx.Node, reads: Tensor | None) -> None:
     """Channels that meet are needed, unless those of the other side are 0."""
     a, b = node.args[:2]
     if rank_of(b) not in (2, rank_of(a)):

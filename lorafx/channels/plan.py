@@ -11,20 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from .agreement import alike, first_difference
-from .axes import Axes, axis_of
-from .axis_table import RULES
-from .base import Pass
-from .channels import LINEARS, Facts, operands
-from .constants import Constants
-from .edit import Edit, aliases
-from .errors import OperatorError
+from ..base import Pass
+from ..errors import OperatorError
+from ..graph.constants import Constants
+from ..graph.edit import Edit, aliases
+from ..graph.program import Program
+from ..graph.site import WEIGHT_OPS, module_path
+from .axes import Axes
+from .axis import axis_of
+from .constant import LINEARS, ConstantChannels, operands
 from .experts import Order, ordered, reordered
-from .needs import grown, needed
-from .program import Program
+from .needed import grown, needed_channels
 from .removal import Removal, Widths
 from .resize import resize
-from .site import module_path
+from .table import RULES
+from .trial import alike, first_difference
 
 aten = torch.ops.aten
 _log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class Plan:
     """
 
     axes: Axes
-    facts: Facts
+    facts: ConstantChannels
     removal: Removal
     orders: list[Order]
     cut: dict[str, list[Tensor]]
@@ -96,8 +97,8 @@ def proven(program: Program, step: Pass, widths: Widths) -> Plan:
 def argued(program: Program, widths: Widths, distrusted: dict[str, str] | None = None) -> Plan:
     """What the analysis alone says can be removed."""
     axes = Axes(program, RULES, distrusted)
-    facts = Facts(axes)
-    need, orders = ordered(axes, facts, needed(axes, facts))
+    facts = ConstantChannels(axes)
+    need, orders = ordered(axes, facts, needed_channels(axes, facts))
     removal = Removal(axes, need, widths)
     while not orders:  # what experts put in another order is needed at other places than their weights say
         kept = removal.stays(np.arange(axes.count))
@@ -155,7 +156,8 @@ def _absorb(edit: Edit, plan: Plan, node: fx.Node) -> None:
     matrix = plan.facts.weight(weight)
     if not lost.any() or matrix is None:
         return
-    matrix = matrix if node.target is aten.linear.default else matrix.t()
+    use = WEIGHT_OPS[node.target]
+    matrix = use.matrix(matrix)
     share = matrix[:, torch.tensor(lost)] @ torch.tensor(known.data[lost]).to(matrix.device)
     if not share.any():
         return
@@ -163,7 +165,8 @@ def _absorb(edit: Edit, plan: Plan, node: fx.Node) -> None:
     assert old is not None, "a bias that is computed from inputs has no rule"
     like = edit.program.tensor(str(weight.target)) if weight.op == "get_attr" else weight.meta["val"]
     name = edit.add_tensor(f"{module_path(node, 'folded')}.bias_with_constants", (old + share).to(like.dtype), "base")
-    place = 0 if node.target is aten.addmm.default else 2
+    place = use.bias
+    assert place is not None, "an embedding absorbs nothing"
     node.args = (*node.args, *[None] * (place + 1 - len(node.args)))
     node.update_arg(place, edit.tensor(name))
     out = axis_of(plan.axes.axes(node), node.meta["val"].dim() - 1)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .axes import Array, Axes, Axis, flat
+from .axes import Axes, flat
+from .axis import Array, Axis
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,16 @@ class Removal:
         self.axes = axes
         self.widths = widths
         self._step = np.zeros(axes.count, bool)
-        self._step[axes.step[need[axes.channel]]] = True
+        self._step[axes.tied_class[need[axes.channel]]] = True
         self._row = np.zeros(axes.row_count + 1, bool)  # the last one, -1, stands for "in no row"
-        self._row[axes.row[need[axes.channel]]] = True
+        self._row[axes.head_row[need[axes.channel]]] = True
         self._row[[-1, *axes.held_rows]] = True
         self.values = _distinct(axes)
         self._settle()
 
     def stays(self, labels: Array) -> Array:
         """For each label, whether its channel stays."""
-        return self._step[self.axes.step[labels]] & self._row[self.axes.row[labels]]
+        return self._step[self.axes.tied_class[labels]] & self._row[self.axes.head_row[labels]]
 
     def shape(self, axis: Axis) -> tuple[int, ...]:
         """The sizes of an axis' dimensions afterwards."""
@@ -64,8 +65,8 @@ class Removal:
         return (*sizes, int(kept.sum()))
 
     def _restore(self, labels: Array) -> None:
-        self._step[self.axes.step[labels]] = True
-        self._row[self.axes.row[labels]] = True
+        self._step[self.axes.tied_class[labels]] = True
+        self._row[self.axes.head_row[labels]] = True
 
     # ---- until nothing changes
 
@@ -91,11 +92,11 @@ class Removal:
         if not counts.any():
             self._restore(flat[0, : self.widths.of(1, flat.shape[1])])
             return
-        structured = data.ndim > 1 or bool((self.axes.row[flat] < 0).all())
+        structured = data.ndim > 1 or bool((self.axes.head_row[flat] < 0).all())
         most = int(counts.max())
         target = self.widths.of(most, flat.shape[1]) if structured else most
         # A row stays for all that has it (query, key and value of a head), even if one of them could do without.
-        rows = self.axes.row[flat[:, 0]]
+        rows = self.axes.head_row[flat[:, 0]]
         alive = np.where((rows >= 0) & (data.ndim > 1), self._row[rows], counts > 0)
         for row in np.flatnonzero(alive & (counts < target)):
             self._restore(self._fewest(flat[row][~kept[row]], target - counts[row]))
@@ -106,11 +107,11 @@ class Removal:
         """A row and the entry there is for it stay together."""
         alive = self.stays(wide).any(-1, keepdims=True) | self.stays(narrow)
         self._restore(np.broadcast_to(narrow, alive.shape)[alive])
-        self._row[self.axes.row[wide[..., :1][alive]]] = True
+        self._row[self.axes.head_row[wide[..., :1][alive]]] = True
 
     def _fewest(self, lacking: Array, count: int) -> Array:
         """The first of these labels that bring back as many; one may hold several places (gate and up of a unit)."""
-        _, first, places = np.unique(self.axes.step[lacking], return_index=True, return_counts=True)
+        _, first, places = np.unique(self.axes.tied_class[lacking], return_index=True, return_counts=True)
         order = np.argsort(first)
         enough = np.searchsorted(np.cumsum(places[order]), count) + 1
         return lacking[first[order][:enough]]
@@ -144,14 +145,14 @@ class Removal:
 
     def _rows(self, labels: Array) -> Array:
         """The rows that stay among labels; one for all when they lie in none."""
-        rows = self.axes.row[labels]
+        rows = self.axes.head_row[labels]
         return np.unique(rows[self.stays(labels)])
 
     def _take_back(self, labels: Array, rows: int, inside: int) -> Iterator[Array]:
-        every, staying = np.unique(self.axes.row[labels]), self._rows(labels)
+        every, staying = np.unique(self.axes.head_row[labels]), self._rows(labels)
         chosen = [*staying, *(row for row in every if row not in staying)][:rows]
         for row in chosen:
-            own = labels[self.axes.row[labels] == row]
+            own = labels[self.axes.head_row[labels] == row]
             kept = self.stays(own)
             if kept.sum() < inside:
                 yield own[~kept][: inside - int(kept.sum())]

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import fx
 
-from .axes import Axes, Axis, axis_of, flat
-from .axis_moves import argument, pieces, slice_bounds
-from .edit import Edit
+from ..graph.edit import Edit
+from .axes import Axes, flat
+from .axis import Axis, axis_of
+from .moves import argument, pieces, slice_bounds
 from .removal import Removal
 
 aten = torch.ops.aten

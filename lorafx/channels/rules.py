@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .axes import Array, Axes, Axis, Known, axis_of, sizes_of
-from .axis_views import argument, rank_of, squeezed
+from .axes import Axes, sizes_of
+from .axis import Array, Axis, Known, axis_of
+from .views import argument, rank_of, squeezed
 
 aten = torch.ops.aten
 

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import fx
 
-from .axes import Array, Axes, Axis, Known, flat
-from .axis_mixing import attention, layer_norm, normalised, pooling, product, reduction
-from .axis_moves import MOVES
-from .axis_rules import Rule, addmm, batch_norm, convolution, elementwise, embedding, linear
+from .axes import Axes, flat
+from .axis import Array, Axis, Known
 from .grouped import GROUPED, grouped
+from .mixing import attention, layer_norm, normalised, pooling, product, reduction
+from .moves import MOVES
+from .rules import Rule, addmm, batch_norm, convolution, elementwise, embedding, linear
 
 aten = torch.ops.aten
 

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from .axes import Axes, Axis
-from .effects import written
-from .errors import OperatorError
-from .precision import tolerance
-from .program import Program
+from ..errors import OperatorError
+from ..graph.call import flatten
+from ..graph.effects import written
+from ..graph.precision import tolerance
+from ..graph.program import Program
+from ..graph.rounding import SAMPLES, jittered, slack
+from .axes import Axes
+from .axis import Axis
 from .removal import Removal
-from .rounding import SAMPLES, jittered, slack
 
 #: Values smaller than this are rounding of what is 0.
 _SMALLEST_SCALE = 1e-6
@@ -99,7 +101,7 @@ def _run(program: Program, see: Callable[[fx.Node, Any], None]) -> Any:
     nodes = list(program.graph.nodes)
     changing = written(program.graph)
     last = {operand: node for node in nodes for operand in node.all_input_nodes}
-    inputs = iter(program.flatten(program.example))
+    inputs = iter(flatten(program, program.example))
     values: dict[fx.Node, Any] = {}
     with torch.no_grad(), torch.random.fork_rng(devices=()):
         torch.manual_seed(0)

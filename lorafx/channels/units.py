@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .axes import Array, Axes, axis_of
-from .axis_table import RULES
-from .prices import Prices
-from .program import Program
-from .site import Site
+from ..graph.program import Program
+from ..graph.site import Site
+from .axes import Axes
+from .axis import Array, axis_of
+from .costs import Prices
+from .table import RULES
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Units:
         return f"{self.site.module} ({len(self.costs)} units)"
 
 
-class UnitAnalysis:
+class RemovableUnits:
     """Finds the units of a program's sites.
 
     Args:
@@ -62,13 +63,13 @@ class UnitAnalysis:
         self.prices = prices or Prices()
         self.axes = Axes(program, RULES)
         pinned = np.zeros(self.axes.count, bool)
-        if self.axes.reasons:
-            pinned[self.axes.channel[np.fromiter(self.axes.reasons, int)]] = True
+        if self.axes.pins:
+            pinned[self.axes.channel[np.fromiter(self.axes.pins, int)]] = True
         stuck = pinned[self.axes.channel]
         self._step_stuck = np.zeros(self.axes.count, bool)
-        self._step_stuck[self.axes.step[stuck]] = True
+        self._step_stuck[self.axes.tied_class[stuck]] = True
         self._row_stuck = np.zeros(self.axes.row_count + 1, bool)
-        self._row_stuck[self.axes.row[stuck]] = True
+        self._row_stuck[self.axes.head_row[stuck]] = True
         self._row_stuck[[*self.axes.held_rows]] = True
         price = {site.parameter: self.prices.of(site) for site in weights}
         self.total = sum(price[name] * program.tensor(name).numel() for name in price)
@@ -82,9 +83,9 @@ class UnitAnalysis:
         if axis is None or len(axis.dims) > 1:
             return "its input has no channels that could be removed"
         labels = axis.data
-        rows = self.axes.row[labels]
+        rows = self.axes.head_row[labels]
         grouped = bool((rows >= 0).all())
-        names = rows if grouped else self.axes.step[labels]
+        names = rows if grouped else self.axes.tied_class[labels]
         stuck = (self._row_stuck if grouped else self._step_stuck)[names]
         if stuck.any():
             return f"its input cannot shrink: {self._reason(labels[stuck])}"
@@ -93,7 +94,7 @@ class UnitAnalysis:
         number = np.empty_like(order)
         number[order] = np.arange(len(order))
         of = number[of]
-        every = self.axes.row if grouped else self.axes.step
+        every = self.axes.head_row if grouped else self.axes.tied_class
         inside = np.isin(every, unique)
         places = number[np.searchsorted(unique, every[inside])]
         costs, squares = (np.bincount(places, sums[inside], len(unique)) for sums in (self._costs, self._squares))
@@ -112,6 +113,6 @@ class UnitAnalysis:
         return sums
 
     def _reason(self, labels: Array) -> str:
-        classes = set(self.axes.step[labels].tolist())
-        found = (why for label, why in self.axes.reasons.items() if int(self.axes.step[label]) in classes)
+        classes = set(self.axes.tied_class[labels].tolist())
+        found = (why for label, why in self.axes.pins.items() if int(self.axes.tied_class[label]) in classes)
         return next(found, "its rows are held")

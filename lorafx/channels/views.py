@@ -12,7 +12,8 @@ import numpy as np
 import sympy
 from torch import fx
 
-from .axes import Array, Axis, sizes_of
+from .axes import sizes_of
+from .axis import Array, Axis
 
 
 class Loser(Protocol):

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .command_options import as_json_option, emit, out_option, overwrite_option, quiet, read_lines
-from .edit_requests import EditOptions
+from ..editing.requests import EditOptions
 from .flags import option_flags, option_values
+from .shared import as_json_option, emit, out_option, overwrite_option, quiet, read_lines
 
 if TYPE_CHECKING:
-    from .editing import EditResult
+    from ..editing.edit import EditResult
 
 _CHECKPOINT = click.argument("checkpoint", type=click.Path(path_type=Path))
 _PATCH = click.argument("patch", type=click.Path(path_type=Path))
@@ -43,14 +43,14 @@ def edit(checkpoint: Path, edits: Path, out: Path, prompts: Path | None, sequent
     A row of the edits file has a prompt and a target; paraphrases (further prompts the target should follow) and
     locality (prompts whose continuation should stay) are optional lists of texts.
     """
-    from .edit_requests import read_edits
-    from .folder import check_free
+    from ..editing.requests import read_edits
+    from ..files.folder import check_free
 
     options = EditOptions(**option_values(EditOptions, o))
     requests, unrelated = read_edits(edits), read_lines(prompts) if prompts is not None else ()
     check_free(out.resolve(), o["overwrite"])  # before minutes of training, not after
 
-    from .editing import edit as run
+    from ..editing.edit import edit as run
 
     with quiet():
         result = run(
@@ -66,9 +66,9 @@ def edit(checkpoint: Path, edits: Path, out: Path, prompts: Path | None, sequent
 
 
 def _write(result: EditResult, checkpoint: Path, out: Path, overwrite: bool) -> None:
-    from .checkpoint import weight_hashes
-    from .folder import new_folder
-    from .patch import PATCH
+    from ..editing.patch import PATCH
+    from ..files.folder import new_folder
+    from ..models.checkpoint import weight_hashes
 
     names = [PATCH] if result.sequential else [f"patch-{n:03d}.safetensors" for n in range(len(result.patches))]
     base = {"path": str(checkpoint.absolute()), "hashes": weight_hashes(checkpoint)}
@@ -92,8 +92,8 @@ def patch() -> None:
 @overwrite_option
 def apply(checkpoint: Path, patch: Path, out: Path, overwrite: bool) -> None:
     """Write CHECKPOINT with PATCH applied."""
-    from .patch import Patch
-    from .patch_folder import apply as run
+    from ..editing.patch import Patch
+    from ..editing.patch_folder import apply as run
 
     loaded = Patch.load(patch)
     run(checkpoint, loaded, out, overwrite=overwrite)
@@ -107,8 +107,8 @@ def apply(checkpoint: Path, patch: Path, out: Path, overwrite: bool) -> None:
 @overwrite_option
 def revert(checkpoint: Path, patch: Path, out: Path, overwrite: bool) -> None:
     """Write CHECKPOINT as it was before PATCH was applied, byte by byte."""
-    from .patch import Patch
-    from .patch_folder import revert as run
+    from ..editing.patch import Patch
+    from ..editing.patch_folder import revert as run
 
     loaded = Patch.load(patch)
     run(checkpoint, loaded, out, overwrite=overwrite)
@@ -122,7 +122,7 @@ def revert(checkpoint: Path, patch: Path, out: Path, overwrite: bool) -> None:
 @overwrite_option
 def make(base: Path, edited: Path, out: Path, overwrite: bool) -> None:
     """Write the patch that leads from BASE to EDITED, two checkpoints of the same tensors."""
-    from .patch_folder import between
+    from ..editing.patch_folder import between
 
     made = between(base, edited)
     made.save(out, overwrite=overwrite)
@@ -134,8 +134,8 @@ def make(base: Path, edited: Path, out: Path, overwrite: bool) -> None:
 @as_json_option
 def inspect(patch: Path, as_json: bool) -> None:
     """Show what PATCH changes."""
-    from .patch import Patch
-    from .render import draw_text, section_of
+    from ..editing.patch import Patch
+    from ..reporting.render import draw_text, section_of
 
     loaded = Patch.load(patch)
     shown = ("dtype", "shape", "changed", "share", "largest_change")

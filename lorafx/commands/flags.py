@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .errors import UsageError, did_you_mean
-from .ranges import range_of
+from ..errors import UsageError, did_you_mean
+from ..ranges import range_of
 
 if TYPE_CHECKING:
-    from .recipe import Recipe
+    from ..recipes.recipe import Recipe
 
 
 def read_recipe(path: Path | None, passes: tuple[str, ...], flags: list[str]) -> Recipe:
     """The recipe of a command: the file, the ``--pass`` names, and ``--NAME.OPTION VALUE`` flags over both."""
-    from .recipe import Recipe
+    from ..recipes.recipe import Recipe
 
     data = Recipe.read(path).to_dict() if path is not None else {}
     entries: list[dict[str, Any]] = [*data.get("pass", []), *({"name": name} for name in passes)]
@@ -50,7 +50,7 @@ def _dotted(flags: list[str]) -> Iterator[tuple[str, str, str]]:
 
 
 def _pass_option(name: str, option: str, text: str) -> Any:
-    from .registry import options, pass_class
+    from ..recipes.registry import options, pass_class
 
     cls = pass_class(name)
     if option not in options(cls):
@@ -59,7 +59,7 @@ def _pass_option(name: str, option: str, text: str) -> Any:
 
 
 def _value(flag: str, text: str, hint: Any) -> Any:
-    from .recipe import parse_text, type_name
+    from ..recipes.recipe import parse_text, type_name
 
     try:
         return parse_text(text, hint)
@@ -94,15 +94,15 @@ def option_values(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def train_flags(function: Any) -> Any:
     """One flag for each field of TrainOptions."""
-    from .options import TrainOptions
+    from ..recipes.options import TrainOptions
 
     return option_flags(TrainOptions)(function)
 
 
 def train_options(recipe: Recipe | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """The training options of a command, checked: those of the recipe, then the flags that were given."""
-    from .options import TrainOptions
-    from .recipe import parse_options
+    from ..recipes.options import TrainOptions
+    from ..recipes.recipe import parse_options
 
     chosen = {**(recipe.train if recipe is not None else {}), **option_values(TrainOptions, given)}
     parse_options(TrainOptions, chosen, "training options")  # now, not when the training begins

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ArtifactError, UsageError
-from .folder import MANIFEST, check_free, file_hash, is_free, manifest_of, read_manifest
-from .recipe import Recipe
-from .report import Report
-from .training_folder import check_training_folder, differences, training_folder
+from ..errors import ArtifactError, UsageError
+from ..files.folder import MANIFEST, check_free, file_hash, is_free, manifest_of, read_manifest
+from ..recipes.recipe import Recipe
+from ..reporting.report import Report
+from ..training.folder import check_training_folder, differences, training_folder
 
 #: Where training keeps what it resumes from.
 CHECKPOINTS = "checkpoints"
@@ -150,7 +150,7 @@ def _is_made_from(folder: Path, wanted: Mapping[str, str]) -> bool:
 
 def _derived_inputs(job: Job, run: Path) -> dict[str, str]:
     """What is folded and exported: the run, and those of the base's files that only go along."""
-    from .companions import GENERATION
+    from ..formats.companions import GENERATION
 
     along = job.checkpoint / GENERATION
     return {"run": file_hash(run / MANIFEST), **({GENERATION: file_hash(along)} if along.is_file() else {})}
@@ -161,8 +161,8 @@ def _base_hashes(checkpoint: Path) -> dict[str, str]:
 
     Always of their contents: sizes and times stay the same when weights are changed in place.
     """
-    from .checkpoint import check_kind, read_config, weight_hashes
-    from .companions import GENERATION, companions
+    from ..formats.companions import GENERATION, companions
+    from ..models.checkpoint import check_kind, read_config, weight_hashes
 
     check_kind(checkpoint)
     read_config(checkpoint)
@@ -184,10 +184,10 @@ def _digest(text: str) -> str:
 def _train(job: Job, folder: Path, inputs: Mapping[str, str]) -> None:
     from transformers import set_seed
 
-    from .capture import capture
-    from .pipeline import rewrite
-    from .store import save_run
-    from .training import last_checkpoint, train
+    from ..formats.run import save_run
+    from ..frontend.capture import capture
+    from ..pipeline import rewrite
+    from ..training.fit import last_checkpoint, train
 
     model = job.recipe.model
     set_seed(int(model.get("seed", 0)))
@@ -202,21 +202,21 @@ def _train(job: Job, folder: Path, inputs: Mapping[str, str]) -> None:
 
 
 def _fold(job: Job, folder: Path, made_from: Mapping[str, str]) -> None:
-    from .export import export
-    from .hf_format import fits_checkpoint
-    from .pipeline import fold
+    from ..backends.export import export
+    from ..formats.hf import fits_checkpoint
+    from ..pipeline import fold
 
     folded = fold(_trained(job), gather="never")
     export(folded, folder, "hf" if fits_checkpoint(folded) else "pt2", overwrite=True, made_from=made_from)
 
 
 def _export(job: Job, folder: Path, made_from: Mapping[str, str]) -> None:
-    from .export import export
+    from ..backends.export import export
 
     export(_trained(job), folder, "onnx", provider=job.provider, overwrite=True, made_from=made_from)
 
 
 def _trained(job: Job) -> Any:
-    from .store import load
+    from ..frontend.load import load
 
     return load(job.out / "run", base=job.checkpoint, **job.opening())

@@ -11,17 +11,8 @@ from typing import Any
 
 import click
 
-from .command_options import (
-    as_json_option,
-    emit,
-    open_program,
-    opening,
-    opening_options,
-    quiet,
-    read_lines,
-    task_options,
-)
 from .flags import parse_shape
+from .shared import as_json_option, emit, open_program, opening, opening_options, quiet, read_lines, task_options
 
 
 @click.command()
@@ -33,8 +24,8 @@ from .flags import parse_shape
 @as_json_option
 def verify(a: Path, b: Path, texts: Path | None, seed: int, as_json: bool, **o: Any) -> None:
     """Compare what two folders compute, on the same inputs at several shapes; exit 4 when they differ."""
-    from .errors import ParityError
-    from .parity import verify as compare
+    from ..errors import ParityError
+    from ..proof.verify import verify as compare
 
     lines = read_lines(texts) if texts is not None else None
     with quiet():
@@ -53,7 +44,7 @@ def verify(a: Path, b: Path, texts: Path | None, seed: int, as_json: bool, **o: 
 @as_json_option
 def bench(folders: tuple[Path, ...], shapes: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Time folders side by side: interleaved, medians and ratios, memory and size."""
-    from .bench import bench as measure
+    from ..proof.bench import bench as measure
 
     parsed = tuple(parse_shape(text) for text in shapes) or ((1, 64), (8, 64), (32, 128))
     with quiet():
@@ -69,7 +60,7 @@ def bench(folders: tuple[Path, ...], shapes: tuple[str, ...], as_json: bool, **o
 @as_json_option
 def inspect(folder: Path, axes: bool, as_json: bool, **o: Any) -> None:
     """Show what a folder holds: its sites, tensors by role and history."""
-    from .store import find_manifest
+    from ..files.folder import find_manifest
 
     with quiet():
         manifest = find_manifest(folder)
@@ -78,7 +69,7 @@ def inspect(folder: Path, axes: bool, as_json: bool, **o: Any) -> None:
             return
         program = open_program(folder, **o)
     if axes:
-        from .axis_report import axis_groups, group_rows
+        from ..channels.groups import axis_groups, group_rows
 
         groups = axis_groups(program)
         emit({"axes": group_rows(groups)}, "\n".join(map(str, groups)), as_json)
@@ -98,7 +89,7 @@ def inspect(folder: Path, axes: bool, as_json: bool, **o: Any) -> None:
 @as_json_option
 def latency(folder: Path, shape: str, threads: int | None, as_json: bool, **o: Any) -> None:
     """Time weights and attention on this machine: the table that a budget of latency reads, for a recipe."""
-    from .latency import latency_table
+    from ..proof.latency import latency_table
 
     batch, length = parse_shape(shape)
     with quiet():
@@ -112,7 +103,7 @@ def latency(folder: Path, shape: str, threads: int | None, as_json: bool, **o: A
 @as_json_option
 def passes(name: str | None, as_json: bool) -> None:
     """List the passes, or show one with its options."""
-    from .registry import known, summary
+    from ..recipes.registry import known, summary
 
     if name is None:
         rows = {name: summary(name) for name in known()}
@@ -122,9 +113,9 @@ def passes(name: str | None, as_json: bool) -> None:
     import inspect as python_inspect
     import typing
 
-    from .ranges import range_of
-    from .recipe import type_name
-    from .registry import options, pass_class
+    from ..ranges import range_of
+    from ..recipes.recipe import type_name
+    from ..recipes.registry import options, pass_class
 
     cls = pass_class(name)
     hints = typing.get_type_hints(cls)

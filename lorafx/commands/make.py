@@ -10,7 +10,9 @@ from typing import Any
 
 import click
 
-from .command_options import (
+from ..errors import UsageError
+from .flags import read_recipe, train_flags, train_options
+from .shared import (
     as_json_option,
     check_option,
     checkpoint_options,
@@ -27,8 +29,6 @@ from .command_options import (
     width_options,
     widths,
 )
-from .errors import UsageError
-from .flags import read_recipe, train_flags, train_options
 
 _FLAGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 
@@ -50,10 +50,11 @@ _FLAGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 @click.pass_context
 def rewrite(ctx: click.Context, checkpoint: Path, recipe: Path | None, passes: tuple[str, ...], **o: Any) -> None:
     """Insert a recipe's passes into CHECKPOINT and write a trainable run folder."""
-    from .capture import capture
-    from .observe import Dump, Observer, VerifyEach
-    from .pipeline import rewrite as apply
-    from .store import save_run
+    from ..apply import Dump, Observer
+    from ..formats.run import save_run
+    from ..frontend.capture import capture
+    from ..parity.promises import VerifyEach
+    from ..pipeline import rewrite as apply
 
     steps = read_recipe(recipe, passes, ctx.args)
     if o["out"] is None and not o["dry_run"]:
@@ -93,10 +94,11 @@ def _seed(seed: int) -> None:
 @as_json_option
 def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, resume: bool, **o: Any) -> None:
     """Train the run folder RUN on a table, with HF Trainer."""
-    from .folder import check_free
-    from .store import load, run_recipe, save_run
-    from .training import train as fit
-    from .training_folder import training_folder
+    from ..files.folder import check_free
+    from ..formats.run import save_run
+    from ..frontend.load import load, run_recipe
+    from ..training.fit import train as fit
+    from ..training.folder import training_folder
 
     options = train_options(run_recipe(run), o)
     target, overwrite = out or run, o["overwrite"] or out is None
@@ -124,11 +126,11 @@ def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, resum
 @as_json_option
 def fold(run: Path, out: Path, check: bool, double: bool, overwrite: bool, as_json: bool, **o: Any) -> None:
     """Fold everything RUN learned into its base and write an ordinary checkpoint (or a .pt2 where none can hold it)."""
-    from .export import export as write
-    from .hf_format import fits_checkpoint
-    from .observe import VerifyEach
-    from .pipeline import fold as merge
-    from .proof import parity_record, unproven
+    from ..backends.export import export as write
+    from ..formats.hf import fits_checkpoint
+    from ..parity.promises import VerifyEach
+    from ..pipeline import fold as merge
+    from ..proof.exports import parity_record, unproven
 
     with quiet():
         program = open_program(run, **opening(o))
@@ -159,9 +161,9 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ad
     """Export a run, a folded folder or a checkpoint: ONNX by default, verified before the folder gets its name."""
     import torch
 
-    from .export import export as write
-    from .pipeline import fold as merge
-    from .proof import parity_record, unproven
+    from ..backends.export import export as write
+    from ..pipeline import fold as merge
+    from ..proof.exports import parity_record, unproven
 
     check, generate = o["check"], o["generate"]
     removal = removal_of(provider, **widths(o))
@@ -199,8 +201,8 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ad
 @as_json_option
 def run(recipe: Path, checkpoint: Path | None, data: Path, eval_data: Path | None, out: Path, **o: Any) -> None:
     """Do all of RECIPE: rewrite, train, fold, export. Run again after an interruption, it goes on where it was."""
-    from .recipe import Recipe
-    from .workflow import Job, checkpoint_of, run_job
+    from ..recipes.recipe import Recipe
+    from .job import Job, checkpoint_of, run_job
 
     steps = Recipe.read(recipe)
     base, options = checkpoint_of(steps, checkpoint), train_options(steps, o)

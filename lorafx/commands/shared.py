@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from .passes.dead_channels import DeadChannels
-    from .program import Program
+    from ..passes.dead_channels import DeadChannels
+    from ..public import Program
 
 
 def _together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -80,7 +80,7 @@ def widths(given: dict[str, Any]) -> dict[str, Any]:
 
 def removal_of(provider: str, **asked: Any) -> DeadChannels | None:
     """The pass that :data:`width_options` ask for; None without any, so that the recipe decides."""
-    from .pipeline import removal_for
+    from ..pipeline import removal_for
 
     given = {name: value for name, value in asked.items() if value is not None}
     return dataclasses.replace(removal_for(provider), **given) if given else None
@@ -93,7 +93,7 @@ def opening(given: dict[str, Any]) -> dict[str, Any]:
 
 def read_lines(file: Path) -> tuple[str, ...]:
     """The lines of a text file that are not blank; ArtifactError when it cannot be read as text."""
-    from .errors import ArtifactError
+    from ..errors import ArtifactError
 
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
@@ -104,6 +104,6 @@ def read_lines(file: Path) -> tuple[str, ...]:
 
 def open_program(path: Path, **options: Any) -> Program:
     """The program in a folder: one lorafx wrote, or a checkpoint to capture."""
-    from .store import load
+    from ..frontend.load import load
 
     return load(path, **{key: value for key, value in options.items() if value not in (None, False)})

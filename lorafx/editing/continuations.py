@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import open_tokenizer
-from .errors import UsageError
+from ..errors import UsageError
+from ..models.checkpoint import open_tokenizer
 
 #: Prompts in one forward pass: the logits of a batch are its largest tensor.
 _BATCH = 16

@@ -20,21 +20,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 
-from .capture import capture
+from ..errors import UsageError, did_you_mean
+from ..frontend.capture import capture
+from ..graph.tree import has_tensor, tensor_hash
+from ..models.tasks import loss_type
+from ..passes.fold_affine import FoldAffine
+from ..passes.fold_constants import FoldConstants
+from ..passes.rose_lora import RoseLora
+from ..passes.to_eval import ToEval
+from ..pipeline import rewrite, run
+from ..public import Program
+from ..reporting.render import draw_text, section_of
 from .continuations import Encoder, inputs_of, says, top_tokens
-from .edit_requests import EditOptions, EditRequest
-from .errors import UsageError, did_you_mean
-from .module import loss_type
-from .passes.fold_affine import FoldAffine
-from .passes.fold_constants import FoldConstants
-from .passes.rose_lora import RoseLora
-from .passes.to_eval import ToEval
 from .patch import Patch, make, program_name
 from .patch_folder import slots
-from .pipeline import rewrite, run
-from .program import Program
-from .render import draw_text, section_of
-from .tree import has_tensor, tensor_hash
+from .requests import EditOptions, EditRequest
 
 
 @dataclass(frozen=True)

@@ -31,13 +31,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .checkpoint import check_safetensors
-from .errors import ArtifactError, UsageError
-from .folder import read_manifest
-from .tree import get_tensor, has_tensor, named_tensors, persistent, put_tensor, tensor_hash
+from ..errors import ArtifactError, UsageError
+from ..files.folder import read_manifest
+from ..graph.precision import dtype_name
+from ..graph.tree import get_tensor, has_tensor, named_tensors, persistent, put_tensor, tensor_hash
+from ..models.checkpoint import check_safetensors
 
 if TYPE_CHECKING:
-    from .program import Program
+    from ..public import Program
 
 #: The file's name inside a folder.
 PATCH = "patch.safetensors"
@@ -80,7 +81,7 @@ class Change:
         size, largest = math.prod(self.shape), float((self.values.double() - self.old.double()).abs().max())
         return {
             "names": list(self.names),
-            "dtype": _dtype_name(self.values.dtype),
+            "dtype": dtype_name(self.values.dtype),
             "shape": list(self.shape),
             "changed": len(self.indices),
             "share": len(self.indices) / size,
@@ -92,8 +93,8 @@ class Change:
     def check(self, current: Tensor, where: str, *, undo: bool = False) -> None:
         """ArtifactError unless ``current`` is the tensor this change (or, with ``undo``, its reversal) is for."""
         if current.dtype != self.values.dtype or tuple(current.shape) != self.shape:
-            found = f"{_dtype_name(current.dtype)} {tuple(current.shape)}"
-            expected = f"{_dtype_name(self.values.dtype)} {self.shape}"
+            found = f"{dtype_name(current.dtype)} {tuple(current.shape)}"
+            expected = f"{dtype_name(self.values.dtype)} {self.shape}"
             raise ArtifactError(f"{where}: wrong base: {self.name} is {found}, the patch is for {expected}")
         digest, expected, other = tensor_hash(current), self.before, self.after
         if undo:
@@ -150,7 +151,7 @@ class Patch:
         tensors, entries = {}, []
         for change in self.changes:
             entry = {"names": change.names, "shape": change.shape, "before": change.before, "after": change.after}
-            entries.append({**entry, "dtype": _dtype_name(change.old.dtype), "old": tensor_hash(change.old)})
+            entries.append({**entry, "dtype": dtype_name(change.old.dtype), "old": tensor_hash(change.old)})
             stored = {"indices": change.indices, "values": change.values, "old": change.old}
             tensors.update({f"{change.name}.{part}": value for part, value in stored.items()})
         record = {"format": FORMAT, "about": dict(self.about), "tensors": entries}
@@ -253,7 +254,7 @@ def make(base: Mapping[str, Tensor], edited: Mapping[str, Tensor]) -> Patch:
 
 def _difference(names: tuple[str, ...], base: Tensor, edited: Tensor) -> Change | None:
     if base.dtype != edited.dtype or base.shape != edited.shape:
-        kinds = [f"{_dtype_name(tensor.dtype)} {tuple(tensor.shape)}" for tensor in (base, edited)]
+        kinds = [f"{dtype_name(tensor.dtype)} {tuple(tensor.shape)}" for tensor in (base, edited)]
         raise UsageError(f"no patch between these: {names[0]} is {kinds[0]} in one, {kinds[1]} in the other")
     old, new = (tensor.detach().cpu().contiguous().reshape(-1) for tensor in (base, edited))
     indices = (_bits(old) != _bits(new)).nonzero().reshape(-1)
@@ -278,10 +279,6 @@ def _bits(value: Tensor) -> Tensor:
     return value.reshape(-1).view(_INTEGERS[value.element_size()])
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _read_change(stored: Any, entry: Mapping[str, Any]) -> Change:
     """One change of an open file; ValueError when it does not fit together."""
     names, shape = tuple(entry["names"]), tuple(entry["shape"])
@@ -293,7 +290,7 @@ def _read_change(stored: Any, entry: Mapping[str, Any]) -> Change:
         and bool((places.diff() > 0).all())
         and int(places[0]) >= 0
         and int(places[-1]) < math.prod(shape)
-        and {_dtype_name(values.dtype), _dtype_name(old.dtype)} == {entry["dtype"]}
+        and {dtype_name(values.dtype), dtype_name(old.dtype)} == {entry["dtype"]}
         and tensor_hash(old) == entry["old"]
     )
     if not whole:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import check_safetensors, read_config, weight_files
-from .companions import copy_entry, inner_companions, is_weights
-from .errors import ArtifactError, UsageError
-from .folder import MANIFEST, find_manifest, new_folder
+from ..errors import ArtifactError, UsageError
+from ..files.folder import MANIFEST, find_manifest, new_folder
+from ..formats.companions import copy_entry, inner_companions, is_weights
+from ..models.checkpoint import check_safetensors, read_config, weight_files
 from .patch import Change, Patch, make
 
 #: What safetensors calls the dtypes weights come in.

@@ -6,9 +6,9 @@ from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any
 
-from .base import Options, option
-from .errors import did_you_mean
-from .table import Table, read_table, short
+from ..base import Options, option
+from ..errors import did_you_mean
+from ..files.table import Table, read_table, short
 
 
 @dataclass(frozen=True)

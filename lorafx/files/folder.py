@@ -19,7 +19,7 @@ from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .errors import ArtifactError, UsageError
+from ..errors import ArtifactError, UsageError
 
 try:
     import fcntl
@@ -218,7 +218,7 @@ def _foreign(target: Path) -> str:
 
 def _seal(folder: Path, kind: str, meta: Mapping[str, Any]) -> None:
     """Write the manifest, and bring everything to the disk before the folder gets its name."""
-    from . import __version__
+    from ..version import __version__
 
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
     files = {name: FileEntry((folder / name).stat().st_size, file_hash(folder / name)) for name in names}

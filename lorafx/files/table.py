@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from .errors import ArtifactError, UsageError, did_you_mean, first_line
+from ..errors import ArtifactError, UsageError, did_you_mean, first_line
 from .folder import is_lfs_pointer
 
 #: Longest csv field, in characters; the reader's own default is 131,072.

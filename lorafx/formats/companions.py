@@ -13,11 +13,11 @@ from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from .errors import ArtifactError, UsageError, first_line
-from .folder import MANIFEST
+from ..errors import ArtifactError, UsageError, first_line
+from ..files.folder import MANIFEST
 
 if TYPE_CHECKING:
-    from .program import Program
+    from ..graph.program import Program
 
 GENERATION = "generation_config.json"
 #: sentence-transformers' list of what follows the encoder: pooling, normalisation, dense layers, each in a folder.

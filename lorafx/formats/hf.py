@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import UsageError, first_line
-from .program import Program
-from .tree import named_tensors
+from ..errors import UsageError, first_line
+from ..graph.program import Program
+from ..graph.tree import named_tensors
 
 #: More ways than this to explain the sizes are not tried.
 _TRIES = 256

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .edit import aliases
-from .site import module_path
-from .tree import get_tensor, has_tensor, named_tensors, same_values
+from ..graph.edit import aliases
+from ..graph.site import module_path
+from ..graph.tree import get_tensor, has_tensor, named_tensors, same_values
 
 if TYPE_CHECKING:
-    from .lowrank import LowRank
-    from .program import Inserted, Program
-    from .site import Site
+    from ..graph.program import Inserted, Program
+    from ..graph.site import Site
+    from ..methods.low_rank import LowRank
 
 PREFIX = "base_model.model."
 
@@ -96,7 +96,7 @@ def adapter_config(program: Program) -> tuple[dict[str, Any] | None, str]:
 
 
 def _adapted(program: Program) -> list[_Adapted]:
-    from .lowrank import LowRank
+    from ..methods.low_rank import LowRank
 
     sites = {site.module: site for site in program.sites() if program.roles.get(site.parameter) != "adapter"}
     result: list[_Adapted] = []
@@ -124,9 +124,9 @@ def _check_rest(program: Program, adapted: list[_Adapted]) -> None:
 
     Shown, not assumed: a pass may change weights, or the graph, and insert nothing that would tell.
     """
-    from .lowrank import ExactLora
-    from .pipeline import run, to_eval
-    from .program import structure
+    from ..graph.program import structure
+    from ..methods.low_rank import ExactLora
+    from ..pipeline import run, to_eval
 
     base = program.captured
     if base is None or program.origin is not None:

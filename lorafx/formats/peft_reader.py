@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .checkpoint import open_model
-from .lowrank import pattern_value
-from .peft_format import PREFIX
-from .program import Program
+from ..graph.program import Program
+from ..methods.low_rank import pattern_value
+from ..models.checkpoint import open_model
+from .peft import PREFIX
 
 _PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 

@@ -1,47 +1,41 @@
 """The front end: any transformers model or plain module becomes a Program.
 
-This module opens the model, chooses example inputs and dynamic shapes, has it traced once in training mode
-(:mod:`lorafx.trace`), and checks that the evaluation graph derived from the trace computes the model's function.
+This module opens the model, has it traced once in training mode
+(:mod:`lorafx.frontend.trace`), and checks that the evaluation graph derived from the trace computes the model's
+function.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import json
 import logging
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
-from torch.utils import _pytree as pytree
+from torch import fx, nn
+from torch.export import ExportedProgram
 
-from .checkpoint import open_model, open_tokenizer, weight_hashes
-from .domain import domain_of
-from .eager import judged, unjudged
-from .errors import ArtifactError, CaptureError, UsageError
+from ..errors import CaptureError, UsageError
+from ..graph.domain import domain_of
+from ..graph.program import Signature, Source
+from ..graph.tree import has_tensor, named_tensors, put_tensor, tensor_hash
+from ..models.checkpoint import open_model, weight_hashes
+from ..models.examples import dynamic_shapes, example_inputs
+from ..models.intact import intact
+from ..models.tasks import head_modules, loss_type
+from ..models.tokenizers import find_tokenizer, pad_token
+from ..pipeline import to_eval
+from ..public import Program
 from .gradients import functions_laid_open, same_gradients
-from .inputs import find_tokenizer, length_limit, pad_token
-from .intact import intact
+from .judged import judged, unjudged
 from .masks import check_unpadded
-from .module import loss_type
 from .normal import normalise
-from .pipeline import to_eval
-from .program import Program, Signature, Source
 from .trace import export_graph, lean
-from .tree import has_tensor, named_tensors, put_tensor, tensor_hash
 from .tuners import adapter_tensors
 
 _log = logging.getLogger(__name__)
-
-#: Height and width of images where neither config nor processor says: what most are trained on.
-_USUAL_PIXELS = 224
-#: Losses of encoder-decoders that make the decoder's input from the encoder's, and look for its end-of-text tokens.
-_DERIVED = ("ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification")
 
 
 def capture(
@@ -150,139 +144,6 @@ def trainable(program: Program, functions: Iterable[str], *, check: bool) -> Pro
     return dataclasses.replace(to_eval(program), history=(), untrainable=why)
 
 
-# ---- example inputs
-
-
-def example_inputs(model: nn.Module, checkpoint: Path | None = None, batch: int = 2, length: int = 7) -> dict[str, Any]:
-    """Example inputs for a transformers model: two rows, one of them padded (an all-ones mask can be traced away)."""
-    config = getattr(model, "config", None)
-    if config is None:
-        raise UsageError(f"{type(model).__name__} has no config to make inputs from; pass inputs={{name: tensor}}")
-    try:
-        example = _made_up(model, config, checkpoint, batch, length)
-    except (AttributeError, TypeError) as error:  # a config that lacks a size, or has one of another kind
-        raise UsageError(
-            f"no inputs can be made up for {type(model).__name__} ({error}); pass inputs={{name: tensor}}"
-        ) from error
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return {
-        name: value.to(device=device, dtype=dtype if value.is_floating_point() else None)
-        for name, value in example.items()
-    }
-
-
-def _made_up(model: nn.Module, config: Any, checkpoint: Path | None, batch: int, length: int) -> dict[str, Tensor]:
-    parameters = inspect.signature(model.forward).parameters
-    main = getattr(model, "main_input_name", "input_ids")
-    if main == "pixel_values" or (main not in parameters and "pixel_values" in parameters):
-        return {"pixel_values": _pixels(config, checkpoint, batch)}
-    if main == "input_features":
-        bins, frames = config.num_mel_bins, 2 * config.max_source_positions
-        return {"input_features": torch.randn(batch, bins, frames, generator=_generator())}
-    return _text(model, config, parameters, checkpoint, batch, length)
-
-
-def _generator() -> torch.Generator:
-    # Example inputs never depend on, or disturb, the caller's random state.
-    return torch.Generator().manual_seed(0)
-
-
-def _pixels(config: Any, checkpoint: Path | None, batch: int) -> Tensor:
-    """Images of the size the config names; else of the size the folder's image processor makes, or the usual one."""
-    vision = getattr(config, "vision_config", config)
-    size = getattr(vision, "image_size", None) or _processed_size(checkpoint) or _USUAL_PIXELS
-    height, width = (size, size) if isinstance(size, int) else size
-    return torch.randn(batch, getattr(vision, "num_channels", 3), height, width, generator=_generator())
-
-
-def _processed_size(checkpoint: Path | None) -> tuple[int, int] | None:
-    file = checkpoint / "preprocessor_config.json" if checkpoint is not None else None
-    if file is None or not file.is_file():
-        return None
-    try:
-        processor = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ArtifactError(f"{file}: not valid JSON ({error}); fetch the checkpoint again") from None
-    size = processor.get("crop_size" if processor.get("do_center_crop") else "size") or {}
-    if isinstance(size, int):
-        return size, size
-    edge = size.get("shortest_edge")
-    height, width = size.get("height", edge), size.get("width", edge)
-    return (height, width) if height and width else None
-
-
-def _text(
-    model: nn.Module, config: Any, parameters: Mapping[str, Any], checkpoint: Path | None, batch: int, length: int
-) -> dict[str, Any]:
-    text_config = config.get_text_config()
-    # A model of characters takes any number.
-    top = min(getattr(text_config, "vocab_size", None) or 1000, 1000)
-    pad = pad_token(config)
-    ids = torch.randint(min(5, top - 1), top, (batch, length), generator=_generator())
-    mask = torch.ones_like(ids)
-    mask[-1, length // 2 + 1 :] = 0
-    derived = getattr(config, "is_encoder_decoder", False) and loss_type(model) in _DERIVED
-    if derived and text_config.eos_token_id is not None:
-        ids = _ended(ids, mask, text_config.eos_token_id)
-    if pad is not None:
-        # Heads of decoders find the last token by looking for the padding token.
-        ids = torch.where(mask.bool(), ids, torch.full_like(ids, pad))
-    example = {"input_ids": ids}
-    if "attention_mask" in parameters:
-        example["attention_mask"] = mask
-    if "token_type_ids" in parameters and "token_type_ids" in _tokenizer_inputs(model, checkpoint):
-        example["token_type_ids"] = torch.zeros_like(ids)
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters and not derived:
-        example["decoder_input_ids"] = ids.flip(1).contiguous()
-    return example
-
-
-def _ended(ids: Tensor, mask: Tensor, end: int) -> Tensor:
-    """Texts that end with the end-of-text token and have no other."""
-    ids = ids.where(ids != end, ids + 1)
-    last = mask.sum(1, keepdim=True) - 1
-    return ids.scatter(1, last, end)
-
-
-def _tokenizer_inputs(model: nn.Module, checkpoint: Path | None) -> list[str]:
-    """What the folder's tokenizer returns; nothing when it has none."""
-    if checkpoint is None or not any(checkpoint.glob("tokenizer*")):
-        return []
-    # Code was trusted where the model itself runs it.
-    trusted = getattr(model, "is_remote_code", lambda: False)()
-    return list(open_tokenizer(checkpoint, trusted).model_input_names)
-
-
-def dynamic_shapes(model: nn.Module, example: Mapping[str, Any]) -> dict[str, Any]:
-    """Batch is free in every input; so is the length of texts, up to the model's number of positions, and how many of
-    them stand side by side in a row (choices). A size of 1 is none that a tracer can leave free: it stays 1."""
-    limit = length_limit(getattr(model, "config", None))
-    batch, choices = Dim("batch"), Dim("choices")
-    dims = {
-        side: Dim(name, max=limit) if limit else Dim(name) for side, name in (("", "sequence"), ("decoder_", "target"))
-    }
-
-    def axes(name: str, value: Any) -> dict[int, Dim] | None:
-        if not isinstance(value, Tensor):
-            return None
-        side = "decoder_" if name.startswith("decoder_") else ""
-        count = _text_axes(value, example.get(f"{side}input_ids"))
-        free = {0: batch, **({1: choices} if count == 3 else {}), **({count - 1: dims[side]} if count > 1 else {})}
-        return {axis: dim for axis, dim in free.items() if axis < value.dim() and value.shape[axis] != 1} or None
-
-    return {name: pytree.tree_map(lambda leaf, name=name: axes(name, leaf), value) for name, value in example.items()}
-
-
-def _text_axes(value: Tensor, ids: Any) -> int:
-    """How many of an input's first axes are those of the texts: something for each token has them all."""
-    if value.is_floating_point():
-        return 1
-    if isinstance(ids, Tensor) and value.shape[: ids.dim()] == ids.shape:
-        return ids.dim()
-    return 2 if value.dim() == 2 else 1
-
-
 # ---- from the tracer's result to a Program
 
 
@@ -341,18 +202,3 @@ def _role(name: str, read: bool, heads: tuple[str, ...]) -> str:
     if any(name.startswith(head + ".") for head in heads):
         return "head"
     return "base" if read else "unread"
-
-
-def head_modules(model: nn.Module, fresh: frozenset[str] = frozenset()) -> tuple[str, ...]:
-    """Paths of the task head: outside the base model, the last child with parameters, and every other one that the
-    checkpoint did not hold (``fresh``); and the output layer wherever it is."""
-    base = getattr(model, "base_model", model)
-    if base is model or not hasattr(model, "config"):
-        return ()
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore
-    children = [(name, child) for name, child in model.named_children() if child is not base]
-    outside = [name for name, child in children if next(child.parameters(), None) is not None]
-    heads = [name for name in outside if name == outside[-1] or any(key.startswith(f"{name}.") for key in fresh)]
-    if output is not None:
-        heads += [name for name, module in model.named_modules() if module is output and name not in heads]
-    return tuple(heads)

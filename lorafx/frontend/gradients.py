@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .program import Program
-from .trace import cacheless
+from ..models.eager import cacheless
+from ..public import Program
 
 _log = logging.getLogger(__name__)
 

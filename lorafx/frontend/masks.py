@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .errors import CaptureError
-from .program import Program
-from .trace import cacheless
+from ..errors import CaptureError
+from ..models.eager import cacheless
+from ..public import Program
 
 
 def check_unpadded(program: Program) -> None:

@@ -23,9 +23,10 @@ from torch.fx import config as fx_config
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
-from .domain import FLAGS, input_nodes, is_axes, leaves_of
-from .errors import CaptureError
-from .site import module_path
+from ..errors import CaptureError
+from ..graph.domain import FLAGS, input_nodes, is_axes, leaves_of
+from ..graph.site import module_path
+from ..models.eager import cacheless
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def _attempt(model: nn.Module, example: Mapping[str, Any], shapes: Any) -> tuple
 
 def _noisy_modules(graph_module: fx.GraphModule) -> set[str]:
     """Paths of the modules that draw random numbers ``to-eval`` cannot turn off, inner graphs included."""
-    from .passes.to_eval import RULES
+    from ..graph.evaluation import RULES
 
     return {
         module_path(node, "")
@@ -146,28 +147,12 @@ def lean() -> Iterator[None]:
             gc.enable()
 
 
-@contextmanager
-def cacheless(model: nn.Module) -> Iterator[None]:
-    """Keep decoders from returning their cache, which no loss reads. Every submodule's config is told: a decoder inside
-    an encoder-decoder has a config of its own."""
-    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): config for config in found if hasattr(config, "use_cache")}
-    before = [(config, config.use_cache) for config in configs.values()]
-    for config, _ in before:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config, value in before:
-            config.use_cache = value
-
-
 def _trace(model: nn.Module, example: Mapping[str, Any], shapes: Any) -> ExportedProgram:
     # A tracer that fails prints the whole graph it had; the error says what a user needs, the log keeps the rest.
     said = io.StringIO()
     try:
         with redirect_stderr(said), _idle_moves(), warnings.catch_warnings():
-            # What a model assigns to itself while it is traced is taken out again (lorafx.intact).
+            # What a model assigns to itself while it is traced is taken out again (lorafx.models.intact).
             warnings.filterwarnings("ignore", message="(?s).*assigned during export", category=UserWarning)
             exported = _exported(model, example, shapes)
     finally:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .tree import named_tensors
+from ..graph.tree import named_tensors
 
 #: Where a layer with adapters keeps the layer that it adapts.
 _BASE = "base_layer"

@@ -10,11 +10,14 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from ..errors import UsageError, did_you_mean
+from ..models.eager import FILLS, filled, is_text, proven
+from ..models.intact import intact
 from .domain import FLAGS, leaves_of
-from .eager import FILLS, filled, fills_for, is_text
-from .errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from .program import Program
@@ -59,6 +62,12 @@ def arguments(program: Program, inputs: Mapping[str, Any]) -> dict[str, Any]:
         complete.update(_fills(program, complete, omitted, extra))
     domain.check(leaves_of(complete), program.name)
     return complete
+
+
+def flatten(program: Program, inputs: Mapping[str, Any]) -> list[Any]:
+    """The graph's positional inputs for keyword ``inputs`` (see :func:`arguments`)."""
+    complete = arguments(program, inputs)
+    return pytree.tree_leaves([complete[name] for name in program.signature.inputs])
 
 
 def _default(program: Program, name: str) -> Any:
@@ -125,3 +134,23 @@ def _kind(program: Program, given: Mapping[str, Any], value: Any) -> str | None:
     if not is_text(value) or like is None or value.shape != like.shape:
         return None
     return next((k for k in FILLS if value.equal(filled(k, tuple(value.shape), value.dtype, value.device))), None)
+
+
+@torch.compiler.disable()
+def fills_for(program: Program, omitted: frozenset[str], given: Mapping[str, str]) -> dict[str, str] | None:
+    """What the model computes with in place of ``omitted`` inputs, when it is also ``given`` others, by their fills.
+
+    Found by asking the eager model, on the example, on the example mirrored, in which masks and positions run the
+    other way, and on one with padding tokens: an input that stands for what another one says is no constant. None when
+    the model cannot do without, or computes with something else than one of :data:`FILLS`.
+    """
+    model = program.source.model
+    if program.device.type == "meta" or any(value.is_meta for value in model.parameters()):
+        return None
+    key = (omitted, frozenset(given.items()))
+    known = program.signature.proven
+    if key not in known:
+        with intact(model):
+            model.eval()
+            known[key] = proven(model, program.example, sorted(omitted), given)
+    return known[key]

@@ -2,7 +2,7 @@
 
 Where a model's code branches on a size, a graph holds one branch: it is right for the sizes that take it. A size that
 was free in the trace is right above one only, because a tracer tells 1 from all others without saying so; whether it is
-right at 1 too is found by trying (:mod:`lorafx.eager`).
+right at 1 too is found by trying (:mod:`lorafx.models.eager`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
-from .errors import CaptureError, UsageError
+from ..errors import CaptureError, UsageError
 
 #: The smallest size a trace says anything about.
 _TRACED = 2

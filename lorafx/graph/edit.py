@@ -12,15 +12,13 @@ from torch import Tensor, fx, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from .base import Method
-from .errors import OperatorError
+from ..errors import OperatorError
 from .fake import FakeValues
-from .program import Inserted
+from .program import Inserted, Step
 from .site import INSERTED_FOR, WEIGHT_OPS
 from .tree import below, drop_tensor, get_tensor, has_tensor, named_tensors, own, put_tensor
 
 if TYPE_CHECKING:
-    from .base import Pass
     from .program import Program
     from .site import Site
 
@@ -34,7 +32,7 @@ class Edit:
     are always known and a wrong shape fails at the line that made it.
     """
 
-    def __init__(self, program: Program, step: Pass):
+    def __init__(self, program: Program, step: Step):
         self.program = program
         self.step = step
         #: What the pass has to say for the report: titles and JSON values.
@@ -73,7 +71,7 @@ class Edit:
             short: name below the module, e.g. ``lora_A.weight``
             shape: its shape
             init: fills the new tensor in place; it is zero without
-            role: one of :data:`lorafx.program.ROLES`
+            role: one of :data:`lorafx.graph.program.ROLES`
             owner: the path to keep it under instead of the module's; all who name one owner share its tensor, which is
                 stored once
         """
@@ -95,7 +93,7 @@ class Edit:
             entry.tensors[key] = self._owned[owner or site.module, key] = name
         return self.tensor(entry.tensors[key])
 
-    def earlier(self, site: Site, *shorts: str) -> Pass | None:
+    def earlier(self, site: Site, *shorts: str) -> Step | None:
         """The pass that inserted tensors of these short names at ``site`` before; from now on they are this one's too.
 
         None when no pass did.
@@ -202,9 +200,7 @@ class Edit:
         (value if value.is_meta else own(self.program.root, name)).requires_grad_(True)
 
     def freeze(self) -> None:
-        """Stop the base from training, unless an earlier method did: what that one trains goes on training."""
-        if any(isinstance(applied.step, Method) for applied in self.program.history):
-            return
+        """Stop the base from training."""
         for name, value in self.program.root.named_parameters():
             if self.program.roles.get(name) in ("base", "unread", "head"):
                 value.requires_grad_(False)

@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from .errors import UsageError
-from .program import Program
+from ..errors import UsageError
+from .program import P
 from .tree import named_tensors, persistent, put_tensor
 
 #: The one table of tolerances: the largest difference allowed, as a share of the largest reference value of an output.
@@ -43,7 +43,7 @@ def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     return max(floating, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
-def recast(program: Program, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Program:
+def recast(program: P, dtype: torch.dtype | None = None, device: torch.device | None = None) -> P:
     """The program computed in ``dtype`` or on ``device``, with tensors of its own.
 
     Floating tensors are converted, and so is every dtype or device the graph names: a model that computes its norms in
@@ -66,7 +66,7 @@ def recast(program: Program, dtype: torch.dtype | None = None, device: torch.dev
     return result
 
 
-def relaid(program: Program) -> Program:
+def relaid(program: P) -> P:
     """The program with a copy of every tensor, none of which trains: two programs laid out alike compute the same bits.
 
     A product with a weight that trains is summed in another order by torch than one with a weight that is frozen.

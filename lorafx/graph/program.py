@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,11 +16,7 @@ from .site import Site, find_sites
 from .tree import copy_tree, get_tensor, named_tensors
 
 if TYPE_CHECKING:
-    from os import PathLike
-
-    from .base import Miss, Pass
-    from .module import RewrittenModel
-    from .report import Report
+    from .selection import Miss
 
 #: What a tensor is for. Recorded when it appears, never guessed from its name.
 ROLES = ("base", "head", "unread", "constant", "adapter", "gate", "statistic")
@@ -57,7 +53,7 @@ class Signature:
     """How the graph is called: input names in order, the pytree specs of its arguments and of its result, and which
     inputs it is right for.
 
-    ``proven`` remembers what the model was found to compute without some of its inputs (:mod:`lorafx.eager`).
+    ``proven`` remembers what the model was found to compute without some of its inputs (:mod:`lorafx.models.eager`).
     """
 
     inputs: tuple[str, ...]
@@ -70,6 +66,18 @@ class Signature:
     def dynamic_shapes(self) -> dict[str, str]:
         """The free sizes and their ranges, by the first input and axis each is; empty when every size is fixed."""
         return {self.domain.readable(name): str(allowed) for name, allowed in self.domain.ranges.items()}
+
+
+class Step(Protocol):
+    """What a history knows of a pass: a :class:`lorafx.base.Pass`, which stands above."""
+
+    #: A :class:`lorafx.base.Promise`.
+    promise: ClassVar[Any]
+
+    @classmethod
+    def pass_name(cls) -> str:
+        """Its name in recipes."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ class Applied:
     promise, or why it was not.
     """
 
-    step: Pass
+    step: Step
     inserted: tuple[Inserted, ...] = ()
     taken: tuple[str, ...] = ()
     missed: tuple[Miss, ...] = ()
@@ -100,7 +108,9 @@ class Applied:
 
 @dataclass
 class Program:
-    """One captured model. Rewrites return a new Program; tensors share storage until one of them trains.
+    """One captured model, as data. Rewrites return a new one; tensors share storage until one of them trains.
+
+    :class:`lorafx.Program` is the one people hold.
 
     Attributes:
         graph: ATen operators; reads its tensors by name from ``root``
@@ -126,8 +136,8 @@ class Program:
     heads: tuple[str, ...] = ()
     stage: str = "train"
     history: tuple[Applied, ...] = ()
-    origin: Program | None = None
-    captured: Program | None = None
+    origin: Self | None = None
+    captured: Self | None = None
     untrainable: str = ""
     #: Changes the config needs to describe the program, e.g. an output layer that is no longer tied.
     config_changes: dict[str, Any] = field(default_factory=dict)
@@ -149,7 +159,7 @@ class Program:
 
     def sites(self) -> list[Site]:
         """Every use of every weight, in graph order."""
-        return find_sites(self)
+        return find_sites(self.graph, self.root, self.in_head)
 
     def in_head(self, module: str) -> bool:
         """Whether a module path lies in the task head or the output layer."""
@@ -202,7 +212,7 @@ class Program:
             with torch.no_grad():
                 target.copy_(value)
 
-    def copy(self) -> Program:
+    def copy(self) -> Self:
         """The same program with a graph and tree of its own; tensors share storage, unless running updates them."""
         graph = fx.Graph()
         result = graph.graph_copy(self.graph, {})
@@ -216,32 +226,9 @@ class Program:
             config_changes=dict(self.config_changes),
         )
 
-    def module(self) -> RewrittenModel:
-        """An ordinary ``nn.Module`` over this program's tensors: training graph and evaluation graph in one."""
-        from .module import build_module
 
-        return build_module(self)
-
-    def flatten(self, inputs: Mapping[str, Any]) -> list[Any]:
-        """The graph's positional inputs for keyword ``inputs`` (see :func:`lorafx.call.arguments`)."""
-        from .call import arguments
-
-        complete = arguments(self, inputs)
-        return pytree.tree_leaves([complete[name] for name in self.signature.inputs])
-
-    def save(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
-        """Write a run folder (see :mod:`lorafx.store`): what was learned, the recipe, and a reference to the base."""
-        from .store import save_run
-
-        save_run(self, path, overwrite=overwrite)
-
-    @property
-    def report(self) -> Report:
-        """What happened so far, as one value."""
-        from .report import report_of
-
-        return report_of(self)
-
+#: A kind of program: what is made of one is of its kind.
+P = TypeVar("P", bound=Program)
 
 #: Operators that update running statistics without saying so: where those are, and whether they do.
 _RUNNING = {torch.ops.aten.batch_norm.default: 5, torch.ops.aten.instance_norm.default: 5}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from .effects import is_view, written
-from .program import Program
+from .program import P
 
 #: How often every value is moved. That four draws all stay below a hundredth of what is usual has odds of 1 to 10⁸.
 SAMPLES = 4
@@ -24,7 +24,7 @@ SAMPLES = 4
 MARGIN = 100.0
 
 
-def jittered(program: Program, seed: int) -> Program:
+def jittered(program: P, seed: int) -> P:
     """``program``, in evaluation form, with every value it rounds moved at random by up to one unit in the last place.
 
     Views and what is written in place stay; whole numbers, too: masks, counts and zeros come about without rounding.

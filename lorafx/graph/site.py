@@ -6,51 +6,53 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from .roles import role_of
+from ..models.roles import role_of
 from .tree import get_tensor, named_tensors
-
-if TYPE_CHECKING:
-    from .program import Program
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class WeightOp:
-    """How one operator uses a weight: where it stands among the arguments, and its (out, in) as a matrix."""
+    """How one operator uses a weight: where it stands among the arguments, and how it is stored.
+
+    As a matrix a weight is (out, in); a convolution's ``in`` is its patches. ``transposed`` says that it is stored as
+    (in, out).
+    """
 
     kind: str
     weight: int
     bias: int | None
     input: int
-    size: Callable[[torch.Size], tuple[int, int]]
+    transposed: bool = False
 
+    def size(self, shape: torch.Size) -> tuple[int, int]:
+        """(out, in) of a weight of this shape."""
+        rest = shape[1:].numel()
+        return (rest, shape[0]) if self.transposed else (shape[0], rest)
 
-def _linear_size(shape: torch.Size) -> tuple[int, int]:
-    return shape[0], shape[1]
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The weight as a matrix (out, in); a view."""
+        return weight.t() if self.transposed else weight.flatten(1)
 
-
-def _transposed_size(shape: torch.Size) -> tuple[int, int]:
-    return shape[1], shape[0]
-
-
-def _conv_size(shape: torch.Size) -> tuple[int, int]:
-    return shape[0], shape[1:].numel()
+    def stored(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """A matrix (out, in) as a weight of this shape."""
+        return (matrix.t() if self.transposed else matrix).reshape(shape)
 
 
 #: The operators whose weights are sites. Any other reader of a parameter of two or more dimensions is shown as a miss.
 WEIGHT_OPS: dict[Any, WeightOp] = {
-    aten.linear.default: WeightOp("linear", 1, 2, 0, _linear_size),
-    aten.addmm.default: WeightOp("addmm", 2, 0, 1, _transposed_size),
-    aten.embedding.default: WeightOp("embedding", 0, None, 1, _transposed_size),
-    aten.conv1d.default: WeightOp("conv1d", 1, 2, 0, _conv_size),
-    aten.conv2d.default: WeightOp("conv2d", 1, 2, 0, _conv_size),
-    aten.conv3d.default: WeightOp("conv3d", 1, 2, 0, _conv_size),
+    aten.linear.default: WeightOp("linear", 1, 2, 0),
+    aten.addmm.default: WeightOp("addmm", 2, 0, 1, transposed=True),
+    aten.embedding.default: WeightOp("embedding", 0, None, 1, transposed=True),
+    aten.conv1d.default: WeightOp("conv1d", 1, 2, 0),
+    aten.conv2d.default: WeightOp("conv2d", 1, 2, 0),
+    aten.conv3d.default: WeightOp("conv3d", 1, 2, 0),
 }
 
 
@@ -135,26 +137,29 @@ def _is_matrix(root: nn.Module, node: fx.Node) -> bool:
     return isinstance(value, nn.Parameter) and value.dim() >= 2
 
 
-def find_sites(program: Program) -> list[Site]:
-    """Every use of every parameter of two or more dimensions, in graph order."""
+def find_sites(graph: fx.Graph, root: nn.Module, in_head: Callable[[str], bool]) -> list[Site]:
+    """Every use of every parameter of two or more dimensions, in graph order.
+
+    ``in_head`` says of a module's path whether it lies in the task head.
+    """
     read: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-    for weight in program.graph.find_nodes(op="get_attr"):
-        if _is_matrix(program.root, weight):
+    for weight in graph.find_nodes(op="get_attr"):
+        if _is_matrix(root, weight):
             for user in _users(weight):
                 read[user].append(weight)
-    sites = [_site(program, node, weight) for node in program.graph.nodes for weight in read[node]]
+    sites = [_site(root, in_head, node, weight) for node in graph.nodes for weight in read[node]]
     blocks: dict[str, int] = defaultdict(int)
     for site in sites:
         if site.block is not None:
             blocks[stack_of(site.module)] = max(blocks[stack_of(site.module)], site.block + 1)
     sites = [replace(site, blocks=blocks[stack_of(site.module)]) if site.block is not None else site for site in sites]
-    return _told_apart(program, sites)
+    return _told_apart(root, sites)
 
 
-def _told_apart(program: Program, sites: list[Site]) -> list[Site]:
+def _told_apart(root: nn.Module, sites: list[Site]) -> list[Site]:
     """The sites with names: each weight of a module that uses several gets one that no other weight has."""
-    own = _own_names(program, [site for site in sites if INSERTED_FOR not in site.node.meta])
-    which = {site: id(program.tensor(site.parameter)) for site in own}
+    own = _own_names(root, [site for site in sites if INSERTED_FOR not in site.node.meta])
+    which = {site: id(get_tensor(root, site.parameter)) for site in own}
     called = {site: site.module for site in own}
     several = set(_rivals(called, which))
     # A weight that another module owns is called by that one, as in PEFT ...
@@ -173,14 +178,14 @@ def _told_apart(program: Program, sites: list[Site]) -> list[Site]:
     return [_named(site, own[site], called.get(site, site.module)) if site in other else site for site in sites]
 
 
-def _own_names(program: Program, sites: list[Site]) -> dict[Site, str]:
+def _own_names(root: nn.Module, sites: list[Site]) -> dict[Site, str]:
     """The name of each site's tensor: of several that one inside the module that uses it."""
     names: dict[int, list[str]] = defaultdict(list)
-    for name, value in named_tensors(program.root):
+    for name, value in named_tensors(root):
         names[id(value)].append(name)
     found = {}
     for site in sites:
-        aliases = names[id(program.tensor(site.parameter))]
+        aliases = names[id(get_tensor(root, site.parameter))]
         found[site] = next((name for name in aliases if _within(name, site.module)), site.parameter)
     return found
 
@@ -215,9 +220,9 @@ def _users(weight: fx.Node) -> Iterator[fx.Node]:
         yield from user.users if stacked else (user,)
 
 
-def _site(program: Program, node: fx.Node, weight: fx.Node) -> Site:
+def _site(root: nn.Module, in_head: Callable[[str], bool], node: fx.Node, weight: fx.Node) -> Site:
     name = str(weight.target)
-    shape = get_tensor(program.root, name).shape
+    shape = get_tensor(root, name).shape
     use = WEIGHT_OPS.get(node.target)
     if use is not None and len(node.args) > use.weight and node.args[use.weight] is weight:
         kind, (out_features, in_features) = use.kind, use.size(shape)
@@ -229,7 +234,7 @@ def _site(program: Program, node: fx.Node, weight: fx.Node) -> Site:
     module = node.meta.get(INSERTED_FOR) or module_path(node, owner)
     # A weight used through an operator of its own module has that module's path; one read from outside (a tied
     # output layer, a fused operator) is named by the module that runs it.
-    role = "head" if program.in_head(module) else role_of(module, kind)
+    role = "head" if in_head(module) else role_of(module, kind)
     return Site(module, name, kind, out_features, in_features, block_of(module), role, node)
 
 

@@ -4,7 +4,7 @@ A spec is one string or a list of strings. Each item of it is one of
 
 ======================  ====================================================================================
 ``all-linear``          every linear weight except the output layer, as in PEFT
-``role:ffn.down``       a role, one of :data:`lorafx.roles.ROLES`; a glob works too: ``role:attn.*``
+``role:ffn.down``       a role, one of :data:`lorafx.models.roles.ROLES`; a glob works too: ``role:attn.*``
 ``attention.self.key``  a name: the whole path or its end, as an entry of PEFT's ``target_modules`` list
 ``*.layer.{0..5,8}.*``  a glob over the whole path: ``*`` (crosses dots), ``?``, ``{a,b}``, ``{0..10..2}``
 ``.*\.(query|value)``   a regular expression for the whole path, as PEFT's ``target_modules`` string
@@ -27,8 +27,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from .errors import UsageError, did_you_mean
-from .roles import ROLES, role_of
+from ..errors import UsageError, did_you_mean
+from ..models.roles import ROLES, role_of
 
 __all__ = ["ROLES", "Blocks", "Candidate", "Item", "Selector", "Target", "nearest", "role_of"]
 
@@ -50,8 +50,8 @@ class Candidate(Protocol):
 
     ``module`` is what the weight is called, the path of its module (``bert.encoder.layer.0.attention.self.query``),
     ``kind`` how it is used (``linear``, ``addmm``, ``embedding``, ``conv2d``, …), ``role`` one of
-    :data:`lorafx.roles.ROLES`, ``block`` the index of the repeated block around it, or None. It may have ``names``:
-    others that it answers to, as an item that is a name.
+    :data:`lorafx.models.roles.ROLES`, ``block`` the index of the repeated block around it, or None. It may have
+    ``names``: others that it answers to, as an item that is a name.
     """
 
     @property

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .checkpoint import open_tokenizer
-from .errors import UsageError
-from .pipeline import to_eval
-from .program import Program
-from .site import Site
-from .statistics import mask_of
+from ..errors import UsageError
+from ..graph.call import flatten
+from ..graph.evaluation import evaluation_form
+from ..graph.program import Program
+from ..graph.site import Site
+from ..models.checkpoint import open_tokenizer
+from .input_statistics import mask_of
 
 _BATCH = 8
 
@@ -29,7 +30,7 @@ def input_power(
     """
     if program.device.type == "meta":
         raise UsageError("the program was captured without weights; capture it with them to measure activations")
-    final = to_eval(program)
+    final = evaluation_form(program)
     wanted = {(site.parameter, site.kind) for site in sites}
     # By use, not by input or by weight: weights share inputs, and a weight may be used more than once.
     uses = [site for site in final.sites() if (site.parameter, site.kind) in wanted]
@@ -39,7 +40,7 @@ def input_power(
     for batch in _batches(program, data, column, samples, length):
         recorder = _Recorder(fx.GraphModule(final.root, final.graph), {*masks, *filter(None, masks.values())})
         with torch.no_grad():
-            recorder.run(*final.flatten(batch))
+            recorder.run(*flatten(final, batch))
         for site in uses:
             tokens = recorder.seen[site.input.name].double().flatten(0, -2)
             mask = masks[site.input]
@@ -86,6 +87,6 @@ def _batches(program: Program, data: str | None, column: str, samples: int, leng
 def _texts(file: Path, column: str) -> list[str]:
     if file.suffix == ".txt":
         return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    from .table import read_table
+    from ..files.table import read_table
 
     return read_table(file).texts(column)

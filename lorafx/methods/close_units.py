@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Miss, Promise, Selection, SitePass, option
-from .edit import Edit
-from .program import Program
-from .sparsity import dropped, lowest
-from .units import UnitAnalysis, Units
+from ..base import Promise, SitePass, option
+from ..channels.units import RemovableUnits, Units
+from ..graph.edit import Edit
+from ..graph.program import Program
+from ..graph.selection import Miss, Selection
+from .masks import dropped, lowest
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class CloseUnits(SitePass):
         found = super().sites(program)
         if not found.taken:
             return found
-        analysis = UnitAnalysis(program, found.taken)
+        analysis = RemovableUnits(program, found.taken)
         units = [(site, self._reason(program, analysis.find(site))) for site in found.taken]
         missed = [Miss(site, why) for site, why in units if isinstance(why, str)]
         return Selection(tuple(u for _, u in units if isinstance(u, Units)), (*found.missed, *missed))  # type: ignore
@@ -63,12 +64,11 @@ def _closed(program: Program, units: Units) -> int:
     value = program.tensor(units.site.parameter).detach()
     if value.is_meta:
         return 0
-    read = (value if units.site.kind != "addmm" else value.t()).ne(0).any(0).cpu().double()
+    read = units.site.op.matrix(value).ne(0).any(0).cpu().double()
     return int((torch.bincount(torch.from_numpy(units.of), read) == 0).sum())
 
 
 def _close(edit: Edit, unit: Units, columns: Tensor) -> None:
     value = edit.program.tensor(unit.site.parameter).detach().clone()
-    dim = 0 if unit.site.kind == "addmm" else 1
-    value.index_fill_(dim, columns.nonzero().flatten().to(value.device), 0.0)
+    unit.site.op.matrix(value).index_fill_(1, columns.nonzero().flatten().to(value.device), 0.0)
     edit.set_tensor(unit.site.parameter, value)

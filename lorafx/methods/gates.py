@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from .edit import Edit
-from .module import MethodState, SiteState
+from ..graph.edit import Edit
+from ..graph.state import MethodState, SiteState
 
 aten = torch.ops.aten
 

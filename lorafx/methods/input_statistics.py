@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from .edit import Edit
-from .site import Site
+from ..graph.edit import Edit
+from ..graph.site import Site
 
 aten = torch.ops.aten
 

@@ -15,12 +15,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from .base import Method, Promise, option
-from .edit import Edit
-from .errors import UsageError
-from .program import Program
-from .site import Site
-from .target import ALL_LINEAR, Target
+from ..base import Method, Promise, option
+from ..errors import UsageError
+from ..graph.edit import Edit
+from ..graph.program import Program
+from ..graph.site import Site
+from ..graph.target import ALL_LINEAR, Target
 
 aten = torch.ops.aten
 

@@ -8,7 +8,7 @@ import re
 import torch
 from torch import Tensor
 
-from .errors import UsageError
+from ..errors import UsageError
 
 _N_OF_M = re.compile(r"(\d+):(\d+)")
 

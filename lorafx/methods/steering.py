@@ -10,8 +10,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ..graph.state import MethodState
 from .gates import keep_open
-from .module import MethodState
 from .schedules import ascend, linear, steps_of
 
 

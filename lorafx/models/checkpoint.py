@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from .errors import ArtifactError, UsageError, did_you_mean, first_line
-from .folder import LFS_START, MANIFEST, file_hash, find_manifest
+from ..errors import ArtifactError, UsageError, did_you_mean, first_line
+from ..files.folder import LFS_START, MANIFEST, file_hash, find_manifest
 
 _log = logging.getLogger(__name__)
 

@@ -1,124 +1,25 @@
 """Parity: whether two models compute the same function, shown on inputs of several shapes with padding.
 
 Positions that are padding are left out of outputs that have a value for each token: no reader looks at them, and fused
-attention may hold anything there. How a difference is judged is said in :mod:`lorafx.comparison`.
+attention may hold anything there. How a difference is judged is said in :mod:`lorafx.parity.comparison`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import first_line
+from ..graph.precision import coarsest, tolerance
+from ..graph.program import Program
+from ..graph.rounding import slack
+from ..models.tokenizers import length_limit
 from .comparison import Case, Comparison, difference
-from .errors import ArtifactError, UsageError, first_line
-from .inputs import SHAPES, Batch, Generator, find_tokenizer, length_limit, merged, pad_token, tokenised
-from .precision import coarsest, tolerance
-from .program import Program
-from .rounding import slack
-from .runner import Runner, open_runner
-
-#: The longest text compared unless shapes are given. Attention takes time and memory with the square of the length, and
-#: the tables and windows that end somewhere mostly end before; a comparison that stops here says so.
-LONGEST = 512
-
-# ---- comparing
-
-
-def verify(
-    a: Any,
-    b: Any,
-    texts: Iterable[str] | None = None,
-    tokenizer: Any = None,
-    shapes: Sequence[tuple[int, int]] | None = None,
-    seed: int = 0,
-    dtype: torch.dtype | None = None,
-    *,
-    inputs: Iterable[Mapping[str, Tensor]] | None = None,
-    provider: str = "cpu",
-    threads: int | None = None,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-    base: Any = None,
-) -> Comparison:
-    """Compare what two models compute on the same inputs.
-
-    Args:
-        a: the reference: a program, a module, a runner, or a folder (checkpoint, run, folded, ONNX)
-        b: the other, likewise
-        texts: real texts to compare on, instead of made-up tokens
-        tokenizer: makes tokens of them and says on which side to pad; found in either folder when None
-        shapes: batch × length of made-up inputs, clipped to what both models take; by default small and odd ones, one
-            row, one token, and the longest text the models take, up to ``LONGEST`` tokens
-        seed: of made-up inputs
-        dtype: compute both in this dtype; fp64 leaves rounding no room to hide a mistake
-        inputs: inputs of one's own, instead of all that
-        provider: ``cpu`` or ``cuda``
-        threads: CPU threads of each side
-        trust_remote_code: whether code that comes with a folder may run: a checkpoint's own, that in a pickled .pt2
-        allow_pickle: whether weights in ``.bin`` files may be read
-        base: where the base checkpoint of runs is now, if it was moved
-
-    Raises:
-        ArtifactError: a folder cannot be opened
-        UsageError: inputs cannot be made, or there is no tokenizer for ``texts``
-
-    A shape that both sides refuse is noted and left out; one that only one of them refuses is a difference.
-    """
-    opening = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle, "base": base}
-    options: dict[str, Any] = {"dtype": dtype, **opening}
-    left, right = (
-        side if isinstance(side, Runner) else open_runner(side, provider, threads, **options) for side in (a, b)
-    )
-    for runner in (left, right):
-        if runner.fresh:
-            name = min(runner.fresh)
-            raise ArtifactError(f"{runner.label}: no weights for {name}; newly initialised ones cannot be compared")
-    if inputs is not None:
-        own = (Batch(f"inputs {number}", dict(values)) for number, values in enumerate(inputs, 1))
-        return compare(left, right, own, _per_token(left, None))
-    tokenizer = tokenizer or find_tokenizer(left.folder, right.folder, trust_remote_code=trust_remote_code)
-    generator = _generator(left, right, tokenizer, texts is not None, seed)
-    tokens = _per_token(left, generator)
-    if texts is not None:
-        return compare(left, right, tokenised(texts, tokenizer, generator), tokens)
-    ends, note = _ends(generator) if shapes is None else ((), "")
-    result = compare(left, right, generator.batches((*(shapes or SHAPES), *ends)), tokens)
-    return dataclasses.replace(result, notes=(*result.notes, note)) if note else result
-
-
-def _ends(generator: Generator) -> tuple[tuple[tuple[int, int], ...], str]:
-    """The shape at the far end of what the models take, if they say one; and what to know about it."""
-    limit = generator.limit
-    if limit is None or not any(spec.is_text for spec in generator.specs):
-        return (), ""
-    note = f"compared on texts of up to {LONGEST} of the {limit} tokens that the models take" if limit > LONGEST else ""
-    return ((1, min(limit, LONGEST)),), note
-
-
-def compare_programs(a: Program, b: Program, dtype: torch.dtype | None = None) -> Comparison:
-    """Compare two programs on the first one's example inputs; in ``dtype`` if one is given. UsageError on meta."""
-    left = open_runner(a, dtype=dtype, label="before")
-    right = open_runner(b, dtype=dtype, label="after")
-    example = {name: value for name, value in a.example.items() if isinstance(value, Tensor)}
-    return compare(left, right, [Batch("the example inputs", example)], _per_token(left, None))
-
-
-def _generator(a: Runner, b: Runner, tokenizer: Any, needed: bool, seed: int) -> Generator:
-    if needed and tokenizer is None:
-        raise UsageError(f"no tokenizer in {a.label} or {b.label}; pass one, or leave texts out")
-    pad = getattr(tokenizer, "pad_token_id", None)
-    return Generator(
-        merged(a.inputs, b.inputs),
-        seed,
-        pad if pad is not None else pad_token(a.config, b.config),
-        getattr(tokenizer, "padding_side", "right") == "left",
-        length_limit(a.config, b.config),
-    )
+from .inputs import Batch, Generator
+from .runner import Place, Runner, program_runner
 
 
 def compare(a: Runner, b: Runner, batches: Iterable[Batch], per_token: frozenset[str] = frozenset()) -> Comparison:
@@ -174,7 +75,7 @@ class Answers:
     def of(cls, program: Program, batches: Sequence[Batch], label: str) -> Answers:
         """Ask ``program``, where its tensors are; the caller's random state stays as it is."""
         device = program.device
-        runner = open_runner(program, "cuda" if device.type == "cuda" else "cpu", label=label)
+        runner = program_runner(program, Place.beside(program), label)
         outcomes = []
         for batch in batches:
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else ()):
@@ -197,7 +98,7 @@ class Answers:
         said = list(zip(self.batches, self.outcomes, other.outcomes, strict=True))
         counted = [entry for number, entry in enumerate(said) if number == 0 or not isinstance(entry[1], str)]
         result = _compared(self.runner, other.runner, counted, same_nan=True, slack=slack)
-        tokens = frozenset() if acceptable(result) else _per_token(other.runner, None)
+        tokens = frozenset() if acceptable(result) else per_token_outputs(other.runner, None)
         if not tokens:
             return result
         return _compared(self.runner, other.runner, counted, tokens, same_nan=True, slack=slack)
@@ -252,7 +153,7 @@ def _cases(
             yield difference(batch.label, name, a[name], b[name], tokens, same_nan=same_nan, slack=slack.get(name))
 
 
-def _per_token(runner: Runner, generator: Generator | None) -> frozenset[str]:
+def per_token_outputs(runner: Runner, generator: Generator | None) -> frozenset[str]:
     """The outputs whose second axis follows the length of the text, found by trying two lengths.
 
     Shapes alone cannot tell: five logits for five tokens' worth of text look like one a token.

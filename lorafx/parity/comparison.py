@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .precision import dtype_name
+from ..graph.precision import dtype_name
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def difference(
         a, b: its values; ``a`` is the reference
         tokens: which positions of the first two axes count; all when None
         same_nan: NaN on both sides is agreement, else it is a problem
-        slack: how far each element may be off for nothing (see :mod:`lorafx.rounding`); not at all when None
+        slack: how far each element may be off for nothing (see :mod:`lorafx.graph.rounding`); not at all when None
     """
     kinds_differ = a.is_floating_point() != b.is_floating_point()
     x, y = a.detach().cpu().double(), b.detach().cpu().double()

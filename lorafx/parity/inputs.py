@@ -6,15 +6,13 @@ import copy
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checkpoint import open_tokenizer
-from .domain import Range
-from .errors import UsageError
+from ..errors import UsageError
+from ..graph.domain import Range
 
 #: batch × length of the generated inputs: the smallest, the smallest that is not one, and odd ones.
 SHAPES = tuple((batch, length) for batch in (1, 2, 5) for length in (1, 2, 33))
@@ -228,29 +226,7 @@ class Generator:
         return ids.masked_fill(mask == 0, self.pad) if ids.shape == mask.shape else ids
 
 
-def length_limit(*configs: Any) -> int | None:
-    """The longest text that models with these configs take, if they have a limit."""
-    texts = [config.get_text_config() for config in configs if config is not None]
-    limits = [getattr(text, "max_position_embeddings", None) for text in texts]
-    return min((int(limit) for limit in limits if limit and limit > 0), default=None)
-
-
-def pad_token(*configs: Any) -> int | None:
-    """The padding token of the first config that names one; a negative number says that there is none."""
-    texts = [config.get_text_config() for config in configs if config is not None]
-    found = ((text, getattr(text, "pad_token_id", None)) for text in texts)
-    return next((pad for text, pad in found if pad is not None and 0 <= pad < getattr(text, "vocab_size", 2**31)), None)
-
-
 # ---- tokenised
-
-
-def find_tokenizer(*folders: Path | None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of the first folder that has one; None when none has."""
-    for folder in folders:
-        if folder is not None and any(folder.glob("tokenizer*")):
-            return open_tokenizer(folder, trust_remote_code)
-    return None
 
 
 def tokenised(texts: Iterable[str], tokenizer: Any, generator: Generator) -> Iterator[Batch]:

@@ -1,49 +1,25 @@
-"""Observers: what may watch a pipeline run. Timing is recorded always; these add dumps and checks."""
+"""Every pass is held to its promise: what the program computes after it is compared with what it computed before."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .base import Pass, Promise
-from .errors import ParityError
-from .precision import recast, relaid
-from .rounding import SAMPLES, jittered
-from .tree import named_tensors
+from ..apply import Observer, apply
+from ..base import Pass, Promise
+from ..errors import ParityError
+from ..graph.precision import recast, relaid
+from ..graph.rounding import SAMPLES, jittered
+from ..graph.tree import named_tensors
 
 if TYPE_CHECKING:
+    from ..graph.program import Program
+    from .answers import Answers
     from .comparison import Comparison
-    from .parity import Answers
-    from .program import Program
-
-
-class Observer:
-    """Sees the program before and after each pass. ``compares`` asks the runner to keep the program before the pass."""
-
-    compares: bool = False
-
-    def before(self, program: Program, step: Pass) -> None:
-        """Called before ``step`` runs."""
-
-    def after(self, program: Program, step: Pass, previous: Program | None) -> None:
-        """Called after ``step`` ran; ``previous`` is the program before it, if any observer compares."""
-
-
-class Dump(Observer):
-    """Write the graph's readable form to ``folder`` after each pass: ``01-lora.txt``, ``02-to-eval.txt``, …"""
-
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-
-    def after(self, program: Program, step: Pass, previous: Program | None) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"{len(program.history):02d}-{step.pass_name()}.txt"
-        (self.folder / name).write_text(str(program.graph), encoding="utf-8")
 
 
 class Unproven(Observer):
@@ -164,15 +140,15 @@ def _explained(
 
 def _without_rounding(program: Program, before: Answers, after: Answers) -> Comparison:
     """The comparison without the differences that rounding within ``program``, the one before, explains."""
-    from .pipeline import to_eval
+    from ..graph.evaluation import evaluation_form
 
-    graph = to_eval(program)
+    graph = evaluation_form(program)
     moved = [_answers(jittered(graph, seed), "the program") for seed in range(SAMPLES)]
     return before.against(after, lambda found: keeps(found, Promise.CLOSE), before.slack(moved))
 
 
 def _answers(program: Program, label: str) -> Answers:
-    from .parity import Answers, example_batches
+    from .answers import Answers, example_batches
 
     return Answers.of(program, example_batches(program), label)
 
@@ -219,8 +195,6 @@ def note_proof(program: Program, text: str) -> None:
 
 def _in_double(previous: Program, step: Pass) -> tuple[Program, Program]:
     """The program in fp64 before and after ``step``; the caller's random state stays as it is."""
-    from .pipeline import run
-
     before = recast(previous, torch.float64)
     with torch.random.fork_rng(devices=()):
-        return before, run(before, (step,), check=False)
+        return before, apply(before, (step,))

@@ -22,10 +22,13 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import ArtifactError, UsageError
-from .inputs import Generator, length_limit, merged, pad_token
+from ..errors import ArtifactError, UsageError
+from ..graph.precision import dtype_name
+from ..models.tokenizers import length_limit, pad_token
+from ..parity.inputs import Generator, merged
+from ..parity.runner import Runner
 from .memory import peak_memory
-from .runner import Runner, open_runner
+from .open import open_runner
 
 #: batch × length: a single short text, a small batch, a large one.
 SHAPES = ((1, 64), (8, 64), (32, 128))
@@ -107,7 +110,7 @@ class BenchResult:
 
     def text(self, width: int = 110) -> str:
         """The result as tables no wider than ``width`` columns."""
-        from .render import Section, draw_text
+        from ..reporting.render import Section, draw_text
 
         first = self.candidates[0].label
         columns = ("shape", "candidate", "median ms", "p10 … p90", f"times as fast as {first}", "p10 … p90 ")
@@ -268,7 +271,7 @@ def _candidate(
     peak, libraries = None, None
     if folder is not None and shape is not None:
         peak, libraries = _peak_of(folder, shape, runner.threads, opening)
-    dtype = str(runner.dtype).removeprefix("torch.")
+    dtype = dtype_name(runner.dtype)
     return Candidate(label, runner.kind, runner.provider, runner.threads, dtype, size, peak, libraries, runner.note)
 
 
@@ -292,9 +295,8 @@ def _peak_of(
     """Peak memory of a process that loads a folder and runs it once, and what its libraries took of that."""
     request = json.dumps([str(folder.resolve()), *shape, threads, *opening])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    done = subprocess.run(
-        [sys.executable, "-m", "lorafx.bench", request], capture_output=True, text=True, env=environment, check=False
-    )
+    command = [sys.executable, "-m", "lorafx.proof.bench", request]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise ArtifactError(f"{folder}: a process of its own cannot run it: {reason}")

@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from .errors import ArtifactError, CaptureError, UsageError, first_line
-from .inputs import InputSpec, specs_of
-from .precision import coarsest, dtype_name
-from .runner import PROVIDERS, Place, Runner
+from ..errors import ArtifactError, CaptureError, UsageError, first_line
+from ..graph.precision import coarsest, dtype_name
+from ..parity.inputs import InputSpec, specs_of
+from ..parity.runner import PROVIDERS, Place, Runner
 
 #: ONNX's names of the dtypes weights come in.
 _ONNX_FLOATS = {"FLOAT16": torch.float16, "BFLOAT16": torch.bfloat16, "FLOAT": torch.float32, "DOUBLE": torch.float64}
 
 
 def open_exported(folder: Path, place: Place, label: str, trusted: bool = False) -> Runner:
-    """A runner for a folder that transformers' exporters or lorafx wrote; see :func:`lorafx.runner.open_runner`."""
+    """A runner for a folder that transformers' exporters or lorafx wrote; see :func:`lorafx.proof.open.open_runner`."""
     from transformers.exporters.base import ExportedModel
 
     kind = _read_json(folder / "export.json").get("export_format", "unknown")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Promise
-from .comparison import Comparison
-from .errors import UsageError
-from .parity import Answers, example_batches
-from .program import Program
-from .tree import has_tensor, tensor_hash
+from ..base import Promise
+from ..errors import UsageError
+from ..graph.tree import has_tensor, tensor_hash
+from ..parity.answers import Answers, example_batches
+from ..parity.comparison import Comparison
+from ..public import Program
 
 _KEPT = (Promise.EXACT, Promise.CLOSE)
 

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from .errors import UsageError
+from ..channels.costs import shape_name
+from ..errors import UsageError
+from ..parity.runner import PROVIDERS
+from ..public import Program
 from .exported import session_options
-from .prices import shape_name
-from .program import Program
 
 aten = torch.ops.aten
 
@@ -103,7 +104,7 @@ def _session(
     opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid(_CONTRIB, 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     session = onnxruntime.InferenceSession(
-        model.SerializeToString(), session_options(threads), providers=["CPUExecutionProvider"]
+        model.SerializeToString(), session_options(threads), providers=[PROVIDERS["cpu"]]
     )
     rng = np.random.default_rng(0)
     values = {name: rng.standard_normal(shape, np.float32) for name, shape in inputs.items()}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Options, option
-from .errors import RecipeError
+from ..base import Options, option
+from ..errors import RecipeError
 
 
 @dataclass(frozen=True)

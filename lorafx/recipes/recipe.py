@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
-from .errors import ArtifactError, RecipeError, did_you_mean
+from ..errors import ArtifactError, RecipeError, did_you_mean
 from .registry import options, pass_class
 
 if TYPE_CHECKING:
-    from .base import Pass
+    from ..base import Pass
 
 _SECTIONS = ("model", "pass", "train")
 

@@ -15,10 +15,10 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UsageError, did_you_mean
+from ..errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from .base import Pass
+    from ..base import Pass
 
 GROUP = "lorafx.passes"
 
@@ -26,7 +26,7 @@ GROUP = "lorafx.passes"
 @cache
 def known() -> Mapping[str, str]:
     """Pass name → ``module`` or ``module:Class``. UsageError when a plug-in takes a name that is taken."""
-    folder = Path(__file__).parent / "passes"
+    folder = Path(__file__).parent.parent / "passes"
     names = {
         file.stem.replace("_", "-"): f"lorafx.passes.{file.stem}"
         for file in sorted(folder.glob("*.py"))
@@ -46,7 +46,7 @@ def summary(name: str) -> str:
     target = known()[name]
     if ":" in target:
         return f"plug-in {target}"
-    file = Path(__file__).parent / "passes" / f"{name.replace('-', '_')}.py"
+    file = Path(__file__).parent.parent / "passes" / f"{name.replace('-', '_')}.py"
     text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
     return text.partition("\n")[0]
 
@@ -54,7 +54,7 @@ def summary(name: str) -> str:
 @cache
 def pass_class(name: str) -> type[Pass]:
     """The class of the pass called ``name``; UsageError with a did-you-mean for an unknown one."""
-    from .base import Pass
+    from ..base import Pass
 
     if name not in known():
         raise UsageError(f"unknown pass {name!r}{did_you_mean(name, known())}; `lorafx passes` lists them")
@@ -73,7 +73,7 @@ def pass_class(name: str) -> type[Pass]:
 
 
 def _plugin_class(name: str, value: Any) -> type[Pass]:
-    from .base import Pass
+    from ..base import Pass
 
     if not (inspect.isclass(value) and issubclass(value, Pass) and dataclasses.is_dataclass(value)):
         raise UsageError(

@@ -14,8 +14,8 @@ from .render import Section, braced, cell, draw_html, draw_text, section_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .base import Miss
-    from .program import Applied, Program
+    from ..graph.program import Applied, Program
+    from ..graph.selection import Miss
 
 #: Titles of the sections that :meth:`Report.plus` is commonly given; any other section's name is its title.
 _TITLES = {"parity": "Parity", "training": "Training", "benchmark": "Benchmark", "sizes": "Sizes in bytes"}
@@ -172,8 +172,8 @@ def shrunk_blocks(program: Program) -> list[dict[str, Any]]:
 
 def _learned(program: Program) -> dict[str, Any]:
     """What passes have to say, by titles that name them; methods of what they learned, before it was folded."""
-    from .base import Method
-    from .module import method_state
+    from ..base import Method
+    from ..graph.state import method_state
 
     source = program.origin or program
     sections = {
@@ -201,10 +201,12 @@ def _settled(row: Any, program: Program) -> bool:
 
 
 def _pass_report(program: Program, applied: Applied) -> PassReport:
-    from .recipe import pass_dict
-    from .tree import has_tensor
+    from ..base import Pass
+    from ..graph.tree import has_tensor
+    from ..recipes.recipe import pass_dict
 
     step = applied.step
+    assert isinstance(step, Pass)
     names = [name for entry in applied.inserted for name in entry.tensors.values()]
     missed: dict[str, list[str]] = {}
     for miss in applied.missed:

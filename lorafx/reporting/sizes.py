@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from .program import Program
-from .site import block_of, module_path, stack_of
+from ..graph.program import Program
+from ..graph.site import block_of, module_path, stack_of
 
 aten = torch.ops.aten
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 
-from .errors import UsageError
-from .module import loss_type
+from ..errors import UsageError
+from ..models.tasks import loss_type
 
 if TYPE_CHECKING:
-    from .program import Program
+    from ..graph.program import Program
 
 
 def text_collator(kind: str, tokenizer: Any, program: Program) -> Any:
-    """What pads the rows of a table; ``kind`` as :func:`~lorafx.data.kind_of` names it."""
+    """What pads the rows of a table; ``kind`` as :func:`~lorafx.training.data.kind_of` names it."""
 
     if kind == "masked-token":
         return transformers.DataCollatorForLanguageModeling(tokenizer, mlm=True)

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.utils.data import Dataset
 
+from ..errors import ArtifactError, UsageError, did_you_mean
+from ..files.table import Table, short, table_of
+from ..models.tasks import loss_type
+from ..models.tokenizers import length_limit
 from .collating import dataset_collator, text_collator
-from .errors import ArtifactError, UsageError, did_you_mean
-from .inputs import length_limit
-from .module import loss_type
-from .table import Table, short, table_of
 from .tokens import Cuts, Texts
 
 if TYPE_CHECKING:
-    from .options import TrainOptions
-    from .program import Program
+    from ..graph.program import Program
+    from ..recipes.options import TrainOptions
 
 _log = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ def prepare(
     """Rows of model inputs for ``program`` from a table, or from a dataset that has them already.
 
     Args:
-        data: what :func:`~lorafx.table.table_of` takes, or a dataset whose rows hold the model's inputs
+        data: what :func:`~lorafx.files.table.table_of` takes, or a dataset whose rows hold the model's inputs
         tokenizer: the checkpoint's; it may be None for a dataset of model inputs
         collator: makes a batch of a list of rows; chosen by the model when None
         like: the prepared training table, when this is the evaluation table: its class numbers hold

@@ -8,19 +8,33 @@ comes without is refused, whoever wrote the loop.
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from .base import Method
-from .errors import UsageError
+from ..base import Method
+from ..errors import UsageError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Iterator
 
-    from .module import RewrittenModel
+    from torch import Tensor, nn
 
-_WATCHED: weakref.WeakSet[RewrittenModel] = weakref.WeakSet()
+    from ..graph.program import Program
+
+
+class Trained(Protocol):
+    """What is watched: a :class:`lorafx.training.module.RewrittenModel`."""
+
+    program: Program
+    duties: Duties
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def penalty(self) -> Tensor | None: ...
+
+
+_WATCHED: weakref.WeakSet[Trained] = weakref.WeakSet()
 _ADVICE = (
     "train with lorafx.train, lorafx.training.Trainer or its LorafxCallback; a loop of your own calls "
     "model.before_step() and model.after_step() around the optimiser's step and adds model.penalty() to its loss"
@@ -48,7 +62,7 @@ class Duties:
         if hook != "penalty":
             self.carried = None
 
-    def check(self, model: RewrittenModel) -> None:
+    def check(self, model: Trained) -> None:
         """UsageError when the loop left out a method's part; else the account of the next step begins."""
         owed = [("before_step", self.before_step, "before_step()")]
         if self.stepped:
@@ -62,7 +76,7 @@ class Duties:
         self.done.clear()
 
 
-def watch(model: RewrittenModel, methods: list[Method]) -> Duties:
+def watch(model: Trained, methods: list[Method]) -> Duties:
     """The duties towards ``model``, checked from now on whenever an optimiser that holds its parameters steps."""
     duties = Duties(methods)
     if duties.penalty or duties.before_step or duties.after_step:

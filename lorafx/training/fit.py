@@ -29,14 +29,16 @@ from transformers import ProgressCallback, TrainerCallback, TrainingArguments, d
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SchedulerType
 
-from .checkpoint import open_tokenizer
+from ..errors import ArtifactError, UsageError, did_you_mean, first_line
+from ..graph.tree import get_tensor, has_tensor, persistent, put_tensor
+from ..models.checkpoint import open_tokenizer
+from ..recipes.options import TrainOptions
+from ..recipes.recipe import parse_options
 from .collating import Collator
 from .data import Prepared, prepare
-from .errors import ArtifactError, UsageError, did_you_mean, first_line
 from .interrupt import saving_at_interrupt
 from .metrics import Metric, metric_of
-from .options import TrainOptions
-from .recipe import parse_options
+from .module import build_module
 from .trainer import (
     LorafxCallback,
     MethodTrainerMixin,
@@ -48,10 +50,9 @@ from .trainer import (
     rewritten_model,
     state_of,
 )
-from .tree import get_tensor, has_tensor, persistent, put_tensor
 
 if TYPE_CHECKING:
-    from .program import Program
+    from ..graph.program import Program
 
 __all__ = [
     "LorafxCallback",
@@ -122,7 +123,7 @@ def train(
         resume: True to go on from the last checkpoint in ``output_dir``, or the folder of one
         callbacks: transformers callbacks
         progress: show a progress bar on stderr
-        options: the fields of :class:`~lorafx.options.TrainOptions`
+        options: the fields of :class:`~lorafx.recipes.options.TrainOptions`
 
     Raises:
         UsageError: an unknown option, nothing to train, data that does not fit the model
@@ -272,7 +273,7 @@ def _trainer(
     for name in program.names("unread"):
         # The graph does not read them, so they get no gradient, and DDP would wait for it.
         get_tensor(program.root, name).requires_grad_(False)
-    model = program.module()
+    model = build_module(program)
     if settings.checkpointing:
         model.gradient_checkpointing_enable()
     trainer = Trainer(

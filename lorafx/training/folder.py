@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import UsageError
-from .folder import is_free
+from ..errors import UsageError
+from ..files.folder import is_free
 
 #: The file that marks the folder, with what the training was made from.
 MARK = "lorafx-training.json"

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .module import loss_type
-from .program import Program
+from ..graph.program import Program
+from ..models.tasks import loss_type
 
 #: The label of what is not to be predicted, as transformers' losses have it.
 _IGNORED = -100

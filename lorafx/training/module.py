@@ -7,73 +7,28 @@ import dataclasses
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.utils import _pytree as pytree
 
-from .base import Method
-from .call import by_name, parameters_of
+from ..base import Method
+from ..errors import UsageError
+from ..graph.call import by_name, flatten, parameters_of
+from ..graph.evaluation import evaluation_form
+from ..graph.segments import compile_graph
+from ..graph.state import MethodState, method_state
+from ..graph.tree import get_tensor, own_when_trained
+from ..models.tasks import count_targets, loss_function, loss_type
 from .duties import Duties, watch
-from .errors import UsageError
-from .segments import compile_graph
-from .tree import get_tensor, own_when_trained
 
 if TYPE_CHECKING:
-    from .program import Applied, Program
+    from ..graph.program import Applied, Program
 
 _LABELS = ("labels", "start_positions", "end_positions")
 #: Problem types whose loss in transformers is a mean over the micro-batch, whatever the number of items it is told.
 _MEANS = ("regression", "multi_label_classification")
-
-
-@dataclass(frozen=True)
-class SiteState:
-    """The tensors one pass keeps for one module, by short name."""
-
-    module: str
-    block: int | None
-    tensors: dict[str, Tensor]
-
-    def __getitem__(self, short: str) -> Tensor:
-        return self.tensors[short]
-
-
-@dataclass(frozen=True)
-class MethodState:
-    """What a method sees while training: its tensors site by site, and the clock.
-
-    Attributes:
-        sites: one entry for each module the pass rewrote
-        step: optimiser steps taken so far
-        total_steps: how many there will be, or None when the loop did not say
-        shared: the tensors that belong to the pass as a whole, by short name
-    """
-
-    sites: tuple[SiteState, ...]
-    step: int
-    total_steps: int | None
-    shared: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def planned_steps(self) -> int:
-        """``total_steps``; UsageError when a schedule needs it and the loop did not say."""
-        if self.total_steps is None:
-            raise UsageError("a schedule needs the number of steps: set model.total_steps before the first one")
-        return self.total_steps
-
-
-def method_state(
-    applied: Applied, tensor: Callable[[str], Tensor], step: int = 0, total_steps: int | None = None
-) -> MethodState:
-    """The state of one entry of a program's history; ``tensor`` gives the tensors by name."""
-    states = [
-        SiteState(i.module, i.block, {k: tensor(name) for k, name in i.tensors.items()}) for i in applied.inserted
-    ]
-    shared = next((state.tensors for state in states if not state.module), {})
-    return MethodState(tuple(state for state in states if state.module), step, total_steps, shared)
 
 
 class RewrittenModel(nn.Module):
@@ -121,7 +76,7 @@ class RewrittenModel(nn.Module):
         if self.training and self.program.untrainable:
             raise UsageError(f"{self.program.untrainable}; call eval() first")
         graphs = type(self)._graphs  # type: ignore[attr-defined]
-        leaves = self.program.flatten(inputs)
+        leaves = flatten(self.program, inputs)
         self.duties.carried = None
         if self.training and torch.is_grad_enabled():
             self.duties.ran = True
@@ -264,33 +219,6 @@ class RewrittenModel(nn.Module):
         self.checkpointing = False
 
 
-def loss_type(model: nn.Module) -> str | None:
-    """transformers' name of the loss that trains ``model``; None for a plain module or a pretraining head."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    # GPT-2's and its contemporaries' class names do not say ForCausalLM, which is where transformers looks.
-    default = "ForCausalLM" if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else None
-    return getattr(model, "loss_type", None) or default
-
-
-def loss_function(model: nn.Module) -> Callable[..., Tensor] | None:
-    """The function that computes that loss. An encoder-decoder's shifts nothing: its labels stand at its outputs."""
-    from transformers.loss.loss_utils import LOSS_MAPPING
-
-    kind = loss_type(model)
-    if kind is None:
-        return None
-    function = model.loss_function if getattr(model, "loss_type", None) else LOSS_MAPPING[kind]
-    aligned = getattr(model.config, "is_encoder_decoder", False) and function is LOSS_MAPPING["ForCausalLM"]
-    return LOSS_MAPPING["ForMaskedLM"] if aligned else function  # type: ignore[return-value]
-
-
-def count_targets(model: nn.Module, labels: Tensor) -> Tensor:
-    """How many of ``labels`` the loss of ``model`` is over, counted as HF Trainer counts a batch."""
-    shifted = loss_type(model) == "ForCausalLM" and not getattr(model.config, "is_encoder_decoder", False)
-    return (labels[..., 1:] if shifted else labels).ne(-100).sum()
-
-
 def _forward(self: RewrittenModel, *args: Any, **kwargs: Any) -> Any:
     inputs = {**by_name(self.program, args, kwargs), **kwargs}
     items = inputs.pop("num_items_in_batch", None)
@@ -324,9 +252,7 @@ def _label_names(program: Program) -> list[str]:
 
 def build_module(program: Program) -> RewrittenModel:
     """The module of ``program``. Its tensors are the program's own objects, so training it trains the program."""
-    from .pipeline import to_eval
-
-    evaluation = program if program.stage == "eval" else to_eval(program)
+    evaluation = program if program.stage == "eval" else evaluation_form(program)
     graphs: dict[bool, Callable[..., Any]] = {False: compile_graph(evaluation.graph)}
     graphs[True] = graphs[False] if program.stage == "eval" else compile_graph(program.graph)
     # A class per program, as torch.fx does: `forward` carries the captured inputs by name, which is how HF Trainer

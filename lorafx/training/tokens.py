@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .table import Table
+from ..files.table import Table
 
 #: Rows tokenised at a time.
 _CHUNK = 1000

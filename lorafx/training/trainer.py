@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerCallback
 
-from .checkpoint import check_safetensors
-from .errors import ArtifactError, UsageError
+from ..errors import ArtifactError, UsageError
+from ..graph.tree import get_tensor
+from ..models.checkpoint import check_safetensors
 from .module import RewrittenModel
-from .tree import get_tensor
 
 # The mixin's methods call the Trainer that follows it in the order of classes.
 _TrainerBase = transformers.Trainer if TYPE_CHECKING else object

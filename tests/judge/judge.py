@@ -19,11 +19,11 @@ from torch.utils import _pytree as pytree
 
 import lorafx
 from lorafx.errors import CaptureError
+from lorafx.graph.rounding import SAMPLES, jittered, slack
 from lorafx.passes.finegates import Finegates
 from lorafx.passes.lora import Lora
 from lorafx.pipeline import to_eval
-from lorafx.program import Program
-from lorafx.rounding import SAMPLES, jittered, slack
+from lorafx.public import Program
 from tests.judge import layers_attention, layers_convolutions, layers_moves, layers_products  # noqa: F401
 from tests.judge.build import Builder, Generated, Plan, Unfit
 from tests.judge.layers import LAYERS, activation, layer, linear, width
@@ -35,7 +35,7 @@ TOLERANCE = 1e-9
 #: Batch sizes and, for texts, lengths the outputs are compared at; the first is the one captured.
 SIZES = ((2, 5), (1, 3), (5, 7))
 #: Who warns when a rule about channels raised, or did not hold when a removal was tried.
-_ANALYSIS = tuple(f"lorafx.{name}" for name in ("axes", "channels", "needs", "removal_plan"))
+_ANALYSIS = tuple(f"lorafx.channels.{name}" for name in ("axes", "constant", "needed", "plan"))
 #: A graph that takes longer, in processor time, hangs.
 _LIMIT_S = 120
 #: Token numbers are below this.

@@ -1,0 +1,20 @@
+"""Which channels nobody needs, argued from the graph, tried on the example, then cut out.
+
+Imports graph and the contract of a pass; knows no method and no pass.
+
+An example, with three hidden channels::
+
+    h = relu(x @ A.T + a)        A: 3 × 4, its row 1 is zero, a[1] = 0.5
+    y = h @ B.T + b              B: 2 × 3, its column 2 is zero
+
+- ``axes`` gives every entry along a dimension a label: A's rows, a's entries, h's features and B's columns are three
+  labels, the same for all of them. A's columns are x's features, and x is an input: pinned (``Axes.pins``).
+- ``constant`` knows that channel 1 of h is relu(0.5) = 0.5, whatever x is.
+- ``needed`` asks who reads a channel: B reads 0; nothing in it reads 2; and 1, a constant, can go into b.
+- ``removal`` says what stays: label 0. ``groups`` and ``units`` say it to people and to gates.
+- ``plan`` cuts A to 1 × 4, a to 1, B to 2 × 1, and adds 0.5 · B[:, 1] to b; ``resize`` mends sizes in the graph.
+- ``trial`` ran both on the example inputs before any of that was believed.
+
+``rules``, ``moves``, ``views``, ``mixing``, ``grouped`` and ``experts`` are what is known of operators, ``table`` lists
+them; ``account`` sees to it that what no rule accounts for is pinned; ``costs`` is what channels cost.
+"""

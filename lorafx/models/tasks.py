@@ -1,0 +1,53 @@
+"""What a model is for: its head, and the loss that trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    pass
+
+
+def loss_type(model: nn.Module) -> str | None:
+    """transformers' name of the loss that trains ``model``; None for a plain module or a pretraining head."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    # GPT-2's and its contemporaries' class names do not say ForCausalLM, which is where transformers looks.
+    default = "ForCausalLM" if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else None
+    return getattr(model, "loss_type", None) or default
+
+
+def loss_function(model: nn.Module) -> Callable[..., Tensor] | None:
+    """The function that computes that loss. An encoder-decoder's shifts nothing: its labels stand at its outputs."""
+    from transformers.loss.loss_utils import LOSS_MAPPING
+
+    kind = loss_type(model)
+    if kind is None:
+        return None
+    function = model.loss_function if getattr(model, "loss_type", None) else LOSS_MAPPING[kind]
+    aligned = getattr(model.config, "is_encoder_decoder", False) and function is LOSS_MAPPING["ForCausalLM"]
+    return LOSS_MAPPING["ForMaskedLM"] if aligned else function  # type: ignore[return-value]
+
+
+def count_targets(model: nn.Module, labels: Tensor) -> Tensor:
+    """How many of ``labels`` the loss of ``model`` is over, counted as HF Trainer counts a batch."""
+    shifted = loss_type(model) == "ForCausalLM" and not getattr(model.config, "is_encoder_decoder", False)
+    return (labels[..., 1:] if shifted else labels).ne(-100).sum()
+
+
+def head_modules(model: nn.Module, fresh: frozenset[str] = frozenset()) -> tuple[str, ...]:
+    """Paths of the task head: outside the base model, the last child with parameters, and every other one that the
+    checkpoint did not hold (``fresh``); and the output layer wherever it is."""
+    base = getattr(model, "base_model", model)
+    if base is model or not hasattr(model, "config"):
+        return ()
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore
+    children = [(name, child) for name, child in model.named_children() if child is not base]
+    outside = [name for name, child in children if next(child.parameters(), None) is not None]
+    heads = [name for name in outside if name == outside[-1] or any(key.startswith(f"{name}.") for key in fresh)]
+    if output is not None:
+        heads += [name for name, module in model.named_modules() if module is output and name not in heads]
+    return tuple(heads)

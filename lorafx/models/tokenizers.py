@@ -1,0 +1,30 @@
+"""A folder's tokenizer, and what configs say of padding and of the longest text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import open_tokenizer
+
+
+def length_limit(*configs: Any) -> int | None:
+    """The longest text that models with these configs take, if they have a limit."""
+    texts = [config.get_text_config() for config in configs if config is not None]
+    limits = [getattr(text, "max_position_embeddings", None) for text in texts]
+    return min((int(limit) for limit in limits if limit and limit > 0), default=None)
+
+
+def pad_token(*configs: Any) -> int | None:
+    """The padding token of the first config that names one; a negative number says that there is none."""
+    texts = [config.get_text_config() for config in configs if config is not None]
+    found = ((text, getattr(text, "pad_token_id", None)) for text in texts)
+    return next((pad for text, pad in found if pad is not None and 0 <= pad < getattr(text, "vocab_size", 2**31)), None)
+
+
+def find_tokenizer(*folders: Path | None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of the first folder that has one; None when none has."""
+    for folder in folders:
+        if folder is not None and any(folder.glob("tokenizer*")):
+            return open_tokenizer(folder, trust_remote_code)
+    return None

@@ -1,0 +1,138 @@
+"""Anything that computes a model's outputs as a runner: programs, modules, and every kind of folder."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UsageError
+from ..files.folder import find_manifest
+from ..frontend.capture import capture
+from ..graph.precision import coarsest
+from ..graph.tree import named_tensors
+from ..models.checkpoint import open_model
+from ..models.examples import example_inputs
+from ..parity.inputs import specs_of
+from ..parity.runner import PROVIDERS, Place, Runner, program_runner
+from ..public import Program
+from ..training.module import RewrittenModel
+
+
+def open_runner(
+    source: Any,
+    provider: str = "cpu",
+    threads: int | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    label: str | None = None,
+    sealed: bool = True,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    base: str | PathLike[str] | None = None,
+) -> Runner:
+    """A runner for a Program, an ``nn.Module``, or a folder: a checkpoint, a run, a folded model, an exported model.
+
+    Args:
+        provider: ``cpu`` or ``cuda``
+        threads: CPU threads; torch's current number when None
+        dtype: compute in this dtype; a checkpoint or a module is then captured, so that the whole graph is converted
+        label: how to name it; the path or the class by default
+        sealed: refuse a folder lorafx began to write and did not finish
+        trust_remote_code: whether code that comes with a folder may run: a checkpoint's own, that in a pickled .pt2
+        allow_pickle: whether weights in ``.bin`` files may be read
+        base: where a run's base checkpoint is now, if it was moved
+
+    Raises:
+        ArtifactError: the folder is no model, incomplete, or cannot be opened
+        UsageError: a program without weights, a provider that is not there, an exported model in another ``dtype``, a
+            folder with code that is not trusted
+    """
+    if provider not in PROVIDERS:
+        raise UsageError(f"unknown provider {provider!r}; known: {', '.join(PROVIDERS)}")
+    place = Place(provider, threads or torch.get_num_threads(), dtype)
+    if isinstance(source, Program):
+        return program_runner(source, place, label or f"{source.name} program")
+    if isinstance(source, nn.Module):
+        return _of_module(source, place, label or type(_inner(source)).__name__)
+    if not isinstance(source, (str, PathLike)):
+        raise UsageError(f"cannot run {type(source).__name__}; give a program, a module or a folder")
+    opening = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    return _of_folder(Path(source), place, label or str(source), sealed, opening, base)
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    """The model inside the wrappers of torch.compile and PEFT."""
+    compiled: Any = getattr(module, "_orig_mod", module)
+    return compiled.get_base_model() if hasattr(compiled, "get_base_model") else compiled
+
+
+def _of_module(
+    module: nn.Module,
+    place: Place,
+    label: str,
+    kind: str = "module",
+    folder: Path | None = None,
+    fresh: frozenset[str] = frozenset(),
+) -> Runner:
+    inner = _inner(module)
+    program = inner.program if isinstance(inner, RewrittenModel) else None
+    if place.dtype is not None:
+        return program_runner(program or capture(inner), place, label, kind)
+    device, config = place.device(), getattr(inner, "config", None)
+    devices = {value.device.type for _, value in named_tensors(module)}
+    if "meta" in devices:
+        raise UsageError(f"{label}: on the meta device, so it computes nothing; load its weights")
+    if devices - {device.type}:
+        module = copy.deepcopy(module).to(device)
+    if program is not None:
+        specs = specs_of(program.example, config)
+    else:
+        specs = specs_of(example_inputs(inner, folder), config) if config is not None else ()
+    known = inspect.signature(inner.forward).parameters
+    fixed = {"use_cache": False} if "use_cache" in known and program is None else {}
+
+    def call(inputs: dict[str, Any]) -> Any:
+        taken = {name: value for name, value in inputs.items() if name in known}
+        with _evaluating(module):
+            return module(**taken, **fixed)
+
+    lowest = coarsest(value.dtype for value in module.parameters())
+    return Runner(label, kind, f"torch {place.provider}", place.threads, lowest, specs, call, config, folder, fresh)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    modes = [(part, part.training) for part in module.modules()] if module.training else []
+    if modes:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def _of_folder(
+    folder: Path, place: Place, label: str, sealed: bool, opening: dict[str, Any], base: str | PathLike[str] | None
+) -> Runner:
+    manifest = find_manifest(folder) if sealed or not folder.is_dir() else None
+    if (folder / "export.json").is_file():
+        from .exported import open_exported
+
+        return open_exported(folder, place, label, opening["trust_remote_code"])
+    if manifest is not None and manifest.kind == "run":
+        from ..frontend.load import load
+
+        return program_runner(load(folder, base=base, **opening), place, label, "run")
+    trusted = {"trust_remote_code": True} if opening["trust_remote_code"] else {}
+    model, fresh = open_model(folder, None, trusted, allow_pickle=opening["allow_pickle"])
+    kind = "checkpoint" if manifest is None else "folded"
+    return _of_module(model, place, label, kind, folder, fresh)
