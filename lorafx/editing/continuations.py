@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..models.checkpoint import open_tokenizer
+from ..models.tokenizers import TOKEN_TYPES
 
 #: Prompts in one forward pass: the logits of a batch are its largest tensor.
 _BATCH = 16
-_TYPES = "token_type_ids"
 #: A prompt's token ids, and those of the target that follows it.
 Pair = tuple[list[int], list[int]]
 
@@ -78,7 +78,7 @@ def inputs_of(model: Any, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in batch_of(rows).items()}
     captured = model.program.example if hasattr(model, "program") else {}
-    return {**inputs, **({_TYPES: torch.zeros_like(inputs["input_ids"])} if _TYPES in captured else {})}
+    return {**inputs, **({TOKEN_TYPES: torch.zeros_like(inputs["input_ids"])} if TOKEN_TYPES in captured else {})}
 
 
 @torch.no_grad()

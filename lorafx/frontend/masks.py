@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..models.eager import cacheless
+from ..models.tokenizers import is_mask
 from ..public import Program
 
 
@@ -39,7 +40,7 @@ def check_unpadded(program: Program) -> None:
 
 
 def _is_mask(name: str, value: Any) -> bool:
-    return isinstance(value, Tensor) and name.endswith("attention_mask") and value.dim() == 2 and not value.is_meta
+    return isinstance(value, Tensor) and is_mask(name) and value.dim() == 2 and not value.is_meta
 
 
 def _outputs(model: nn.Module, inputs: Mapping[str, Any]) -> list[Any]:

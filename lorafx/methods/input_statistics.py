@@ -7,6 +7,7 @@ from torch import fx
 
 from ..graph.edit import Edit
 from ..graph.site import Site
+from ..models.tokenizers import is_mask
 
 aten = torch.ops.aten
 
@@ -53,7 +54,7 @@ def mask_of(graph: fx.Graph, value: fx.Node) -> fx.Node | None:
     """
     leading = _sizes(value)[:-1]
     for node in graph.find_nodes(op="placeholder"):
-        if not node.name.endswith("attention_mask") or "val" not in node.meta:
+        if not is_mask(node.name) or "val" not in node.meta:
             continue
         flat = len(leading) == 1 and str(node.meta["val"].numel()) == leading[0]
         if flat or _sizes(node) == leading:

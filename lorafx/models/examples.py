@@ -14,9 +14,8 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from ..errors import ArtifactError, UsageError
-from .checkpoint import open_tokenizer
 from .tasks import loss_type
-from .tokenizers import length_limit, pad_token
+from .tokenizers import TOKEN_TYPES, find_tokenizer, length_limit, pad_token
 
 #: Height and width of images where neither config nor processor says: what most are trained on.
 _USUAL_PIXELS = 224
@@ -102,8 +101,8 @@ def _text(
     example = {"input_ids": ids}
     if "attention_mask" in parameters:
         example["attention_mask"] = mask
-    if "token_type_ids" in parameters and "token_type_ids" in _tokenizer_inputs(model, checkpoint):
-        example["token_type_ids"] = torch.zeros_like(ids)
+    if TOKEN_TYPES in parameters and TOKEN_TYPES in _tokenizer_inputs(model, checkpoint):
+        example[TOKEN_TYPES] = torch.zeros_like(ids)
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters and not derived:
         example["decoder_input_ids"] = ids.flip(1).contiguous()
     return example
@@ -118,11 +117,9 @@ def _ended(ids: Tensor, mask: Tensor, end: int) -> Tensor:
 
 def _tokenizer_inputs(model: nn.Module, checkpoint: Path | None) -> list[str]:
     """What the folder's tokenizer returns; nothing when it has none."""
-    if checkpoint is None or not any(checkpoint.glob("tokenizer*")):
-        return []
     # Code was trusted where the model itself runs it.
     trusted = getattr(model, "is_remote_code", lambda: False)()
-    return list(open_tokenizer(checkpoint, trusted).model_input_names)
+    return list(getattr(find_tokenizer(checkpoint, trust_remote_code=trusted), "model_input_names", ()))
 
 
 def dynamic_shapes(model: nn.Module, example: Mapping[str, Any]) -> dict[str, Any]:

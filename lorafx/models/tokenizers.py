@@ -7,6 +7,14 @@ from typing import Any
 
 from .checkpoint import open_tokenizer
 
+#: What transformers calls the tokens' types: which of two texts each is of.
+TOKEN_TYPES = "token_type_ids"
+
+
+def is_mask(name: str) -> bool:
+    """Whether an input of this name says which tokens are padding: an encoder's or a decoder's."""
+    return name.endswith("attention_mask")
+
 
 def length_limit(*configs: Any) -> int | None:
     """The longest text that models with these configs take, if they have a limit."""

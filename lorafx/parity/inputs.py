@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..graph.domain import Range
+from ..models.tokenizers import TOKEN_TYPES, is_mask
 
 #: batch × length of the generated inputs: the smallest, the smallest that is not one, and odd ones.
 SHAPES = tuple((batch, length) for batch in (1, 2, 5) for length in (1, 2, 33))
@@ -40,7 +41,7 @@ class InputSpec:
     @property
     def is_mask(self) -> bool:
         """Whether it says which tokens are padding."""
-        return self.name.endswith("attention_mask")
+        return is_mask(self.name)
 
     @property
     def is_text(self) -> bool:
@@ -70,10 +71,10 @@ def _spec(name: str, value: Tensor, config: Any) -> InputSpec:
 
 def _range(name: str, value: Tensor, config: Any) -> tuple[int, int]:
     """Which integers an input may hold: the vocabulary's for token ids, else those of the example."""
-    if value.is_floating_point() or value.dtype == torch.bool or name.endswith("attention_mask"):
+    if value.is_floating_point() or value.dtype == torch.bool or is_mask(name):
         return 0, 2
     text = config.get_text_config() if config is not None else None
-    if name == "token_type_ids":
+    if name == TOKEN_TYPES:
         return 0, max(1, getattr(text, "type_vocab_size", 1) or 1)
     size = getattr(text, "vocab_size", None)
     if size is not None and name.endswith("input_ids"):
@@ -96,7 +97,7 @@ def merged(a: Sequence[InputSpec], b: Sequence[InputSpec]) -> tuple[InputSpec, .
     result = []
     for name in names:
         found = [side[name] for side in both if name in side]
-        if name == "token_type_ids" and len(found) == 1 and a and b:
+        if name == TOKEN_TYPES and len(found) == 1 and a and b:
             continue
         first, last = found[0], found[-1]
         sizes = tuple(x if x is not None else y for x, y in zip(first.sizes, last.sizes, strict=False))

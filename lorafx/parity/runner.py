@@ -24,6 +24,7 @@ from ..graph.evaluation import evaluation_form
 from ..graph.precision import coarsest, recast
 from ..graph.program import Program
 from ..graph.segments import compile_graph
+from ..models.tokenizers import TOKEN_TYPES
 from .inputs import InputSpec, specs_of
 
 #: Outputs that are no result of the function compared: a loss needs labels, a cache only saves later work.
@@ -77,7 +78,7 @@ class Runner:
         if value is not None:
             return value.to(device=device, dtype=spec.dtype if value.is_floating_point() else None)
         like = next((other for other in inputs.values() if other.dim() == 2), None)
-        if like is None or not (spec.is_mask or spec.name == "token_type_ids"):
+        if like is None or not (spec.is_mask or spec.name == TOKEN_TYPES):
             raise UsageError(f"{self.label}: missing input {spec.name!r}; it takes {[s.name for s in self.inputs]}")
         fill = torch.ones_like if spec.is_mask else torch.zeros_like
         return fill(like, dtype=spec.dtype, device=device)

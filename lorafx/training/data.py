@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from ..errors import ArtifactError, UsageError, did_you_mean
 from ..files.table import Table, short, table_of
 from ..models.tasks import loss_type
-from ..models.tokenizers import length_limit
+from ..models.tokenizers import TOKEN_TYPES, length_limit
 from .collating import dataset_collator, text_collator
 from .tokens import Cuts, Texts
 
@@ -284,11 +284,11 @@ def _has_inputs(data: Any, program: Program) -> bool:
 
 
 def _check_inputs(program: Program, inputs: Mapping[str, Any], options: TrainOptions) -> None:
-    made = {*inputs, "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask"}
+    made = {*inputs, "attention_mask", TOKEN_TYPES, "decoder_input_ids", "decoder_attention_mask"}
     lacking = [name for name in program.signature.inputs if name not in made]
     if lacking:
         raise UsageError(f"{program.name} was captured with {lacking[0]!r}, which a table of texts cannot give")
-    if options.text_pair and "token_type_ids" in inputs and "token_type_ids" not in program.signature.inputs:
+    if options.text_pair and TOKEN_TYPES in inputs and TOKEN_TYPES not in program.signature.inputs:
         raise UsageError(
             f"{program.name} was captured without token_type_ids, which tell two texts apart; capture its folder, "
             "tokenizer included, or give capture() inputs that have them"

@@ -31,7 +31,7 @@ from transformers.trainer_utils import SchedulerType
 
 from ..errors import ArtifactError, UsageError, did_you_mean, first_line
 from ..graph.tree import get_tensor, has_tensor, persistent, put_tensor
-from ..models.checkpoint import open_tokenizer
+from ..models.tokenizers import find_tokenizer
 from ..recipes.options import TrainOptions
 from ..recipes.recipe import parse_options
 from .collating import Collator
@@ -165,10 +165,8 @@ def _saves(settings: TrainOptions) -> bool:
 
 
 def _tokenizer_of(program: Program) -> Any:
-    path = program.source.path
-    if path is None or not any(Path(path).glob("tokenizer*")):
-        return None
-    return open_tokenizer(path, bool(program.source.options.get("trust_remote_code")))
+    folder = Path(program.source.path) if program.source.path is not None else None
+    return find_tokenizer(folder, trust_remote_code=bool(program.source.options.get("trust_remote_code")))
 
 
 @contextmanager
