@@ -12,7 +12,7 @@ import pytest
 import torch
 import zoo
 from small import adapted, bert, captured, gpt2
-from torch import nn
+from torch import Tensor, nn
 
 import lorafx
 from lorafx.base import Pass, Promise
@@ -29,6 +29,7 @@ from lorafx.passes.fold_constants import FoldConstants
 from lorafx.passes.lora import Lora
 from lorafx.passes.magnitude import Magnitude
 from lorafx.pipeline import run, to_eval
+from lorafx.proof.exports import held_against
 
 aten = torch.ops.aten
 
@@ -234,3 +235,32 @@ def test_verify_each_is_not_done_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(VerifyEach, "after", lambda self, program, step, previous: seen.append(step))
     run(captured(bert), [Lora(rank=2)], [VerifyEach()])
     assert len(seen) == 1
+
+
+# ---- an export against a program that rounds
+
+
+class Rounds(nn.Module):
+    """``share`` of the input goes through fp16, and comes out ``off`` by as much of itself."""
+
+    def __init__(self, share: float, off: float = 0.0):
+        super().__init__()
+        self.share, self.off = share, off
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1.0 - self.share + self.off) + self.share * x.half().float()
+
+
+def rounding(share: float, off: float = 0.0) -> Program:
+    x = torch.linspace(-1.0, 1.0, 400).reshape(8, 50)
+    return lorafx.capture(Rounds(share, off), inputs={"x": x})
+
+
+@pytest.mark.parametrize(("share", "off", "ok"), [(0.075, 0.0, True), (0.3, 0.0, False), (0.0, 1.5e-5, False)])
+def test_a_difference_no_larger_than_the_programs_own_is_accepted(share: float, off: float, ok: bool) -> None:
+    reference, exact = rounding(share), rounding(0.0, off)
+    inputs = [{"x": torch.linspace(-1.0, 1.0, 4000).reshape(80, 50)}]
+    assert not lorafx.verify(reference, exact, inputs=inputs).ok
+    result = held_against(reference, exact, inputs=inputs)
+    assert result.ok is ok
+    assert any("in fp64" in note for note in result.notes) is (share != 0.3), "looked at, unless it is far too much"

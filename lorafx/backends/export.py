@@ -45,9 +45,8 @@ from ..parity.answers import Comparison
 from ..parity.runner import Runner
 from ..pipeline import fold, run, to_eval
 from ..proof.exported import check_cache
-from ..proof.exports import parity_record, reference_of, refuse_untrained, unproven
+from ..proof.exports import held_against, parity_record, reference_of, refuse_untrained, unproven
 from ..proof.open import open_runner
-from ..proof.verify import verify
 from ..public import Program
 from ..reporting.report import shrunk_blocks
 from ..reporting.sizes import chart
@@ -123,7 +122,7 @@ def export(
         copy_companions(final, folder)
         trusted = bool(final.source.options.get("trust_remote_code"))
         written = None if reason else _written(final, folder, format, dtype)
-        result = None if written is None else verify(reference, written, trust_remote_code=trusted)
+        result = None if written is None else held_against(reference, written, trust_remote_code=trusted)
         if result is not None and not result.ok:
             raise ParityError(f"{format} export differs from the program: {result.summary}")
         if reason:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
+
+import torch
 
 from ..base import Promise
 from ..errors import UsageError
@@ -10,6 +13,8 @@ from ..graph.tree import has_tensor, tensor_hash
 from ..parity.answers import Answers, example_batches
 from ..parity.comparison import Comparison
 from ..public import Program
+from .open import open_runner
+from .verify import verify
 
 _KEPT = (Promise.EXACT, Promise.CLOSE)
 
@@ -38,6 +43,22 @@ def refuse_untrained(program: Program) -> None:
             f"{program.name}: no file holds {random[0]} and nothing was trained, so its values are random; train the "
             "program first (check=False, --no-check writes it all the same)"
         )
+
+
+def held_against(reference: Program, written: Any, **options: Any) -> Comparison:
+    """:func:`lorafx.verify`, told how precise ``reference`` itself is where the two differ by more than the tolerance.
+
+    Two computations that are each as far from the exact one (fp64) as ``reference`` is differ by up to twice that. So
+    much is added to the tolerance then, but never more than the tolerance again; the notes say so. ``options`` are those
+    of :func:`lorafx.verify`.
+    """
+    result = verify(reference, written, **options)
+    if result.ok or result.problems or result.max_rel > 2 * result.tolerance:
+        return result
+    own = verify(open_runner(reference, dtype=torch.float64), reference, **options).max_rel
+    allowed = result.tolerance + min(2 * own, result.tolerance)
+    note = f"the program itself is {own:.2g} of the scale from what it is in fp64"
+    return dataclasses.replace(result, tolerance=allowed, notes=(*result.notes, note))
 
 
 def unproven(check: bool, generate: bool) -> str:
