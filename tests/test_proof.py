@@ -251,7 +251,7 @@ class Rounds(nn.Module):
         return x * (1.0 - self.share + self.off) + self.share * x.half().float()
 
 
-def rounding(share: float, off: float = 0.0) -> Program:
+def rounding(share: float, off: float = 0.0) -> lorafx.Program:
     x = torch.linspace(-1.0, 1.0, 400).reshape(8, 50)
     return lorafx.capture(Rounds(share, off), inputs={"x": x})
 
