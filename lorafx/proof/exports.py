@@ -49,8 +49,9 @@ def held_against(reference: Program, written: Any, **options: Any) -> Comparison
     """:func:`lorafx.verify`, told how precise ``reference`` itself is where the two differ by more than the tolerance.
 
     Two computations that are each as far from the exact one (fp64) as ``reference`` is differ by up to twice that. So
-    much is added to the tolerance then, but never more than the tolerance again; the notes say so. ``options`` are those
-    of :func:`lorafx.verify`.
+    much is added to the tolerance then, but never more than the tolerance again; the notes say so.
+
+    ``options`` are those of :func:`lorafx.verify`.
     """
     result = verify(reference, written, **options)
     if result.ok or result.problems or result.max_rel > 2 * result.tolerance:
