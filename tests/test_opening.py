@@ -263,7 +263,7 @@ def test_a_file_that_no_command_looks_after_exits_5_too(monkeypatch: pytest.Monk
     def opens(*_: Any, **__: Any) -> None:
         Path("/no/where").read_text()
 
-    monkeypatch.setattr("lorafx.frontend.load.find_manifest", opens)
+    monkeypatch.setattr("lorafx.files.folder.find_manifest", opens)
     result = call("inspect", "x")
     assert result.exit_code == 5
     assert "lorafx: error: /no/where: cannot be used: No such file or directory" in result.stderr
