@@ -103,14 +103,14 @@ def test_checkpoints_of_others_are_refused_and_kept(tmp_path: Path) -> None:
 
 SCRIPT = """
 import os, signal, sys
-import lorafx.training
+from lorafx.training import fit
 from transformers import TrainerCallback
 class Interrupt(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 1:
             os.kill(os.getpid(), signal.SIGINT)
-train = lorafx.training.train
-lorafx.training.train = lambda *a, **k: train(*a, callbacks=[Interrupt()], **k)
+train = fit.train
+fit.train = lambda *a, **k: train(*a, callbacks=[Interrupt()], **k)
 from lorafx.cli import main
 main(sys.argv[1:])
 """

@@ -15,7 +15,7 @@ from lorafx.errors import UsageError
 from lorafx.passes.lora import Lora
 from lorafx.recipes import registry
 
-PASSES = Path(registry.__file__).parent / "passes"
+PASSES = Path(registry.__file__).parents[1] / "passes"
 
 
 @pytest.fixture

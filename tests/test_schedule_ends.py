@@ -15,7 +15,6 @@ from methods import state_of
 from small import adapted, captured, table, words
 from torch import Tensor
 
-from lorafx import training
 from lorafx.base import Method
 from lorafx.graph.state import MethodState
 from lorafx.methods.gates import ClampedGaussian, HardConcrete, kept_share
@@ -26,6 +25,7 @@ from lorafx.passes.prilora import Prilora
 from lorafx.passes.rose_lora import RoseLora
 from lorafx.passes.salora import Salora, open_share
 from lorafx.public import Program
+from lorafx.training import fit as training
 from lorafx.training.fit import TrainResult, train
 from lorafx.training.metrics import ACCURACY
 

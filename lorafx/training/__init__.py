@@ -1,22 +1,43 @@
 """Training a program: its module, transformers' Trainer told of methods, data, metrics.
 
-Imports graph, recipes and models; exports nothing. ``lorafx.training.Trainer`` is transformers' Trainer for what
-``program.module()`` returns, and ``MethodTrainerMixin`` makes one of any other; both load on first use.
+Imports graph, recipes and models; exports nothing. The names below load on first use: ``Trainer`` is transformers' for
+what ``program.module()`` returns, ``MethodTrainerMixin`` makes one of any other, ``LorafxCallback`` serves loops that
+take callbacks.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["MethodTrainerMixin", "Trainer"]
+__all__ = [
+    "LorafxCallback",
+    "MethodTrainerMixin",
+    "TrainResult",
+    "Trainer",
+    "last_checkpoint",
+    "load_state",
+    "rewritten_model",
+    "state_of",
+    "train",
+    "training_arguments",
+]
 
 if TYPE_CHECKING:
-    from .trainer import MethodTrainerMixin, Trainer
+    from .fit import TrainResult, train, training_arguments
+    from .trainer import (
+        LorafxCallback,
+        MethodTrainerMixin,
+        Trainer,
+        last_checkpoint,
+        load_state,
+        rewritten_model,
+        state_of,
+    )
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from . import trainer
+        from . import fit
 
-        return getattr(trainer, name)
+        return getattr(fit, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
