@@ -151,7 +151,7 @@ def lorafx_run(row: Row, task: str, rows: list[dict[str, Any]], collate: Any, se
 
     import lorafx
     from lorafx.proof.open import open_runner
-    from lorafx.training.fit import Trainer
+    from lorafx.training.trainer import Trainer
 
     program = lorafx.capture(assets.minilm(), task="text-classification", num_labels=LABELS[task])
     program = lorafx.rewrite(program, {"pass": list(row.passes or ())})

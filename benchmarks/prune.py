@@ -64,7 +64,7 @@ def train_one(folder: Path, passes: list[dict[str, Any]], seed: int, fold: int |
     import lorafx
     from lorafx.proof.open import open_runner
     from lorafx.reporting.sizes import flops_by_block, weights_by_block
-    from lorafx.training.fit import Trainer
+    from lorafx.training.trainer import Trainer
 
     tokenizer = AutoTokenizer.from_pretrained(assets.minilm())
     collate = DataCollatorWithPadding(tokenizer)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.errors import UsageError
 from lorafx.passes.lora import Lora
-from lorafx.training.fit import Trainer
+from lorafx.training.trainer import Trainer
 
 IDS = torch.randint(5, small.VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1] * 8, [0] * 3 + [1] * 5])

@@ -23,7 +23,7 @@ from lorafx.pipeline import rewrite
 from lorafx.public import Program
 from lorafx.recipes.options import TrainOptions
 from lorafx.training.data import prepare
-from lorafx.training.fit import LorafxCallback, Trainer
+from lorafx.training.trainer import LorafxCallback, Trainer
 
 
 def plainly(program: Program, cls: Any = hf.Trainer, callbacks: Any = None, **arguments: Any) -> hf.Trainer:

@@ -18,8 +18,9 @@ from transformers import TrainerCallback
 
 from lorafx.cli import main
 from lorafx.public import Program
-from lorafx.training.fit import last_checkpoint, train
+from lorafx.training.fit import train
 from lorafx.training.interrupt import SaveOnInterrupt
+from lorafx.training.trainer import last_checkpoint
 
 OPTIONS: dict[str, Any] = {"max_steps": 6, "batch_size": 8, "learning_rate": 5e-3, "progress": False}
 

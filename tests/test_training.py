@@ -41,8 +41,8 @@ from lorafx.passes.lora import Lora
 from lorafx.pipeline import fold, rewrite
 from lorafx.public import Program
 from lorafx.training.data import Rows
-from lorafx.training.fit import LorafxCallback, MethodTrainerMixin, Trainer, last_checkpoint, state_of, train
-from lorafx.training.trainer import STATE
+from lorafx.training.fit import train
+from lorafx.training.trainer import STATE, LorafxCallback, MethodTrainerMixin, Trainer, last_checkpoint, state_of
 
 WEIGHT = Notes().weight
 #: Rounding of sums in another order, after a few steps of AdamW at this learning rate on fp32 parameters of size 0.1.

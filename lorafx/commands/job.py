@@ -187,7 +187,8 @@ def _train(job: Job, folder: Path, inputs: Mapping[str, str]) -> None:
     from ..formats.run import save_run
     from ..frontend.capture import capture
     from ..pipeline import rewrite
-    from ..training.fit import last_checkpoint, train
+    from ..training.fit import train
+    from ..training.trainer import last_checkpoint
 
     model = job.recipe.model
     set_seed(int(model.get("seed", 0)))

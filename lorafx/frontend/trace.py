@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..graph.domain import FLAGS, input_nodes, is_axes, leaves_of
+from ..graph.evaluation import RULES
 from ..graph.site import module_path
 from ..models.eager import cacheless
 
@@ -79,8 +80,6 @@ def _attempt(model: nn.Module, example: Mapping[str, Any], shapes: Any) -> tuple
 
 def _noisy_modules(graph_module: fx.GraphModule) -> set[str]:
     """Paths of the modules that draw random numbers ``to-eval`` cannot turn off, inner graphs included."""
-    from ..graph.evaluation import RULES
-
     return {
         module_path(node, "")
         for module in graph_module.modules()

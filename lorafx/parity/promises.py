@@ -12,14 +12,16 @@ from torch import Tensor
 from ..apply import Observer, apply
 from ..base import Pass, Promise
 from ..errors import ParityError
+from ..graph.evaluation import evaluation_form
 from ..graph.precision import recast, relaid
 from ..graph.rounding import SAMPLES, jittered
 from ..graph.tree import named_tensors
+from .answers import Answers, example_batches
+from .comparison import Comparison
+from .runner import PROVIDERS
 
 if TYPE_CHECKING:
     from ..graph.program import Program
-    from .answers import Answers
-    from .comparison import Comparison
 
 
 class Unproven(Observer):
@@ -34,8 +36,6 @@ class Unproven(Observer):
 
 def keeper(program: Program, check: bool) -> Observer:
     """Who watches over the promises of passes on ``program``, unless an observer does already."""
-    from .runner import PROVIDERS
-
     device = program.device.type
     if not check:
         return Unproven("it was not asked for")
@@ -140,16 +140,12 @@ def _explained(
 
 def _without_rounding(program: Program, before: Answers, after: Answers) -> Comparison:
     """The comparison without the differences that rounding within ``program``, the one before, explains."""
-    from ..graph.evaluation import evaluation_form
-
     graph = evaluation_form(program)
     moved = [_answers(jittered(graph, seed), "the program") for seed in range(SAMPLES)]
     return before.against(after, lambda found: keeps(found, Promise.CLOSE), before.slack(moved))
 
 
 def _answers(program: Program, label: str) -> Answers:
-    from .answers import Answers, example_batches
-
     return Answers.of(program, example_batches(program), label)
 
 

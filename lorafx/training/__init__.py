@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from . import fit
+        from . import fit, trainer
 
-        return getattr(fit, name)
+        return getattr(trainer if hasattr(trainer, name) else fit, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -40,32 +40,15 @@ from .interrupt import saving_at_interrupt
 from .metrics import Metric, metric_of
 from .module import build_module
 from .trainer import (
-    LorafxCallback,
-    MethodTrainerMixin,
     Progress,
     Trainer,
     checkpoint_flaw,
     last_checkpoint,
-    load_state,
     rewritten_model,
-    state_of,
 )
 
 if TYPE_CHECKING:
     from ..graph.program import Program
-
-__all__ = [
-    "LorafxCallback",
-    "MethodTrainerMixin",
-    "TrainResult",
-    "Trainer",
-    "last_checkpoint",
-    "load_state",
-    "rewritten_model",
-    "state_of",
-    "train",
-    "training_arguments",
-]
 
 
 @dataclass(frozen=True)
