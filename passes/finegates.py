@@ -13,11 +13,12 @@ from ..base import Method, Promise, option
 from ..channels.costs import Measure, prices
 from ..channels.units import RemovableUnits, Units
 from ..errors import RecipeError
-from ..graph.edit import Edit, aliases
+from ..graph.edit import Edit
 from ..graph.program import Program
 from ..graph.selection import Miss, Selection
 from ..graph.site import Site, is_tensor_node
 from ..graph.state import MethodState
+from ..graph.tree import aliases
 from ..methods.gates import GATES, ClampedGaussian, gates_of, histogram, is_open, kept_share, open_gates
 from ..methods.low_rank import train_in_full
 from ..methods.steering import Steering

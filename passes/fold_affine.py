@@ -11,7 +11,7 @@ from torch import Tensor
 from ..affine.regions import Region
 from ..affine.worth import Group, bias_of, weight_of, worth_folding
 from ..base import Pass, Promise
-from ..graph.edit import Edit, aliases
+from ..graph.edit import Edit
 from ..graph.program import Program
 from ..graph.selection import Selection
 from ..graph.site import WEIGHT_OPS, WeightOp, is_tensor_node, module_path
@@ -99,7 +99,7 @@ def _rewire(edit: Edit, region: Region, weight: str, bias: str | None) -> None:
 def _settle(edit: Edit, site: Group, weights: dict[Any, str]) -> None:
     """Give the new weights the names a checkpoint has for them, now that it shows who still reads the old weight."""
     old = site.weight
-    alike = aliases(edit.program.root, old)
+    alike = edit.aliases(old)
     if len(weights) == 1 and not any(edit.readers(name) for name in alike):
         (name,) = weights.values()
         for alias in alike:

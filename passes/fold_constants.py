@@ -13,7 +13,7 @@ from torch import fx, nn
 from ..affine.worth import added
 from ..base import Pass, Promise
 from ..graph.constants import Constants
-from ..graph.edit import Edit, aliases
+from ..graph.edit import Edit
 from ..graph.program import Program
 from ..graph.selection import Selection
 
@@ -110,5 +110,5 @@ def _name(edit: Edit, site: Alike, region: dict[fx.Node, None], shape: torch.Siz
 
 def _tied(edit: Edit, name: str, region: dict[fx.Node, None]) -> list[str]:
     """The names that change together: all of the tensor's, unless something else reads it under another one."""
-    names = aliases(edit.program.root, name)
+    names = edit.aliases(name)
     return names if all(user in region for alias in names for user in edit.readers(alias)) else [name]

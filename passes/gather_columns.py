@@ -17,10 +17,11 @@ from ..channels.axis import axis_of
 from ..channels.constant import operands
 from ..channels.removal import Widths
 from ..channels.table import RULES
-from ..graph.edit import Edit, aliases
+from ..graph.edit import Edit
 from ..graph.program import Program
 from ..graph.selection import Selection
 from ..graph.site import is_tensor_node, module_path
+from ..graph.tree import aliases
 
 aten = torch.ops.aten
 

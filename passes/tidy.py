@@ -35,8 +35,6 @@ class Tidy(Pass):
         return Selection(tuple(name for name in dead if name in program.roles))  # type: ignore[arg-type]
 
     def rewrite(self, edit: Edit, site: Any) -> None:
-        for node in edit.program.graph.find_nodes(op="get_attr", target=site):
-            edit.program.graph.erase_node(node)
         edit.drop_tensor(site)
 
     def finish(self, edit: Edit) -> None:

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..graph.edit import aliases
 from ..graph.site import module_path
-from ..graph.tree import get_tensor, has_tensor, named_tensors, same_values
+from ..graph.tree import get_tensor, has_tensor, named_tensors, same_values, ties
 
 if TYPE_CHECKING:
     from ..graph.program import Inserted, Program
@@ -99,6 +98,7 @@ def _adapted(program: Program) -> list[_Adapted]:
     from ..methods.low_rank import LowRank
 
     sites = {site.module: site for site in program.sites() if program.roles.get(site.parameter) != "adapter"}
+    tied = ties(program.root)
     result: list[_Adapted] = []
     seen: set[str] = set()
     for applied in program.history:
@@ -107,7 +107,7 @@ def _adapted(program: Program) -> list[_Adapted]:
             if factors <= seen:  # a pass that only looks after what an earlier one inserted, or keeps counts
                 continue
             seen |= factors
-            if not isinstance(applied.step, LowRank) or not _plain_pair(program, entry):
+            if not isinstance(applied.step, LowRank) or not _plain_pair(program, entry, tied):
                 raise _InexpressibleError(f"{applied.step.pass_name()} inserted what PEFT's LoRA does not have")
             if entry.module not in sites or not _supported(program, sites[entry.module]):
                 raise _InexpressibleError(f"PEFT cannot adapt {entry.module}")
@@ -143,11 +143,11 @@ def _check_rest(program: Program, adapted: list[_Adapted]) -> None:
             raise _InexpressibleError(f"{name} is not as in the base, and an adapter holds what was trained only")
 
 
-def _plain_pair(program: Program, entry: Inserted) -> bool:
+def _plain_pair(program: Program, entry: Inserted, tied: Mapping[str, list[str]]) -> bool:
     """Whether a module got one A and one B of its own, under the names PEFT gives them (and statistics at most)."""
     tensors = {short: name for short, name in entry.tensors.items() if program.roles[name] != "statistic"}
     named = all(name.removesuffix(".weight") == f"{entry.module}.{short}" for short, name in tensors.items())
-    return set(tensors) in _LOW_RANK and named and all(len(aliases(program.root, n)) == 1 for n in tensors.values())
+    return set(tensors) in _LOW_RANK and named and all(len(tied[name]) == 1 for name in tensors.values())
 
 
 def _supported(program: Program, site: Site) -> bool:
@@ -200,7 +200,8 @@ def _saved_modules(program: Program, adapted: set[str], paths: list[str]) -> lis
     """
     learned = {name for name in program.learned() if program.roles[name] in ("base", "head", "unread")}
     # PEFT would train a copy of a tied tensor; under its own name it stays tied.
-    learned = {name for name in learned if len(aliases(program.root, name)) == 1}
+    tied = ties(program.root)
+    learned = {name for name in learned if len(tied[name]) == 1}
     model = program.source.model
     state = set(model.state_dict(keep_vars=True))
     chosen: list[str] = []

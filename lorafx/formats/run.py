@@ -20,9 +20,9 @@ from torch import Tensor
 from ..base import passes_of
 from ..errors import LorafxError, UsageError
 from ..files.folder import file_hash, new_folder
-from ..graph.edit import aliases
 from ..graph.precision import dtype_name
 from ..graph.program import Program
+from ..graph.tree import ties
 from ..models.examples import example_inputs
 from ..recipes.recipe import Recipe
 from ..reporting.report import Report, report_of
@@ -72,11 +72,12 @@ def save_run(
     keys = adapter_keys(program)
     values = {keys[name]: plain_tensor(value) for name, value in program.learned().items() if not value.is_meta}
     peft, reason = adapter_config(program)
+    tied = ties(program.root)
     meta = {
         "base": base_record(program),
         "capture": capturing,
         "seed": seed,
-        "aliases": {alias: name for name in keys for alias in aliases(program.root, name) if alias != name},
+        "aliases": {alias: name for name in keys for alias in tied[name] if alias != name},
         "peft": reason or "adapter_config.json",
         **({"made_from": dict(made_from)} if made_from is not None else {}),
     }

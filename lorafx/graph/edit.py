@@ -16,7 +16,8 @@ from ..errors import OperatorError
 from .fake import FakeValues
 from .program import Inserted, Step
 from .site import INSERTED_FOR, WEIGHT_OPS
-from .tree import below, drop_tensor, get_tensor, has_tensor, named_tensors, own, put_tensor
+from .tensors import TensorIndex
+from .tree import below, get_tensor, has_tensor, named_tensors
 
 if TYPE_CHECKING:
     from .program import Program
@@ -45,6 +46,7 @@ class Edit:
         vals = [node.meta["val"] for node in program.graph.nodes if isinstance(node.meta.get("val"), FakeTensor)]
         self._fake: FakeTensorMode = detect_fake_mode(vals) or FakeTensorMode(allow_non_fake_inputs=True)
         self._values = FakeValues(self._fake, program)
+        self._tensors = TensorIndex(program.root, program.graph)
 
     @property
     def inserted(self) -> tuple[Inserted, ...]:
@@ -88,7 +90,7 @@ class Edit:
                     init(value)
             value = value if base.is_meta else value.to(base.device)
             name = self._unique(below(self.program.root, owner or site.module, short))
-            put_tensor(self.program.root, name, nn.Parameter(value))
+            self._tensors.put(name, nn.Parameter(value))
             self.program.roles[name] = role
             entry.tensors[key] = self._owned[owner or site.module, key] = name
         return self.tensor(entry.tensors[key])
@@ -116,7 +118,7 @@ class Edit:
             name = self._unique(below(self.program.root, owner, short))
             device = self.program.device
             # Known even where the weights are not, as adapters are.
-            put_tensor(self.program.root, name, value if device.type == "meta" else value.to(device))
+            self._tensors.put(name, value if device.type == "meta" else value.to(device))
             self.program.roles[name] = "statistic"
             entry.tensors[short] = name
         return entry.tensors[short]
@@ -131,24 +133,18 @@ class Edit:
 
     def tensor(self, name: str) -> fx.Node:
         """The node that reads the tensor ``name``; one a graph, at its top."""
-        for node in self.program.graph.nodes:
-            if node.op == "get_attr" and node.target == name:
-                return node
-            if node.op not in ("get_attr", "placeholder"):
-                break
-        value = get_tensor(self.program.root, name)
-        first = next(iter(self.program.graph.nodes))
-        with self.program.graph.inserting_before(first):
-            node = self.program.graph.get_attr(name)
-        node.meta["val"] = self._fake_like(value)
+        for node in self._tensors.nodes(name):
+            return node
+        node = self._tensors.read(name)
+        node.meta["val"] = self._fake_like(get_tensor(self.program.root, name))
         return node
 
     def set_tensor(self, name: str, value: Tensor, role: str | None = None) -> None:
         """Give ``name`` a new value of any shape; the old tensor object is left alone, other programs may share it."""
         parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach(), requires_grad=False)
-        put_tensor(self.program.root, name, parameter)
+        self._tensors.put(name, parameter)
         self.program.roles[name] = role or self.program.roles.get(name, "base")
-        for node in self.program.graph.find_nodes(op="get_attr", target=name):
+        for node in self._tensors.nodes(name):
             node.meta["val"] = self._fake_like(parameter)
 
     def add_tensor(self, name: str, value: Tensor, role: str) -> str:
@@ -160,24 +156,28 @@ class Edit:
     def constant(self, name: str, value: Tensor) -> str:
         """Store a buffer that nobody learned (indices, say) under a name not yet taken. Returns the name."""
         free = self._unique(name)
-        put_tensor(self.program.root, free, value.to(self.program.device))
+        self._tensors.put(free, value.to(self.program.device))
         self.program.roles[free] = "constant"
         return free
 
     def readers(self, name: str) -> list[fx.Node]:
         """The nodes that read the tensor ``name`` (under this name, when it has several)."""
-        return [user for node in self.program.graph.find_nodes(op="get_attr", target=name) for user in node.users]
+        return [user for node in self._tensors.nodes(name) for user in node.users]
+
+    def aliases(self, name: str) -> list[str]:
+        """All names of the tensor called ``name``, itself included (more than one when it is tied)."""
+        return self._tensors.names(name)
 
     def rename(self, old: str, new: str) -> None:
         """Give the tensor ``old`` the name ``new``; what had that name loses it."""
         self.set_tensor(new, get_tensor(self.program.root, old), self.program.roles[old])
-        for node in self.program.graph.find_nodes(op="get_attr", target=old):
-            node.target = new
+        self._tensors.move(old, new)
         self.drop_tensor(old)
 
     def drop_tensor(self, name: str) -> None:
-        """Forget a tensor no node reads."""
-        drop_tensor(self.program.root, name)
+        """Forget a tensor whose value no operator uses."""
+        self.sweep(self._tensors.nodes(name))
+        self._tensors.drop(name)
         self.program.roles.pop(name, None)
 
     def train(self, modules: tuple[str, ...]) -> list[str]:
@@ -197,7 +197,7 @@ class Edit:
     def train_tensor(self, name: str) -> None:
         """Make one parameter trainable, with storage of its own."""
         value = get_tensor(self.program.root, name)
-        (value if value.is_meta else own(self.program.root, name)).requires_grad_(True)
+        (value if value.is_meta else self._tensors.own(name)).requires_grad_(True)
 
     def freeze(self) -> None:
         """Stop the base from training."""
@@ -349,9 +349,3 @@ class Edit:
     def _weights(self) -> dict[fx.Node, str]:
         """What the weights are called that the operators use."""
         return {site.node: site.module for site in self.program.sites() if site.node.target in WEIGHT_OPS}
-
-
-def aliases(root: nn.Module, name: str) -> list[str]:
-    """All names of the tensor called ``name``, itself included (more than one when it is tied)."""
-    value = get_tensor(root, name)
-    return [other for other, tensor in named_tensors(root) if tensor is value]

@@ -83,6 +83,20 @@ def named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield from ((prefix + leaf, value) for leaf, value in getattr(module, kind).items() if value is not None)
 
 
+def aliases(root: nn.Module, name: str) -> list[str]:
+    """All names of the tensor called ``name``, itself included (more than one when it is tied)."""
+    value = get_tensor(root, name)
+    return [other for other, tensor in named_tensors(root) if tensor is value]
+
+
+def ties(root: nn.Module) -> dict[str, list[str]]:
+    """For every tensor's name, all names of that tensor, itself included."""
+    names: dict[int, list[str]] = {}
+    for name, value in named_tensors(root):
+        names.setdefault(id(value), []).append(name)
+    return {name: alike for alike in names.values() for name in alike}
+
+
 def _modules(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     # torch's own walk looks for duplicates at every step, which takes most of the time of a fold.
     yield prefix, module
