@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from .apply import Observer, apply
 from .base import Pass
+from .deferred.programs import deferring
 from .errors import UsageError
 from .graph.program import P
 from .recipes.recipe import Recipe
@@ -76,6 +77,7 @@ def fold(
     removal: DeadChannels | None = None,
     gather: Literal["auto", "always", "never"] = "auto",
     check: bool = True,
+    stream: bool = False,
 ) -> P:
     """Fold everything learned into the base, by ordinary compiler simplification, to a fixed point.
 
@@ -90,6 +92,8 @@ def fold(
         gather: when zero columns over a residual stream are skipped (``gather-columns``); what was gathered fits no
             checkpoint any more
         check: hold every pass to its promise on the example inputs (see :func:`run`)
+        stream: only say how each weight is computed, which then happens as it is written (:func:`lorafx.export` as
+            ``hf``): for models larger than memory. Passes are not held to their promises then; the export compares
 
     Raises:
         ParityError: a pass broke its promise; the message names it and the first output that differs
@@ -109,5 +113,5 @@ def fold(
     # Gathering comes after removal, which would have to see through a gather.
     last = (removal or (asked or [liked])[-1], GatherColumns(gather, cost, liked.round_to), Tidy())
     steps = (ToEval(), FoldConstants(), FoldAffine(), *last)
-    folded = run(program, steps, observers, check=check)
+    folded = run(deferring(program) if stream else program, steps, observers, check=check)
     return dataclasses.replace(folded, origin=program.origin or program)

@@ -11,6 +11,7 @@ from ..channels.groups import zeros_left
 from ..channels.plan import proven
 from ..channels.removal import Widths
 from ..channels.table import RULES
+from ..deferred.programs import has_zero_slices, is_deferring, resident
 from ..graph.edit import Edit
 from ..graph.program import Program
 from ..graph.selection import Selection
@@ -43,11 +44,13 @@ class DeadChannels(Pass):
     def sites(self, program: Program) -> Selection:
         if program.stage != "eval" or program.device.type == "meta":
             return Selection(())
-        plan = proven(program, self, Widths(self.round_to, self.keep_at_least, self.uniform))
+        if is_deferring(program) and not has_zero_slices(program):
+            return Selection(())  # looked for before all weights are held at once
+        plan = proven(resident(program), self, Widths(self.round_to, self.keep_at_least, self.uniform))
         return Selection((plan,) if plan.cut else ())  # type: ignore[arg-type]
 
     def rewrite(self, edit: Edit, site: Any) -> None:
-        site.carry_out(edit)
+        site.on(edit.program).carry_out(edit)
         removed = edit.facts.setdefault("Removed", [])
         for name, kept in site.cut.items():
             sizes = [len(labels) for labels in site.axes.members[name]]

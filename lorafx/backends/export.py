@@ -27,13 +27,15 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.exporter_onnx import OnnxExporter
 
 from ..base import passes_of
+from ..deferred.programs import is_deferring, resident
 from ..errors import CaptureError, ParityError, UsageError
-from ..files.folder import new_folder
+from ..files.folder import FileEntry, new_folder
 from ..formats.companions import copy_companions
 from ..formats.hf import hf_model
 from ..formats.peft import adapter_config, adapter_keys
 from ..formats.peft_reader import opened_adapter
 from ..formats.run import VALUES, base_record, plain_tensor
+from ..formats.shards import write_checkpoint
 from ..frontend.capture import program_from
 from ..frontend.trace import gradients_on, trace_with
 from ..graph.precision import coarsest
@@ -47,6 +49,7 @@ from ..pipeline import fold, run, to_eval
 from ..proof.exported import check_cache
 from ..proof.exports import held_against, parity_record, reference_of, refuse_untrained, unproven
 from ..proof.open import open_runner
+from ..proof.tensors import with_tensors
 from ..public import Program
 from ..reporting.report import shrunk_blocks
 from ..reporting.sizes import chart
@@ -109,12 +112,14 @@ def export(
     if check:
         refuse_untrained(reference)
     final = _adapter(program) if format == "peft" else _final(program, adapters, format, provider, check)
+    final = final if format == "hf" else resident(final)  # only a checkpoint is written a tile at a time
     meta = {"base": base_record(final), "history": _history_record(final), "provider": provider, "adapters": adapters}
     if made_from is not None:
         meta["made_from"] = dict(made_from)
-    with new_folder(path, kind=format, meta=meta, overwrite=overwrite) as folder:
+    hashed: dict[str, FileEntry] = {}
+    with new_folder(path, kind=format, meta=meta, overwrite=overwrite, known=hashed) as folder:
         if format == "hf":
-            _write_hf(final, folder, dtype)
+            hashed.update(_write_hf(final, folder, dtype))
         elif format == "peft":
             _write_adapter(final, folder, dtype)
         else:
@@ -123,6 +128,8 @@ def export(
         trusted = bool(final.source.options.get("trust_remote_code"))
         written = None if reason else _written(final, folder, format, dtype)
         result = None if written is None else held_against(reference, written, trust_remote_code=trusted)
+        if result is not None and is_deferring(final) and dtype is None:
+            result = with_tensors(result, reference, final, folder, trust_remote_code=trusted)
         if result is not None and not result.ok:
             raise ParityError(f"{format} export differs from the program: {result.summary}")
         if reason:
@@ -178,11 +185,8 @@ def _history_record(program: Program) -> list[dict[str, Any]]:
 # ---- Hugging Face checkpoint
 
 
-def _write_hf(program: Program, folder: Path, dtype: torch.dtype | None) -> None:
-    model = hf_model(program)
-    if dtype is not None:
-        model = model.to(dtype)
-    model.save_pretrained(folder)  # type: ignore[operator]
+def _write_hf(program: Program, folder: Path, dtype: torch.dtype | None) -> dict[str, FileEntry]:
+    return write_checkpoint(hf_model(program, dtype), folder)
 
 
 def _write_adapter(program: Program, folder: Path, dtype: torch.dtype | None) -> None:

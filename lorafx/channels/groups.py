@@ -9,6 +9,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
+from ..deferred.tiles import value as values_of
 from ..graph.program import Program
 from .axes import Axes, stuck
 from .axis import Array
@@ -115,7 +116,7 @@ def zeros_left(axes: Axes) -> list[dict[str, Any]]:
     why = {int(axes.tied_class[label]): reason for label, reason in axes.pins.items()}
     rows = []
     for name, dims in axes.members.items():
-        value = axes.program.tensor(name)
+        value = values_of(axes.program.tensor(name))
         for dim, labels in enumerate(dims if value.dim() in (2, 3) and value.is_floating_point() else []):
             zero = (value == 0).movedim(dim, 0).flatten(1).all(1).nonzero().flatten().tolist()
             if zero and labels.size > 1:

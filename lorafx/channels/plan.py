@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from ..base import Pass
 from ..errors import OperatorError
 from ..graph.constants import Constants
-from ..graph.edit import Edit, aliases
+from ..graph.edit import Edit
 from ..graph.program import Program
 from ..graph.site import WEIGHT_OPS, module_path
 from .axes import Axes
@@ -53,6 +53,8 @@ class Plan:
 
     def on(self, twin: Program) -> Plan:
         """The same plan for a copy of its program."""
+        if twin is self.axes.program:
+            return self
         nodes = dict(zip(self.axes.program.graph.nodes, twin.graph.nodes, strict=True))
         axes, facts = copy.copy(self.axes), copy.copy(self.facts)
         axes.program, facts.axes, facts.constants = twin, axes, Constants(twin.root)
@@ -71,7 +73,7 @@ class Plan:
             if id(value) not in done:
                 done[id(value)] = _cut(reordered(self.orders, name, value), kept)
             new = done[id(value)]
-            for alias in aliases(edit.program.root, name):
+            for alias in edit.aliases(name):
                 edit.set_tensor(alias, new)
         resize(edit, self.axes, self.removal)
 

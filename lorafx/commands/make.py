@@ -25,6 +25,8 @@ from .shared import (
     quiet,
     recipe_options,
     removal_of,
+    stream_option,
+    streams,
     task_options,
     width_options,
     widths,
@@ -121,6 +123,7 @@ def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, resum
 @click.option("--verify-each", is_flag=True, hidden=True, help="The default.")
 @click.option("--double", is_flag=True, help="Check the passes in fp64.")
 @width_options
+@stream_option
 @opening_options
 @overwrite_option
 @as_json_option
@@ -132,11 +135,14 @@ def fold(run: Path, out: Path, check: bool, double: bool, overwrite: bool, as_js
     from ..pipeline import fold as merge
     from ..proof.exports import parity_record, unproven
 
+    if o["stream"] and double:
+        raise UsageError("--double runs every pass in fp64, in memory; leave it or --stream out")
+    stream = not double and streams(run, o["base"], o["stream"])
     with quiet():
-        program = open_program(run, **opening(o))
+        program = open_program(run, check=check and not stream, **opening(o))
         observers = [VerifyEach(double=True)] if double and check else []
         removal = removal_of("cpu", **widths(o))
-        folded = merge(program, observers, removal=removal, gather="never", check=check)
+        folded = merge(program, observers, removal=removal, gather="never", check=check, stream=stream)
         kind = "hf" if fits_checkpoint(folded) else "pt2"
         result = write(folded, out, kind, check=check, overwrite=overwrite)
     report = folded.report.plus(parity=parity_record(result, unproven(check, False)), output=str(out))
@@ -153,6 +159,7 @@ def fold(run: Path, out: Path, check: bool, double: bool, overwrite: bool, as_js
 @click.option("--generate", is_flag=True, help="Prefill and decode graphs with a cache (causal language models).")
 @check_option
 @width_options
+@stream_option
 @task_options
 @opening_options
 @overwrite_option
@@ -169,11 +176,15 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ad
     removal = removal_of(provider, **widths(o))
     if removal is not None and (kind == "peft" or adapters == "separate"):
         raise UsageError("widths are those left by folding, and nothing is folded here; leave the width options out")
+    if o["stream"] and kind != "hf":
+        raise UsageError(f"only a checkpoint is written a tile at a time, not {kind}: give --format hf, or no --stream")
+    stream = kind == "hf" and streams(run, o["base"], o["stream"])
     with quiet():
-        program = open_program(run, task=o["task"], num_labels=o["num_labels"], **opening(o))
-        if removal is not None:
+        asked = {"task": o["task"], "num_labels": o["num_labels"], **opening(o)}
+        program = open_program(run, check=check and not stream, **asked)
+        if removal is not None or stream:
             gather = "never" if kind == "hf" else "auto"
-            program = merge(program, provider=provider, removal=removal, gather=gather, check=check)
+            program = merge(program, provider=provider, removal=removal, gather=gather, check=check, stream=stream)
         result = write(
             program,
             out,

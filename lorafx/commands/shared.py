@@ -46,6 +46,11 @@ opening_options = _together(
     checkpoint_options,
     click.option("--base", type=click.Path(path_type=Path), help="Where the base checkpoint of a run is now."),
 )
+stream_option = click.option(
+    "--stream/--no-stream",
+    default=None,
+    help="Compute weights as they are written, for models larger than memory (default: when they take over 1 GB).",
+)
 width_options = _together(
     click.option("--round-to", type=click.IntRange(1), help="Widths left by removing channels: multiples of this."),
     click.option("--keep-at-least", type=click.IntRange(1), help="Never fewer channels than this."),
@@ -91,6 +96,16 @@ def opening(given: dict[str, Any]) -> dict[str, Any]:
     return {name: given[name] for name in ("allow_pickle", "trust_remote_code", "base")}
 
 
+def streams(run: Path, base: Path | None, asked: bool | None) -> bool:
+    """Whether weights are to be computed as they are written: as asked for, or by their size.
+
+    Smaller ones fit into memory a few times over, and each pass is then held to its promise by itself.
+    """
+    from ..frontend.load import weight_bytes
+
+    return asked if asked is not None else weight_bytes(run, base) > 1 << 30
+
+
 def read_lines(file: Path) -> tuple[str, ...]:
     """The lines of a text file that are not blank; ArtifactError when it cannot be read as text."""
     from ..errors import ArtifactError
@@ -102,8 +117,8 @@ def read_lines(file: Path) -> tuple[str, ...]:
     return tuple(line for line in lines if line.strip())
 
 
-def open_program(path: Path, **options: Any) -> Program:
+def open_program(path: Path, *, check: bool = True, **options: Any) -> Program:
     """The program in a folder: one lorafx wrote, or a checkpoint to capture."""
     from ..frontend.load import load
 
-    return load(path, **{key: value for key, value in options.items() if value not in (None, False)})
+    return load(path, check=check, **{key: value for key, value in options.items() if value not in (None, False)})

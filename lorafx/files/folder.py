@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 from ..errors import ArtifactError, UsageError
@@ -152,7 +153,11 @@ def is_lfs_pointer(file: Path) -> bool:
 
 @contextmanager
 def new_folder(
-    path: str | PathLike[str], kind: str, meta: Mapping[str, Any], overwrite: bool = False
+    path: str | PathLike[str],
+    kind: str,
+    meta: Mapping[str, Any],
+    overwrite: bool = False,
+    known: Mapping[str, FileEntry] = MappingProxyType({}),
 ) -> Iterator[Path]:
     """Write a folder that appears under ``path`` whole or not at all.
 
@@ -165,6 +170,7 @@ def new_folder(
         kind: what it is (see :class:`Manifest`)
         meta: what to record, JSON values
         overwrite: replace a folder that lorafx wrote; any other existing path is refused
+        known: files that were hashed as they were written, by then: they are not read again
 
     Raises:
         UsageError: ``path`` exists
@@ -179,7 +185,7 @@ def new_folder(
         temporary.mkdir()
         with _locked(temporary):
             yield temporary
-            _seal(temporary, kind, meta)
+            _seal(temporary, kind, meta, known)
             _publish(temporary, target, overwrite)
     except OSError as error:
         raise ArtifactError(f"{target}: cannot be written: {error}") from error
@@ -216,12 +222,12 @@ def _foreign(target: Path) -> str:
     return next((name for name in shown if name not in known), "")
 
 
-def _seal(folder: Path, kind: str, meta: Mapping[str, Any]) -> None:
+def _seal(folder: Path, kind: str, meta: Mapping[str, Any], known: Mapping[str, FileEntry]) -> None:
     """Write the manifest, and bring everything to the disk before the folder gets its name."""
     from ..version import __version__
 
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-    files = {name: FileEntry((folder / name).stat().st_size, file_hash(folder / name)) for name in names}
+    files = {name: known.get(name) or _entry(folder / name) for name in names}
     record = Manifest(folder, kind, __version__, meta, files).to_json()
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     for name in names:
@@ -230,6 +236,10 @@ def _seal(folder: Path, kind: str, meta: Mapping[str, Any]) -> None:
     _sync(folder / MANIFEST)
     for inner in [*(entry for entry in folder.rglob("*") if entry.is_dir()), folder]:
         _sync(inner)
+
+
+def _entry(file: Path) -> FileEntry:
+    return FileEntry(file.stat().st_size, file_hash(file))
 
 
 def _publish(temporary: Path, target: Path, overwrite: bool) -> None:

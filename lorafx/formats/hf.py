@@ -18,8 +18,11 @@ from ..graph.tree import named_tensors
 _TRIES = 256
 
 
-def hf_model(program: Program) -> nn.Module:
-    """The program as an ordinary transformers model; UsageError when its config cannot say the program's shapes."""
+def hf_model(program: Program, dtype: torch.dtype | None = None) -> nn.Module:
+    """The program as an ordinary transformers model, in another ``dtype`` if one is given.
+
+    UsageError when its config cannot say the program's shapes. Deferred tensors stay deferred.
+    """
     source = program.source.model
     if not hasattr(source, "save_pretrained"):
         raise UsageError(f"{program.name} is no transformers model; export it as onnx or pt2")
@@ -36,7 +39,7 @@ def hf_model(program: Program) -> nn.Module:
     model = _model_of_shapes(program, values)
     shared: dict[int, torch.Tensor] = {}
     for name, _ in list(named_tensors(model)):
-        value = shared.setdefault(id(values[name]), _as_parameter(values[name]))
+        value = shared.setdefault(id(values[name]), _as_parameter(values[name], dtype))
         _assign(model, name, value)
     return model.eval()
 
@@ -89,8 +92,9 @@ def fits_checkpoint(program: Program) -> bool:
     return True
 
 
-def _as_parameter(value: torch.Tensor) -> torch.Tensor:
-    return nn.Parameter(value.detach(), requires_grad=False) if isinstance(value, nn.Parameter) else value
+def _as_parameter(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    held = value.detach().to(dtype) if dtype is not None and value.is_floating_point() else value.detach()
+    return nn.Parameter(held, requires_grad=False) if isinstance(value, nn.Parameter) else held
 
 
 def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:

@@ -48,6 +48,7 @@ def capture(
     dynamic: bool = True,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    check: bool = True,
     **options: Any,
 ) -> Program:
     """Capture a model as a Program.
@@ -59,6 +60,8 @@ def capture(
         inputs: example keyword inputs, batch ≥ 2; made up when None
         meta: capture on the meta device from the config alone, in seconds and within 1 GB for any size
         dynamic: batch and sequence length stay free; else the shapes of ``inputs`` are fixed
+        check: compare the graph with the model, which runs it a few times; without, a comparison later has to catch
+            what a graph cannot follow (an export's does)
         options: passed to transformers when a folder is opened (``dtype``, …)
 
     Raises:
@@ -85,7 +88,7 @@ def capture(
     origin = dataclasses.replace(origin, adapters=adapter_tensors(origin.model))
     example = dict(inputs) if inputs is not None else example_inputs(origin.model, checkpoint)
     shapes = dynamic_shapes(origin.model, example) if dynamic else None
-    return _captured(origin, example, shapes, check=not meta)
+    return _captured(origin, example, shapes, check=check and not meta)
 
 
 def _find_padding(model: nn.Module, folder: Path, trusted: bool) -> None:

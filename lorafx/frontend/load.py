@@ -34,6 +34,7 @@ def load(
     meta: bool = False,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    check: bool = True,
 ) -> Program:
     """Open a folder as a program: a run as it was saved; any checkpoint, exported by lorafx or not, as a new capture.
 
@@ -45,12 +46,13 @@ def load(
         meta: rebuild on the meta device; a run only if it was saved from there
         allow_pickle: whether weights in ``.bin`` files may be read
         trust_remote_code: whether the model may run code of its own; never taken from the folder
+        check: compare the capture with the model, and hold the recipe's passes to their promises
 
     Raises:
         ArtifactError: the folder is incomplete or changed, or a run's base is missing or not the one it was made from
         UsageError: the folder holds no program that can be rewritten (an ONNX folder), or an option that is not for it
     """
-    allowed: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    allowed: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code, "check": check}
     manifest = find_manifest(path)
     if manifest is None or manifest.kind == "hf":
         if base is not None:
@@ -70,10 +72,18 @@ def load(
     # caller's random state stays as it is.
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(run.seed)
-        program = rewrite(_recapture(run, Path(base or run.base), meta, allowed), run.path / RECIPE)
+        program = rewrite(_recapture(run, Path(base or run.base), meta, allowed), run.path / RECIPE, check=check)
     _load_values(program, run)
     _name_classes(program, run)
     return program
+
+
+def weight_bytes(path: str | PathLike[str], base: str | PathLike[str] | None = None) -> int:
+    """The size of the weight files that a program opened from ``path`` reads: a checkpoint's own, or a run's base's."""
+    manifest = find_manifest(path)
+    if manifest is not None and manifest.kind == "run":
+        path = base or _record(manifest).base
+    return sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
 
 
 def run_recipe(path: str | PathLike[str]) -> Recipe:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..deferred.programs import resident
 from ..errors import UsageError
 from ..graph.call import flatten
 from ..graph.evaluation import evaluation_form
@@ -138,7 +139,7 @@ def program_runner(program: Program, place: Place, label: str, kind: str = "prog
     """A runner for a program. UsageError: it has no weights, or ``place`` is not there."""
     if program.device.type == "meta":
         raise UsageError(f"{label}: captured without weights, so it computes nothing; capture it with meta=False")
-    evaluation = evaluation_form(program)
+    evaluation = evaluation_form(resident(program))
     device = place.device()
     if place.dtype is not None or program.device != device:
         evaluation = recast(evaluation, place.dtype, device)

@@ -14,6 +14,7 @@ from torch import Tensor, distributed, nn
 from torch.utils import _pytree as pytree
 
 from ..base import Method
+from ..deferred.programs import resident
 from ..errors import UsageError
 from ..graph.call import by_name, flatten, parameters_of
 from ..graph.evaluation import evaluation_form
@@ -252,6 +253,7 @@ def _label_names(program: Program) -> list[str]:
 
 def build_module(program: Program) -> RewrittenModel:
     """The module of ``program``. Its tensors are the program's own objects, so training it trains the program."""
+    program = resident(program)
     evaluation = program if program.stage == "eval" else evaluation_form(program)
     graphs: dict[bool, Callable[..., Any]] = {False: compile_graph(evaluation.graph)}
     graphs[True] = graphs[False] if program.stage == "eval" else compile_graph(program.graph)

@@ -1,0 +1,125 @@
+"""Which rows and columns of a matrix are zero for certain, told from how it is made, without making it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..graph.constants import computed
+from .tensor import Recipe, recipe_of
+from .tiles import tiles_of
+
+aten = torch.ops.aten
+
+
+class Zeros(NamedTuple):
+    """For each row (first dimension) and each column (second), whether all of it is zero."""
+
+    rows: Tensor
+    columns: Tensor
+
+
+def zeros_of(tensor: Tensor, known: dict[Recipe, Zeros] | None = None) -> Zeros:
+    """The rows and columns of a tensor of two dimensions or more that are zero whatever else it is made of.
+
+    Tensors that are there are read, a tile at a time and once with ``known``. What sums, differences or operators
+    without a rule here might cancel is not found: nothing is called zero that might not be.
+    """
+    found = known if known is not None else {}
+
+    def visit(recipe: Recipe, values: Mapping[Recipe, Zeros]) -> Zeros:
+        if recipe not in found:
+            found[recipe] = _zeros(recipe, values)
+        return found[recipe]
+
+    return computed(recipe_of(tensor), _operands, visit)
+
+
+def _operands(recipe: Recipe) -> list[Recipe]:
+    return recipe.operands() if recipe.op in _RULES else []
+
+
+def _zeros(recipe: Recipe, values: Mapping[Recipe, Zeros]) -> Zeros:
+    if recipe.there is not None:
+        return _read(recipe)
+    rule = _RULES.get(recipe.op)
+    found = rule(recipe, [values[one] for one in recipe.operands()]) if rule is not None else None
+    rows, columns = _sizes(recipe)
+    return found or Zeros(torch.zeros(rows, dtype=torch.bool), torch.zeros(columns, dtype=torch.bool))
+
+
+def _sizes(recipe: Recipe) -> tuple[int, int]:
+    """Rows and columns; a vector is one row, as broadcasting has it."""
+    padded = (1, 1, *recipe.shape)
+    return (padded[-2], padded[-1]) if len(recipe.shape) <= 2 else (recipe.shape[0], recipe.shape[1])
+
+
+def _read(recipe: Recipe) -> Zeros:
+    rows, count = _sizes(recipe)
+    matrix = recipe.there if len(recipe.shape) > 2 else recipe.there.reshape(rows, count)  # type: ignore[union-attr]
+    zero_rows, columns = [], torch.ones(count, dtype=torch.bool)
+    for tile in tiles_of(recipe_of(matrix)):  # type: ignore[arg-type]
+        zero = tile == 0
+        zero_rows.append(zero.flatten(1).all(1).cpu())
+        columns &= zero.movedim(1, 0).flatten(1).all(1).cpu()
+    return Zeros(torch.cat(zero_rows) if zero_rows else torch.zeros(0, dtype=torch.bool), columns)
+
+
+def _same(recipe: Recipe, operands: list[Zeros]) -> Zeros | None:
+    return operands[0]
+
+
+def _swapped(recipe: Recipe, operands: list[Zeros]) -> Zeros | None:
+    dims = sorted(dim % len(recipe.shape) for dim in recipe.args[1:3]) or [0, 1]
+    return Zeros(operands[0].columns, operands[0].rows) if dims == [0, 1] else None
+
+
+def _factors(recipe: Recipe, operands: list[Zeros]) -> Zeros | None:
+    """A product is zero where a factor is."""
+    if len(recipe.shape) != 2:
+        return None
+    rows, columns = (torch.zeros(size, dtype=torch.bool) for size in recipe.shape)
+    for one in operands:
+        rows, columns = rows | one.rows, columns | one.columns
+    return Zeros(rows, columns)
+
+
+def _together(recipe: Recipe, operands: list[Zeros]) -> Zeros | None:
+    """A sum, or a choice, is zero where both sides are."""
+    *_, first, second = operands
+    if any(one.shape != recipe.shape for one in recipe.operands()[-2:]):
+        return None
+    return Zeros(first.rows & second.rows, first.columns & second.columns)
+
+
+def _chosen(recipe: Recipe, operands: list[Zeros]) -> Zeros | None:
+    """A choice between two tensors, where they are equal the first, is zero where the second is."""
+    condition, first, second = recipe.operands()
+    if condition.op is aten.eq.Tensor and {*map(_itself, condition.operands())} == {_itself(first), _itself(second)}:
+        return operands[2]
+    return _together(recipe, operands)
+
+
+def _itself(recipe: Recipe) -> Any:
+    while recipe.op in (aten.detach.default, aten.alias.default):
+        (recipe,) = recipe.operands()
+    return recipe if recipe.there is None else (recipe.there.data_ptr(), recipe.shape, recipe.stride)
+
+
+def _product(recipe: Recipe, operands: list[Zeros]) -> Zeros | None:
+    left, right = operands
+    return Zeros(left.rows, right.columns)
+
+
+_SAME = (aten._to_copy.default, aten.clone.default, aten.detach.default, aten.alias.default, aten.neg.default)
+_RULES: dict[Any, Any] = {
+    **dict.fromkeys(_SAME, _same),
+    **dict.fromkeys((aten.t.default, aten.transpose.int), _swapped),
+    aten.mul.Tensor: _factors,
+    **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor), _together),
+    aten.where.self: _chosen,
+    aten.mm.default: _product,
+}

@@ -1,0 +1,192 @@
+"""Weights that were folded, held against the operators they stand for: column by column, to the last place.
+
+A comparison of whole models in low precision cannot see one wrong number in one weight. So for every weight that took
+over a region of the graph, the region's own operators are run in fp64 on unit vectors, which gives columns of the exact
+map; the weight that was written must be that column, rounded once. Weights that nothing was folded into must have the
+bits they had.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..affine.regions import Region
+from ..affine.worth import worth_folding
+from ..deferred.programs import deferring
+from ..deferred.tiles import tiles, value
+from ..errors import ParityError
+from ..graph.constants import Constants
+from ..graph.program import Program
+from ..graph.site import WEIGHT_OPS, is_tensor_node
+from ..graph.tree import has_tensor, named_tensors
+from ..models.checkpoint import open_model
+from ..parity.comparison import Comparison
+from ..passes.fold_constants import FoldConstants
+from ..passes.to_eval import ToEval
+from ..pipeline import run
+
+#: Columns looked at of each folded weight, spread evenly: all rows of them.
+COLUMNS = 8
+#: What fp64 rounds off in sums of 10,000 terms and a few operators, as a share of the largest.
+_FP64 = 1e-12
+
+
+@dataclass(frozen=True)
+class TensorProof:
+    """What was looked at, and how close it is.
+
+    Attributes:
+        folded: weights of which columns were computed anew
+        unchanged: weights found to be the base's, bit by bit
+        left: weights that neither can be said of (they were cut, or computed without a region of their own)
+        largest: the largest distance of a folded weight from the exact value, in units of its last place
+    """
+
+    folded: int
+    unchanged: int
+    left: tuple[str, ...]
+    largest: float
+
+    def __str__(self) -> str:
+        left = f", {len(self.left)} compared with the whole only" if self.left else ""
+        return (
+            f"{self.folded} folded weights within {self.largest:.2f} of the last place in {COLUMNS} columns each, "
+            f"{self.unchanged} others bit by bit as they were{left}"
+        )
+
+
+def with_tensors(
+    result: Comparison, reference: Program, folded: Program, folder: Path, *, trust_remote_code: bool = False
+) -> Comparison:
+    """``result`` with what :func:`prove_tensors` says of the checkpoint in ``folder`` among its notes."""
+    model, _ = open_model(folder, None, {"trust_remote_code": True} if trust_remote_code else {})
+    written = {name: tensor.detach() for name, tensor in named_tensors(model) if isinstance(tensor, nn.Parameter)}
+    proof = prove_tensors(reference, folded, written)
+    return dataclasses.replace(result, notes=(*result.notes, str(proof)))
+
+
+def prove_tensors(reference: Program, folded: Program, written: Mapping[str, Tensor]) -> TensorProof:
+    """Hold the weights in ``written`` (by the names they have in ``folded``) to what ``reference`` computes.
+
+    Raises:
+        ParityError: a weight is further from the exact one than its rounding, or changed and should not have
+    """
+    base = run(deferring(reference), (ToEval(), FoldConstants()), check=False)
+    nodes = {node.name: node for node in folded.graph.nodes}
+    largest, done = 0.0, set()
+    for region in (region for group in worth_folding(base) for region in group.regions):
+        assert region.carrier is not None
+        weight = _weight_of(nodes.get(region.carrier.name))
+        if weight is None or weight not in written or not _is_whole(base, region, written[weight]):
+            continue
+        largest = max(largest, _distance(base, region, weight, written[weight]))
+        done.add(id(folded.tensor(weight)))
+    unchanged, left = 0, []
+    seen = set(done)
+    for name, tensor in written.items():
+        if id(folded.tensor(name)) in seen:
+            continue
+        seen.add(id(folded.tensor(name)))
+        if has_tensor(reference.root, name) and _same(reference.tensor(name), tensor):
+            unchanged += 1
+        else:
+            left.append(name)
+    return TensorProof(len(done), unchanged, tuple(left), largest)
+
+
+def _weight_of(node: fx.Node | None) -> str | None:
+    use = WEIGHT_OPS.get(node.target) if node is not None else None
+    weight = node.args[use.weight] if node is not None and use is not None else None
+    return str(weight.target) if isinstance(weight, fx.Node) and is_tensor_node(weight) else None
+
+
+def _is_whole(base: Program, region: Region, written: Tensor) -> bool:
+    """Whether the weight has the size of the map, and the map is of vectors: nothing was cut, no convolution."""
+    assert region.carrier is not None
+    weight = region.carrier.args[WEIGHT_OPS[region.carrier.target].weight]
+    assert isinstance(weight, fx.Node)
+    return region.origin.kind in ("value", "onehot") and tuple(weight.meta["val"].shape) == tuple(written.shape)
+
+
+def _distance(base: Program, region: Region, name: str, written: Tensor) -> float:
+    """How far columns of a weight are from the exact ones, in units of the weight's last place."""
+    assert region.carrier is not None
+    use = WEIGHT_OPS[region.carrier.target]
+    features = use.size(written.shape)[1]
+    columns = torch.linspace(0, features - 1, min(COLUMNS, features), dtype=torch.float64).round().long().unique()
+    exact, scale = _columns(base, region, columns, features)
+    stored = use.matrix(written).index_select(1, columns).double().t()
+    kind = torch.finfo(written.dtype)
+    place = (exact.abs() * kind.eps).clamp(min=kind.smallest_normal * kind.eps)
+    distance = float((((stored - exact).abs() - _FP64 * scale).clamp(min=0.0) / place).max().detach())
+    # A number that was rounded once is half of its last place away at most; `not` also finds what is no number.
+    if not distance <= 0.5 + _FP64:
+        raise ParityError(
+            f"{name}: a folded weight is {distance:.3g} units of the last place from what the operators compute; "
+            "please report this model"
+        )
+    return distance
+
+
+def _columns(base: Program, region: Region, columns: Tensor, features: int) -> tuple[Tensor, float]:
+    """The region's operators on unit vectors in fp64, its offset taken off: (columns, out); and the largest number on
+    the way to it."""
+    if region.origin.kind == "onehot":
+        given, none = columns, None
+    else:
+        given = torch.zeros(len(columns), features, dtype=torch.float64)
+        given[torch.arange(len(columns)), columns] = 1.0
+        none = torch.zeros(1, features, dtype=torch.float64)
+    found = _run(base, region, given)
+    scale = float(found.abs().max())
+    return (found if none is None or not region.shifts else found - _run(base, region, none)), scale
+
+
+def _run(base: Program, region: Region, given: Tensor) -> Tensor:
+    """The value of the region's last node in fp64 when its origin is ``given``; a tensor is dropped after its use."""
+    known: dict[fx.Node, Any] = {region.origin.node: given}
+
+    def operand(node: fx.Node) -> Any:
+        return known[node] if node in known else _constant(base, node)
+
+    for node in base.graph.nodes:
+        if node in region.nodes and node not in known:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), operand)
+            known[node] = node.target(*_in_double(args), **_in_double(kwargs))
+    return known[region.root].reshape(len(given), -1)
+
+
+def _constant(base: Program, node: fx.Node) -> Tensor:
+    """A tensor of the program, or what operators compute from such alone, in fp64."""
+    return value(Constants(base.root).value(node, torch.float64))
+
+
+def _in_double(values: Any) -> Any:
+    """The same arguments, with dtypes that would round replaced."""
+    return fx.node.map_aggregate(
+        values, lambda one: torch.float64 if isinstance(one, torch.dtype) and one.is_floating_point else one
+    )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bits, looked at in tiles."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return all(torch.equal(_bits(x), _bits(y)) for x, y in _side_by_side(a, b))
+
+
+def _side_by_side(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    if not a.dim():
+        a, b = a.reshape(1), b.reshape(1)
+    return zip(tiles(a), tiles(b), strict=True)
+
+
+def _bits(value: Tensor) -> Tensor:
+    return value.detach().contiguous().reshape(-1).view(torch.uint8)
