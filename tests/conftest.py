@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,14 @@ from examples import assets  # noqa: E402
 # A busy machine is no failure: what a test may cost is judged by nobody's clock.
 settings.register_profile("lorafx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("lorafx")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Iterator[None]:
+    """A test that changed a capture others share has failed, whatever it asserted."""
+    yield
+    if "tests.captures" in sys.modules:  # not imported here: it imports torch, which not every test needs
+        sys.modules["tests.captures"].check()
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,7 @@ from lorafx.passes.tidy import Tidy
 from lorafx.passes.tied_lora import TiedLora
 from lorafx.public import Program
 from tests import zoo
+from tests.captures import of_folder
 
 RECIPES: dict[str, list[Any]] = {
     "lora": [Lora(rank=3, alpha=5.0)],
@@ -102,7 +103,7 @@ def test_a_folded_program_is_refused() -> None:
 
 @pytest.mark.parametrize("recipe", ["prilora", "salora", "tied-lora"])
 def test_peft_opens_what_was_exported(recipe: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    base = lorafx.capture(tiny_checkpoint, task="text-classification", num_labels=3)
+    base = of_folder(tiny_checkpoint, task="text-classification", num_labels=3)
     program = learned(lorafx.rewrite(base, RECIPES[recipe]))
     result = lorafx.export(program, tmp_path / "adapter", "peft")
     assert result is not None

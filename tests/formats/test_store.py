@@ -29,6 +29,7 @@ from lorafx.graph.program import Source
 from lorafx.passes.lora import Lora
 from lorafx.passes.to_eval import ToEval
 from lorafx.public import Program
+from tests.captures import of_folder
 from tests.kill_nine import kill_nine
 from tests.zoo import ZOO, build
 
@@ -68,18 +69,12 @@ def base(checkpoint: Checkpoints, tmp_path: Path) -> Path:
     return Path(shutil.copytree(checkpoint("bert"), tmp_path / "base"))
 
 
-@cache
-def captured(folder: Path) -> Program:
-    """A capture that tests share: rewriting leaves it as it is."""
-    return lorafx.capture(folder)
-
-
 def lora(folder: Path, *passes: Pass, seed: int = 0, **capturing: Any) -> Program:
     """A rewritten checkpoint whose learned tensors are random."""
     passes = passes or (Lora(rank=2),)
     # A method gives what it trains storage of its own; without one the values below would reach the shared capture.
     shared = not capturing and any(isinstance(step, Method) for step in passes)
-    program = lorafx.rewrite(captured(folder) if shared else lorafx.capture(folder, **capturing), passes)
+    program = lorafx.rewrite(of_folder(folder) if shared else lorafx.capture(folder, **capturing), passes)
     generator = torch.Generator().manual_seed(seed)
     for value in program.learned().values():
         value.copy_(0.3 * torch.randn(value.shape, generator=generator))
@@ -320,7 +315,7 @@ def test_what_peft_cannot_express_says_why(
 
 
 def test_a_model_from_memory_and_a_folded_program_are_no_runs(checkpoint: Checkpoints, tmp_path: Path) -> None:
-    program = captured(checkpoint("bert"))
+    program = of_folder(checkpoint("bert"))
     memory = dataclasses.replace(program, source=Source(program.source.model))
     assert "capture that folder" in refusal(UsageError, lambda: memory.save(tmp_path / "run"))
     folded = lorafx.fold(lora(checkpoint("bert")))

@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
-from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from lorafx.passes.lora import Lora
 from lorafx.proof.open import open_runner
 from lorafx.proof.verify import compare_programs, verify
 from lorafx.public import Program
+from tests.captures import shared
 from tests.small import POSITIONS, adapted, bert, llama, words
 
 
@@ -42,7 +42,7 @@ def vit() -> nn.Module:
 FAMILIES = {"bert": bert, "llama": llama, "vit": vit}
 
 
-@cache
+@shared
 def eager(family: str) -> nn.Module:
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()
@@ -52,7 +52,7 @@ def eager(family: str) -> nn.Module:
     return model
 
 
-@cache
+@shared
 def program_of(family: str) -> Program:
     return lorafx.capture(eager(family))
 

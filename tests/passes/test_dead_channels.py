@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,13 @@ from lorafx.passes.dead_channels import DeadChannels
 from lorafx.pipeline import run, to_eval
 from lorafx.public import Program
 from tests import zoo
+from tests.captures import shared
 
 #: Random closed sets for each family; a release takes 25.
 SEEDS = int(os.environ.get("LORAFX_SEEDS", "6"))
 
 
-@cache
+@shared
 def evaluating(model: str) -> Program:
     """A family's random model in fp64, ready for evaluation."""
     return recast(to_eval(zoo.captured(model)), torch.float64)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,6 @@ def test_the_surrogate_leaves_less_than_it_says() -> None:
     assert shown["weights kept"] == pytest.approx(0.276, abs=0.003)
 
 
-@cache
 def wide_tower() -> Program:
     return tower(1, 200, 200)
 

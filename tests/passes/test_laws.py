@@ -8,7 +8,6 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from lorafx.ranges import Range, range_of
 from lorafx.recipes.recipe import Recipe, parse_options, pass_dict
 from lorafx.recipes.registry import known, options, pass_class
 from tests import zoo
+from tests.captures import shared
 from tests.plugin_install import installed
 
 PLUGINS = ("ia3",)
@@ -156,7 +156,7 @@ def test_the_docstring_tells_the_contract(name: str) -> None:
 # ---- behaviour
 
 
-@cache
+@shared
 def stages(model: str) -> dict[str, Program]:
     """A model as captured, with random adapters, and with these made ready for evaluation."""
     captured = zoo.captured(model)

@@ -4,7 +4,6 @@ what it counts, and what is left when it folds away."""
 from __future__ import annotations
 
 import math
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from lorafx.passes.salora import Salora
 from lorafx.passes.tied_lora import TiedLora
 from lorafx.public import Program
 from lorafx.training.module import RewrittenModel
-from tests import zoo
+from tests import captures, zoo
 from tests.methods import RECIPES, inputs_of, state_of, stirred
 
 #: An encoder, decoders with fused and with grouped projections, an encoder-decoder, and one without a mask.
@@ -30,7 +29,7 @@ every_model = pytest.mark.parametrize("model", MODELS)
 every_recipe = pytest.mark.parametrize("recipe", RECIPES)
 
 
-@cache
+@captures.shared
 def started(recipe: str, model: str) -> Program:
     """The model under a recipe, as training starts. Never trained: tests that change values rewrite anew."""
     torch.manual_seed(1)

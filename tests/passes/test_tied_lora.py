@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from functools import cache
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from lorafx.passes.lora import Lora
 from lorafx.passes.tied_lora import TiedLora
 from lorafx.public import Program
 from lorafx.training.module import RewrittenModel
+from tests.captures import shared
 from tests.methods import batch, fit, refused, rewritten, square, state_of, tower, training
 
 
@@ -61,7 +61,7 @@ class Fused(nn.Module):
         return x
 
 
-@cache
+@shared
 def fused(width: int, blocks: int) -> Program:
     """Captured without weights."""
     with torch.device("meta"):

@@ -29,6 +29,7 @@ from lorafx.passes.magnitude import Magnitude
 from lorafx.pipeline import run, to_eval
 from lorafx.proof.exports import held_against
 from tests import zoo
+from tests.captures import of_folder
 from tests.small import adapted, bert, captured, gpt2
 
 aten = torch.ops.aten
@@ -217,7 +218,7 @@ def test_the_end_that_is_too_far_is_named() -> None:
 
 
 def test_random_values_are_not_exported(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    base = lorafx.capture(tiny_checkpoint, task="text-classification", num_labels=3)
+    base = of_folder(tiny_checkpoint, task="text-classification", num_labels=3)
     untrained = lorafx.rewrite(base, [Lora(rank=2)])
     for number, program in enumerate((base, untrained, lorafx.fold(untrained))):
         with pytest.raises(UsageError, match=r"no file holds classifier.bias and nothing was trained"):

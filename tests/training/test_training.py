@@ -213,7 +213,7 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
-DROPS = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+DROPS: dict[str, Any] = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 
 
 def test_resumed_equals_uninterrupted_bit_by_bit(tmp_path: Path) -> None:
