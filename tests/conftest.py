@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,20 @@ def movies() -> Path:
 def movie_split() -> tuple[Path, Path]:
     """Train and test CSV files of the movie sentences, 7,030 and 1,500 rows."""
     return assets.movie_split()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders of the small random models of ``tests.zoo``, by family, each written once. Spoil a copy."""
+    from tests.zoo import build
+
+    @cache
+    def folder(name: str) -> Path:
+        path = tmp_path_factory.mktemp("checkpoints") / name
+        build(name).save_pretrained(path)  # type: ignore[operator]
+        return path
+
+    return folder
 
 
 WORDS = ["the", "a", "film", "movie", "was", "is", "good", "great", "fine", "bad", "dull", "poor", "very", "not"]

@@ -49,6 +49,24 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, tiny_ta
     return folder
 
 
+@pytest.fixture(scope="module")
+def folded(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That run folded, every step verified."""
+    folder = tmp_path_factory.mktemp("folded") / "folded"
+    result = call("fold", run, "-o", folder, "--verify-each")
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.fixture(scope="module")
+def onnx_folder(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That run as ONNX."""
+    folder = tmp_path_factory.mktemp("exported") / "onnx"
+    result = call("export", run, "-o", folder)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
 def test_help_is_fast_and_imports_no_torch() -> None:
     """CPU seconds of a whole process; half of them is the interpreter itself."""
     code = "import sys; from lorafx.cli import main; sys.argv = ['lorafx', '--help']\n"
@@ -78,18 +96,15 @@ def test_dry_run_prints_sites_and_misses_and_writes_nothing(tiny_checkpoint: Pat
     assert not list(tmp_path.iterdir())
 
 
-def test_the_whole_path(run: Path, tiny_table: Path, tmp_path: Path) -> None:
-    folded, onnx = tmp_path / "folded", tmp_path / "onnx"
-    assert call("fold", run, "-o", folded, "--verify-each").exit_code == 0
-    assert call("export", run, "-o", onnx).exit_code == 0
-    for a, b in ((run, folded), (folded, onnx), (run, onnx)):
+def test_the_whole_path(run: Path, folded: Path, onnx_folder: Path) -> None:
+    for a, b in ((run, folded), (folded, onnx_folder), (run, onnx_folder)):
         result = call("verify", a, b, "--json")
         assert result.exit_code == 0, result.output
         assert json.loads(result.stdout)["ok"]
-    result = call("bench", folded, onnx, "--shape", "1x8", "--repeats", 3, "--json")
+    result = call("bench", folded, onnx_folder, "--shape", "1x8", "--repeats", 3, "--json")
     assert result.exit_code == 0, result.output
     assert call("inspect", run).exit_code == 0
-    assert call("inspect", onnx).exit_code == 0
+    assert call("inspect", onnx_folder).exit_code == 0
 
 
 UNEVEN = """
@@ -140,44 +155,38 @@ def test_widths_are_left_as_asked(tiny_checkpoint: Path, tmp_path: Path) -> None
     assert call("verify", plain, tmp_path / "4").exit_code == 0
 
 
-def test_the_folders_open_without_lorafx(run: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_the_folders_open_without_lorafx(run: Path, folded: Path, onnx_folder: Path, tiny_checkpoint: Path) -> None:
     """PEFT opens the run, transformers the folded folder and the ONNX folder, all with the same logits."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from transformers.exporters.base import ExportedModel
 
-    folded, onnx = tmp_path / "folded", tmp_path / "onnx"
-    assert call("fold", run, "-o", folded).exit_code == 0
-    assert call("export", run, "-o", onnx).exit_code == 0
-    tokenizer = AutoTokenizer.from_pretrained(onnx)
+    tokenizer = AutoTokenizer.from_pretrained(onnx_folder)
     batch = tokenizer(["the film was good", "it is not a very great movie and"], padding=True, return_tensors="pt")
     base = AutoModelForSequenceClassification.from_pretrained(tiny_checkpoint, num_labels=2)
     with torch.no_grad():
         adapted = PeftModel.from_pretrained(base, run).eval()(**batch).logits
         merged = AutoModelForSequenceClassification.from_pretrained(folded).eval()(**batch).logits
-    exported = ExportedModel.from_pretrained(onnx)(**batch).logits
+    exported = ExportedModel.from_pretrained(onnx_folder)(**batch).logits
     # fp32 with another order of additions; logits are of order one.
     torch.testing.assert_close(adapted, merged, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(merged, exported, rtol=1e-5, atol=1e-5)
 
 
-def test_onnx_carries_its_recipe(run: Path, tmp_path: Path) -> None:
+def test_onnx_carries_its_recipe(onnx_folder: Path) -> None:
     import onnx
 
-    folder = tmp_path / "onnx"
-    assert call("export", run, "-o", folder).exit_code == 0
-    model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
+    model = onnx.load(str(onnx_folder / "model.onnx"), load_external_data=False)
     record = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(record["lorafx_history"])[0]["name"] == "lora"
     assert json.loads(record["lorafx_base"])["hashes"]["model.safetensors"]
 
 
-def test_separate_adapters_stay_separate(run: Path, tmp_path: Path) -> None:
+def test_separate_adapters_stay_separate(run: Path, onnx_folder: Path, tmp_path: Path) -> None:
     import onnx
 
-    merged, separate = tmp_path / "merged", tmp_path / "separate"
-    assert call("export", run, "-o", merged).exit_code == 0
+    merged, separate = onnx_folder, tmp_path / "separate"
     assert call("export", run, "-o", separate, "--adapters", "separate").exit_code == 0
     assert call("verify", merged, separate).exit_code == 0
     counts = [len(onnx.load(str(f / "model.onnx"), load_external_data=False).graph.node) for f in (merged, separate)]

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +33,6 @@ from tests.kill_nine import kill_nine
 from tests.zoo import ZOO, build
 
 Checkpoints = Callable[[str], Path]
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    """Folders of small random models, each written once."""
-
-    @cache
-    def folder(name: str) -> Path:
-        path = tmp_path_factory.mktemp("checkpoints") / name
-        build(name).save_pretrained(path)  # type: ignore[operator]
-        return path
-
-    return folder
 
 
 @pytest.fixture(scope="session")

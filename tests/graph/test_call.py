@@ -15,6 +15,7 @@ from lorafx.errors import UsageError
 from lorafx.passes.lora import Lora
 from lorafx.training.trainer import Trainer
 from tests import small, zoo
+from tests.captures import shared
 
 IDS = torch.randint(5, small.VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1] * 8, [0] * 3 + [1] * 5])
@@ -44,6 +45,12 @@ def built(build: Any) -> nn.Module:
     return model
 
 
+@shared
+def captured(build: Any) -> lorafx.Program:
+    """That model captured with inputs as they are made up."""
+    return lorafx.capture(built(build))
+
+
 def same(model: nn.Module, program: lorafx.Program, call: dict[str, Any]) -> None:
     expected, found = zoo.eager(model, call), zoo.run(program, call)
     assert expected.keys() == found.keys()
@@ -70,7 +77,7 @@ def same(model: nn.Module, program: lorafx.Program, call: dict[str, Any]) -> Non
     ],
 )
 def test_what_a_program_was_captured_without_is_refused_by_name(build: Any, name: str, value: Any):
-    program = lorafx.capture(built(build))
+    program = captured(build)
     targets = {"decoder_input_ids": IDS} if build is t5 else {}
     for module in (program.module(), lorafx.rewrite(program, [Lora(rank=2)]).module().eval()):
         with pytest.raises(UsageError, match=f"{name}'"):
@@ -79,7 +86,7 @@ def test_what_a_program_was_captured_without_is_refused_by_name(build: Any, name
 
 def test_a_misspelt_input_is_told_from_one_that_was_not_captured():
     with pytest.raises(UsageError, match=r"takes no input 'attention_masks' \(did you mean 'attention_mask'\?\)"):
-        lorafx.capture(built(small.bert)).module()(input_ids=IDS, attention_masks=MASK)
+        captured(small.bert).module()(input_ids=IDS, attention_masks=MASK)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +197,7 @@ def test_settings_are_those_of_the_capture():
 
 def test_targets_that_the_loss_does_not_take_are_refused():
     with pytest.raises(UsageError, match=r"its loss takes \['labels'\], not 'start_positions'"):
-        lorafx.capture(built(small.bert)).module()(**TEXT, labels=torch.tensor([0, 1]), start_positions=IDS[:, 0])
+        captured(small.bert).module()(**TEXT, labels=torch.tensor([0, 1]), start_positions=IDS[:, 0])
 
 
 # ---- under a Trainer
@@ -210,7 +217,7 @@ def packed_loss(cls: Any, model: nn.Module, folder: Path) -> float:
 
 def test_texts_packed_by_a_collator_do_not_see_each_other(tmp_path: Path):
     expected = packed_loss(hf.Trainer, built(small.llama), tmp_path)
-    unaware = lorafx.rewrite(lorafx.capture(built(small.llama)), [Lora(rank=2)])
+    unaware = lorafx.rewrite(captured(small.llama), [Lora(rank=2)])
     with pytest.raises(UsageError, match="captured without 'position_ids'"):
         packed_loss(Trainer, unaware.module(), tmp_path)
     one = {"input_ids": IDS[:1], "position_ids": PACKED[:1]}
@@ -219,7 +226,7 @@ def test_texts_packed_by_a_collator_do_not_see_each_other(tmp_path: Path):
 
 
 def test_a_column_of_a_dataset_that_the_model_would_use_is_not_dropped(tmp_path: Path):
-    program = lorafx.rewrite(lorafx.capture(built(small.llama)), [Lora(rank=2)])
+    program = lorafx.rewrite(captured(small.llama), [Lora(rank=2)])
     rows = [{"input_ids": IDS[0], "position_ids": PACKED[0], "labels": IDS[0]}] * 2
     with pytest.raises(UsageError, match="captured without 'position_ids'"):
         lorafx.train(program, rows, epochs=1, progress=False)

@@ -20,6 +20,7 @@ from lorafx.passes.rose_lora import RoseLora
 from lorafx.passes.salora import Salora
 from lorafx.passes.tied_lora import TiedLora
 from lorafx.public import Program
+from tests.captures import shared
 from tests.methods import state_of
 from tests.small import captured, gpt2
 
@@ -100,10 +101,18 @@ BUILDS: dict[str, tuple[Any, tuple[int, ...], list[str]]] = {
 }
 
 
-def capture(build: Any, shape: tuple[int, ...]) -> Program:
+@shared
+def captured_module(build: Any, shape: tuple[int, ...]) -> Program:
     torch.manual_seed(0)
     model = build().double().eval()
     return lorafx.capture(model, inputs={"x": torch.randn(*shape, dtype=torch.float64)}, dynamic=False)
+
+
+def capture(build: Any, shape: tuple[int, ...]) -> Program:
+    """The captured module; what is drawn next is the same at each call."""
+    program = captured_module(build, shape)
+    torch.manual_seed(0)
+    return program
 
 
 def shaken(program: Program) -> Program:

@@ -7,7 +7,8 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from lorafx.ranges import Range, range_of
 from lorafx.recipes.recipe import Recipe, parse_options, pass_dict
 from lorafx.recipes.registry import known, options, pass_class
 from tests import zoo
-from tests.captures import shared
+from tests.captures import of_folder, shared
 from tests.plugin_install import installed
 
 PLUGINS = ("ia3",)
@@ -55,6 +56,7 @@ every_model = pytest.mark.parametrize("model", MODELS)
 def plugins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with installed(tmp_path_factory.mktemp("plugin")):
         yield
+    results.cache_clear()
 
 
 def test_the_laws_cover_every_pass_there_is() -> None:
@@ -185,6 +187,12 @@ def cases(name: str, model: str) -> Iterator[tuple[Pass, Program]]:
     yield from ((step, program) for program in stages(model).values() if meets(step, program))
 
 
+@cache
+def results(name: str, model: str) -> list[tuple[Pass, Program, Program]]:
+    """Each case with what the pass makes of it, run once for all laws that only look at the result."""
+    return [(step, program, run(program, [step])) for step, program in cases(name, model)]
+
+
 @every_model
 @pytest.mark.parametrize("name", ["dead-channels", "gather-columns", "fold-affine", "to-eval"])
 def test_the_laws_meet_models_on_which_a_pass_has_work(name: str, model: str) -> None:
@@ -237,8 +245,7 @@ def test_the_numeric_promise_is_kept(name: str, model: str) -> None:
 @every_pass
 @every_model
 def test_the_history_is_honest(name: str, model: str) -> None:
-    for step, program in cases(name, model):
-        result = run(program, [step])
+    for step, program, result in results(name, model):
         applied = result.history[-1]
         selection = step.sites(program)
         assert result.history[:-1] == program.history
@@ -265,8 +272,7 @@ def held(program: Program) -> int:
 @every_pass
 @every_model
 def test_every_tensor_has_a_role_and_every_node_a_value(name: str, model: str) -> None:
-    for step, program in cases(name, model):
-        result = run(program, [step])
+    for _, _, result in results(name, model):
         assert set(result.roles) == {tensor for tensor, _ in named_tensors(result.root)} - {"clock"}
         assert set(result.roles.values()) <= set(lorafx.graph.program.ROLES)
         for node in result.graph.nodes:
@@ -277,8 +283,7 @@ def test_every_tensor_has_a_role_and_every_node_a_value(name: str, model: str) -
 @every_other  # a method may stand in a recipe twice: two adapters are two adapters
 @every_model
 def test_a_second_time_changes_nothing_more(name: str, model: str) -> None:
-    for step, program in cases(name, model):
-        once = run(program, [step])
+    for step, _, once in results(name, model):
         assert not step.sites(once).taken
         assert str(run(once, [step]).graph) == str(once.graph)
 
@@ -286,8 +291,7 @@ def test_a_second_time_changes_nothing_more(name: str, model: str) -> None:
 @every_pass
 @every_model
 def test_only_what_is_inserted_or_asked_for_trains(name: str, model: str) -> None:
-    for step, program in cases(name, model):
-        result = run(program, [step])
+    for step, program, result in results(name, model):
         if isinstance(step, Method):
             biases = getattr(step, "train_biases", False)
             asked = {key for key in result.trainable() if biases and key.endswith(".bias")}
@@ -319,10 +323,11 @@ def test_a_method_trains_and_folds_away(name: str, model: str) -> None:
 
 @every_method
 @every_model
-def test_a_run_is_loaded_as_it_was_saved(name: str, model: str, tmp_path: Path) -> None:
+def test_a_run_is_loaded_as_it_was_saved(
+    name: str, model: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
     step = pass_class(name)()
-    zoo.build(model).save_pretrained(tmp_path / "base")  # type: ignore[operator]
-    program = zoo.randomised(lorafx.rewrite(lorafx.capture(tmp_path / "base"), [step]))
+    program = zoo.randomised(lorafx.rewrite(of_folder(checkpoint(model)), [step]))
     program.save(tmp_path / "run")
     again = lorafx.load(tmp_path / "run")
     assert again.roles == program.roles
@@ -331,11 +336,18 @@ def test_a_run_is_loaded_as_it_was_saved(name: str, model: str, tmp_path: Path) 
     assert lorafx.verify(program, again).max_abs == 0.0
 
 
+@pytest.fixture(scope="module")
+def weightless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds a config alone."""
+    folder = tmp_path_factory.mktemp("configs")
+    zoo.build("bert").config.save_pretrained(folder)  # type: ignore[operator, union-attr]
+    return folder
+
+
 @every_method
-def test_on_the_meta_device_it_needs_no_weights(name: str, tmp_path: Path) -> None:
+def test_on_the_meta_device_it_needs_no_weights(name: str, weightless: Path) -> None:
     step = pass_class(name)()
-    zoo.build("bert").config.save_pretrained(tmp_path)  # type: ignore[operator, union-attr]
-    program = run(lorafx.capture(tmp_path, task="text-classification", meta=True), [step])
+    program = run(of_folder(weightless, task="text-classification", meta=True), [step])
     assert program.history[-1].inserted
     assert not any(program.tensor(key).is_meta for key in program.names("adapter", "gate", "statistic"))
 

@@ -269,7 +269,7 @@ def test_messages_name_the_line_of_the_file(tmp_path: Path) -> None:
 
 
 def test_regression_learns_numbers() -> None:
-    program = capture(bert(num_labels=1), inputs=example(True))
+    program = captured(bert, num_labels=1)
     assert prepared({"text": ["w1", "w2"], "label": ["0.5", 2]}, program).rows.features["labels"] == [0.5, 2.0]
     with pytest.raises(ArtifactError, match="row 1: label 'high' is not a number"):
         prepared({"text": ["w1"], "label": ["high"]}, program)
@@ -507,7 +507,7 @@ def test_class_names_may_look_like_pythons_integers() -> None:
 
 @pytest.mark.parametrize("written", ["1_0", "nan", "inf", "1e999", "", float("nan"), float("inf"), [1.0]])
 def test_regression_learns_finite_numbers_alone(written: Any) -> None:
-    program = capture(bert(num_labels=1), inputs=example(True))
+    program = captured(bert, num_labels=1)
     good = ["-1", "2.5", ".5", "1e-3", 3, True]
     ready = prepared({"text": ["w1"] * 6, "label": good}, program)
     assert ready.rows.features["labels"] == [-1.0, 2.5, 0.5, 0.001, 3.0, 1.0]

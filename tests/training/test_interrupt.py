@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from torch import Tensor
 from transformers import TrainerCallback
 
 from lorafx.cli import main
@@ -52,11 +53,19 @@ def go(program: Program, folder: Path | None, *callbacks: TrainerCallback, **opt
     train(program, table(), tokenizer=words(), output_dir=folder, callbacks=callbacks, **{**OPTIONS, **options})
 
 
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Tensor]:
+    """What an uninterrupted training learns."""
+    program = adapted()
+    go(program, None)
+    return learned(program)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_saves_once_and_training_goes_on_from_there(number: int, tmp_path: Path) -> None:
+def test_an_interrupt_saves_once_and_training_goes_on_from_there(
+    number: int, whole: dict[str, Tensor], tmp_path: Path
+) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    whole = adapted()
-    go(whole, None)
     with pytest.raises(KeyboardInterrupt, match="step 3 is saved in"):
         go(adapted(), tmp_path / "checkpoints", InterruptAt(3, number))
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
@@ -64,7 +73,7 @@ def test_an_interrupt_saves_once_and_training_goes_on_from_there(number: int, tm
     assert last_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "checkpoint-3"
     again = adapted(seed=5)
     go(again, tmp_path / "checkpoints", resume=True)
-    assert all(torch.equal(value, learned(again)[name]) for name, value in learned(whole).items())
+    assert all(torch.equal(value, learned(again)[name]) for name, value in whole.items())
 
 
 def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:

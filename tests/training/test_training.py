@@ -26,7 +26,7 @@ from lorafx.passes.lora import Lora
 from lorafx.pipeline import fold, rewrite
 from lorafx.public import Program
 from lorafx.training.data import Rows
-from lorafx.training.fit import train
+from lorafx.training.fit import TrainResult, train
 from lorafx.training.trainer import STATE, LorafxCallback, MethodTrainerMixin, Trainer, last_checkpoint, state_of
 from tests import ddp_worker
 from tests.small import (
@@ -612,14 +612,22 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("name", ddp_worker.RUNS)
-def test_two_processes_train_like_one_with_the_double_batch(two_processes: Path, name: str) -> None:
-    ranks = [load_file(two_processes / f"{name}-{rank}.safetensors") for rank in range(2)]
-    assert largest_difference(*ranks) == 0.0
-    alone = adapted()
+@pytest.fixture(scope="module")
+def one_process() -> tuple[Program, TrainResult]:
+    """What one process with the double batch learns, and reports."""
+    program = adapted()
     held_out = table(ddp_worker.HELD_OUT, seed=1)
     options = {**ddp_worker.COMMON, "batch_size": 16}
-    expected = train(alone, table(ddp_worker.ROWS), eval_data=held_out, tokenizer=words(), **options)
+    return program, train(program, table(ddp_worker.ROWS), eval_data=held_out, tokenizer=words(), **options)
+
+
+@pytest.mark.parametrize("name", ddp_worker.RUNS)
+def test_two_processes_train_like_one_with_the_double_batch(
+    two_processes: Path, one_process: tuple[Program, TrainResult], name: str
+) -> None:
+    ranks = [load_file(two_processes / f"{name}-{rank}.safetensors") for rank in range(2)]
+    assert largest_difference(*ranks) == 0.0
+    alone, expected = one_process
     assert largest_difference(ranks[0], learned(alone)) <= ROUNDING
     results = [json.loads((two_processes / f"{name}-{rank}.json").read_text()) for rank in range(2)]
     assert [result["is_main"] for result in results] == [True, False]
