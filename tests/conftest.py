@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,49 @@ settings.register_profile("lorafx", deadline=None, suppress_health_check=[Health
 settings.load_profile("lorafx")
 
 
+#: The files that take minutes, longest first as they were last timed. xdist hands files out whole, in the order of
+#: collection: one of these begun last would keep one worker busy alone.
+LONGEST = (
+    "training/test_method_training.py",
+    "whole/test_examples.py",
+    "whole/test_families.py",
+    "whole/test_matrix.py",
+    "passes/test_dead_channels.py",
+    "training/test_training.py",
+    "passes/test_laws.py",
+    "whole/test_kill.py",
+    "editing/test_editing.py",
+    "commands/test_cli.py",
+    "whole/test_real.py",
+    "passes/test_method_laws.py",
+    "formats/test_store.py",
+    "training/test_schedule_ends.py",
+    "training/test_interrupt.py",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the order below: xdist would begin with the files of most tests, and end with those of few long ones."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, then those that have slow tests."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    if missing := [str(path) for path in places if not path.is_file()]:
+        raise pytest.UsageError(f"LONGEST in tests/conftest.py names what is not there: {', '.join(missing)}")
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (places.get(item.path, len(places)), item.path not in slow))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Iterator[None]:
+    """A test that changed a capture others share has failed, whatever it asserted."""
+    yield
+    if "tests.captures" in sys.modules:  # not imported here: it imports torch, which not every test needs
+        sys.modules["tests.captures"].check()
+
+
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """Folder of the real MiniLM encoder."""
@@ -50,6 +96,20 @@ def movies() -> Path:
 def movie_split() -> tuple[Path, Path]:
     """Train and test CSV files of the movie sentences, 7,030 and 1,500 rows."""
     return assets.movie_split()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders of the small random models of ``tests.zoo``, by family, each written once. Spoil a copy."""
+    from tests.zoo import build
+
+    @cache
+    def folder(name: str) -> Path:
+        path = tmp_path_factory.mktemp("checkpoints") / name
+        build(name).save_pretrained(path)  # type: ignore[operator]
+        return path
+
+    return folder
 
 
 WORDS = ["the", "a", "film", "movie", "was", "is", "good", "great", "fine", "bad", "dull", "poor", "very", "not"]

@@ -1,4 +1,4 @@
-"""One process of a data-parallel training, under torchrun: ``ddp_worker.py OUT``. Writes what its rank ended with."""
+"""One process of a data-parallel training: ``torchrun -m tests.ddp_worker OUT``. Writes what its rank ended with."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from small import adapted, learned, table, words
 from torch import Tensor, distributed
 
 from lorafx.training.fit import train
+from tests.small import adapted, learned, table, words
 
 #: Rows of one optimiser step are 16, however they are split over processes and micro-batches.
 RUNS: dict[str, dict[str, Any]] = {"plain": {"batch_size": 8}, "accumulated": {"batch_size": 4, "accumulate": 2}}

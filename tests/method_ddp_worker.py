@@ -1,4 +1,4 @@
-"""One process of data-parallel trainings by every method, under torchrun: ``method_ddp_worker.py OUT``.
+"""One process of data-parallel trainings by every method: ``torchrun -m tests.method_ddp_worker OUT``.
 
 Writes what its rank ended with, and how Tied-LoRA's tensors were shared inside the wrapper.
 """
@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from methods import RECIPES, optimiser, state_of
 from safetensors.torch import save_file
-from small import captured, learned, table, words
 from torch import Tensor, distributed, nn
 
 import lorafx
 from lorafx.public import Program
 from lorafx.training.fit import train
 from lorafx.training.module import RewrittenModel
+from tests.methods import RECIPES, optimiser, state_of
+from tests.small import captured, learned, table, words
 
 STEPS, MICRO = 4, 2
 #: Recipes that HF Trainer also trains, and with what.

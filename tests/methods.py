@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import cache
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from lorafx.passes.salora import Salora
 from lorafx.passes.tied_lora import TiedLora
 from lorafx.public import Program
 from lorafx.training.module import RewrittenModel
+from tests.captures import shared
 
 #: Every method, and every combination the project lists; ranks that models of width 32 hold.
 RECIPES: dict[str, tuple[Pass, ...]] = {
@@ -81,7 +81,7 @@ class Tower(nn.Module):
         return (x * mask).sum(1) / mask.sum(1)
 
 
-@cache
+@shared
 def tower(blocks: int = 2, width: int = 12, inner: int = 20, dtype: torch.dtype = torch.float32) -> Program:
     """The captured tower, made once; rewrites of it have storage of their own for what they train."""
     with torch.random.fork_rng(devices=()):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from lorafx.graph.state import MethodState
 from lorafx.passes.lora import Lora
 from lorafx.pipeline import rewrite
 from lorafx.public import Program
+from tests.captures import shared
 
 WORDS = [f"w{number}" for number in range(40)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -118,7 +118,7 @@ class Notes(Lora):
             site["lora_B"].mul_(0.99)
 
 
-@cache
+@shared
 def captured(build: Any = bert, seed: int = 0, **changes: Any) -> Program:
     """The captured model of a builder, made once a process. Rewrites of it train storage of their own."""
     torch.manual_seed(seed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.utils import _pytree as pytree
 from lorafx.frontend.capture import capture
 from lorafx.graph.tree import named_tensors, persistent, put_tensor
 from lorafx.public import Program
+from tests.captures import shared
 
 VOCABULARY = 120
 LABELS = 3
@@ -221,9 +221,9 @@ def build(name: str, dropout: float = DROPOUT, dtype: torch.dtype = torch.float3
     return model.to(dtype).eval()
 
 
-@cache
+@shared
 def captured(name: str, dropout: float = DROPOUT, dtype: torch.dtype = torch.float32) -> Program:
-    """The captured model, once a session. Passes return new programs, so tests can share it."""
+    """The captured model, made once (:mod:`tests.captures`)."""
     return capture(build(name, dropout, dtype))
 
 

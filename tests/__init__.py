@@ -1,0 +1,1 @@
+"""The tests, a folder a stage as the code has them; beside the folders lies what they share."""

@@ -1,0 +1,1 @@
+"""Tests of regions that are one map, and of folding them."""

@@ -1,0 +1,1 @@
+"""Tests of export and of adapters as plain LoRA."""

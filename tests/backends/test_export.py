@@ -1,0 +1,78 @@
+"""The back ends' short way: a program that differs from its capture in values alone is not traced again."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorafx
+from lorafx.backends.export import only_values_differ, replay
+from lorafx.errors import CaptureError, UsageError
+from lorafx.formats.hf import fits_checkpoint, hf_model
+from lorafx.graph.edit import Edit
+from lorafx.passes.lora import Lora
+from lorafx.passes.magnitude import Magnitude
+from lorafx.passes.tidy import Tidy
+from lorafx.pipeline import to_eval
+from tests import zoo
+from tests.small import bert, captured
+
+
+def test_a_merged_adapter_changes_values_alone() -> None:
+    program = lorafx.rewrite(zoo.captured("bert"), [Lora()])
+    assert only_values_differ(lorafx.fold(program))
+    assert not only_values_differ(to_eval(program)), "separate adapters are operators of their own"
+
+
+def test_other_shapes_are_traced_again() -> None:
+    folded = lorafx.fold(zoo.captured("bert"))
+    name = next(str(node.target) for node in folded.graph.find_nodes(op="get_attr"))
+    narrow = folded.copy()
+    Edit(narrow, Tidy()).set_tensor(name, torch.zeros(3, folded.tensor(name).shape[-1]))
+    assert only_values_differ(folded)
+    assert not only_values_differ(narrow)
+
+
+def test_a_changed_config_is_traced_again() -> None:
+    folded = lorafx.fold(zoo.captured("bert"))
+    assert not only_values_differ(dataclasses.replace(folded, config_changes={"tie_word_embeddings": False}))
+
+
+def test_the_capture_is_no_part_of_the_program_that_is_rewritten() -> None:
+    program = zoo.captured("bert")
+    assert program.captured is not None
+    assert program.captured.graph is not program.graph
+
+
+def test_a_size_that_the_config_refuses_fits_no_checkpoint() -> None:
+    """Of three heads two stay: no word of BERT's config says how wide a head is."""
+    program = captured(bert, hidden_size=24, num_attention_heads=3)
+    closed = lorafx.rewrite(program, [Magnitude(targets="attention.output.dense", keep=0.6)])
+    folded = lorafx.fold(closed, gather="never")
+    assert not fits_checkpoint(folded)
+    with pytest.raises(UsageError, match=r"cannot hold this program: .*not a multiple"):
+        hf_model(folded)
+
+
+class Mlp(nn.Module):
+    """Two linears, with an operator between them that may hold what lies there."""
+
+    def __init__(self, held: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.held = nn.Linear(4, 6), nn.Linear(6, 3), held
+        self.up.weight.data[0] = self.up.bias.data[0] = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.up(x))
+        return self.down(hidden.sort().values if self.held else hidden)
+
+
+def test_a_capture_in_which_other_channels_go_is_refused() -> None:
+    example = {"x": torch.randn(2, 4)}
+    folded = lorafx.fold(lorafx.capture(Mlp(False), inputs=example))
+    assert folded.tensor("up.weight").shape == (5, 4)
+    with pytest.raises(CaptureError, match=r"up.weight has two shapes, \(6, 4\) and \(5, 4\), .*; export it as pt2"):
+        replay(folded, lorafx.capture(Mlp(True), inputs=example))

@@ -1,0 +1,277 @@
+"""The command line as people use it: results on stdout, one-line errors, stable exit codes, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from lorafx.cli import main
+
+RECIPE = """
+[model]
+task = "text-classification"
+num_labels = 2
+
+[[pass]]
+name = "lora"
+rank = 4
+alpha = 8.0
+"""
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("recipes") / "lora.toml"
+    file.write_text(RECIPE, encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, tiny_table: Path, recipe: Path) -> Path:
+    """A run made and trained through the command line."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    result = call("rewrite", tiny_checkpoint, "--recipe", recipe, "-o", folder)
+    assert result.exit_code == 0, result.output
+    result = call("train", folder, "--data", tiny_table, "--epochs", 2, "--batch-size", 16, "--learning-rate", "5e-3")
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folded(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That run folded, every step verified."""
+    folder = tmp_path_factory.mktemp("folded") / "folded"
+    result = call("fold", run, "-o", folder, "--verify-each")
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.fixture(scope="module")
+def onnx_folder(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That run as ONNX."""
+    folder = tmp_path_factory.mktemp("exported") / "onnx"
+    result = call("export", run, "-o", folder)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_help_is_fast_and_imports_no_torch() -> None:
+    """CPU seconds of a whole process; half of them is the interpreter itself."""
+    code = "import sys; from lorafx.cli import main; sys.argv = ['lorafx', '--help']\n"
+    code += "try: main()\nfinally: assert 'torch' not in sys.modules"
+    times = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    assert min(times) < 0.15
+
+
+def test_passes_lists_and_describes() -> None:
+    listed = json.loads(call("passes", "--json").stdout)
+    assert {"lora", "to-eval", "fold-affine", "fold-constants", "tidy"} <= set(listed)
+    described = json.loads(call("passes", "lora", "--json").stdout)
+    assert described["options"]["rank"]["default"] == 8
+
+
+def test_dry_run_prints_sites_and_misses_and_writes_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    result = call("rewrite", tiny_checkpoint, "--pass", "lora", "--lora.targets", "query,value", "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    step = json.loads(result.stdout)["passes"][0]
+    assert len(step["taken"]) == 4
+    assert any("embedding" in str(module) for modules in step["missed"].values() for module in modules)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_whole_path(run: Path, folded: Path, onnx_folder: Path) -> None:
+    for a, b in ((run, folded), (folded, onnx_folder), (run, onnx_folder)):
+        result = call("verify", a, b, "--json")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["ok"]
+    result = call("bench", folded, onnx_folder, "--shape", "1x8", "--repeats", 3, "--json")
+    assert result.exit_code == 0, result.output
+    assert call("inspect", run).exit_code == 0
+    assert call("inspect", onnx_folder).exit_code == 0
+
+
+UNEVEN = """
+[[pass]]
+name = "magnitude"
+targets = "role:ffn.down"
+blocks = "0"
+keep = 0.3
+
+[[pass]]
+name = "magnitude"
+targets = "role:ffn.down"
+blocks = "1"
+keep = 0.6
+"""
+
+
+@pytest.mark.slow
+def test_widths_are_left_as_asked(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Of 64 neurons 20 and 39 stay; a flag wins over the recipe, which wins over removing all that can go."""
+    from transformers import AutoModel
+
+    def widths(made: Result | Path) -> list[int]:
+        if isinstance(made, Result):
+            assert made.exit_code == 0, made.output
+        report = json.loads(made.read_text() if isinstance(made, Path) else made.stdout)
+        rows = report["sections"]["dead-channels: Removed"]
+        return [json.loads(row["after"])[0] for row in rows if row["tensor"].endswith("intermediate.dense.weight")]
+
+    for name, more in (("plain", ""), ("rounded", '[[pass]]\nname = "dead-channels"\nround_to = 16\n')):
+        (tmp_path / f"{name}.toml").write_text(UNEVEN + more, encoding="utf-8")
+        made = call("rewrite", tiny_checkpoint, "--recipe", tmp_path / f"{name}.toml", "-o", tmp_path / name)
+        assert made.exit_code == 0, made.output
+    plain, rounded = tmp_path / "plain", tmp_path / "rounded"
+    assert widths(call("fold", plain, "-o", tmp_path / "0", "--json")) == [20, 39]
+    assert call("verify", plain, tmp_path / "0").exit_code == 2  # a .pt2 runs code when it is opened
+    assert call("verify", plain, tmp_path / "0", "--trust-remote-code").exit_code == 0
+    assert call("bench", tmp_path / "0", "--trust-remote-code", "--shape", "1x8", "--repeats", 3).exit_code == 0
+    assert widths(call("fold", rounded, "-o", tmp_path / "1", "--json")) == [32, 48]
+    assert widths(call("fold", rounded, "-o", tmp_path / "2", "--round-to", 8, "--json")) == [24, 40]
+    assert widths(call("fold", plain, "-o", tmp_path / "3", "--uniform", "--json")) == [39, 39]
+    assert AutoModel.from_pretrained(tmp_path / "3").config.intermediate_size == 39
+    for options, expected in (([], [24, 40]), (["--keep-at-least", 30], [32, 40])):
+        made = call("export", plain, "-o", tmp_path / "cuda", "--provider", "cuda", "--overwrite", *options)
+        assert made.exit_code == 0, made.output
+        assert widths(tmp_path / "cuda" / "report.json") == expected
+    assert call("export", plain, "-o", tmp_path / "4", "--format", "hf", "--uniform").exit_code == 0
+    assert call("verify", plain, tmp_path / "4").exit_code == 0
+
+
+def test_the_folders_open_without_lorafx(run: Path, folded: Path, onnx_folder: Path, tiny_checkpoint: Path) -> None:
+    """PEFT opens the run, transformers the folded folder and the ONNX folder, all with the same logits."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.exporters.base import ExportedModel
+
+    tokenizer = AutoTokenizer.from_pretrained(onnx_folder)
+    batch = tokenizer(["the film was good", "it is not a very great movie and"], padding=True, return_tensors="pt")
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_checkpoint, num_labels=2)
+    with torch.no_grad():
+        adapted = PeftModel.from_pretrained(base, run).eval()(**batch).logits
+        merged = AutoModelForSequenceClassification.from_pretrained(folded).eval()(**batch).logits
+    exported = ExportedModel.from_pretrained(onnx_folder)(**batch).logits
+    # fp32 with another order of additions; logits are of order one.
+    torch.testing.assert_close(adapted, merged, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merged, exported, rtol=1e-5, atol=1e-5)
+
+
+def test_onnx_carries_its_recipe(onnx_folder: Path) -> None:
+    import onnx
+
+    model = onnx.load(str(onnx_folder / "model.onnx"), load_external_data=False)
+    record = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(record["lorafx_history"])[0]["name"] == "lora"
+    assert json.loads(record["lorafx_base"])["hashes"]["model.safetensors"]
+
+
+def test_separate_adapters_stay_separate(run: Path, onnx_folder: Path, tmp_path: Path) -> None:
+    import onnx
+
+    merged, separate = onnx_folder, tmp_path / "separate"
+    assert call("export", run, "-o", separate, "--adapters", "separate").exit_code == 0
+    assert call("verify", merged, separate).exit_code == 0
+    counts = [len(onnx.load(str(f / "model.onnx"), load_external_data=False).graph.node) for f in (merged, separate)]
+    assert counts[0] < counts[1]
+
+
+def test_run_does_it_all_and_goes_on_after_an_interruption(
+    tiny_checkpoint: Path, tiny_table: Path, recipe: Path, tmp_path: Path
+) -> None:
+    arguments = ["run", recipe, "--checkpoint", tiny_checkpoint, "--data", tiny_table, "-o", tmp_path / "job"]
+    arguments += ["--max-steps", 2, "--batch-size", 8]
+    first = call(*arguments)
+    assert first.exit_code == 0, first.output
+    shutil.rmtree(tmp_path / "job" / "onnx")
+    again = call(*arguments)
+    assert again.exit_code == 0, again.output
+    assert "run: done before" in again.stderr
+    assert "onnx: working" in again.stderr
+    assert call("verify", tmp_path / "job" / "run", tmp_path / "job" / "onnx").exit_code == 0
+
+
+ERRORS = [
+    (["rewrite", "{ckpt}", "--pass", "lorra", "--dry-run"], 2, "did you mean 'lora'"),
+    (["rewrite", "{ckpt}", "--pass", "lora", "--lora.rnak", "4", "--dry-run"], 2, "did you mean 'rank'"),
+    (["rewrite", "{ckpt}", "--pass", "lora", "--lora.rank", "many", "--dry-run"], 2, "an integer"),
+    (["rewrite", "{ckpt}", "--pass", "lora", "--lora.targets", "qeury", "--dry-run"], 2, "query"),
+    (["rewrite", "{ckpt}", "--pass", "lora", "--lora.rank", "999", "--dry-run"], 2, "rank 999"),
+    (["rewrite", "{ckpt}", "--task", "text-clasification", "--pass", "lora", "--dry-run"], 2, "text-classification"),
+    (["rewrite", "{ckpt}", "--dry-run"], 2, "nothing to do"),
+    (["rewrite", "{tmp}/nowhere", "--pass", "lora", "--dry-run"], 5, "no such checkpoint folder"),
+    (["rewrite", "{tmp}/empty", "--pass", "lora", "--dry-run"], 5, "no config.json"),
+    (["rewrite", "{ckpt}", "--recipe", "{tmp}/bad.toml", "--dry-run"], 2, "unknown key 'passs'"),
+    (["fold", "{tmp}/empty", "-o", "{tmp}/out"], 5, "no config.json"),
+    (["export", "{run}", "-o", "{tmp}/out", "--uniform", "--adapters", "separate"], 2, "nothing is folded here"),
+    (["train", "{run}", "--data", "{tmp}/other.csv", "-o", "{tmp}/out"], 5, "did you mean 'lable'"),
+    (["train", "{run}", "--data", "{tmp}/none.csv", "-o", "{tmp}/out"], 5, "none.csv"),
+    (["verify", "{run}", "{ckpt}"], 4, "differ"),
+    (["bench", "{run}", "--shape", "8by8"], 2, "batch x length"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "words"), ERRORS, ids=lambda value: str(value)[:60])
+def test_errors_are_one_line_with_a_stable_code(
+    arguments: list[str], code: int, words: str, tiny_checkpoint: Path, run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.toml").write_text('[[passs]]\nname = "lora"\n', encoding="utf-8")
+    (tmp_path / "other.csv").write_text("text,lable\nfine,1\n", encoding="utf-8")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    result = call(*[part.format(ckpt=tiny_checkpoint, run=run, tmp=tmp_path) for part in arguments])
+    assert result.exit_code == code, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("lorafx: error:")]
+    assert len(lines) == 1
+    assert words in lines[0]
+    assert "Traceback" not in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("damage", ["truncate", "lfs", "header"])
+def test_damaged_weights_are_named(damage: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_checkpoint, copy)
+    file = copy / "model.safetensors"
+    if damage == "truncate":
+        os.truncate(file, file.stat().st_size - 100)
+    elif damage == "lfs":
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n", encoding="utf-8")
+    else:
+        data = bytearray(file.read_bytes())
+        data[8:40] = b"x" * 32
+        file.write_bytes(bytes(data))
+    result = call("rewrite", copy, "--pass", "lora", "-o", tmp_path / "run")
+    assert result.exit_code == 5, result.output
+    assert "model.safetensors" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_changed_base_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    copy, folder = tmp_path / "copy", tmp_path / "run"
+    shutil.copytree(tiny_checkpoint, copy)
+    assert call("rewrite", copy, "--pass", "lora", "-o", folder).exit_code == 0
+    file = copy / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    result = call("fold", folder, "-o", tmp_path / "folded")
+    assert result.exit_code == 5
+    assert "changed since the rewrite" in result.stderr

@@ -1,0 +1,340 @@
+"""Capture beyond the matrix: noise a graph cannot turn off, inner graphs, running statistics, and refusals."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+import lorafx
+from lorafx.errors import CaptureError, UsageError
+from lorafx.passes.lora import Lora
+from tests import small, zoo
+
+
+def operators(program: lorafx.Program) -> list[str]:
+    return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+
+
+def check(model: nn.Module, inputs: dict[str, Tensor]) -> lorafx.Program:
+    """Capture, and compare evaluation with the eager model bit by bit on another batch size."""
+    program = lorafx.capture(model, inputs=inputs)
+    assert all(not module.training for module in model.modules()), "left as it was"
+    larger = {name: torch.cat([value, value.flip(1)]) for name, value in inputs.items()}
+    expected = zoo.eager(model, larger)
+    actual = zoo.run(program, larger)
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+    return program
+
+
+# ---- noise
+
+
+def test_stochastic_depth_is_left_out_where_it_is(caplog: pytest.LogCaptureFixture):
+    config = hf.SwinConfig(
+        image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4, drop_path_rate=0.5
+    )
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    program = check(hf.SwinForImageClassification(config).eval(), {"pixel_values": pixels})
+    assert "captured without them: swin.encoder.layers.1.blocks.0.drop_path" in caplog.text
+    assert "aten.rand.default" not in operators(program)
+    assert "aten.dropout.default" in operators(program), "dropout elsewhere stays"
+
+
+def test_router_jitter_is_left_out(caplog: pytest.LogCaptureFixture):
+    config = hf.MixtralConfig(**zoo.DECODER, num_local_experts=4, router_jitter_noise=0.1)
+    program = check(hf.MixtralForCausalLM(config).eval(), zoo.text(2, 7))
+    assert "model.layers.0.mlp, model.layers.1.mlp" in caplog.text
+    assert "aten.uniform_.default" not in operators(program)
+
+
+def test_branches_on_random_numbers_are_left_out(caplog: pytest.LogCaptureFixture):
+    model = zoo.build("whisper-encoder")
+    model.layerdrop = 0.3  # type: ignore[assignment] - read in training only
+    program = check(model, zoo.sound(2, 7))
+    assert "captured without them: (the model itself)" in caplog.text
+    dropouts = program.graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default)
+    assert sum(node.args[2] is True for node in dropouts) == 6, "the layers' own dropout stays"
+
+
+def test_noise_of_another_library_becomes_evaluation_mode(caplog: pytest.LogCaptureFixture):
+    """SpecAugment draws its masks with numpy, which a trace takes for constants: only comparing shows it."""
+    convolutions: dict[str, Any] = {
+        "conv_dim": (8, 8),
+        "conv_stride": (5, 2),
+        "conv_kernel": (10, 3),
+        "num_feat_extract_layers": 2,
+    }
+    positions: dict[str, Any] = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    masking: dict[str, Any] = {"layerdrop": 0.0, "mask_time_prob": 0.2, "mask_time_length": 2}
+    config = hf.Wav2Vec2Config(**convolutions, **positions, **sizes, **masking)
+    sound = torch.randn(2, 2000, generator=torch.Generator().manual_seed(0))
+    check(hf.Wav2Vec2ForSequenceClassification(config).eval(), {"input_values": sound})
+    assert "can be captured in evaluation mode only" in caplog.text
+
+
+def test_quiet_models_log_nothing(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING, logger="lorafx"):
+        check(zoo.build("bert"), zoo.text(2, 7))
+    assert not [record for record in caplog.records if record.name.startswith("lorafx")]
+
+
+# ---- heads
+
+
+def test_what_the_checkpoint_did_not_hold_belongs_to_the_head(tmp_path: Path):
+    """A pooler that was trained is adapted, as in PEFT; one that was just made up has to be trained whole."""
+    whole = zoo.build("deberta-v2")
+    assert zoo.captured("deberta-v2").heads == ("classifier",)
+    whole.save_pretrained(tmp_path / "whole")  # type: ignore[operator]
+    assert lorafx.capture(tmp_path / "whole").heads == ("classifier",)
+    whole.deberta.save_pretrained(tmp_path / "bare")  # type: ignore[operator, union-attr]
+    bare = lorafx.capture(tmp_path / "bare", task="text-classification", num_labels=zoo.LABELS)
+    assert bare.heads == bare.default_trainable() == ("pooler", "classifier")
+    adapted = {item.module for item in lorafx.rewrite(bare, [Lora(rank=2)]).history[-1].inserted}
+    assert not {"pooler.dense", "classifier"} & adapted
+
+
+# ---- inner graphs and state
+
+
+class Regions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.frozen, self.precise, self.out, self.dropout = *(nn.Linear(4, 4) for _ in range(3)), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            a = self.dropout(self.frozen(x))
+        with torch.autocast("cpu", enabled=False):
+            b = self.dropout(self.precise(x))
+        return self.out(a + b)
+
+
+def test_regions_become_inner_graphs_with_an_evaluation_form():
+    model = Regions().eval()
+    program = check(model, {"x": torch.randn(2, 4, generator=torch.Generator().manual_seed(0))})
+    adapted = lorafx.rewrite(program, [Lora(rank=2)])
+    assert [item.module for item in adapted.history[-1].inserted] == ["out"]
+    reasons = {miss.site.module: miss.reason for miss in adapted.history[-1].missed}
+    assert reasons["frozen"] == "wrap_with_set_grad_enabled is not a linear layer"
+    assert reasons["precise"] == "wrap_with_autocast is not a linear layer"
+    module = program.module()
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(2)
+    noisy = module.train()(x=x)
+    torch.manual_seed(2)
+    assert torch.equal(noisy, model.train()(x))
+    model.eval()
+    assert torch.equal(module.eval()(x=x), model(x))
+
+
+def resnet() -> tuple[nn.Module, dict[str, Tensor]]:
+    config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return hf.ResNetForImageClassification(config).eval(), {"pixel_values": pixels}
+
+
+def test_running_statistics_belong_to_one_program():
+    model, inputs = resnet()
+    base = check(model, inputs)
+    program = lorafx.rewrite(base, [Lora(targets="*.convolution", rank=2)])
+    module = program.module()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    module.eval()(**inputs)
+    assert not any(program.tensor(key).ne(value).any() for key, value in before.items()), "evaluation changes nothing"
+    module.train()(**inputs)
+    changed = {key for key, value in before.items() if program.tensor(key).ne(value).any()}
+    assert {key.rpartition(".")[2] for key in changed} == {"running_mean", "running_var", "num_batches_tracked"}
+    assert changed <= program.learned().keys(), "or a saved run would evaluate otherwise"
+    for key, value in before.items():
+        assert torch.equal(model.state_dict()[key], value), key
+        assert torch.equal(base.tensor(key), value), key
+    assert before.keys() <= lorafx.fold(program).roles.keys(), "counters nobody reads stay in the checkpoint"
+
+
+def test_values_overwritten_by_their_only_reader_are_made_anew():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x)
+            y += 1.0
+            z = y.tanh()
+            y.mul_(2.0)
+            return z.add_(y)
+
+    program = check(InPlace().eval(), {"x": torch.randn(2, 4, generator=torch.Generator().manual_seed(0))})
+    # The multiplication stays in place, because tanh reads the same value.
+    assert operators(program) == [
+        "aten.linear.default",
+        "aten.add.Tensor",
+        "aten.tanh.default",
+        "aten.mul_.Tensor",
+        "aten.add.Tensor",
+    ]
+
+
+# ---- what cannot be captured
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if x.sum() > 0 else x
+
+
+def test_a_branch_on_the_input_is_refused_with_its_line(capfd: pytest.CaptureFixture[str]):
+    with pytest.raises(CaptureError, match=r"Branching cannot be captured at .*test_capture.py:\d+: .*data-dependent"):
+        lorafx.capture(Branching(), inputs={"x": torch.ones(2, 4)})
+    assert "def forward" not in capfd.readouterr().err, "the tracer's own dump stays in the log"
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.layer(row) for row in x])
+
+
+def test_a_fixed_dimension_is_refused_by_name():
+    with pytest.raises(CaptureError, match="fixes dimension 0 of input 'x' to 2"):
+        lorafx.capture(Counting(), inputs={"x": torch.ones(2, 4)})
+    program = lorafx.capture(Counting(), inputs={"x": torch.ones(2, 4)}, dynamic=False)
+    assert operators(program).count("aten.linear.default") == 2
+
+
+# ---- example inputs that a config does not name
+
+
+def stages(**changes: Any) -> dict[str, Any]:
+    return {"hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3, **changes}
+
+
+TRANSFORMER: dict[str, Any] = {"num_encoder_blocks": 2, "patch_sizes": [7, 3], "strides": [4, 2]}
+IMAGES: dict[str, Any] = {
+    "resnet": lambda: hf.ResNetForImageClassification(hf.ResNetConfig(embedding_size=8, **stages())),
+    "regnet": lambda: hf.RegNetForImageClassification(hf.RegNetConfig(embedding_size=8, groups_width=8, **stages())),
+    "bit": lambda: hf.BitForImageClassification(hf.BitConfig(embedding_size=8, num_groups=4, **stages())),
+    "poolformer": lambda: hf.PoolFormerForImageClassification(
+        hf.PoolFormerConfig(**TRANSFORMER, **stages(padding=[2, 1]))
+    ),
+    "segformer": lambda: hf.SegformerForImageClassification(
+        hf.SegformerConfig(**TRANSFORMER, **stages(num_attention_heads=[1, 2], sr_ratios=[2, 1], mlp_ratios=[2, 2]))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_images_have_the_size_that_their_processor_makes(name: str, tmp_path: Path):
+    torch.manual_seed(0)
+    IMAGES[name]().save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 64}}')
+    program = lorafx.capture(tmp_path / "base")
+    assert program.example["pixel_values"].shape == (2, 3, 64, 64)
+    program.save(tmp_path / "run")
+    again = lorafx.load(tmp_path / "run")
+    inputs = {"pixel_values": torch.randn(3, 3, 64, 64)}
+    assert zoo.distance(zoo.run(program, inputs), zoo.run(again, inputs)) == 0
+    with pytest.raises(UsageError, match="dimension 2 of input 'pixel_values' is 96, and the graph holds for 64"):
+        program.module()(pixel_values=torch.randn(1, 3, 96, 96))
+
+
+def test_a_model_without_usual_inputs_is_saved_with_its_own(tmp_path: Path):
+    model = hf.ResNetForImageClassification(hf.ResNetConfig(embedding_size=8, **stages()))
+    model.save_pretrained(tmp_path / "base")
+    program = lorafx.capture(tmp_path / "base", inputs={"pixel_values": torch.randn(2, 3, 32, 32)})
+    program.save(tmp_path / "run")
+    assert lorafx.load(tmp_path / "run").example["pixel_values"].shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("changes", [{"pad_token_id": -1}, {"max_position_embeddings": -1}, {"pad_token_id": None}])
+def test_negative_numbers_in_a_config_mean_none(changes: dict[str, Any]):
+    config = hf.LlamaConfig(**{**zoo.DECODER, **changes})
+    check(hf.LlamaForCausalLM(config).eval(), zoo.text(2, 7))
+    assert lorafx.capture(hf.LlamaForCausalLM(config)).example["input_ids"].min() >= 0
+
+
+def encoder_decoder(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    tokens: dict[str, Any] = {"vocab_size": 50, "pad_token_id": 0, "eos_token_id": 5, "decoder_start_token_id": 0}
+    if kind == "t5":
+        return hf.T5ForSequenceClassification(
+            hf.T5Config(**tokens, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+        ).eval()
+    sizes: dict[str, Any] = {f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("attention_heads",)}
+    layers: dict[str, Any] = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    config = hf.BartConfig(**tokens, **sizes, **layers, d_model=16, max_position_embeddings=40, bos_token_id=1)
+    return hf.BartForSequenceClassification(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_classifiers_that_look_for_the_end_of_a_text(kind: str):
+    model = encoder_decoder(kind)
+    program = lorafx.capture(model)
+    ids = torch.randint(6, 50, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    ids[0, 8], ids[1, 5], ids[2, 8] = 5, 5, 5
+    ids[1, 6:], mask[1, 6:] = 0, 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    assert zoo.distance(zoo.eager(model, inputs), zoo.run(program, inputs)) < 1e-5
+
+
+def test_a_classifier_without_a_padding_token_says_what_to_do():
+    with pytest.raises(CaptureError, match=r"if no padding token is defined; set model\.config\.pad_token_id"):
+        lorafx.capture(hf.LlamaForSequenceClassification(hf.LlamaConfig(**{**zoo.DECODER, "pad_token_id": None})))
+
+
+@pytest.mark.parametrize("pad", [None, -1])
+def test_a_classifier_of_a_folder_pads_as_its_tokenizer_does(pad: int | None, tmp_path: Path):
+    hf.LlamaForCausalLM(hf.LlamaConfig(**{**zoo.DECODER, "pad_token_id": pad})).save_pretrained(tmp_path)
+    tokenizer = small.words()
+    tokenizer.pad_token, tokenizer.eos_token = None, "w3"
+    tokenizer.save_pretrained(tmp_path)
+    program = lorafx.capture(tmp_path, task="text-classification", num_labels=3)
+    end = tokenizer.convert_tokens_to_ids("w3")
+    assert program.config.pad_token_id == end
+    text = torch.tensor([[11, 12, 13]])
+    both = torch.tensor([[11, 12, 13, end, end], [21, 22, 23, 24, 25]])
+    alone = zoo.run(program, {"input_ids": text, "attention_mask": torch.ones_like(text)})["['logits']"]
+    beside = zoo.run(program, {"input_ids": both, "attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1] * 5])})
+    torch.testing.assert_close(beside["['logits']"][:1], alone)
+
+
+# ---- dropout of recurrent layers
+
+
+def test_recurrent_layers_have_an_evaluation_form(caplog: pytest.LogCaptureFixture):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = (
+                nn.LSTM(4, 4, 2, dropout=0.5, batch_first=True),
+                nn.BatchNorm1d(4, track_running_stats=False),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.layer(x)[0].transpose(1, 2))
+
+    check(Recurrent().eval(), {"x": torch.randn(2, 5, 4)})
+    assert "captured without" not in caplog.text

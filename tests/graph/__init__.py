@@ -1,0 +1,1 @@
+"""Tests of what a program is: targets, calls, sizes, weights."""

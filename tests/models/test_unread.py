@@ -1,0 +1,84 @@
+"""What a checkpoint holds, and what a caller asks for, is used or refused; never dropped in silence."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+
+import lorafx
+from lorafx.errors import ArtifactError, UsageError
+from lorafx.models.checkpoint import open_model
+from tests.small import bert
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    bert(num_labels=3).save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    return tmp_path / "base"
+
+
+def config(folder: Path, **changes: Any) -> None:
+    values = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def test_a_head_is_left_out_where_another_task_was_asked_for(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "lorafx"):
+        assert type(open_model(checkpoint, "feature-extraction", {})[0]) is hf.BertModel
+    assert "classifier.bias and 1 more is in its files but not in a BertModel" in caplog.text
+    model, fresh = open_model(checkpoint, "fill-mask", {})
+    assert type(model) is hf.BertForMaskedLM
+    assert "cls.predictions.bias" in fresh
+
+
+def test_a_head_is_not_left_out_when_nobody_chose_a_class(checkpoint: Path) -> None:
+    config(checkpoint, architectures=None)
+    with pytest.raises(ArtifactError, match=r"names no architecture, and a BertModel leaves out classifier.bias; say"):
+        open_model(checkpoint, None, {})
+    assert open_model(checkpoint, "text-classification", {})[1] == frozenset()
+
+
+@pytest.mark.parametrize("task", [None, "text-classification", "feature-extraction"])
+def test_blocks_that_the_config_does_not_count_are_refused(checkpoint: Path, task: str | None) -> None:
+    config(checkpoint, num_hidden_layers=1)
+    with pytest.raises(ArtifactError, match=r"hold bert.encoder.layer.1.*, for which a Bert\w+ of this config has no"):
+        open_model(checkpoint, task, {})
+
+
+def test_masks_that_older_classes_kept_are_no_weights(checkpoint: Path) -> None:
+    values = load_file(checkpoint / "model.safetensors")
+    values["bert.encoder.layer.0.attention.masked_bias"] = torch.tensor(-1e4)
+    values["bert.encoder.layer.0.attention.causal"] = torch.ones(1, 1, 4, 4, dtype=torch.uint8)
+    save_file(values, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    assert open_model(checkpoint, None, {})[1] == frozenset()
+
+
+def test_matrices_of_an_adapter_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "adapted"))
+    values = load_file(folder / "model.safetensors")
+    values["bert.encoder.layer.0.attention.self.query.lora_A.weight"] = torch.ones(2, 32)
+    save_file(values, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"query.lora_A.weight, for which a Bert"):
+        lorafx.capture(folder)
+
+
+@pytest.mark.parametrize("options", [{"num_labels": 5}, {"nonsense": 1}, {"meta": True}])
+def test_a_model_in_memory_takes_no_options(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"{next(iter(options))} is for opening a folder"):
+        lorafx.capture(bert(), **options)
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_an_option_that_transformers_does_not_know_is_refused(checkpoint: Path, meta: bool) -> None:
+    with pytest.raises(UsageError, match="transformers takes no 'nonsense' for this model"):
+        lorafx.capture(checkpoint, meta=meta, nonsense=1)

@@ -1,0 +1,1 @@
+"""Tests of the passes: the laws, each method, and what methods share."""

@@ -1,0 +1,1 @@
+"""Tests of proof by default and of timing."""

@@ -1,0 +1,1 @@
+"""Tests of recipes, options and the registry."""
