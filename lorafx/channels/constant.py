@@ -53,6 +53,9 @@ class _Carried:
     def step(self, data: Array) -> None:
         pass
 
+    def hold(self, data: Array) -> None:
+        pass
+
     def among(self, axis: Axis, value: float | None) -> Axis:
         return axis if value is None else Axis(axis.dims, np.where(axis.data == value, axis.data, np.nan))
 

@@ -7,6 +7,7 @@ Each function takes the axes of the operands and gives those of the result. What
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,13 +36,31 @@ def _leave(carrier: Carrier, axes: list[Axis]) -> None:
 def _transpose(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
     rank, given = rank_of(node), list(node.args[1:3]) or [0, 1]
     a, b = (int(dim) % rank for dim in given)  # type: ignore[arg-type]
-    return [axis.moved(lambda dim: {a: b, b: a}.get(dim, dim)) for axis in known(node.args[0])]
+    return [_reordered(carrier, node, axis, lambda dim: {a: b, b: a}.get(dim, dim)) for axis in known(node.args[0])]
 
 
 def _permute(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
     rank = rank_of(node)
     order = [int(dim) % rank for dim in node.args[1]]  # type: ignore[union-attr]
-    return [axis.moved(order.index) for axis in known(node.args[0])]
+    return [_reordered(carrier, node, axis, order.index) for axis in known(node.args[0])]
+
+
+def _reordered(carrier: Carrier, node: fx.Node, axis: Axis, place: Callable[[int], int]) -> Axis:
+    """The axis after its dimensions changed places, perhaps with each other.
+
+    Heads may keep different channels, side by side in each: with the channels in front there is no such place for
+    them, so all heads keep the same ones then. Groups of heads may keep different heads: all stay then.
+    """
+    result, places = axis.moved(place), [place(dim) for dim in axis.dims]
+    if places == sorted(places):
+        return result
+    if len(places) == 2:
+        carrier.step(result.data)
+    elif places[-1] == max(places):
+        carrier.hold(result.data)
+    else:
+        carrier.lose(axis, str(node.target))
+    return result
 
 
 def _repeat(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:

@@ -97,7 +97,8 @@ class Removal:
         target = self.widths.of(most, flat.shape[1]) if structured else most
         # A row stays for all that has it (query, key and value of a head), even if one of them could do without.
         rows = self.axes.head_row[flat[:, 0]]
-        alive = np.where((rows >= 0) & (data.ndim > 1), self._row[rows], counts > 0)
+        inside = (rows >= 0) & (self.axes.head_row[flat] == rows[:, None]).all(1)
+        alive = np.where(inside & (data.ndim > 1), self._row[rows], counts > 0)
         for row in np.flatnonzero(alive & (counts < target)):
             self._restore(self._fewest(flat[row][~kept[row]], target - counts[row]))
         if data.ndim > 2:

@@ -48,6 +48,9 @@ class Labels:
     def step(self, data: Array) -> None:
         self.found.tie(data[..., :1], data)
 
+    def hold(self, data: Array) -> None:
+        self.found.hold_rows(data)
+
     def among(self, axis: Axis, value: float | None) -> Axis:
         return axis
 

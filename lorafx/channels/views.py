@@ -39,6 +39,9 @@ class Carrier(Loser, Protocol):
     def step(self, data: Array) -> None:
         """Entries along the last dimension of ``data`` keep step: all stay or all go."""
 
+    def hold(self, data: Array) -> None:
+        """No row of ``data`` goes, whatever goes inside one."""
+
     def among(self, axis: Axis, value: float | None) -> Axis:
         """``axis`` after ``value`` was put beside what there was, along other dimensions; None is more of the same."""
         ...

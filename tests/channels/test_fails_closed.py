@@ -473,3 +473,44 @@ def test_a_rule_that_is_wrong_is_found_out_and_the_rest_still_goes(
     assert program.tensor("a.weight").shape == (12, 8)
     assert program.tensor("o.weight").shape == (4, 12)
     assert "does not do what its rule says" in caplog.text
+
+
+# ---- heads that keep different channels, and what puts the channels in front
+
+IN_ORDER, TURNED, SHUFFLED, GROUPS = (0, 1, 2), (0, 2, 1), (0, 3, 1, 2), (0, 2, 1, 3)
+#: Sizes of a layer's features, the order they are put in, which of them are dead, and how many then stay.
+ORDERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], list[int], int]] = {
+    "another channel of each head, in order": ((3, 3), IN_ORDER, [0, 4, 8], 6),
+    "another channel of each head, channels in front": ((3, 3), TURNED, [0, 4, 8], 9),
+    "the same channel of every head, channels in front": ((3, 3), TURNED, [0, 3, 6], 6),
+    "a head, channels in front": ((3, 3), TURNED, [3, 4, 5], 6),
+    "a head, and the same channel of the others": ((3, 3), TURNED, [0, 3, 4, 5, 6], 4),
+    "a channel of each head of each group, channels in front": ((2, 2, 3), SHUFFLED, [0, 3, 6, 9], 12),
+    "a channel of each head of each group, heads in front of groups": ((2, 2, 3), GROUPS, [0, 4, 8, 9], 8),
+    "another head of each group, heads in front of groups": ((2, 2, 3), GROUPS, [0, 1, 2, 9, 10, 11], 12),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_channels_that_change_places_with_heads(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    sizes, order, dead, left = ORDERS[name]
+    torch.manual_seed(0)
+    width = torch.Size(sizes).numel()
+    model = Model(
+        lambda s, x: s.o(torch.relu(s.a(x)).view(x.shape[0], *sizes).permute(order).flatten(1)),
+        a=linear(8, width, zero=dead, bias=False),
+        o=linear(width, 4),
+    )
+    program = folded(model, tokens()[:, 0], caplog)
+    assert program.tensor("a.weight").shape == (left, 8)
+    assert program.tensor("o.weight").shape == (4, left)
+
+
+def test_channels_in_groups_are_shuffled_together(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model = Model(
+        lambda s, x: s.o(functional.channel_shuffle(torch.relu(s.a(x))[:, :, None], 3)[:, :, 0]),
+        a=linear(8, 12, zero=[0, 5, 10], bias=False),
+        o=linear(12, 4),
+    )
+    folded(model, tokens()[:, 0], caplog)

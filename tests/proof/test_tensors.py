@@ -1,0 +1,165 @@
+"""A fold that streams writes what a fold in memory writes, and a single wrong number in it is found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+
+import lorafx
+from lorafx.base import Pass
+from lorafx.deferred.programs import is_deferring
+from lorafx.errors import ParityError
+from lorafx.passes.finegates import Finegates
+from lorafx.passes.lora import Lora
+from lorafx.passes.prilora import Prilora
+from lorafx.passes.rose_lora import RoseLora
+from lorafx.passes.salora import Salora
+from lorafx.passes.tied_lora import TiedLora
+from lorafx.public import Program
+
+SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}
+METHODS: dict[str, list[Pass]] = {
+    "lora": [Lora(rank=4, targets="all-linear")],
+    "lora on the table": [Lora(rank=4, targets=("embed_tokens", "v_proj"))],
+    "prilora": [Prilora()],
+    "salora": [Salora(rank=4)],
+    "tied-lora": [TiedLora(rank=4)],
+    "rose-lora": [RoseLora(rank=4)],
+    "finegates": [Finegates()],
+    "gates and lora": [Finegates(), Lora(rank=4, targets="all-linear")],
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[torch.dtype], Path]:
+    """Folders of a tiny decoder with tied embeddings, by dtype."""
+
+    def make(dtype: torch.dtype) -> Path:
+        folder = tmp_path_factory.getbasetemp() / f"llama-{dtype}"
+        if not folder.exists():
+            torch.manual_seed(0)
+            config = hf.LlamaConfig(**SIZES, intermediate_size=48, num_key_value_heads=2, tie_word_embeddings=True)
+            hf.LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def stirred(program: Program, closed: bool) -> Program:
+    """Random values in everything that was inserted; some gates closed."""
+    chance = torch.Generator().manual_seed(0)
+    for name in program.names("adapter"):
+        program.tensor(name).data.normal_(std=0.3, generator=chance)
+    for name in program.names("gate"):
+        program.tensor(name).data.uniform_(-0.5 if closed else 0.2, 0.9, generator=chance)
+    return program
+
+
+def written(program: Program, folder: Path, *, stream: bool, check: bool = True) -> tuple[dict[str, torch.Tensor], Any]:
+    folded = lorafx.fold(program, stream=stream, gather="never", check=check)
+    assert is_deferring(folded) is stream
+    result = lorafx.export(folded, folder, "hf", check=check)
+    return {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}, result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_fold_that_streams_is_the_fold_in_memory(
+    method: str, dtype: torch.dtype, base: Callable[[torch.dtype], Path], tmp_path: Path
+) -> None:
+    program = stirred(lorafx.rewrite(lorafx.capture(base(dtype)), METHODS[method]), closed=False)
+    memory, _ = written(program, tmp_path / "memory", stream=False)
+    streamed, result = written(program, tmp_path / "stream", stream=True)
+    assert memory.keys() == streamed.keys()
+    assert [key for key in memory if not torch.equal(memory[key], streamed[key])] == []
+    assert result.ok
+    (note,) = (note for note in result.notes if "of the last place" in note)
+    assert "compared with the whole only" not in note
+    origin = load_file(base(dtype) / "model.safetensors")
+    assert any(not torch.equal(origin[key], streamed[key]) for key in origin), "nothing was folded"
+
+
+def test_what_gates_closed_is_removed_from_weights_that_stream(
+    base: Callable[[torch.dtype], Path], tmp_path: Path
+) -> None:
+    program = stirred(lorafx.rewrite(lorafx.capture(base(torch.float32)), [Finegates()]), closed=True)
+    for name in program.names("gate"):  # alike in both layers, so that a config can say the widths
+        if "layers.1" in name:
+            program.tensor(name).data.copy_(program.tensor(name.replace("layers.1", "layers.0")).data)
+    memory, _ = written(program, tmp_path / "memory", stream=False)
+    streamed, _ = written(program, tmp_path / "stream", stream=True)
+    assert memory["model.layers.0.mlp.up_proj.weight"].shape[0] < 48
+    assert {key: value.shape for key, value in memory.items()} == {key: v.shape for key, v in streamed.items()}
+    assert all(torch.equal(memory[key], streamed[key]) for key in memory)
+
+
+def test_a_program_that_streams_computes_when_it_is_called(base: Callable[[torch.dtype], Path]) -> None:
+    program = stirred(lorafx.rewrite(lorafx.capture(base(torch.float32)), METHODS["lora"]), closed=False)
+    later, now = lorafx.fold(program, stream=True), lorafx.fold(program)
+    ids = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        a, b = (p.module().eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for p in (later, now))
+    assert type(a) is torch.Tensor
+    assert torch.equal(a, b)
+    assert all("compared as a whole" in a.proof for a in later.history[len(program.history) :] if a.proof)
+
+
+# ---- what the proof finds
+
+
+def spoil(name: str, change: Callable[[torch.Tensor], None]) -> Callable[[Path], None]:
+    def spoiled(folder: Path) -> None:
+        held = load_file(folder / "model.safetensors")
+        change(held[name])
+        save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return spoiled
+
+
+def _one_number(value: torch.Tensor) -> None:
+    value[5, 0] *= 1.02
+
+
+def _a_row(value: torch.Tensor) -> None:
+    value[5] = 0.0
+
+
+def _two_rows(value: torch.Tensor) -> None:
+    value[[3, 4]] = value[[4, 3]]
+
+
+@pytest.mark.parametrize("change", [_one_number, _a_row, _two_rows])
+def test_a_wrong_number_in_a_folded_weight_is_found(
+    change: Callable[[torch.Tensor], None],
+    base: Callable[[torch.dtype], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from lorafx.backends import export
+
+    program = stirred(lorafx.rewrite(lorafx.capture(base(torch.bfloat16)), METHODS["lora"]), closed=False)
+    plain = export.write_checkpoint
+    ruin = spoil("model.layers.1.mlp.down_proj.weight", change)
+
+    def spoiled(model: Any, folder: Path, *rest: Any) -> Any:
+        plain(model, folder, *rest)
+        ruin(folder)
+        return {}
+
+    monkeypatch.setattr(export, "write_checkpoint", spoiled)
+    # What the comparison of whole models allows in bf16 would let one number pass.
+    monkeypatch.setattr(export, "held_against", lambda *_, **__: _Equal())
+    with pytest.raises(ParityError, match=r"down_proj.weight: a folded weight is \S+ units of the last place"):
+        lorafx.export(lorafx.fold(program, stream=True), tmp_path / "out", "hf")
+    assert not (tmp_path / "out").exists()
+
+
+class _Equal:
+    ok = True
+    notes = ()
