@@ -17,6 +17,7 @@ from ..channels.axis import axis_of
 from ..channels.constant import operands
 from ..channels.removal import Widths
 from ..channels.table import RULES
+from ..deferred.programs import is_deferring
 from ..graph.edit import Edit
 from ..graph.program import Program
 from ..graph.selection import Selection
@@ -81,8 +82,8 @@ class GatherColumns(Pass):
     round_to: int = option(1, "gather a multiple of so many columns, for the hardware", least=1)
 
     def sites(self, program: Program) -> Selection:
-        if self.when == "never" or program.stage != "eval" or program.device.type == "meta":
-            return Selection(())
+        if self.when == "never" or program.stage != "eval" or program.device.type == "meta" or is_deferring(program):
+            return Selection(())  # of weights that are computed later, into a checkpoint, which has no gathers
         found = gathers(program, self.round_to)
         taken = found if self.when == "always" else [gather for gather in found if gather.pays(self.cost)]
         return Selection(tuple(taken))  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LorafxError
+from ..files.pages import release
 from ..graph.constants import computed
 from .tensor import Recipe, recipe_of
 
@@ -70,6 +71,20 @@ def tiles_of(recipe: Recipe) -> Iterator[Tensor]:
     parts = Tiles(recipe)
     for start in range(0, rows, step):
         yield parts.part(Part(0, start, min(step, rows - start)))
+
+
+def forget(tensor: Tensor) -> None:
+    """Give back the memory that mapped files take which the tensor was computed from; it is read again when needed."""
+    stack, seen = [recipe_of(tensor)], set()
+    while stack:
+        recipe = stack.pop()
+        if recipe in seen:
+            continue
+        seen.add(recipe)
+        stack.extend(recipe.operands())
+        there = recipe.there
+        if there is not None and there.device.type == "cpu" and there.is_contiguous():
+            release(there.data_ptr(), there.numel() * there.element_size())
 
 
 class Tiles:

@@ -72,6 +72,10 @@ def _same(recipe: Recipe, operands: list[Zeros]) -> Zeros | None:
     return operands[0]
 
 
+def _viewed(recipe: Recipe, operands: list[Zeros]) -> Zeros | None:
+    return operands[0] if recipe.operands()[0].shape == recipe.shape else None
+
+
 def _swapped(recipe: Recipe, operands: list[Zeros]) -> Zeros | None:
     dims = sorted(dim % len(recipe.shape) for dim in recipe.args[1:3]) or [0, 1]
     return Zeros(operands[0].columns, operands[0].rows) if dims == [0, 1] else None
@@ -118,6 +122,7 @@ _SAME = (aten._to_copy.default, aten.clone.default, aten.detach.default, aten.al
 _RULES: dict[Any, Any] = {
     **dict.fromkeys(_SAME, _same),
     **dict.fromkeys((aten.t.default, aten.transpose.int), _swapped),
+    **dict.fromkeys((aten.view.default, aten._unsafe_view.default), _viewed),
     aten.mul.Tensor: _factors,
     **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor), _together),
     aten.where.self: _chosen,

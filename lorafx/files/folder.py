@@ -158,6 +158,7 @@ def new_folder(
     meta: Mapping[str, Any],
     overwrite: bool = False,
     known: Mapping[str, FileEntry] = MappingProxyType({}),
+    resume: str = "",
 ) -> Iterator[Path]:
     """Write a folder that appears under ``path`` whole or not at all.
 
@@ -171,26 +172,37 @@ def new_folder(
         meta: what to record, JSON values
         overwrite: replace a folder that lorafx wrote; any other existing path is refused
         known: files that were hashed as they were written, by then: they are not read again
+        resume: what the folder is made from, as a short digest. If the process is killed or interrupted, what it wrote
+            stays, and the next one that makes ``path`` from the same is given it to go on with
 
     Raises:
         UsageError: ``path`` exists
         ArtifactError: it cannot be written (no permission, no space)
     """
     target = Path(path).resolve()
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    name = f"part-{resume}" if resume else f"{os.getpid()}-{secrets.token_hex(4)}"
+    temporary = target.with_name(f".{target.name}.tmp-{name}")
+    kept = False
     try:
         check_free(target, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
-        temporary.mkdir()
+        _sweep(target, temporary)
+        temporary.mkdir(exist_ok=bool(resume))
         with _locked(temporary):
             yield temporary
             _seal(temporary, kind, meta, known)
             _publish(temporary, target, overwrite)
+    except BlockingIOError:
+        kept = True  # another process is at it
+        raise UsageError(f"{target}: another process is writing this; wait for it, or choose another folder") from None
     except OSError as error:
         raise ArtifactError(f"{target}: cannot be written: {error}") from error
+    except KeyboardInterrupt:
+        kept = bool(resume)
+        raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not kept:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_free(target: Path, overwrite: bool) -> None:
@@ -227,7 +239,7 @@ def _seal(folder: Path, kind: str, meta: Mapping[str, Any], known: Mapping[str, 
     from ..version import __version__
 
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-    files = {name: known.get(name) or _entry(folder / name) for name in names}
+    files = {name: known.get(name) or found(folder / name) for name in names}
     record = Manifest(folder, kind, __version__, meta, files).to_json()
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     for name in names:
@@ -238,7 +250,8 @@ def _seal(folder: Path, kind: str, meta: Mapping[str, Any], known: Mapping[str, 
         _sync(inner)
 
 
-def _entry(file: Path) -> FileEntry:
+def found(file: Path) -> FileEntry:
+    """What a manifest would say of a file, which is read for it."""
     return FileEntry(file.stat().st_size, file_hash(file))
 
 
@@ -275,20 +288,21 @@ def _locked(folder: Path) -> Iterator[None]:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(handle)
 
 
-def _sweep(target: Path) -> None:
-    """Clear away what killed writers of ``target`` left: temporary folders no process holds, and a replaced folder."""
+def _sweep(target: Path, own: Path) -> None:
+    """Clear away what killed writers of ``target`` left, but for ``own``: temporary folders no process holds, and a
+    replaced folder."""
     for old in _siblings(target, "old"):
         # Killed between the two renames of an overwrite: the old folder is the only one, so it comes back.
         shutil.rmtree(old, ignore_errors=True) if target.exists() else old.rename(target)
     if fcntl is None:
         return
-    for left in _siblings(target, "tmp"):
+    for left in (entry for entry in _siblings(target, "tmp") if entry != own):
         handle = os.open(left, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

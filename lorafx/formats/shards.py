@@ -9,35 +9,48 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
+from transformers.utils.logging import tqdm
 
-from ..deferred.tiles import tiles
-from ..files.folder import FileEntry
+from ..deferred.tiles import forget, tiles
+from ..files.folder import FileEntry, found
 
-#: The format's names of dtypes (https://huggingface.co/docs/safetensors).
+#: The format's names of dtypes (https://huggingface.co/docs/safetensors), in the order in which it writes them.
 _DTYPES = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
+    torch.uint32: "U32",
     torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
     torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
 _NAME, _INDEX = "model{suffix}.safetensors", "model.safetensors.index.json"
+#: Which weight files are whole, while others are still to be written.
+_DONE = "written.json"
+#: Bytes that take long enough to be watched.
+_LONG = 1 << 28
 
 
 def write_checkpoint(model: nn.Module, folder: Path, shard_size: int | str = "5GB") -> dict[str, FileEntry]:
     """Write a transformers model whose parameters may be deferred as ``save_pretrained`` would.
+
+    Weight files that an interrupted run left whole in ``folder`` are kept.
 
     Args:
         model: in evaluation form; parameters and buffers may be of any dtype
@@ -47,20 +60,46 @@ def write_checkpoint(model: nn.Module, folder: Path, shard_size: int | str = "5G
     Returns:
         size and hash of every weight file
     """
-    model.save_pretrained(folder, state_dict={})  # type: ignore[operator]  # everything but the weights
+    with TemporaryDirectory(dir=folder) as beside:  # transformers clears away the weight files it finds
+        model.save_pretrained(beside, state_dict={})  # type: ignore[operator]  # everything but the weights
+        for file in Path(beside).iterdir():
+            file.replace(folder / file.name)
     state = _state(model)
     plan = split_torch_state_dict_into_shards(
         {name: _like(value) for name, value in state.items()}, filename_pattern=_NAME, max_shard_size=shard_size
     )
-    entries = {
-        name: write_file(folder / name, {key: state[key] for key in keys})
-        for name, keys in plan.filename_to_tensors.items()
-    }
+    entries = _whole(folder)
+    size = sum(value.numel() * value.dtype.itemsize for value in state.values())
+    with tqdm(total=size, unit="B", unit_scale=True, desc="Writing weights", disable=size < _LONG) as bar:
+        bar.update(sum(entry.size for entry in entries.values()))
+        for name, keys in plan.filename_to_tensors.items():
+            if name not in entries:
+                entries[name] = write_file(folder / name, {key: state[key] for key in keys}, bar.update)
+                _note(folder, entries)
+    for left in (_DONE, f"{_DONE}.new"):
+        (folder / left).unlink(missing_ok=True)
     if plan.is_sharded:
         parameters = model.num_parameters()  # type: ignore[operator]
         index = {"metadata": {"total_parameters": parameters, **plan.metadata}, "weight_map": plan.tensor_to_filename}
         (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return entries
+
+
+def _whole(folder: Path) -> dict[str, FileEntry]:
+    """The files that an interrupted run finished, by its own account and found to be what it says."""
+    try:
+        noted = json.loads((folder / _DONE).read_text(encoding="utf-8"))
+        known = {name: FileEntry(int(size), str(digest)) for name, (size, digest) in noted.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+    return {name: entry for name, entry in known.items() if (folder / name).is_file() and found(folder / name) == entry}
+
+
+def _note(folder: Path, entries: Mapping[str, FileEntry]) -> None:
+    """Write down which files are whole, in one step: a killed process leaves the old account or the new one."""
+    text = json.dumps({name: (entry.size, entry.sha256) for name, entry in entries.items()})
+    (folder / f"{_DONE}.new").write_text(text, encoding="utf-8")
+    (folder / f"{_DONE}.new").replace(folder / _DONE)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -79,10 +118,13 @@ def _like(value: Tensor) -> Tensor:
     return torch.empty(value.shape, dtype=value.dtype, device="meta")
 
 
-def write_file(file: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
-    """Write one safetensors file from tensors that may be deferred; its size and sha256."""
-    # The format's own order: wide dtypes first, so that every tensor is aligned.
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+def write_file(file: Path, tensors: Mapping[str, Tensor], progress: Callable[[int], object] = int) -> FileEntry:
+    """Write one safetensors file from tensors that may be deferred; its size and sha256.
+
+    ``progress`` is told of bytes as they are written.
+    """
+    # Wide dtypes first, so that every tensor is aligned.
+    names = sorted(tensors, key=lambda name: (list(_DTYPES).index(tensors[name].dtype), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
@@ -100,6 +142,8 @@ def write_file(file: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
             for part in _bytes(tensors[name]):
                 stream.write(part)
                 digest.update(part)
+                progress(len(part))
+            forget(tensors[name])
     return FileEntry(8 + len(text) + end, digest.hexdigest())
 
 

@@ -6,7 +6,9 @@ of the lower precision of the two sides; nothing else can be tuned.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +17,9 @@ import torch
 from torch import Tensor
 
 from ..graph.precision import dtype_name
+
+#: Numbers compared at a time.
+_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -201,24 +206,65 @@ def difference(
         slack: how far each element may be off for nothing (see :mod:`lorafx.graph.rounding`); not at all when None
     """
     kinds_differ = a.is_floating_point() != b.is_floating_point()
-    x, y = a.detach().cpu().double(), b.detach().cpu().double()
-    counted = torch.ones_like(x, dtype=torch.bool)
+    case = Case(inputs, name, 0.0, shapes_differ=kinds_differ)
+    counted = False
+    for first, block in _blocks(a, b, tokens, slack):
+        found = _within(block, same_nan=same_nan)
+        if found is None:
+            continue
+        place, gap, scale, problem = found
+        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(first + place), a.shape))
+        if problem:
+            return Case(inputs, name, index=index, problem=f"NaN in the {problem} model at {list(index)}")
+        further = not counted or gap > case.max_abs
+        worst = (gap, index) if further else (case.max_abs, case.index)
+        case = dataclasses.replace(case, max_abs=worst[0], index=worst[1], scale=max(scale, case.scale))
+        counted = True
+    return case if counted else Case(inputs, name, 0.0)
+
+
+def _blocks(
+    a: Tensor, b: Tensor, tokens: Tensor | None, slack: Tensor | None
+) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor, Tensor | None]]]:
+    """The values in fp64 with what counts and the slack, a block at a time, and where in the flat output each begins.
+
+    The logits of a long text over a large vocabulary are gigabytes in fp64.
+    """
+    width = a.shape[-1] if a.dim() else 1
+    x, y = (value.detach().reshape(-1, width) if width else value.detach().reshape(0, 1) for value in (a, b))
+    free = slack.expand(a.shape).reshape(-1, width) if slack is not None else None
+    rows = torch.ones(len(x), dtype=torch.bool)
     if tokens is not None:
-        counted &= tokens.bool().reshape(*tokens.shape, *[1] * (x.dim() - 2))
+        kept = tokens.bool().cpu().reshape(*tokens.shape, *[1] * (a.dim() - 2))
+        kept = (
+            kept.expand(a.shape).reshape(-1, width) if a.dim() == 2 else kept[..., 0].expand(a.shape[:-1]).reshape(-1)
+        )
+        rows = kept
+    step = max(1, _BLOCK // max(1, width))
+    for start in range(0, len(x), step):
+        part = slice(start, start + step)
+        counted = rows[part] if rows.dim() == 2 else rows[part, None].expand(-1, width)
+        near = free[part].cpu() if free is not None else None
+        yield start * width, (x[part].cpu().double(), y[part].cpu().double(), counted, near)
+
+
+def _within(
+    block: tuple[Tensor, Tensor, Tensor, Tensor | None], *, same_nan: bool
+) -> tuple[int, float, float, str] | None:
+    """Where two blocks are furthest apart, by how much, the scale of the first, and whose NaN there is, if any; None
+    where nothing counts."""
+    x, y, counted, slack = block
     if same_nan:
-        counted &= ~(x.isnan() & y.isnan())
+        counted = counted & ~(x.isnan() & y.isnan())
     if not bool(counted.any()):
-        return Case(inputs, name, 0.0)
+        return None
     for side, value in (("first", x), ("second", y)):
         wrong = value.isnan() & counted
         if bool(wrong.any()):
-            index = tuple(wrong.nonzero()[0].tolist())
-            return Case(inputs, name, index=index, problem=f"NaN in the {side} model at {list(index)}")
+            return int(wrong.reshape(-1).int().argmax()), 0.0, 0.0, side
     # Equal infinities (logits that a model rules out) are equal, though their difference is no number.
     gap = torch.where((x == y) | ~counted, 0.0, (x - y).abs())
     if slack is not None:
         gap = (gap - slack).clamp(min=0.0)
-    index = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
     finite = x.abs()[counted & x.isfinite()]
-    scale = float(finite.max()) if finite.numel() else 0.0
-    return Case(inputs, name, float(gap.max()), scale, index, shapes_differ=kinds_differ)
+    return int(gap.argmax()), float(gap.max()), float(finite.max()) if finite.numel() else 0.0, ""

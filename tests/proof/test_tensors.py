@@ -23,7 +23,13 @@ from lorafx.passes.salora import Salora
 from lorafx.passes.tied_lora import TiedLora
 from lorafx.public import Program
 
-SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 61,
+    "max_position_embeddings": 48,
+}
 METHODS: dict[str, list[Pass]] = {
     "lora": [Lora(rank=4, targets="all-linear")],
     "lora on the table": [Lora(rank=4, targets=("embed_tokens", "v_proj"))],
@@ -55,9 +61,9 @@ def stirred(program: Program, closed: bool) -> Program:
     """Random values in everything that was inserted; some gates closed."""
     chance = torch.Generator().manual_seed(0)
     for name in program.names("adapter"):
-        program.tensor(name).data.normal_(std=0.3, generator=chance)
+        program.tensor(name).data.normal_(std=0.1, generator=chance)
     for name in program.names("gate"):
-        program.tensor(name).data.uniform_(-0.5 if closed else 0.2, 0.9, generator=chance)
+        program.tensor(name).data.uniform_(-1.5 if closed else 0.2, 0.9, generator=chance)
     return program
 
 
