@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ..base import Pass, Promise, option
 from ..channels.axes import Axes
 from ..channels.groups import zeros_left
-from ..channels.plan import proven
+from ..channels.plan import Plan, proven
 from ..channels.removal import Widths
 from ..channels.table import RULES
 from ..graph.edit import Edit
@@ -40,13 +40,13 @@ class DeadChannels(Pass):
     keep_at_least: int = option(1, "never fewer channels than this", least=1)
     uniform: bool = option(False, "the same widths in every block, so that an ordinary config can say them")
 
-    def sites(self, program: Program) -> Selection:
+    def sites(self, program: Program) -> Selection[Plan]:
         if program.stage != "eval" or program.device.type == "meta":
             return Selection(())
         plan = proven(program, self, Widths(self.round_to, self.keep_at_least, self.uniform))
-        return Selection((plan,) if plan.cut else ())  # type: ignore[arg-type]
+        return Selection((plan,) if plan.cut else ())
 
-    def rewrite(self, edit: Edit, site: Any) -> None:
+    def rewrite(self, edit: Edit, site: Plan) -> None:
         site.carry_out(edit)
         removed = edit.facts.setdefault("Removed", [])
         for name, kept in site.cut.items():

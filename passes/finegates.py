@@ -79,15 +79,15 @@ class Finegates(Method):
             return "tied weight"
         return super().refuse(program, site)
 
-    def sites(self, program: Program) -> Selection:
-        found = super().sites(program)
+    def sites(self, program: Program) -> Selection[Site | Units]:
+        found = self.uses(program)
         if not self.couple or not found.taken:
             return found
         analysis = RemovableUnits(program, found.taken, prices(self.measure, self.length, self.latency))
         units = [(site, analysis.find(site)) for site in found.taken]
         missed = [Miss(site, f"gated where its result is read: {why}") for site, why in units if isinstance(why, str)]
         taken = tuple(unit for _, unit in units if isinstance(unit, Units))
-        return Selection(taken, (*found.missed, *missed))  # type: ignore[arg-type]
+        return Selection(taken, (*found.missed, *missed))
 
     def rewrite(self, edit: Edit, site: Any) -> None:
         edit.statistic("multiplier", torch.zeros(()))
@@ -123,11 +123,11 @@ class Finegates(Method):
 
     def finish(self, edit: Edit) -> None:
         train_in_full(edit, self.trainable)
-        for site in super().sites(edit.program).taken if self.train_biases else ():
+        for site in self.uses(edit.program).taken if self.train_biases else ():
             place = site.op.bias
             bias = site.node.args[place] if place is not None and len(site.node.args) > place else None
             if is_tensor_node(bias):
-                edit.train_tensor(str(bias.target))  # type: ignore[union-attr]
+                edit.train_tensor(str(bias.target))
 
     def penalty(self, state: MethodState) -> Tensor:
         if self.mode == "achieved":

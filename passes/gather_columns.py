@@ -79,14 +79,14 @@ class GatherColumns(Pass):
     )
     round_to: int = option(1, "gather a multiple of so many columns, for the hardware", least=1)
 
-    def sites(self, program: Program) -> Selection:
+    def sites(self, program: Program) -> Selection[Gather]:
         if self.when == "never" or program.stage != "eval" or program.device.type == "meta":
             return Selection(())
         found = gathers(program, self.round_to)
         taken = found if self.when == "always" else [gather for gather in found if gather.pays(self.cost)]
-        return Selection(tuple(taken))  # type: ignore[arg-type]
+        return Selection(tuple(taken))
 
-    def rewrite(self, edit: Edit, site: Any) -> None:
+    def rewrite(self, edit: Edit, site: Gather) -> None:
         first, index = site.uses[0], torch.tensor(site.kept)
         name = edit.constant(f"{module_path(first, 'gathered')}.columns", index)
         columns = edit.tensor(name)

@@ -57,11 +57,11 @@ class TiedLora(LowRank):
     def scale_of(self, site: Site) -> float:
         return self.scale
 
-    def sites(self, program: Program) -> Selection:
+    def sites(self, program: Program) -> Selection[Site]:
         unknown = sorted(set(self.train) - set(_FACTORS))
         if unknown or not self.train:
             raise UsageError(f"tied-lora: train = {list(self.train)}; name one or more of A, B, u, v")
-        found = super().sites(program)
+        found = self.uses(program)
         users = Counter(_place(module) for module in {(site.module, _shape(site)) for site in found.taken})
         taken = tuple(site for site in found.taken if users[_place((site.module, _shape(site)))] > 1)
         alone = [Miss(s, "no other block has a weight of its place and shape") for s in found.taken if s not in taken]

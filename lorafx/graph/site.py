@@ -6,7 +6,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -124,7 +124,7 @@ def module_path(node: fx.Node, fallback: str) -> str:
 INSERTED_FOR = "lorafx_weight"
 
 
-def is_tensor_node(value: object) -> bool:
+def is_tensor_node(value: object) -> TypeGuard[fx.Node]:
     """Whether a node's argument reads a parameter, buffer or constant."""
     return isinstance(value, fx.Node) and value.op == "get_attr"
 

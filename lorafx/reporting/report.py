@@ -224,7 +224,7 @@ def _pass_report(program: Program, applied: Applied) -> PassReport:
     )
 
 
-def _where(miss: Miss) -> str:
+def _where(miss: Miss[Any]) -> str:
     return getattr(miss.site, "module", None) or str(miss.site)
 
 
