@@ -241,8 +241,8 @@ def close_at_random(program: Program, share: float = 0.3, seed: int = 3) -> None
 def _bias(site: Site) -> Any:
     """The argument that is the bias of a weight, if it has one."""
     use = WEIGHT_OPS.get(site.node.target)
-    has = use is not None and use.bias is not None and len(site.node.args) > use.bias
-    return site.node.args[use.bias] if has else None  # type: ignore[index, union-attr]
+    place = use.bias if use is not None else None
+    return site.node.args[place] if place is not None and len(site.node.args) > place else None
 
 
 def _onnx_model(folder: Path) -> Callable[..., Any]:
@@ -251,16 +251,25 @@ def _onnx_model(folder: Path) -> Callable[..., Any]:
     return ExportedModel.from_pretrained(folder)
 
 
+class _Kept(logging.Handler):
+    """Keeps warnings in a list."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
 @contextmanager
 def _warnings() -> Iterator[list[logging.LogRecord]]:
     """What lorafx's capture warns of."""
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = records.append  # type: ignore[method-assign]
+    handler = _Kept()
     logger = logging.getLogger("lorafx")
     logger.addHandler(handler)
     try:
-        yield records
+        yield handler.records
     finally:
         logger.removeHandler(handler)
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager, redirect_stdout
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors.torch import save_file
@@ -179,10 +179,10 @@ def _history_record(program: Program) -> list[dict[str, Any]]:
 
 
 def _write_hf(program: Program, folder: Path, dtype: torch.dtype | None) -> None:
-    model = hf_model(program)
+    model: Any = hf_model(program)
     if dtype is not None:
         model = model.to(dtype)
-    model.save_pretrained(folder)  # type: ignore[operator]
+    model.save_pretrained(folder)
 
 
 def _write_adapter(program: Program, folder: Path, dtype: torch.dtype | None) -> None:
@@ -225,15 +225,15 @@ class RewritingExporter(DynamoExporter):
         base = program_from(captured, Source(model), inputs, names)
         base.source, base.heads = self.rewritten.source, self.rewritten.heads
         replayed = replay(self.rewritten, base, whole=model is root)
-        codegen = captured.module(check_guards=False).graph._codegen  # type: ignore[union-attr]
+        unlifted: Any = captured.module(check_guards=False)
         module = fx.GraphModule(replayed.root, replayed.graph)
-        module.graph.set_codegen(codegen)
+        module.graph.set_codegen(unlifted.graph._codegen)
         module.recompile()
         return torch.export.export(module, (), dict(inputs), dynamic_shapes=config.dynamic_shapes)
 
 
 # The back end's methods stand for their base's, over another kind of program: that is how transformers declares them.
-class RewritingOnnxExporter(OnnxExporter, RewritingExporter):  # type: ignore[misc]  # pyright: ignore[reportIncompatibleMethodOverride]
+class RewritingOnnxExporter(OnnxExporter, RewritingExporter):  # pyright: ignore[reportIncompatibleMethodOverride]
     """transformers' ONNX exporter over the rewritten graph: its patches before, its conversion and fusions after."""
 
 
@@ -349,6 +349,6 @@ def converted(
 
 def _back_end(program: Program, kind: str, provider: str, shapes: Any, *, free: bool) -> tuple[Any, Any]:
     if kind == "onnx":
-        config = OnnxConfig(dynamic=free, dynamic_shapes=shapes, ort_fusions=provider)  # type: ignore[arg-type]
+        config = OnnxConfig(dynamic=free, dynamic_shapes=shapes, ort_fusions=cast(Any, provider))
         return RewritingOnnxExporter(program), config
     return RewritingExporter(program), DynamoConfig(dynamic=free, dynamic_shapes=shapes)

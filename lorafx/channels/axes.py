@@ -21,9 +21,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from torch import Tensor, fx
+from torch import fx
 
 from ..graph.effects import written
+from ..graph.operands import value_of
 from ..graph.program import Program
 from ..graph.tree import get_tensor, has_tensor
 from .account import Account, Classes, fitted
@@ -310,8 +311,6 @@ def flat(known: Known) -> list[Axis]:
     return [axis for item in known for axis in (item if isinstance(item, list) else [item])]
 
 
-def sizes_of(node: fx.Node) -> tuple[Any, ...]:
+def sizes_of(node: object) -> tuple[Any, ...]:
     """The sizes of a node's value: integers, and symbolic expressions where they are free."""
-    value = node.meta["val"]
-    assert isinstance(value, Tensor)
-    return tuple(size if isinstance(size, int) else size.node.expr for size in value.shape)
+    return tuple(size if isinstance(size, int) else size.node.expr for size in value_of(node).shape)

@@ -96,8 +96,8 @@ def _as_parameter(value: torch.Tensor) -> torch.Tensor:
 def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    table = module._parameters if leaf in module._parameters else module._buffers
-    table[leaf] = value  # type: ignore[assignment]
+    table: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
+    table[leaf] = value
 
 
 # ---- the config

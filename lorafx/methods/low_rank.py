@@ -50,13 +50,16 @@ class LowRank(Method):
     """
 
     promise: ClassVar[Promise] = Promise.EXACT
-    #: Whether the pass itself makes A or B sparse, so that no other may.
-    prunes: ClassVar[bool] = False
 
     dropout: float = option(0.0, "dropout before A while training", least=0, below=1)
     trainable: tuple[str, ...] = option(("auto",), "modules that train in full; auto: a classification head")
 
     # ---- what a method chooses
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the pass itself makes A or B sparse, so that no other may."""
+        return False
 
     def rank_of(self, site: Site) -> int:
         """The rank at ``site``; UsageError when it exceeds what the weight can hold."""
