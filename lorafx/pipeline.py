@@ -61,6 +61,21 @@ def to_eval(program: P) -> P:
     return program if program.stage == "eval" else run(program, (ToEval(),), check=False)
 
 
+def _merging() -> tuple[Pass, ...]:
+    """What brings everything learned into the base, every tensor in its shape."""
+    from .passes.fold_affine import FoldAffine
+    from .passes.fold_constants import FoldConstants
+    from .passes.to_eval import ToEval
+
+    return ToEval(), FoldConstants(), FoldAffine()
+
+
+def merge(program: P, *, check: bool = True) -> P:
+    """Bring everything learned into the base, as :func:`fold` does, and leave every tensor in its shape: nothing is
+    removed, gathered or dropped, and the result has no ``origin``."""
+    return run(program, _merging(), check=check)
+
+
 def removal_for(provider: str) -> DeadChannels:
     """The widths that a provider likes."""
     from .passes.dead_channels import DeadChannels
@@ -73,7 +88,7 @@ def fold(
     observers: Sequence[Observer] = (),
     *,
     provider: Literal["cpu", "cuda"] = "cpu",
-    removal: DeadChannels | None = None,
+    removal: Pass | None = None,
     gather: Literal["auto", "always", "never"] = "auto",
     check: bool = True,
 ) -> P:
@@ -95,11 +110,8 @@ def fold(
         ParityError: a pass broke its promise; the message names it and the first output that differs
     """
     from .passes.dead_channels import DeadChannels
-    from .passes.fold_affine import FoldAffine
-    from .passes.fold_constants import FoldConstants
     from .passes.gather_columns import CPU_COST, GPU_COST, GatherColumns
     from .passes.tidy import Tidy
-    from .passes.to_eval import ToEval
 
     if provider not in ("cpu", "cuda"):
         raise UsageError(f"cannot fold for {provider!r}; providers: cpu, cuda")
@@ -108,6 +120,5 @@ def fold(
     cost = GPU_COST if provider == "cuda" else CPU_COST
     # Gathering comes after removal, which would have to see through a gather.
     last = (removal or (asked or [liked])[-1], GatherColumns(gather, cost, liked.round_to), Tidy())
-    steps = (ToEval(), FoldConstants(), FoldAffine(), *last)
-    folded = run(program, steps, observers, check=check)
+    folded = run(program, (*_merging(), *last), observers, check=check)
     return dataclasses.replace(folded, origin=program.origin or program)

@@ -12,6 +12,7 @@ from ..channels.plan import Plan, proven
 from ..channels.removal import Widths
 from ..channels.table import RULES
 from ..graph.edit import Edit
+from ..graph.facts import Removed
 from ..graph.program import Program
 from ..graph.selection import Selection
 
@@ -48,14 +49,12 @@ class DeadChannels(Pass):
 
     def rewrite(self, edit: Edit, site: Plan) -> None:
         site.carry_out(edit)
-        removed = edit.facts.setdefault("Removed", [])
         for name, kept in site.cut.items():
             sizes = [len(labels) for labels in site.axes.members[name]]
-            removed.append({"tensor": name, "before": str(sizes), "after": str([len(part) for part in kept])})
+            Removed(name, str(sizes), str([len(part) for part in kept])).note(edit)
 
     def finish(self, edit: Edit) -> None:
         if not edit.facts:
             return
-        left = zeros_left(Axes(edit.program, RULES))
-        if left:
-            edit.facts["Zero but kept"] = left
+        for left in zeros_left(Axes(edit.program, RULES)):
+            left.note(edit)

@@ -18,6 +18,7 @@ from ..channels.constant import operands
 from ..channels.removal import Widths
 from ..channels.table import RULES
 from ..graph.edit import Edit, aliases
+from ..graph.facts import Gathered
 from ..graph.program import Program
 from ..graph.selection import Selection
 from ..graph.site import is_tensor_node, module_path
@@ -92,13 +93,12 @@ class GatherColumns(Pass):
         columns = edit.tensor(name)
         with edit.before(first):
             chosen = edit.call(aten.index_select.default, site.value, -1, columns)
-        rows = edit.facts.setdefault("Gathered", [])
         for use in site.uses:
             edit.feed(use, site.value, chosen)
             weight, dim = _weight(use), _columns(use)
             old = edit.program.tensor(weight).detach()
             edit.set_tensor(weight, old.index_select(dim, index.to(old.device)).contiguous())
-            rows.append({"weight": weight, "dimension": dim, "before": old.shape[dim], "after": len(site.kept)})
+            Gathered(weight, dim, old.shape[dim], len(site.kept)).note(edit)
 
 
 def pays(width: int, kept: int, outputs: Sequence[int], cost: float = CPU_COST) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import UsageError, first_line
+from ..graph.facts import Gathered
 from ..graph.program import Program
 from ..graph.tree import named_tensors
 
@@ -26,10 +27,10 @@ def hf_model(program: Program) -> nn.Module:
     unknown = [name for name in program.names("adapter", "gate", "statistic") if name != "clock"]
     if unknown:
         raise UsageError(f"a checkpoint cannot hold {unknown[0]}; fold the program first, or export it as onnx or pt2")
-    gathered = program.facts("Gathered")
+    gathered = Gathered.noted(program)
     if gathered:
         raise UsageError(
-            f"a checkpoint cannot hold {gathered[0]['weight']}, which was left with the columns it uses; fold with "
+            f"a checkpoint cannot hold {gathered[0].weight}, which was left with the columns it uses; fold with "
             'gather-columns at when = "never" (fold(program, gather="never")), or export it as onnx or pt2'
         )
     values = {**dict(source.named_buffers(remove_duplicate=False)), **dict(named_tensors(program.root))}
