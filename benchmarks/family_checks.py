@@ -19,7 +19,6 @@ from torch.utils import _pytree as pytree
 import lorafx
 from lorafx.errors import LorafxError, NoSitesError
 from lorafx.graph.precision import recast
-from lorafx.graph.site import WEIGHT_OPS, Site
 from lorafx.passes.finegates import Finegates
 from lorafx.passes.lora import Lora
 from lorafx.public import Program
@@ -232,17 +231,9 @@ def close_at_random(program: Program, share: float = 0.3, seed: int = 3) -> None
         if site.role != "router":
             chosen = some(value.shape[rows])
             value.index_fill_(rows, chosen, 0.0)
-            bias = _bias(site)
-            if isinstance(bias, torch.fx.Node) and bias.op == "get_attr" and torch.rand(1, generator=generator) < 0.7:
-                program.tensor(str(bias.target)).data.index_fill_(0, chosen, 0.0)
+            if site.bias is not None and torch.rand(1, generator=generator) < 0.7:
+                program.tensor(str(site.bias.target)).data.index_fill_(0, chosen, 0.0)
         value.index_fill_(1 - rows, some(value.shape[1 - rows]), 0.0)
-
-
-def _bias(site: Site) -> Any:
-    """The argument that is the bias of a weight, if it has one."""
-    use = WEIGHT_OPS.get(site.node.target)
-    place = use.bias if use is not None else None
-    return site.node.args[place] if place is not None and len(site.node.args) > place else None
 
 
 def _onnx_model(folder: Path) -> Callable[..., Any]:

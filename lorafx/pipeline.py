@@ -109,8 +109,9 @@ def fold(
     Raises:
         ParityError: a pass broke its promise; the message names it and the first output that differs
     """
+    from .channels.gather import CPU_COST, GPU_COST
     from .passes.dead_channels import DeadChannels
-    from .passes.gather_columns import CPU_COST, GPU_COST, GatherColumns
+    from .passes.gather_columns import GatherColumns
     from .passes.tidy import Tidy
 
     if provider not in ("cpu", "cuda"):

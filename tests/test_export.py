@@ -11,7 +11,7 @@ from small import bert, captured
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.backends.export import only_values_differ, replay
+from lorafx.backends.replay import only_values_differ, replay
 from lorafx.errors import CaptureError, UsageError
 from lorafx.formats.hf import fits_checkpoint, hf_model
 from lorafx.graph.edit import Edit

@@ -132,7 +132,7 @@ class ConstantChannels:
         return [Axis((_place(node),), np.where(np.isfinite(last), last, np.nan))] if last is not None else []
 
     def _computed(self, node: fx.Node) -> Array | None:
-        if node.target in (aten.linear.default, aten.addmm.default):
+        if node.target in LINEARS:
             return self._linear(node)
         if node.target in CONVOLUTIONS:
             return self._convolution(node)

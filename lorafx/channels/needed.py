@@ -27,10 +27,7 @@ _log = logging.getLogger(__name__)
 
 def needed_channels(axes: Axes, facts: ConstantChannels) -> Array:
     """For every channel class, whether anybody needs it."""
-    need = np.zeros(axes.count, bool)
-    if axes.pins:
-        need[axes.channel[np.fromiter(axes.pins, int)]] = True
-    return grown(axes, facts, need, list(axes.program.graph.nodes))
+    return grown(axes, facts, axes.pinned, list(axes.program.graph.nodes))
 
 
 def grown(axes: Axes, facts: ConstantChannels, need: Array, nodes: list[fx.Node]) -> Array:
@@ -84,7 +81,7 @@ def _mark(axes: Axes, need: Array, labels: Array) -> None:
 
 def _reads(facts: ConstantChannels, node: fx.Node) -> Tensor | None:
     """Which outputs of a weight operator read which inputs (out, in); None when the weight is not known."""
-    if node.target in (aten.linear.default, aten.addmm.default):
+    if node.target in LINEARS:
         weight = facts.weight(operands(node)[1])
         return None if weight is None else WEIGHT_OPS[node.target].matrix(weight) != 0
     if node.target in CONVOLUTIONS:

@@ -101,6 +101,14 @@ class Site:
         assert isinstance(value, fx.Node)
         return value
 
+    @property
+    def bias(self) -> fx.Node | None:
+        """The node of the tensor that a weight operator adds; None where it has none, or adds what was computed."""
+        use = WEIGHT_OPS.get(self.node.target)
+        place = use.bias if use is not None else None
+        value = self.node.args[place] if place is not None and len(self.node.args) > place else None
+        return value if is_tensor_node(value) else None
+
 
 def block_of(module: str) -> int | None:
     """The first number in a module path: ``encoder.layer.3.output`` is in block 3."""

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..base import Promise, SitePass, option
-from ..channels.units import RemovableUnits, Units
+from ..channels.units import RemovableUnits, Units, units_of
 from ..graph.edit import Edit
 from ..graph.program import Program
-from ..graph.selection import Miss, Selection
+from ..graph.selection import Selection
 from ..graph.site import Site
 from .masks import dropped, lowest
 
@@ -38,9 +38,7 @@ class CloseUnits(SitePass):
         if not found.taken:
             return found
         analysis = RemovableUnits(program, found.taken)
-        units = [(site, self._reason(program, analysis.find(site))) for site in found.taken]
-        missed = [Miss(site, why) for site, why in units if isinstance(why, str)]
-        return Selection(tuple(u for _, u in units if isinstance(u, Units)), (*found.missed, *missed))
+        return units_of(found, lambda site: self._reason(program, analysis.find(site)))
 
     def _reason(self, program: Program, units: Units | str) -> Units | str:
         if isinstance(units, str):

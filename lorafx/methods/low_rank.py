@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -140,6 +140,13 @@ def train_in_full(edit: Edit, trainable: tuple[str, ...]) -> None:
         if name != "auto" and not edit.train(edit.program.modules_named(name)):
             raise UsageError(f"{edit.step.pass_name()}: trainable module {name!r} has no parameters in this model")
     edit.train(modules_in_full(edit.program, trainable))
+
+
+def train_biases(edit: Edit, sites: Iterable[Site]) -> None:
+    """Make the biases beside these weights train."""
+    for site in sites:
+        if site.bias is not None:
+            edit.train_tensor(str(site.bias.target))
 
 
 def _input(step: LowRank, edit: Edit, site: Site, weight: fx.Node) -> fx.Node:
