@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..models.roles import role_of
+from .derived_roles import Projection, derived_roles
 from .tree import get_tensor, named_tensors
 
 aten = torch.ops.aten
@@ -161,7 +162,35 @@ def find_sites(graph: fx.Graph, root: nn.Module, in_head: Callable[[str], bool])
         if site.block is not None:
             blocks[stack_of(site.module)] = max(blocks[stack_of(site.module)], site.block + 1)
     sites = [replace(site, blocks=blocks[stack_of(site.module)]) if site.block is not None else site for site in sites]
-    return _told_apart(root, sites)
+    return _in_their_roles(graph, _told_apart(root, sites))
+
+
+#: Kinds of site that the graph tells a role of.
+_PROJECTIONS = ("linear", "addmm")
+
+
+def _in_their_roles(graph: fx.Graph, sites: list[Site]) -> list[Site]:
+    """The sites with roles from the graph for those inside blocks whose names tell none; all uses have to agree."""
+    own = [site for site in sites if site.kind in _PROJECTIONS and INSERTED_FOR not in site.node.meta]
+    unnamed = [site for site in own if site.role == "other" and site.block is not None]
+    if not unnamed:
+        return sites
+    projections = {
+        site.node: Projection(
+            site.input,
+            site.out_features,
+            site.in_features,
+            None if site.block is None else (stack_of(site.module), site.block),
+        )
+        for site in own
+    }
+    roles = derived_roles(graph, projections, {site.node for site in sites if INSERTED_FOR in site.node.meta})
+    told: dict[str, set[str]] = defaultdict(set)
+    for site in unnamed:
+        told[site.parameter].add(roles.get(site.node, "other"))
+    agreed = {name: role for name, (role, *others) in told.items() if not others}
+    nodes = {site.node for site in unnamed}
+    return [replace(site, role=agreed.get(site.parameter, "other")) if site.node in nodes else site for site in sites]
 
 
 def _told_apart(root: nn.Module, sites: list[Site]) -> list[Site]:
