@@ -38,7 +38,7 @@ def main() -> None:
     from transformers.exporters.exporter_onnx import OnnxExporter
 
     import lorafx
-    from lorafx.backends.export import converted
+    from lorafx.backends.replay import converted
     from lorafx.models.examples import dynamic_shapes
     from lorafx.passes.lora import Lora
 

@@ -19,7 +19,6 @@ from torch.utils import _pytree as pytree
 import lorafx
 from lorafx.errors import LorafxError, NoSitesError
 from lorafx.graph.precision import recast
-from lorafx.graph.site import WEIGHT_OPS, Site
 from lorafx.passes.finegates import Finegates
 from lorafx.passes.lora import Lora
 from lorafx.public import Program
@@ -232,17 +231,9 @@ def close_at_random(program: Program, share: float = 0.3, seed: int = 3) -> None
         if site.role != "router":
             chosen = some(value.shape[rows])
             value.index_fill_(rows, chosen, 0.0)
-            bias = _bias(site)
-            if isinstance(bias, torch.fx.Node) and bias.op == "get_attr" and torch.rand(1, generator=generator) < 0.7:
-                program.tensor(str(bias.target)).data.index_fill_(0, chosen, 0.0)
+            if site.bias is not None and torch.rand(1, generator=generator) < 0.7:
+                program.tensor(str(site.bias.target)).data.index_fill_(0, chosen, 0.0)
         value.index_fill_(1 - rows, some(value.shape[1 - rows]), 0.0)
-
-
-def _bias(site: Site) -> Any:
-    """The argument that is the bias of a weight, if it has one."""
-    use = WEIGHT_OPS.get(site.node.target)
-    has = use is not None and use.bias is not None and len(site.node.args) > use.bias
-    return site.node.args[use.bias] if has else None  # type: ignore[index, union-attr]
 
 
 def _onnx_model(folder: Path) -> Callable[..., Any]:
@@ -251,16 +242,25 @@ def _onnx_model(folder: Path) -> Callable[..., Any]:
     return ExportedModel.from_pretrained(folder)
 
 
+class _Kept(logging.Handler):
+    """Keeps warnings in a list."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
 @contextmanager
 def _warnings() -> Iterator[list[logging.LogRecord]]:
     """What lorafx's capture warns of."""
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = records.append  # type: ignore[method-assign]
+    handler = _Kept()
     logger = logging.getLogger("lorafx")
     logger.addHandler(handler)
     try:
-        yield records
+        yield handler.records
     finally:
         logger.removeHandler(handler)
 

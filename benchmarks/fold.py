@@ -61,7 +61,7 @@ def checkpoint(folder: Path, billions: float) -> None:
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     with torch.device("meta"):
-        state = hf.LlamaForCausalLM(config).to(torch.bfloat16).state_dict()
+        state = hf.LlamaForCausalLM(config).bfloat16().state_dict()
     plan = split_torch_state_dict_into_shards(state, max_shard_size="1GB")
     chance = torch.Generator().manual_seed(0)
     for file, names in plan.filename_to_tensors.items():

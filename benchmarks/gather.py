@@ -42,7 +42,7 @@ class Case:
 
     def decided(self, cost: float) -> float:
         """Seconds of the way that the pass takes when gathering an element costs so many multiply-adds."""
-        from lorafx.passes.gather_columns import pays
+        from lorafx.channels.gather import pays
 
         return self.gathered if pays(self.width, self.kept, self.outputs, cost) else self.full
 
@@ -141,7 +141,7 @@ def fitted(found: list[Case]) -> tuple[float, float]:
 
 
 def _cost(cuda: bool) -> float:
-    from lorafx.passes.gather_columns import CPU_COST, GPU_COST
+    from lorafx.channels.gather import CPU_COST, GPU_COST
 
     return GPU_COST if cuda else CPU_COST
 

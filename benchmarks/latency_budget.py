@@ -46,7 +46,7 @@ def gated_seconds(latency: dict[str, float]) -> float:
     from lorafx.passes.finegates import Finegates
 
     program = lorafx.capture(assets.minilm(), task="text-classification", num_labels=2)
-    taken = Finegates(targets=prune.methods.TARGETS, couple=False).sites(program).taken
+    taken = Finegates(targets=prune.methods.TARGETS).uses(program).taken
     analysis = RemovableUnits(program, taken, prices("latency", SHAPE[1], latency))
     units = [found for site in taken if isinstance(found := analysis.find(site), Units)]
     return analysis.total + sum(unit.mixing for unit in units)

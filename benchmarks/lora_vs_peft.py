@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -70,7 +70,8 @@ def peft_row(seed: int) -> dict[str, Any]:
 
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(assets.minilm())
-    train_rows, test_rows = (_encoded(path, tokenizer) for path in assets.movie_split())
+    # A list of rows is a dataset, whatever the stub says.
+    train_rows, test_rows = (cast(Any, _encoded(path, tokenizer)) for path in assets.movie_split())
     model = AutoModelForSequenceClassification.from_pretrained(assets.minilm(), num_labels=2)
     config = LoraConfig(task_type=TaskType.SEQ_CLS, r=RANK, lora_alpha=ALPHA, target_modules=TARGETS)
     model = get_peft_model(model, config)
@@ -89,8 +90,8 @@ def peft_row(seed: int) -> dict[str, Any]:
         trainer = Trainer(
             model,
             arguments,
-            train_dataset=train_rows,  # type: ignore[arg-type]  # a list of rows is a dataset
-            eval_dataset=test_rows,  # type: ignore[arg-type]
+            train_dataset=train_rows,
+            eval_dataset=test_rows,
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=_accuracy,
         )

@@ -17,6 +17,7 @@ import torch
 
 import lorafx
 from examples import assets
+from lorafx.backends.export import Format
 from lorafx.passes.lora import Lora
 from lorafx.public import Program
 
@@ -55,8 +56,8 @@ def main() -> None:
         folded = lorafx.fold(program, gather="never")
         with tempfile.TemporaryDirectory() as place:
 
-            def write(check: bool, kind: str, place: str = place, folded: Program = folded) -> object:
-                return lorafx.export(folded, f"{place}/{kind}", kind, check=check, overwrite=True)  # type: ignore[arg-type]
+            def write(check: bool, kind: Format, place: str = place, folded: Program = folded) -> object:
+                return lorafx.export(folded, f"{place}/{kind}", kind, check=check, overwrite=True)
 
             stages: dict[str, Callable[[bool], object]] = {
                 "fold": lambda check, program=program: lorafx.fold(program, gather="never", check=check),

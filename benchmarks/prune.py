@@ -28,12 +28,12 @@ from typing import Any
 
 from benchmarks import methods
 from examples import assets
+from lorafx.proof.bench import SHAPES
 
 SEEDS = (0, 1, 2)
 FOLDS = 5
 #: Shares of the encoder's linear parameters to keep; 1.0 is LoRA alone.
 BUDGETS = (1.0, 0.8, 0.6, 0.4)
-SHAPES = ((1, 64), (8, 64), (32, 128))
 
 
 def recipe(budget: float) -> list[dict[str, Any]]:

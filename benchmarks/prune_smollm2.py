@@ -34,16 +34,28 @@ def perplexity(run: Any, tokenizer: Any, texts: list[str], tokens: int) -> float
     return float(torch.tensor(loss / count).exp())
 
 
+def pruned(checkpoint: Path, brown: Path) -> tuple[dict[str, Any], float]:
+    """The base, with neurons closed, and without them, by name; and the seconds that removing them took."""
+    import lorafx
+    from lorafx.passes.activation import Activation
+    from lorafx.passes.dead_channels import DeadChannels
+    from lorafx.passes.tidy import Tidy
+    from lorafx.pipeline import run, to_eval
+
+    base = to_eval(lorafx.capture(checkpoint))
+    masked = run(base, [Activation(targets="down_proj", keep=0.7, data=str(brown), samples=64)])
+    started = time.perf_counter()
+    sliced = run(masked, [DeadChannels(uniform=True), Tidy()])
+    return {"base": base, "masked": masked, "sliced": sliced}, time.perf_counter() - started
+
+
 def main() -> None:
     """Close, fold, compare, write, open again; print what was seen."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import lorafx
-    from lorafx.passes.activation import Activation
-    from lorafx.passes.dead_channels import DeadChannels
-    from lorafx.passes.tidy import Tidy
-    from lorafx.pipeline import run, to_eval
+    from lorafx.graph.program import parameter_count
     from lorafx.proof.open import open_runner
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -52,30 +64,21 @@ def main() -> None:
     options = parser.parse_args()
     checkpoint, brown = assets.smollm2(), assets.brown()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    texts = brown.read_text(encoding="utf-8").splitlines()
-    base = to_eval(lorafx.capture(checkpoint))
-    closing = Activation(targets="down_proj", keep=0.7, data=str(brown), samples=64)
-    masked = run(base, [closing])
-    started = time.perf_counter()
-    sliced = run(masked, [DeadChannels(uniform=True), Tidy()])
-    seconds = time.perf_counter() - started
-    held_out = texts[1000:1200]
+    held_out = brown.read_text(encoding="utf-8").splitlines()[1000:1200]
+    programs, seconds = pruned(checkpoint, brown)
+    base, masked, sliced = programs.values()
     rows = {
         name: perplexity(open_runner(program), tokenizer, held_out, options.tokens)
-        for name, program in (("base", base), ("masked", masked), ("sliced", sliced))
+        for name, program in programs.items()
     }
     exact = lorafx.verify(masked, sliced, dtype=torch.float64)
     lorafx.export(sliced, options.out, "hf", overwrite=True)
     opened: Any = AutoModelForCausalLM.from_pretrained(options.out).eval()
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     said = tokenizer.decode(opened.generate(**prompt, max_new_tokens=8, do_sample=False)[0])
-    counts = {
-        name: sum(v.numel() for v in {id(v): v for v in p.root.parameters()}.values())
-        for name, p in (("base", base), ("masked", masked), ("sliced", sliced))
-    }
     print("| | parameters | perplexity on Brown |\n|---|--:|--:|")
-    for name in rows:
-        print(f"| {name} | {counts[name]:,} | {rows[name]:.4f} |")
+    for name, program in programs.items():
+        print(f"| {name} | {parameter_count(program.root.parameters()):,} | {rows[name]:.4f} |")
     print(f"\nsliced against masked in fp64: {exact.max_rel:.1e} of the scale; removal took {seconds:.1f} s")
     print(
         f"intermediate_size {base.config.intermediate_size} -> {opened.config.intermediate_size}; "

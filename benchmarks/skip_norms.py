@@ -17,10 +17,10 @@ import numpy as np
 import onnxruntime
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from lorafx.proof.bench import SHAPES
 from lorafx.proof.exported import session_options
 
 WIDTHS = (384, 768, 2048)
-SHAPES = ((1, 64), (8, 64), (32, 128))
 LAYERS = 6
 
 

@@ -101,7 +101,7 @@ class Pass(Options):
     def title(cls) -> str:
         return cls.pass_name()
 
-    def sites(self, program: Program) -> Selection:
+    def sites(self, program: Program) -> Selection[Any]:
         """Select what to rewrite. Pure: the program is only read."""
         raise TypeError(f"pass {self.pass_name()!r} does not say what it selects: define sites()")
 
@@ -133,7 +133,11 @@ class SitePass(Pass):
             return f"{self.pass_name()} does not handle {site.kind} weights"
         return None
 
-    def sites(self, program: Program) -> Selection:
+    def sites(self, program: Program) -> Selection[Any]:
+        """What to rewrite: :meth:`uses`, or what a pass makes of them."""
+        return self.uses(program)
+
+    def uses(self, program: Program) -> Selection[Site]:
         """Every weight use that the targets name and the pass can handle; the others with their reasons."""
         selector = Selector(
             Target.parse(self.targets),
@@ -141,7 +145,8 @@ class SitePass(Pass):
             Blocks.parse(self.blocks) if self.blocks is not None else None,
         )
         found = program.sites()
-        taken, missed = [], []
+        taken: list[Site] = []
+        missed: list[Miss[Site]] = []
         for site in found:
             reason = selector.decide(site, site.blocks - 1) or _inserted(program, site) or self.refuse(program, site)
             taken.append(site) if reason is None else missed.append(Miss(site, reason))
@@ -149,7 +154,7 @@ class SitePass(Pass):
             self._check_hits(selector, found, taken, missed)
         return Selection(tuple(taken), tuple(missed))
 
-    def _check_hits(self, selector: Selector, found: list[Site], taken: list[Site], missed: list[Miss]) -> None:
+    def _check_hits(self, selector: Selector, found: list[Site], taken: list[Site], missed: list[Miss[Site]]) -> None:
         name = self.pass_name()
         for item, hits in selector.hits(found).items():
             if hits == 0:

@@ -62,6 +62,21 @@ def to_eval(program: P) -> P:
     return program if program.stage == "eval" else run(program, (ToEval(),), check=False)
 
 
+def _merging() -> tuple[Pass, ...]:
+    """What brings everything learned into the base, every tensor in its shape."""
+    from .passes.fold_affine import FoldAffine
+    from .passes.fold_constants import FoldConstants
+    from .passes.to_eval import ToEval
+
+    return ToEval(), FoldConstants(), FoldAffine()
+
+
+def merge(program: P, *, check: bool = True) -> P:
+    """Bring everything learned into the base, as :func:`fold` does, and leave every tensor in its shape: nothing is
+    removed, gathered or dropped, and the result has no ``origin``."""
+    return run(program, _merging(), check=check)
+
+
 def removal_for(provider: str) -> DeadChannels:
     """The widths that a provider likes."""
     from .passes.dead_channels import DeadChannels
@@ -74,7 +89,7 @@ def fold(
     observers: Sequence[Observer] = (),
     *,
     provider: Literal["cpu", "cuda"] = "cpu",
-    removal: DeadChannels | None = None,
+    removal: Pass | None = None,
     gather: Literal["auto", "always", "never"] = "auto",
     check: bool = True,
     stream: bool = False,
@@ -98,12 +113,10 @@ def fold(
     Raises:
         ParityError: a pass broke its promise; the message names it and the first output that differs
     """
+    from .channels.gather import CPU_COST, GPU_COST
     from .passes.dead_channels import DeadChannels
-    from .passes.fold_affine import FoldAffine
-    from .passes.fold_constants import FoldConstants
-    from .passes.gather_columns import CPU_COST, GPU_COST, GatherColumns
+    from .passes.gather_columns import GatherColumns
     from .passes.tidy import Tidy
-    from .passes.to_eval import ToEval
 
     if provider not in ("cpu", "cuda"):
         raise UsageError(f"cannot fold for {provider!r}; providers: cpu, cuda")
@@ -112,6 +125,6 @@ def fold(
     cost = GPU_COST if provider == "cuda" else CPU_COST
     # Gathering comes after removal, which would have to see through a gather.
     last = (removal or (asked or [liked])[-1], GatherColumns(gather, cost, liked.round_to), Tidy())
-    steps = (ToEval(), FoldConstants(), FoldAffine(), *last)
-    folded = run(deferring(program) if stream else program, steps, observers, check=check)
+    start = deferring(program) if stream else program
+    folded = run(start, (*_merging(), *last), observers, check=check)
     return dataclasses.replace(folded, origin=program.origin or program)

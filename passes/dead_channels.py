@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ..base import Pass, Promise, option
 from ..channels.axes import Axes
 from ..channels.groups import zeros_left
-from ..channels.plan import proven
+from ..channels.plan import Plan, proven
 from ..channels.removal import Widths
 from ..channels.table import RULES
 from ..deferred.programs import has_zero_slices, is_deferring, resident
 from ..graph.edit import Edit
+from ..graph.facts import Removed
 from ..graph.program import Program
 from ..graph.selection import Selection
 
@@ -41,24 +42,22 @@ class DeadChannels(Pass):
     keep_at_least: int = option(1, "never fewer channels than this", least=1)
     uniform: bool = option(False, "the same widths in every block, so that an ordinary config can say them")
 
-    def sites(self, program: Program) -> Selection:
+    def sites(self, program: Program) -> Selection[Plan]:
         if program.stage != "eval" or program.device.type == "meta":
             return Selection(())
         if is_deferring(program) and not has_zero_slices(program):
             return Selection(())  # looked for before all weights are held at once
         plan = proven(resident(program), self, Widths(self.round_to, self.keep_at_least, self.uniform))
-        return Selection((plan,) if plan.cut else ())  # type: ignore[arg-type]
+        return Selection((plan,) if plan.cut else ())
 
-    def rewrite(self, edit: Edit, site: Any) -> None:
+    def rewrite(self, edit: Edit, site: Plan) -> None:
         site.on(edit.program).carry_out(edit)
-        removed = edit.facts.setdefault("Removed", [])
         for name, kept in site.cut.items():
             sizes = [len(labels) for labels in site.axes.members[name]]
-            removed.append({"tensor": name, "before": str(sizes), "after": str([len(part) for part in kept])})
+            Removed(name, str(sizes), str([len(part) for part in kept])).note(edit)
 
     def finish(self, edit: Edit) -> None:
         if not edit.facts:
             return
-        left = zeros_left(Axes(edit.program, RULES))
-        if left:
-            edit.facts["Zero but kept"] = left
+        for left in zeros_left(Axes(edit.program, RULES)):
+            left.note(edit)

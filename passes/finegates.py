@@ -11,21 +11,17 @@ from torch import Tensor, fx, nn
 
 from ..base import Method, Promise, option
 from ..channels.costs import Measure, prices
-from ..channels.units import RemovableUnits, Units
+from ..channels.units import RemovableUnits, Units, units_of
 from ..errors import RecipeError
 from ..graph.edit import Edit
 from ..graph.program import Program
-from ..graph.selection import Miss, Selection
-from ..graph.site import Site, is_tensor_node
+from ..graph.selection import Selection
+from ..graph.site import Site
 from ..graph.state import MethodState
 from ..graph.tree import aliases
-from ..methods.gates import GATES, ClampedGaussian, gates_of, histogram, is_open, kept_share, open_gates
-from ..methods.low_rank import train_in_full
+from ..methods.gates import GATES, ClampedGaussian, gate_facts, gates_of, kept_share, leave_one_open, multiplied
+from ..methods.low_rank import train_biases, train_in_full
 from ..methods.steering import Steering
-
-aten = torch.ops.aten
-#: The least initial θ of a gate that is fully open in evaluation: tanh θ = ½.
-_OPEN = 0.5494
 
 
 @dataclass(frozen=True)
@@ -80,15 +76,12 @@ class Finegates(Method):
             return "tied weight"
         return super().refuse(program, site)
 
-    def sites(self, program: Program) -> Selection:
-        found = super().sites(program)
+    def sites(self, program: Program) -> Selection[Site | Units]:
+        found = self.uses(program)
         if not self.couple or not found.taken:
             return found
         analysis = RemovableUnits(program, found.taken, prices(self.measure, self.length, self.latency))
-        units = [(site, analysis.find(site)) for site in found.taken]
-        missed = [Miss(site, f"gated where its result is read: {why}") for site, why in units if isinstance(why, str)]
-        taken = tuple(unit for _, unit in units if isinstance(unit, Units))
-        return Selection(taken, (*found.missed, *missed))  # type: ignore[arg-type]
+        return units_of(found, analysis.find, "gated where its result is read: ")
 
     def rewrite(self, edit: Edit, site: Any) -> None:
         edit.statistic("multiplier", torch.zeros(()))
@@ -115,20 +108,15 @@ class Finegates(Method):
     ) -> fx.Node:
         theta = edit.parameter(site, short, (size,), self._start, "gate")
         gate = ClampedGaussian.insert(edit, theta, self.noise)
-        if of is not None:
-            gate = edit.call(aten.index_select.default, gate, 0, edit.tensor(edit.statistic("unit_of", of, site)))
-        return edit.call(aten.mul.Tensor, value, edit.cast(gate, value.meta["val"].dtype))
+        return multiplied(edit, value, gate, of if of is None else edit.tensor(edit.statistic("unit_of", of, site)))
 
     def _start(self, theta: Tensor) -> None:
-        nn.init.normal_(theta, self.initial, self.deviation).clamp_(min=_OPEN)
+        nn.init.normal_(theta, self.initial, self.deviation).clamp_(min=ClampedGaussian.OPEN)
 
     def finish(self, edit: Edit) -> None:
         train_in_full(edit, self.trainable)
-        for site in super().sites(edit.program).taken if self.train_biases else ():
-            place = site.op.bias
-            bias = site.node.args[place] if place is not None and len(site.node.args) > place else None
-            if is_tensor_node(bias):
-                edit.train_tensor(str(bias.target))  # type: ignore[union-attr]
+        if self.train_biases:
+            train_biases(edit, self.uses(edit.program).taken)
 
     def penalty(self, state: MethodState) -> Tensor:
         if self.mode == "achieved":
@@ -139,15 +127,13 @@ class Finegates(Method):
         return self.strength * ClampedGaussian.open_probability(torch.cat(gates_of(state)), self.noise).mean()
 
     def after_step(self, state: MethodState) -> None:
-        for theta in gates_of(state):
-            if not bool(is_open(theta).any()):
-                theta[theta.argmax()] = ClampedGaussian.AJAR
+        leave_one_open(gates_of(state))
         if self.mode == "achieved":
             self._steering(state).step(self.multiplier_rate, restart=self.restart)
 
     def _steering(self, state: MethodState) -> Steering:
-        kept = lambda: float(kept_share(state))  # noqa: E731
-        return Steering(state, ClampedGaussian, gates_of(state), kept, self.budget, self.ramp)
+        gates = gates_of(state)
+        return Steering(state, ClampedGaussian, gates, lambda: float(kept_share(state)), self.budget, self.ramp)
 
     def settled(self, state: MethodState) -> bool:
         return self.mode != "achieved" or self._steering(state).settled
@@ -160,6 +146,4 @@ class Finegates(Method):
         return {name: {"lr": self.gate_rate, "weight_decay": 0.0} for name in GATES}
 
     def describe(self, state: MethodState) -> Mapping[str, Any]:
-        every = torch.cat([ClampedGaussian.median(theta) for theta in gates_of(state)])
-        total = {"gates": every.numel(), "weights kept": float(kept_share(state)), **histogram(every)}
-        return {"Gates": [total], "Open gates by module": [open_gates(site) for site in state.sites]}
+        return gate_facts(state)

@@ -36,10 +36,10 @@ class FoldAffine(Pass):
     promise: ClassVar[Promise] = Promise.CLOSE
     fixed_point: ClassVar[bool] = True
 
-    def sites(self, program: Program) -> Selection:
-        return Selection(tuple(worth_folding(program)))  # type: ignore[arg-type]
+    def sites(self, program: Program) -> Selection[Group]:
+        return Selection(tuple(worth_folding(program)))
 
-    def rewrite(self, edit: Edit, site: Any) -> None:
+    def rewrite(self, edit: Edit, site: Group) -> None:
         regions = {region.key: region for region in site.regions}
         names = {key: _store(edit, region) for key, region in regions.items()}
         biases = {key: _bias_name(region) for key, region in regions.items()}

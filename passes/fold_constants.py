@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx, nn
@@ -46,7 +46,7 @@ class FoldConstants(Pass):
 
     promise: ClassVar[Promise] = Promise.EXACT
 
-    def sites(self, program: Program) -> Selection:
+    def sites(self, program: Program) -> Selection[Alike]:
         learned = added(program)
         constants = Constants(program.root, frozenset(program.roles) - learned)
         groups: dict[Hashable, list[fx.Node]] = defaultdict(list)
@@ -57,9 +57,9 @@ class FoldConstants(Pass):
                 and any(constants.reads(user) is None for user in node.users)
             ):
                 groups[constants.key(node)].append(node)
-        return Selection(tuple(Alike(tuple(nodes)) for nodes in groups.values()))  # type: ignore[misc]
+        return Selection(tuple(Alike(tuple(nodes)) for nodes in groups.values()))
 
-    def rewrite(self, edit: Edit, site: Any) -> None:
+    def rewrite(self, edit: Edit, site: Alike) -> None:
         region = _region(site)
         value = nn.Parameter(Constants(edit.program.root).value(site.nodes[0]).contiguous(), requires_grad=False)
         name = _name(edit, site, region, value.shape)

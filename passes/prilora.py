@@ -51,7 +51,7 @@ class Prilora(LowRank):
     final_prune: bool = option(True, "prune after the last step, so that the stated share is zero at the end")
 
     @property
-    def prunes(self) -> bool:  # type: ignore[override]
+    def prunes(self) -> bool:
         return self.fraction > 0
 
     def rank_of(self, site: Site) -> int:

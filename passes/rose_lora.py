@@ -47,7 +47,7 @@ class RoseLora(LowRank):
     clamp: float | None = option(None, "hold the entries of A and B within plus and minus this", above=0)
 
     @property
-    def prunes(self) -> bool:  # type: ignore[override]
+    def prunes(self) -> bool:
         return True
 
     def rank_of(self, site: Site) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ..base import Pass, Promise
 from ..graph.edit import Edit
@@ -27,14 +27,14 @@ class Tidy(Pass):
 
     promise: ClassVar[Promise] = Promise.EXACT
 
-    def sites(self, program: Program) -> Selection:
+    def sites(self, program: Program) -> Selection[str]:
         read = {str(node.target) for node in program.graph.nodes if node.op == "get_attr" and node.users}
         held = dict(named_tensors(program.root))
         alive = {id(held[name]) for name in read if name in held}
         dead = [name for name, value in held.items() if id(value) not in alive and program.roles.get(name) != "unread"]
-        return Selection(tuple(name for name in dead if name in program.roles))  # type: ignore[arg-type]
+        return Selection(tuple(name for name in dead if name in program.roles))
 
-    def rewrite(self, edit: Edit, site: Any) -> None:
+    def rewrite(self, edit: Edit, site: str) -> None:
         edit.drop_tensor(site)
 
     def finish(self, edit: Edit) -> None:
@@ -42,7 +42,7 @@ class Tidy(Pass):
         model, config = edit.program.source.model, edit.program.config
         if not getattr(config, "tie_word_embeddings", False):
             return
-        output = model.get_output_embeddings()  # type: ignore[operator]
+        output = edit.program.output_layer
         names = [name for name, value in named_tensors(model) if output is not None and value is output.weight]
         if len({id(edit.program.tensor(name)) for name in names}) > 1:
             edit.program.config_changes["tie_word_embeddings"] = False

@@ -15,9 +15,10 @@ from ..errors import NoSitesError, UsageError
 from ..graph.edit import Edit
 from ..graph.program import Program
 from ..graph.selection import Miss, Selection
-from ..graph.site import Site, stack_of
+from ..graph.site import Site
 from ..graph.state import MethodState
 from ..methods.low_rank import LowRank, kaiming
+from ..methods.ties import place_in_block, value_read
 
 aten = torch.ops.aten
 _FACTORS = ("A", "B", "u", "v")
@@ -57,13 +58,14 @@ class TiedLora(LowRank):
     def scale_of(self, site: Site) -> float:
         return self.scale
 
-    def sites(self, program: Program) -> Selection:
+    def sites(self, program: Program) -> Selection[Site]:
         unknown = sorted(set(self.train) - set(_FACTORS))
         if unknown or not self.train:
             raise UsageError(f"tied-lora: train = {list(self.train)}; name one or more of A, B, u, v")
-        found = super().sites(program)
-        users = Counter(_place(module) for module in {(site.module, _shape(site)) for site in found.taken})
-        taken = tuple(site for site in found.taken if users[_place((site.module, _shape(site)))] > 1)
+        found = self.uses(program)
+        weights = {(site.module, site.out_features, site.in_features): site for site in found.taken}
+        users = Counter(map(place_in_block, weights.values()))
+        taken = tuple(site for site in found.taken if users[place_in_block(site)] > 1)
         alone = [Miss(s, "no other block has a weight of its place and shape") for s in found.taken if s not in taken]
         if found.taken and not taken and not self.allow_empty:
             raise NoSitesError(f"tied-lora: none of {len(alone)} weights has a partner of its shape in another block")
@@ -73,8 +75,7 @@ class TiedLora(LowRank):
         return self._factor(edit, site, "A", "lora_A.weight", shape, f"tied_lora.{self._input_group(edit, site)}")
 
     def factor_b(self, edit: Edit, site: Site, shape: tuple[int, ...]) -> fx.Node:
-        place = _place((site.module, _shape(site)))
-        return self._factor(edit, site, "B", "lora_B.weight", shape, f"tied_lora.{_plain(place)}")
+        return self._factor(edit, site, "B", "lora_B.weight", shape, f"tied_lora.{_plain(place_in_block(site))}")
 
     def within(self, edit: Edit, site: Site, hidden: fx.Node) -> fx.Node:
         owner = f"tied_lora.{self._input_group(edit, site)}.block_{site.block}"
@@ -85,13 +86,13 @@ class TiedLora(LowRank):
 
     def _input_group(self, edit: Edit, site: Site) -> str:
         """What shares A: the weights at one place, or the fused projections of one module that read one value."""
-        place = _place((site.module, _shape(site)))
+        place = place_in_block(site)
         if not self._fused(edit.program, site):
             return _plain(place)
         module = site.module.rpartition(".")[0]
         near = [other for other in edit.program.sites() if other.module.rpartition(".")[0] == module]
         beside = [s for s in near if self._fused(edit.program, s) and s.in_features == site.in_features]
-        together = [other.module for other in beside if _read(other) is _read(site)]
+        together = [other.module for other in beside if value_read(other) is value_read(site)]
         names = [name.rpartition(".")[2] for name in together] if len(together) < len(beside) else []
         parent = place.rsplit(".", 2)[0]  # without the projection's own name, and its shape
         return _plain("_".join([f"{parent}.fused_{site.in_features}", *names]))
@@ -133,30 +134,6 @@ class TiedLora(LowRank):
             groups.setdefault(id(site["lora_A"]), []).append(site.module)
         rows = [{"modules that share A": len(modules), "first": modules[0]} for modules in groups.values()]
         return {"Tied parameters": [share], "Tie groups": rows}
-
-
-def _shape(site: Site) -> tuple[int, int]:
-    return site.out_features, site.in_features
-
-
-def _place(use: tuple[str, tuple[int, int]]) -> str:
-    """Where in its block a weight stands, with its shape: equal for those that share."""
-    module, (rows, columns) = use
-    stack = stack_of(module)
-    inside = module.removeprefix(stack).lstrip(".").partition(".")[2]
-    return f"{stack}.{inside}.{rows}x{columns}" if inside else f"{module}.{rows}x{columns}"
-
-
-#: Operators whose result is their input in another shape or dtype.
-_SAME = (aten.view.default, aten.reshape.default, aten.contiguous.default, aten.to.dtype, aten._to_copy.default)
-
-
-def _read(site: Site) -> fx.Node:
-    """The value a weight reads, before it is reshaped or cast for it."""
-    value = site.input
-    while value.target in _SAME and isinstance(value.args[0], fx.Node):
-        value = value.args[0]
-    return value
 
 
 def _plain(place: str) -> str:

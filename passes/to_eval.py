@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
+
+from torch import fx
 
 from ..base import Pass, Promise
 from ..graph.edit import Edit
@@ -26,10 +28,10 @@ class ToEval(Pass):
 
     promise: ClassVar[Promise] = Promise.EXACT
 
-    def sites(self, program: Program) -> Selection:
+    def sites(self, program: Program) -> Selection[fx.Node]:
         return Selection(changing(program))
 
-    def rewrite(self, edit: Edit, site: Any) -> None:
+    def rewrite(self, edit: Edit, site: fx.Node) -> None:
         change(edit.program, site)
 
     def finish(self, edit: Edit) -> None:

@@ -1,8 +1,7 @@
 """The back ends: ONNX, Hugging Face checkpoints and ``.pt2``.
 
-Conversion belongs to `transformers.exporters`. It captures the model its own way for each back end (ONNX needs other
-traces than training), so lorafx steps in between its capture and its conversion: the program's history is replayed on
-that capture, which keeps all of the back end's fixes and fusions.
+Conversion belongs to `transformers.exporters`, between whose capture and conversion a program's history is replayed
+(``replay``); here it is decided what is written, and held against the program before the folder gets its name.
 """
 
 from __future__ import annotations
@@ -12,24 +11,17 @@ import dataclasses
 import hashlib
 import json
 import logging
-import sys
 from collections.abc import Mapping
-from contextlib import contextmanager, redirect_stdout
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors.torch import save_file
-from torch import fx, nn
-from torch.export import ExportedProgram
-from transformers.exporters.configs import DynamoConfig, OnnxConfig
-from transformers.exporters.exporter_dynamo import DynamoExporter
-from transformers.exporters.exporter_onnx import OnnxExporter
 
 from ..base import passes_of
 from ..deferred.programs import is_deferring, resident
-from ..errors import CaptureError, ParityError, UsageError
+from ..errors import ParityError, UsageError
 from ..files.folder import FileEntry, new_folder
 from ..formats.companions import copy_companions
 from ..formats.hf import hf_model
@@ -37,16 +29,12 @@ from ..formats.peft import adapter_config, adapter_keys
 from ..formats.peft_reader import opened_adapter
 from ..formats.run import VALUES, base_record, plain_tensor
 from ..formats.shards import write_checkpoint
-from ..frontend.capture import program_from
-from ..frontend.trace import gradients_on, trace_with
 from ..graph.precision import coarsest
-from ..graph.program import Source, structure
-from ..graph.tree import get_tensor, has_tensor, named_tensors, put_tensor, tensor_hash
-from ..models.intact import intact
+from ..graph.tree import tensor_hash
 from ..models.tokenizers import length_limit
 from ..parity.answers import Comparison, example_batches
-from ..parity.runner import Runner
-from ..pipeline import fold, run, to_eval
+from ..parity.runner import PROVIDERS, Runner
+from ..pipeline import fold, to_eval
 from ..proof.exported import check_cache
 from ..proof.exports import held_against, parity_record, reference_of, refuse_untrained, unproven
 from ..proof.open import open_runner
@@ -58,12 +46,12 @@ from ..version import __version__
 from .onnx_kernels import unfuse_batch_transposes, unfuse_skip_norms
 from .onnx_ranges import hold_ranges
 from .plain_lora import as_lora
+from .replay import converted
 
 _log = logging.getLogger(__name__)
 
 Format = Literal["onnx", "hf", "pt2", "peft"]
-FORMATS = ("onnx", "hf", "pt2", "peft")
-PROVIDERS = ("cpu", "cuda")
+FORMATS = get_args(Format)
 
 
 def export(
@@ -106,7 +94,9 @@ def export(
         ParityError: the written model does not compute the program's function; nothing is left behind
     """
     if format not in FORMATS or provider not in PROVIDERS:
-        raise UsageError(f"cannot export to {format!r} for {provider!r}; formats: {FORMATS}, providers: {PROVIDERS}")
+        raise UsageError(
+            f"cannot export to {format!r} for {provider!r}; formats: {FORMATS}, providers: {(*PROVIDERS,)}"
+        )
     if program.device.type == "meta":
         raise UsageError("the program was captured on the meta device and has no weights; capture or load it with them")
     reference, reason = reference_of(program), unproven(check, generate)
@@ -193,7 +183,7 @@ def _history_record(program: Program) -> list[dict[str, Any]]:
     return [pass_dict(step) for step in passes_of(program)]
 
 
-# ---- Hugging Face checkpoint
+# ---- what each format writes
 
 
 def _write_hf(program: Program, folder: Path, dtype: torch.dtype | None) -> dict[str, FileEntry]:
@@ -209,118 +199,6 @@ def _write_adapter(program: Program, folder: Path, dtype: torch.dtype | None) ->
     values = {keys[name]: plain_tensor(value.to(dtype or value.dtype)) for name, value in program.learned().items()}
     save_file(values, folder / VALUES, metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-# ---- transformers.exporters
-
-
-class RewritingExporter(DynamoExporter):
-    """A :class:`DynamoExporter` that replays a program's history between capture and conversion.
-
-    Combine it with a back end by cooperative inheritance: ``class X(OnnxExporter, RewritingExporter)`` — the back end's
-    own ``export_program`` then calls this one where it would have called the plain capture.
-    """
-
-    def __init__(self, program: Program):
-        super().__init__()
-        self.rewritten = program
-
-    def export_program(self, model: Any, sample_inputs: Any, config: Any) -> tuple[ExportedProgram, Any]:
-        """Capture ``model`` (the program's source, or a component of it) and rewrite the capture."""
-        with gradients_on(True):  # as the program was captured, so that both have the same weights to rewrite
-            captured, metadata = super().export_program(model, sample_inputs, config)
-        return self._rewrite(captured, model, sample_inputs, config), metadata
-
-    def _rewrite(self, captured: ExportedProgram, model: nn.Module, inputs: Any, config: Any) -> ExportedProgram:
-        root = self.rewritten.source.model
-        names = {id(value): name for name, value in named_tensors(root)}
-        if only_values_differ(self.rewritten):
-            local = {names.get(id(value), name): name for name, value in named_tensors(model)}
-            return _with_values(captured, self.rewritten, local)
-        base = program_from(captured, Source(model), inputs, names)
-        base.source, base.heads = self.rewritten.source, self.rewritten.heads
-        replayed = replay(self.rewritten, base, whole=model is root)
-        codegen = captured.module(check_guards=False).graph._codegen  # type: ignore[union-attr]
-        module = fx.GraphModule(replayed.root, replayed.graph)
-        module.graph.set_codegen(codegen)
-        module.recompile()
-        return torch.export.export(module, (), dict(inputs), dynamic_shapes=config.dynamic_shapes)
-
-
-# The back end's methods stand for their base's, over another kind of program: that is how transformers declares them.
-class RewritingOnnxExporter(OnnxExporter, RewritingExporter):  # type: ignore[misc]  # pyright: ignore[reportIncompatibleMethodOverride]
-    """transformers' ONNX exporter over the rewritten graph: its patches before, its conversion and fusions after."""
-
-
-def replay(program: Program, base: Program, *, whole: bool = True) -> Program:
-    """Apply ``program``'s history to ``base``, another capture of the same model, and give it ``program``'s values.
-
-    What came after training (folding, removing dead channels) runs on the trained values, since they decide what it
-    does. ``whole`` says that ``base`` is the whole model, not a component of it. Raises CaptureError when a pass then
-    inserts other tensors than it did in ``program``, or leaves others behind.
-    """
-    trained = program.origin or program
-    steps = passes_of(program)
-    result = run(base, steps[: len(trained.history)], check=False)
-    for applied, again in zip(trained.history, result.history, strict=True):
-        ours = {name for inserted in applied.inserted for name in inserted.tensors.values()}
-        theirs = {name for inserted in again.inserted for name in inserted.tensors.values()}
-        if theirs - ours or (whole and ours - theirs):
-            odd = sorted(ours ^ theirs)[0]
-            raise CaptureError(f"{applied.step.pass_name()}: {odd} is not in both captures of {program.name}")
-    _take_values(result, trained)
-    if program is not trained:
-        result = run(result, steps[len(trained.history) :], check=False)
-        _take_values(result, program)
-    return result
-
-
-def _take_values(result: Program, program: Program) -> None:
-    """Give ``result`` the values ``program`` has under the same names; CaptureError where their shapes differ."""
-    constants = set(program.names("constant"))
-    for name, value in named_tensors(program.root):
-        if name in constants or not has_tensor(result.root, name):
-            continue
-        slot = get_tensor(result.root, name)
-        if slot.shape != value.shape:
-            shapes = f"{tuple(slot.shape)} and {tuple(value.shape)}"
-            raise CaptureError(f"{name} has two shapes, {shapes}, in two captures of {program.name}; export it as pt2")
-        put_tensor(result.root, name, _cast(value, slot))
-
-
-def _cast(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    if value.dtype == like.dtype or not value.is_floating_point():
-        return value
-    cast = value.detach().to(like.dtype)
-    return nn.Parameter(cast, requires_grad=False) if isinstance(value, nn.Parameter) else cast
-
-
-def only_values_differ(program: Program) -> bool:
-    """Whether ``program`` computes what was captured with other values in its tensors, as after merging adapters."""
-    if program.captured is None or program.config_changes:
-        return False
-    return structure(program.graph) == structure(to_eval(program.captured).graph)
-
-
-def _with_values(captured: ExportedProgram, program: Program, local: Mapping[str, str]) -> ExportedProgram:
-    """The capture with the program's values; it needs no second trace."""
-    shared: dict[int, torch.Tensor] = {}
-    for name, value in named_tensors(program.root):
-        slot = captured.state_dict.get(local.get(name, name))
-        if slot is not None:
-            captured.state_dict[local.get(name, name)] = shared.setdefault(id(value), _cast(value, slot))
-    return captured
-
-
-@contextmanager
-def _exportable(program: Program, dtype: torch.dtype | None):
-    """The eager model in evaluation mode (a converted copy when another dtype is asked for), put back afterwards."""
-    model = program.source.model
-    if dtype is not None:
-        yield copy.deepcopy(model).to(dtype).eval()
-        return
-    with intact(model):
-        yield model.eval()
 
 
 def _write_exported(
@@ -342,28 +220,3 @@ def _write_exported(
         exported.config = copy.deepcopy(exported.config)
         setattr(exported.config, key, value)
     exported.save_pretrained(folder)
-
-
-def converted(
-    program: Program, kind: str, provider: str = "cpu", dtype: torch.dtype | None = None, generate: bool = False
-) -> Any:
-    """A folded (or evaluation-form) program as transformers' ``ExportedModel``, not written yet; see :func:`export`."""
-    # The converter prints its progress to stdout, which is kept for results.
-    with redirect_stdout(sys.stderr), _exportable(program, dtype) as model:
-        target = dataclasses.replace(program, source=dataclasses.replace(program.source, model=model))
-
-        def attempt(shapes: Any) -> Any:
-            exporter, config = _back_end(target, kind, provider, shapes, free=generate or shapes is not None)
-            if generate:
-                return exporter.export_for_generation(model, dict(program.example), config)
-            return exporter.export(model, dict(program.example), config)
-
-        shapes = program.signature.domain.dynamic_shapes(program.example)
-        return trace_with(attempt, model, None if generate else shapes)
-
-
-def _back_end(program: Program, kind: str, provider: str, shapes: Any, *, free: bool) -> tuple[Any, Any]:
-    if kind == "onnx":
-        config = OnnxConfig(dynamic=free, dynamic_shapes=shapes, ort_fusions=provider)  # type: ignore[arg-type]
-        return RewritingOnnxExporter(program), config
-    return RewritingExporter(program), DynamoConfig(dynamic=free, dynamic_shapes=shapes)

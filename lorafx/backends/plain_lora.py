@@ -110,7 +110,7 @@ def _deltas(site: Site) -> Iterator[fx.Node]:
     node = site.node
     while node is not None:
         added = [user for user in node.users if _adds(user, node)]
-        yield from (user.args[1] for user in added)  # type: ignore[misc]
+        yield from (delta for user in added if isinstance(delta := user.args[1], fx.Node))
         node = added[0] if added else None
 
 

@@ -21,9 +21,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from torch import Tensor, fx
+from torch import fx
 
 from ..graph.effects import written
+from ..graph.operands import value_of
 from ..graph.program import Program
 from ..graph.tree import get_tensor, has_tensor
 from .account import Account, Classes, fitted
@@ -254,8 +255,7 @@ class Axes:
 
     def _hold_per_row(self) -> None:
         """A row stays if its entry must, and an entry if its row must."""
-        pinned = np.zeros(self._count, bool)
-        pinned[self.channel[np.fromiter(self.pins, int)]] = True
+        pinned = self.pinned
         for wide, narrow in self.per_row:
             rows = self.head_row[wide][..., :1]
             entries = np.broadcast_to(narrow, rows.shape)
@@ -282,6 +282,13 @@ class Axes:
         return np.where(of_channel >= 0, classes[of_channel], -1)[self.channel] if self._row_count else of_channel
 
     @property
+    def pinned(self) -> Array:
+        """For each channel class, whether one of its labels is pinned."""
+        result = np.zeros(self._count, bool)
+        result[self.channel[np.fromiter(self.pins, int)]] = True
+        return result
+
+    @property
     def count(self) -> int:
         """How many labels there are."""
         return self._count
@@ -294,13 +301,11 @@ class Axes:
 
 def stuck(axes: Axes) -> Array:
     """For each label, whether neither its channel alone nor the row it lies in can ever go."""
-    pinned = np.zeros(axes.count, bool)
-    if axes.pins:
-        pinned[axes.channel[np.fromiter(axes.pins, int)]] = True
+    pinned = axes.pinned[axes.channel]
     steps = np.zeros(axes.count, bool)
-    steps[axes.tied_class[pinned[axes.channel]]] = True
+    steps[axes.tied_class[pinned]] = True
     rows = np.zeros(axes.row_count + 1, bool)  # the last one, -1, stands for "in no row"
-    rows[axes.head_row[pinned[axes.channel]]] = True
+    rows[axes.head_row[pinned]] = True
     rows[[-1, *axes.held_rows]] = True
     return steps[axes.tied_class] & rows[axes.head_row]
 
@@ -310,8 +315,6 @@ def flat(known: Known) -> list[Axis]:
     return [axis for item in known for axis in (item if isinstance(item, list) else [item])]
 
 
-def sizes_of(node: fx.Node) -> tuple[Any, ...]:
+def sizes_of(node: object) -> tuple[Any, ...]:
     """The sizes of a node's value: integers, and symbolic expressions where they are free."""
-    value = node.meta["val"]
-    assert isinstance(value, Tensor)
-    return tuple(size if isinstance(size, int) else size.node.expr for size in value.shape)
+    return tuple(size if isinstance(size, int) else size.node.expr for size in value_of(node).shape)

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, fx
 
 from ..graph.constants import Constants
+from ..graph.operands import argument, operator_of, rank_of
 from ..graph.site import WEIGHT_OPS
 from ..graph.tree import get_tensor
 from .axes import Axes
 from .axis import Array, Axis, axis_of
 from .grouped import grouped_reads, is_grouped
-from .moves import MOVES, argument, rank_of
+from .moves import MOVES
 from .rules import spread
 from .table import ELEMENTWISE
 
@@ -27,7 +28,7 @@ aten = torch.ops.aten
 
 _PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar)
 #: Operators that choose between two operands, and where these stand.
-_CHOICES = {
+_CHOICES: dict[Any, tuple[int, int]] = {
     **dict.fromkeys((aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar), (1, 2)),
     **dict.fromkeys((aten.masked_fill.Scalar, aten.masked_fill.Tensor), (0, 2)),
 }
@@ -134,7 +135,7 @@ class ConstantChannels:
         return [Axis((_place(node),), np.where(np.isfinite(last), last, np.nan))] if last is not None else []
 
     def _computed(self, node: fx.Node) -> Array | None:
-        if node.target in (aten.linear.default, aten.addmm.default):
+        if node.target in LINEARS:
             return self._linear(node)
         if node.target in CONVOLUTIONS:
             return self._convolution(node)
@@ -222,7 +223,7 @@ class ConstantChannels:
         scale, shift, mean, variance = (None if arg is None else self.weight(arg) for arg in node.args[1:5])
         if entering is None or mean is None or variance is None or node.args[5]:
             return None
-        factor = (scale if scale is not None else 1.0) / (variance + float(node.args[7])).sqrt()  # type: ignore[arg-type]
+        factor = (scale if scale is not None else 1.0) / (variance + float(argument(node, "eps"))).sqrt()
         offset = shift if shift is not None else torch.zeros_like(mean)
         mapped = (torch.tensor(entering.data) - mean.cpu()) * factor.cpu() + offset.cpu()
         return torch.where(factor.cpu() == 0, offset.cpu(), mapped).numpy()
@@ -246,7 +247,7 @@ class ConstantChannels:
         facts = {value: self._along(value, axis, rank) for value in node.all_input_nodes}
         shaped = {value: torch.tensor(data) for value, data in facts.items()}
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda value: shaped[value])
-        result = np.broadcast_to(node.target(*args, **kwargs).double().numpy(), axis.data.shape)  # type: ignore
+        result = np.broadcast_to(operator_of(node)(*args, **kwargs).double().numpy(), axis.data.shape)
         unknown = [np.isnan(np.broadcast_to(data, axis.data.shape)) for data in facts.values()]
         result = np.where(np.any(unknown, axis=0) | ~np.isfinite(result), np.nan, result) if unknown else result
         if node.target in _PRODUCTS:
@@ -256,9 +257,10 @@ class ConstantChannels:
 
     def _choice(self, node: fx.Node, axis: Axis, rank: int) -> Array:
         """A choice between two values is constant where both are the same constant, however it falls out."""
+        chosen: list[Any] = [node.args[position] for position in _CHOICES[node.target]]
         ways = [
-            self._along(way, axis, rank) if isinstance(way, fx.Node) else np.full([1] * len(axis.dims), float(way))  # type: ignore[arg-type]  # a number
-            for way in (node.args[position] for position in _CHOICES[node.target])  # type: ignore[arg-type]
+            self._along(way, axis, rank) if isinstance(way, fx.Node) else np.full([1] * len(axis.dims), float(way))
+            for way in chosen
         ]
         first, second = (np.broadcast_to(way, axis.data.shape) for way in ways)
         return np.where(first == second, first, np.nan)

@@ -76,7 +76,7 @@ class Hidden:
 
     def __init__(self, axes: Axes, facts: ConstantChannels, alike: list[fx.Node], units: Array):
         self.axes, self.facts, self.alike, self.units = axes, facts, alike, units
-        self.experts = sizes_of(alike[0].args[1])[0]  # type: ignore[arg-type]  # a product's weight is a node
+        self.experts = sizes_of(alike[0].args[1])[0]
         self._rows = sizes_of(alike[0])[0]
         self._own = np.zeros(axes.count, bool)
         self._own[units.ravel()] = True

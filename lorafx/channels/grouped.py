@@ -8,9 +8,9 @@ from __future__ import annotations
 from torch import Tensor, fx
 
 from ..graph.constants import Constants
+from ..graph.operands import rank_of, value_of
 from .axes import Axes
 from .axis import Known, axis_of
-from .moves import rank_of
 from .rules import affine, matrix_labels
 
 #: By name: transformers registers its own operator when its experts are first imported, and not in every version.
@@ -22,10 +22,13 @@ _ALIGNED = 16
 
 def is_grouped(node: fx.Node) -> bool:
     """Whether the node is such a product; the kernel has other forms too (batched, or with a bias)."""
-    if str(node.target) not in GROUPED or (len(node.args) > 3 and node.args[3] is not None):
+    if str(node.target) not in GROUPED or _bias(node) is not None:
         return False
-    value, weight = node.args[0], node.args[1]  # type: ignore[misc]  # both always given
-    return (rank_of(value), rank_of(weight)) == (2, 3) and node.kwargs.get("bias") is None and offsets(node) is not None
+    return (rank_of(node.args[0]), rank_of(node.args[1])) == (2, 3) and offsets(node) is not None
+
+
+def _bias(node: fx.Node) -> object:
+    return node.args[3] if len(node.args) > 3 else node.kwargs.get("bias")
 
 
 def offsets(node: fx.Node) -> object:
@@ -43,7 +46,7 @@ def grouped(axes: Axes, node: fx.Node) -> Known:
         axes.pin(axis.data, "rows are sorted by expert")
     ins, outs = matrix_labels(axes, weight, 1), matrix_labels(axes, weight, 2)
     if str(node.target) == KERNEL:
-        tensor: Tensor = weight.meta["val"]  # type: ignore[union-attr]
+        tensor = value_of(weight)
         axes.align(ins, _ALIGNED // tensor.element_size())
         if tensor.stride(2) == 1:
             axes.align(outs, _ALIGNED // tensor.element_size())

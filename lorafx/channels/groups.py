@@ -10,6 +10,7 @@ import networkx as nx
 import numpy as np
 
 from ..deferred.tiles import value as values_of
+from ..graph.facts import ZeroButKept
 from ..graph.program import Program
 from .axes import Axes, stuck
 from .axis import Array
@@ -111,7 +112,7 @@ def group_rows(groups: list[Group]) -> list[dict[str, Any]]:
     ]
 
 
-def zeros_left(axes: Axes) -> list[dict[str, Any]]:
+def zeros_left(axes: Axes) -> list[ZeroButKept]:
     """Rows and columns of weights that are zero and stay, with the reason."""
     why = {int(axes.tied_class[label]): reason for label, reason in axes.pins.items()}
     rows = []
@@ -121,5 +122,5 @@ def zeros_left(axes: Axes) -> list[dict[str, Any]]:
             zero = (value == 0).movedim(dim, 0).flatten(1).all(1).nonzero().flatten().tolist()
             if zero and labels.size > 1:
                 reason = why.get(int(axes.tied_class[labels[zero[0]]]), "others beside them stay")
-                rows.append({"weight": name, "dimension": dim, "zero": len(zero), "of": labels.size, "why": reason})
+                rows.append(ZeroButKept(name, dim, len(zero), labels.size, reason))
     return rows

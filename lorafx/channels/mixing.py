@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import fx
 
+from ..graph.operands import argument, rank_of, value_of
 from .axes import Axes
 from .axis import Array, Axis, Known, axis_of
-from .moves import argument, rank_of
 from .rules import affine, is_one, join, matrix_labels
 
 aten = torch.ops.aten
@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 def heads(axes: Axes, value: fx.Node, count: int) -> Array:
     """The labels of a value (batch, heads, length, channels) as an array (heads, channels)."""
-    rows, channels = (value.meta["val"].shape[dim] for dim in (1, 3))
+    _, rows, _, channels = value_of(value).shape
     axis = axis_of(axes.axes(value), 3)
     if axis is None:
         data = axes.new(rows, channels)
@@ -78,12 +78,12 @@ def product(axes: Axes, node: fx.Node) -> Known:
         return affine(axes, node, a, matrix_labels(axes, b, 0), matrix_labels(axes, b, 1), ())
     if rank_of(b) != rank or rank < 2:
         return []
-    inner = axis_of(axes.axes(a), rank - 1), axis_of(axes.axes(b), rank - 2)
-    batches = [_batch_dims(axis, dim, rank) for axis, dim in zip(inner, (rank - 1, rank - 2), strict=True)]
-    if batches[0] is not None and batches[0] == batches[1]:
-        for axis in inner:
-            axes.contract(node, axis.data)  # type: ignore[union-attr]
-        axes.same(inner[0].data, inner[1].data)  # type: ignore[union-attr]
+    left, right = axis_of(axes.axes(a), rank - 1), axis_of(axes.axes(b), rank - 2)
+    inner = (left, right)
+    if left is not None and right is not None and _alike_batches(left, right, rank):
+        axes.contract(node, left.data)
+        axes.contract(node, right.data)
+        axes.same(left.data, right.data)
     else:
         for axis in inner:
             if axis is not None:
@@ -99,10 +99,10 @@ def product(axes: Axes, node: fx.Node) -> Known:
     return result
 
 
-def _batch_dims(axis: Axis | None, dim: int, rank: int) -> tuple[int, ...] | None:
-    """The dimensions of a contracted axis besides ``dim``, when all are of a batch; None when they are not."""
-    others = tuple(other for other in axis.dims if other != dim) if axis is not None else (rank,)
-    return others if all(other < rank - 2 for other in others) else None
+def _alike_batches(left: Axis, right: Axis, rank: int) -> bool:
+    """Whether two contracted axes have the same dimensions besides the contracted ones, all of a batch."""
+    batch = tuple(dim for dim in left.dims if dim != rank - 1)
+    return batch == tuple(dim for dim in right.dims if dim != rank - 2) and all(dim < rank - 2 for dim in batch)
 
 
 # ---- over a dimension
@@ -111,8 +111,8 @@ def _batch_dims(axis: Axis | None, dim: int, rank: int) -> tuple[int, ...] | Non
 def _dims(node: fx.Node, position: int) -> set[int]:
     rank = rank_of(node.args[0])
     given = node.args[position] if len(node.args) > position else None
-    chosen = list(range(rank)) if given is None else given if isinstance(given, (list, tuple)) else [given]
-    return {int(dim) % rank for dim in chosen}  # type: ignore[arg-type]
+    chosen: Any = list(range(rank)) if given is None else given if isinstance(given, (list, tuple)) else [given]
+    return {int(dim) % rank for dim in chosen}
 
 
 def _whole(axes: Axes, node: fx.Node, found: list[Axis], over: set[int], why: str) -> None:
@@ -137,7 +137,7 @@ def normalised(axes: Axes, node: fx.Node) -> Known:
 def layer_norm(axes: Axes, node: fx.Node) -> Known:
     """A norm over the last dimensions: its channels stay, or go with their row."""
     found, rank = axes.axes(node.args[0]), rank_of(node)
-    inner = rank - len(node.args[1])  # type: ignore[arg-type]
+    inner = rank - len(argument(node, "normalized_shape"))
     _whole(axes, node, found, set(range(inner, rank)), "a norm runs over it")
     result = list(found)
     operands = [argument(node, "weight")]

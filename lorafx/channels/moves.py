@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import fx
 
+from ..graph.operands import argument, dimension, rank_of, value_of
 from .axis import Axis, axis_of
-from .views import Carrier, Move, argument, expand, rank_of, view
+from .views import Carrier, Move, expand, view
 
 aten = torch.ops.aten
 
@@ -34,14 +35,14 @@ def _leave(carrier: Carrier, axes: list[Axis]) -> None:
 
 
 def _transpose(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
-    rank, given = rank_of(node), list(node.args[1:3]) or [0, 1]
-    a, b = (int(dim) % rank for dim in given)  # type: ignore[arg-type]
+    given: Any = node.args[1:3] or (0, 1)  # a matrix is turned without being told how
+    a, b = (int(dim) % rank_of(node) for dim in given)
     return [_reordered(carrier, node, axis, lambda dim: {a: b, b: a}.get(dim, dim)) for axis in known(node.args[0])]
 
 
 def _permute(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
-    rank = rank_of(node)
-    order = [int(dim) % rank for dim in node.args[1]]  # type: ignore[union-attr]
+    rank, dims = rank_of(node), argument(node, "dims")
+    order = [int(dim) % rank for dim in dims]
     return [_reordered(carrier, node, axis, order.index) for axis in known(node.args[0])]
 
 
@@ -65,11 +66,11 @@ def _reordered(carrier: Carrier, node: fx.Node, axis: Axis, place: Callable[[int
 
 def _repeat(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
     """Copies one after the other, along old dimensions and new ones before them."""
-    value, times = node.args[:2]
-    shift = len(times) - rank_of(value)  # type: ignore[arg-type]
+    value, times = node.args[0], argument(node, "repeats")
+    shift = len(times) - rank_of(value)
     result = []
     for axis in known(value):
-        copies: Any = [times[dim + shift] for dim in axis.dims]  # type: ignore[index]
+        copies: Any = [times[dim + shift] for dim in axis.dims]
         if all(isinstance(count, int) and count > 0 for count in copies):
             result.append(Axis(tuple(dim + shift for dim in axis.dims), np.tile(axis.data, copies)))
         else:
@@ -136,15 +137,14 @@ def part(carrier: Carrier, axes: list[Axis], dim: int, index: slice | int, why: 
 
 def slice_bounds(node: fx.Node, size: int) -> tuple[int, int, int] | None:
     """Start, end and step of a slice of a dimension of fixed size; None when they are no numbers."""
-    start, end, step = (*node.args[2:], *(None, None, 1)[len(node.args) - 2 :])
+    start, end, step = (argument(node, name) for name in ("start", "end", "step"))
     if not all(value is None or isinstance(value, int) for value in (start, end, step)):
         return None
-    return slice(start, end, step).indices(size)  # type: ignore[return-value]
+    return slice(start, end, step).indices(size)
 
 
 def _slice(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
-    axes, rank = known(node.args[0]), rank_of(node)
-    dim = int(node.args[1]) % rank if len(node.args) > 1 else 0  # type: ignore[arg-type]
+    axes, dim = known(node.args[0]), dimension(node, rank_of(node))
     axis = axis_of(axes, dim)
     if axis is None:
         return axes
@@ -170,8 +170,8 @@ def keeps_period(bounds: tuple[int, int, int], size: int) -> bool:
 
 
 def _select(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
-    axes, (dim, index) = known(node.args[0]), node.args[1:3]
-    dim = int(dim) % rank_of(node.args[0])  # type: ignore[arg-type]
+    axes, index = known(node.args[0]), argument(node, "index")
+    dim = dimension(node, rank_of(node.args[0]))
     axis = axis_of(axes, dim)
     if axis is not None and not isinstance(index, int):
         carrier.lose(axis, str(node.target))
@@ -181,13 +181,10 @@ def _select(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
 
 def pieces(node: fx.Node) -> tuple[int, list[Any]]:
     """The dimension that a split, chunk or unbind cuts, and the sizes of its pieces."""
-    value = node.args[0]
-    rank = rank_of(value)
-    default = 1 if node.target is aten.unbind.int else 2
-    dim = int(node.args[default]) if len(node.args) > default else 0  # type: ignore[arg-type]
-    dim %= rank
+    value = value_of(node.args[0])
+    dim = dimension(node, value.dim())
     if node.target is aten.unbind.int:
-        return dim, [1] * value.meta["val"].shape[dim]  # type: ignore[union-attr]
+        return dim, [1] * value.shape[dim]
     return dim, [piece.shape[dim] for piece in node.meta["val"]]
 
 
@@ -220,7 +217,7 @@ def _getitem(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
 
 def _cat(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
     values: Any = node.args[0]
-    dim = int(node.args[1]) % rank_of(node) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+    dim = dimension(node, rank_of(node))
     return [*_along(carrier, node, values, dim, known), *_beside(carrier, node, values, {dim}, known)]
 
 
@@ -248,15 +245,16 @@ def _beside(carrier: Carrier, node: fx.Node, values: Any, skipped: set[int], kno
     others = [[axis for axis in known(value) if not skipped & set(axis.dims)] for value in values]
     result = []
     for first in others[0]:
-        twins = [axis_of(found, first.dims[0]) for found in others[1:]]
-        if all(twin is not None and twin.dims == first.dims for twin in twins):
-            result.append(carrier.alike([first, *twins], str(node.target)))  # type: ignore[list-item]
+        found = (axis_of(axes, first.dims[0]) for axes in others[1:])
+        twins = [twin for twin in found if twin is not None and twin.dims == first.dims]
+        if len(twins) == len(others) - 1:
+            result.append(carrier.alike([first, *twins], str(node.target)))
     return result  # what is in none of these is pinned as unmentioned
 
 
 def _stack(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
     values: Any = node.args[0]
-    new = int(node.args[1]) % rank_of(node) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+    new = dimension(node, rank_of(node))
     return [axis.moved(lambda dim: dim + (dim >= new)) for axis in _beside(carrier, node, values, set(), known)]
 
 

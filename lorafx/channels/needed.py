@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from ..graph.operands import rank_of
 from ..graph.site import WEIGHT_OPS
 from .axes import Axes
 from .axis import Array, axis_of
 from .constant import CONVOLUTIONS, LINEARS, ConstantChannels, operands
 from .grouped import GROUPED, grouped_reads
-from .moves import rank_of
 from .table import WITHIN_ROWS
 
 aten = torch.ops.aten
@@ -27,10 +27,7 @@ _log = logging.getLogger(__name__)
 
 def needed_channels(axes: Axes, facts: ConstantChannels) -> Array:
     """For every channel class, whether anybody needs it."""
-    need = np.zeros(axes.count, bool)
-    if axes.pins:
-        need[axes.channel[np.fromiter(axes.pins, int)]] = True
-    return grown(axes, facts, need, list(axes.program.graph.nodes))
+    return grown(axes, facts, axes.pinned, list(axes.program.graph.nodes))
 
 
 def grown(axes: Axes, facts: ConstantChannels, need: Array, nodes: list[fx.Node]) -> Array:
@@ -84,7 +81,7 @@ def _mark(axes: Axes, need: Array, labels: Array) -> None:
 
 def _reads(facts: ConstantChannels, node: fx.Node) -> Tensor | None:
     """Which outputs of a weight operator read which inputs (out, in); None when the weight is not known."""
-    if node.target in (aten.linear.default, aten.addmm.default):
+    if node.target in LINEARS:
         weight = facts.weight(operands(node)[1])
         return None if weight is None else WEIGHT_OPS[node.target].matrix(weight) != 0
     if node.target in CONVOLUTIONS:
@@ -136,8 +133,8 @@ def _product_needs(axes: Axes, facts: ConstantChannels, need: Array, node: fx.No
     for value, other, dim, twin in ((a, b, rank_of(a) - 1, rank_of(b) - 2), (b, a, rank_of(b) - 2, rank_of(a) - 1)):
         axis, found = axis_of(axes.axes(value), dim), axis_of(facts.of(other), twin)
         if axis is not None:
-            zero = found is not None and found.data.shape == axis.data.shape
-            _mark(axes, need, axis.data[found.data != 0] if zero else axis.data)  # type: ignore[union-attr]
+            known = found if found is not None and found.data.shape == axis.data.shape else None
+            _mark(axes, need, axis.data if known is None else axis.data[known.data != 0])
 
 
 #: What operators need of what they contract; any other needs all of it.

@@ -10,9 +10,10 @@ import torch
 from torch import fx
 
 from ..graph.edit import Edit
+from ..graph.operands import argument, declared_arguments, dimension, rank_of, value_of
 from .axes import Axes, flat
 from .axis import Axis, axis_of
-from .moves import argument, pieces, slice_bounds
+from .moves import pieces, slice_bounds
 from .removal import Removal
 
 aten = torch.ops.aten
@@ -64,9 +65,8 @@ def _fixed(size: Any) -> bool:
 
 
 def _unflatten(node: fx.Node, sizes: dict[int, int]) -> None:
-    value, dim, shape = node.args[:3]
-    first = int(dim) % value.meta["val"].dim()  # type: ignore[arg-type, union-attr]
-    new = [sizes.get(first + i, size) if _fixed(size) else size for i, size in enumerate(shape)]  # type: ignore
+    first, shape = dimension(node, rank_of(node.args[0])), argument(node, "sizes")
+    new = [sizes.get(first + i, size) if _fixed(size) else size for i, size in enumerate(shape)]
     node.update_arg(2, new)
 
 
@@ -98,8 +98,8 @@ def _pieces(node: fx.Node, axes: Axes, removal: Removal) -> None:
 
 
 def _slice(node: fx.Node, axes: Axes, removal: Removal) -> None:
-    value: Any = node.args[0]
-    dim = int(node.args[1]) % value.meta["val"].dim() if len(node.args) > 1 else 0  # type: ignore[arg-type]
+    value = node.args[0]
+    dim = dimension(node, rank_of(value))
     axis = axis_of(axes.axes(value), dim)
     if axis is None:
         return
@@ -111,8 +111,8 @@ def _slice(node: fx.Node, axes: Axes, removal: Removal) -> None:
 
 
 def _select(node: fx.Node, axes: Axes, removal: Removal) -> None:
-    value, dim, index = node.args[:3]
-    dim = int(dim) % value.meta["val"].dim()  # type: ignore[arg-type, union-attr]
+    value, index = node.args[0], argument(node, "index")
+    dim = dimension(node, rank_of(value))
     axis = axis_of(axes.axes(value), dim)
     if axis is not None and isinstance(index, int):
         position = index % axis.data.shape[axis.dims.index(dim)]
@@ -122,15 +122,14 @@ def _select(node: fx.Node, axes: Axes, removal: Removal) -> None:
 def _scale(node: fx.Node) -> None:
     """Attention divides by the root of its width unless told a scale: say the one it had."""
     if argument(node, "scale") is None:
-        width = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
-        node.update_kwarg("scale", 1 / math.sqrt(width))
+        node.update_kwarg("scale", 1 / math.sqrt(value_of(node.args[0]).shape[-1]))
 
 
 def _groups(node: fx.Node, axes: Axes, removal: Removal) -> None:
     if argument(node, "groups") != 1:
         axis = axis_of(axes.known[node], 1)
         if axis is not None:
-            defaults = [declared.default_value for declared in node.target._schema.arguments]  # type: ignore[union-attr]
+            defaults = [declared.default_value for declared in declared_arguments(node)]
             node.args = (*node.args, *defaults[len(node.args) : 7])
             node.update_arg(6, removal.shape(axis)[0])
             node.kwargs = {}

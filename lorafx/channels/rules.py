@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..graph.operands import argument, rank_of, value_of
 from .axes import Axes, sizes_of
 from .axis import Array, Axis, Known, axis_of
-from .views import argument, rank_of, squeezed
+from .views import squeezed
 
 aten = torch.ops.aten
 
@@ -120,7 +121,7 @@ def matrix_labels(axes: Axes, node: object, dim: int) -> Array:
 
 
 def _size(node: object, dim: int) -> int:
-    size = node.meta["val"].shape[dim]  # type: ignore[union-attr]
+    size = value_of(node).shape[dim]
     return size if isinstance(size, int) else 1
 
 
@@ -162,12 +163,11 @@ def convolution(axes: Axes, node: fx.Node) -> Known:
     bias = argument(node, "bias")
     ins, outs = matrix_labels(axes, weight, 1), matrix_labels(axes, weight, 0)
     entering, groups = axis_of(axes.axes(value), 1), argument(node, "groups")
-    along = entering is not None and entering.dims == (1,)
+    along = entering if entering is not None and entering.dims == (1,) else None
     if groups == 1:
-        why = "convolution of a value whose channels are not known"
-        contract(axes, node, entering if along else None, 1, ins, why)
-    elif along and ins.size == 1 and groups == outs.size == entering.data.size:  # type: ignore[union-attr]
-        axes.same(entering.data, outs)  # type: ignore[union-attr]
+        contract(axes, node, along, 1, ins, "convolution of a value whose channels are not known")
+    elif along is not None and ins.size == 1 and groups == outs.size == along.data.size:
+        axes.same(along.data, outs)
     else:
         for labels in (ins, outs):
             axes.pin(labels, "grouped convolution")

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from ..errors import OperatorError
 from ..graph.call import flatten
 from ..graph.effects import written
+from ..graph.operands import operator_of
 from ..graph.precision import tolerance
 from ..graph.program import Program
 from ..graph.rounding import SAMPLES, jittered, slack
@@ -124,7 +125,7 @@ def _run(program: Program, see: Callable[[fx.Node, Any], None]) -> Any:
 
 def _value(program: Program, node: fx.Node, args: Any, kwargs: Any) -> Any:
     if node.op == "call_function":
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return operator_of(node)(*args, **kwargs)
     return functools.reduce(getattr, str(node.target).split("."), program.root)  # a tensor, or an inner graph
 
 

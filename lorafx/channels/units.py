@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..graph.program import Program
+from ..graph.selection import Miss, Selection
 from ..graph.site import Site
 from .axes import Axes
 from .axis import Array, axis_of
@@ -50,6 +51,16 @@ class Units:
         return f"{self.site.module} ({len(self.costs)} units)"
 
 
+def units_of(found: Selection[Site], find: Callable[[Site], Units | str], instead: str = "") -> Selection[Site | Units]:
+    """What ``find`` makes of the weights that were selected: the units they read, or a reason why they are missed.
+
+    ``instead`` says what becomes of those, before the reason.
+    """
+    units = [(site, find(site)) for site in found.taken]
+    missed = [Miss(site, f"{instead}{why}") for site, why in units if isinstance(why, str)]
+    return Selection(tuple(own for _, own in units if isinstance(own, Units)), (*found.missed, *missed))
+
+
 class RemovableUnits:
     """Finds the units of a program's sites.
 
@@ -62,10 +73,7 @@ class RemovableUnits:
     def __init__(self, program: Program, weights: Iterable[Site], prices: Prices | None = None):
         self.prices = prices or Prices()
         self.axes = Axes(program, RULES)
-        pinned = np.zeros(self.axes.count, bool)
-        if self.axes.pins:
-            pinned[self.axes.channel[np.fromiter(self.axes.pins, int)]] = True
-        stuck = pinned[self.axes.channel]
+        stuck = self.axes.pinned[self.axes.channel]
         self._step_stuck = np.zeros(self.axes.count, bool)
         self._step_stuck[self.axes.tied_class[stuck]] = True
         self._row_stuck = np.zeros(self.axes.row_count + 1, bool)

@@ -58,19 +58,6 @@ class Carrier(Loser, Protocol):
 Move: TypeAlias = "Callable[[Carrier, fx.Node, Callable[[object], list[Any]]], list[Any]]"
 
 
-def rank_of(node: object) -> int:
-    """How many dimensions a node's value has."""
-    return node.meta["val"].dim()  # type: ignore[union-attr]
-
-
-def argument(node: fx.Node, name: str) -> Any:
-    """An ATen operator's argument by its name, or the default that its schema gives it."""
-    for position, declared in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if declared.name == name:
-            return node.args[position] if position < len(node.args) else node.kwargs.get(name, declared.default_value)
-    raise KeyError(f"{node.target} has no argument {name!r}")
-
-
 def _segments(ins: list[tuple[int, Any]], outs: list[tuple[int, Any]]) -> Iterator[tuple[list[int], list[int]]]:
     """Runs of dimensions that hold the same elements before and after; dimensions of size 1 are left out."""
     before = [(dim, sympy.sympify(size)) for dim, size in ins if size != 1]
@@ -146,12 +133,12 @@ def _regrouped(
 def view(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
     """The same numbers in another shape."""
     value = node.args[0]
-    return reshaped(carrier, known(value), sizes_of(value), sizes_of(node), str(node.target))  # type: ignore[arg-type]
+    return reshaped(carrier, known(value), sizes_of(value), sizes_of(node), str(node.target))
 
 
 def expand(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
     """Entries along a dimension of size 1 are repeated: the same channels, wherever they are."""
-    value: Any = node.args[0]
+    value = node.args[0]
     before, after = sizes_of(value), sizes_of(node)
     shift = len(after) - len(before)
     widened = {dim for dim, size in enumerate(before) if size == 1 and after[dim + shift] != 1}

@@ -44,9 +44,10 @@ def verify(a: Path, b: Path, texts: Path | None, seed: int, as_json: bool, **o: 
 @as_json_option
 def bench(folders: tuple[Path, ...], shapes: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Time folders side by side: interleaved, medians and ratios, memory and size."""
+    from ..proof.bench import SHAPES
     from ..proof.bench import bench as measure
 
-    parsed = tuple(parse_shape(text) for text in shapes) or ((1, 64), (8, 64), (32, 128))
+    parsed = tuple(parse_shape(text) for text in shapes) or SHAPES
     with quiet():
         result = measure(*folders, shapes=parsed, **options)
     emit(result.to_json(), result.text(), as_json)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ..passes.dead_channels import DeadChannels
+    from ..base import Pass
     from ..public import Program
 
 
@@ -83,7 +83,7 @@ def widths(given: dict[str, Any]) -> dict[str, Any]:
     return {name: given[name] for name in ("round_to", "keep_at_least", "uniform")}
 
 
-def removal_of(provider: str, **asked: Any) -> DeadChannels | None:
+def removal_of(provider: str, **asked: Any) -> Pass | None:
     """The pass that :data:`width_options` ask for; None without any, so that the recipe decides."""
     from ..pipeline import removal_for
 

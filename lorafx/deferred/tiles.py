@@ -188,7 +188,8 @@ def _viewed(recipe: Recipe, part: Part) -> _Way | None:
 
 
 def _sliced(recipe: Recipe, part: Part) -> _Way | None:
-    _, dim, start, _, step = (*recipe.args, *(None, 0, 0, None, 1)[len(recipe.args) :])
+    given: tuple[Any, ...] = (*recipe.args, *(None, 0, 0, None, 1)[len(recipe.args) :])
+    _, dim, start, _, step = given
     (old,) = recipe.operands()
     dim, start = dim % len(recipe.shape), start or 0
     if part.dim != dim:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..graph.constants import computed
 from .tensor import Recipe, recipe_of
-from .tiles import tiles_of
+from .tiles import tiles
 
 aten = torch.ops.aten
 
@@ -59,9 +59,10 @@ def _sizes(recipe: Recipe) -> tuple[int, int]:
 
 def _read(recipe: Recipe) -> Zeros:
     rows, count = _sizes(recipe)
-    matrix = recipe.there if len(recipe.shape) > 2 else recipe.there.reshape(rows, count)  # type: ignore[union-attr]
+    assert recipe.there is not None
+    matrix = recipe.there if len(recipe.shape) > 2 else recipe.there.reshape(rows, count)
     zero_rows, columns = [], torch.ones(count, dtype=torch.bool)
-    for tile in tiles_of(recipe_of(matrix)):  # type: ignore[arg-type]
+    for tile in tiles(matrix):
         zero = tile == 0
         zero_rows.append(zero.flatten(1).all(1).cpu())
         columns &= zero.movedim(1, 0).flatten(1).all(1).cpu()

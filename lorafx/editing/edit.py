@@ -24,11 +24,8 @@ from ..errors import UsageError, did_you_mean
 from ..frontend.capture import capture
 from ..graph.tree import has_tensor, tensor_hash
 from ..models.tasks import loss_type
-from ..passes.fold_affine import FoldAffine
-from ..passes.fold_constants import FoldConstants
 from ..passes.rose_lora import RoseLora
-from ..passes.to_eval import ToEval
-from ..pipeline import rewrite, run
+from ..pipeline import merge, rewrite
 from ..public import Program
 from ..reporting.render import draw_text, section_of
 from .continuations import Encoder, inputs_of, says, top_tokens
@@ -219,7 +216,7 @@ class _Editor:
         started = time.perf_counter()
         trained, steps = self._trained(current, request)
         # Merged, not folded: fold() also takes dead channels out, and a patch needs every tensor in its shape.
-        merged = run(trained, (ToEval(), FoldConstants(), FoldAffine()), check=False)
+        merged = merge(trained, check=False)
         patch = self.between(current, merged).noting(prompt=request.prompt, target=request.target)
         return _Work(patch, steps, time.perf_counter() - started)
 

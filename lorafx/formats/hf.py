@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import UsageError, first_line
+from ..graph.facts import Gathered
 from ..graph.program import Program
 from ..graph.tree import named_tensors
 
@@ -29,10 +30,10 @@ def hf_model(program: Program, dtype: torch.dtype | None = None) -> nn.Module:
     unknown = [name for name in program.names("adapter", "gate", "statistic") if name != "clock"]
     if unknown:
         raise UsageError(f"a checkpoint cannot hold {unknown[0]}; fold the program first, or export it as onnx or pt2")
-    gathered = program.facts("Gathered")
+    gathered = Gathered.noted(program)
     if gathered:
         raise UsageError(
-            f"a checkpoint cannot hold {gathered[0]['weight']}, which was left with the columns it uses; fold with "
+            f"a checkpoint cannot hold {gathered[0].weight}, which was left with the columns it uses; fold with "
             'gather-columns at when = "never" (fold(program, gather="never")), or export it as onnx or pt2'
         )
     values = {**dict(source.named_buffers(remove_duplicate=False)), **dict(named_tensors(program.root))}
@@ -100,8 +101,8 @@ def _as_parameter(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tenso
 def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    table = module._parameters if leaf in module._parameters else module._buffers
-    table[leaf] = value  # type: ignore[assignment]
+    table: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
+    table[leaf] = value
 
 
 # ---- the config

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -34,7 +34,7 @@ def opened_adapter(program: Program, folder: Path) -> nn.Module:
 
     with warnings.catch_warnings():  # advice to those who train on; the comparison judges what is computed
         warnings.simplefilter("ignore")
-        return PeftModel.from_pretrained(base, folder).eval()  # type: ignore[arg-type]
+        return PeftModel.from_pretrained(cast(Any, base), folder).eval()
 
 
 def _base_of(program: Program) -> nn.Module:

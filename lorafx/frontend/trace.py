@@ -176,20 +176,21 @@ def _exported(model: nn.Module, example: Mapping[str, Any], shapes: Any) -> Expo
 @contextmanager
 def _idle_moves() -> Iterator[None]:
     """A module told to go to the dtype and device it has stays as it is: a trace cannot exchange its parameters."""
-    move = nn.Module.to
+    module: Any = nn.Module  # the method that stands in has one signature for all of its overloads
+    move, parse = module.to, cast(Any, torch._C)._nn._parse_to
 
     def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)  # type: ignore[attr-defined]
+        device, dtype, _, layout = parse(*args, **kwargs)
         held = [*self.parameters(), *self.buffers()]
         at_home = all(device is None or value.device == torch.device(device) for value in held)
-        cast = any(value.is_floating_point() and value.dtype != (dtype or value.dtype) for value in held)
-        return self if at_home and not cast and layout is None else move(self, *args, **kwargs)
+        changes = any(value.is_floating_point() and value.dtype != (dtype or value.dtype) for value in held)
+        return self if at_home and not changes and layout is None else move(self, *args, **kwargs)
 
-    nn.Module.to = to  # type: ignore[method-assign]
+    module.to = to
     try:
         yield
     finally:
-        nn.Module.to = move  # type: ignore[method-assign]
+        module.to = move
 
 
 @contextmanager

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 def parameters_of(model: nn.Module) -> dict[str, inspect.Parameter]:
     """What the eager model takes by name, in order; a PEFT wrapper takes what its model takes."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    unwrapped: Any = getattr(model, "get_base_model", None)
+    base = model if unwrapped is None else unwrapped()
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     found = inspect.signature(base.forward).parameters
     return {name: parameter for name, parameter in found.items() if parameter.kind not in kinds}

@@ -31,8 +31,8 @@ Leaves = Mapping[str, Any]
 
 def leaves_of(inputs: Mapping[str, Any], is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """Every leaf of keyword inputs by its path: ``{"x": …, "pair[0]": …}``."""
-    flat, _ = pytree.tree_flatten_with_path(dict(inputs), is_leaf=is_leaf)
-    return {path[0].key + pytree.keystr(path[1:]): value for path, value in flat}  # type: ignore[union-attr]
+    flat: Any = pytree.tree_flatten_with_path(dict(inputs), is_leaf=is_leaf)[0]
+    return {path[0].key + pytree.keystr(path[1:]): value for path, value in flat}
 
 
 @dataclass(frozen=True)

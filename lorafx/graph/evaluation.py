@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .operands import set_argument
 from .program import P, Program
 
 aten = torch.ops.aten
@@ -30,20 +31,14 @@ _RECURRENT = (
 
 
 def _bypass(node: fx.Node) -> None:
-    node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+    value = node.args[0]
+    assert isinstance(value, fx.Node), "dropout is of a value"
+    node.replace_all_uses_with(value)
     node.graph.erase_node(node)  # one that works in place would outlive the clean-up of unused nodes
 
 
 def _argument(name: str, value: object) -> Callable[[fx.Node], None]:
-    def change(node: fx.Node) -> None:
-        names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-        position = names.index(name)
-        if position < len(node.args):
-            node.update_arg(position, value)  # type: ignore[arg-type]
-        else:
-            node.update_kwarg(name, value)  # type: ignore[arg-type]
-
-    return change
+    return lambda node: set_argument(node, name, value)
 
 
 def _from_running_statistics(name: str) -> Callable[[fx.Node], None]:
@@ -57,9 +52,9 @@ def _from_running_statistics(name: str) -> Callable[[fx.Node], None]:
     return keep
 
 
-def _median(operator: Any, *rest: object) -> Callable[[fx.Node], None]:
+def _median(operator: Any, *rest: Any) -> Callable[[fx.Node], None]:
     def change(node: fx.Node) -> None:
-        node.target, node.args = operator, (node.args[0], *rest)  # type: ignore[assignment]
+        node.target, node.args = operator, (node.args[0], *rest)
 
     return change
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ..models.tasks import output_layer
 from .domain import Domain
 from .site import Site, find_sites
 from .tree import copy_tree, get_tensor, named_tensors
@@ -100,7 +101,7 @@ class Applied:
     step: Step
     inserted: tuple[Inserted, ...] = ()
     taken: tuple[str, ...] = ()
-    missed: tuple[Miss, ...] = ()
+    missed: tuple[Miss[Any], ...] = ()
     seconds: float = 0.0
     facts: Mapping[str, Any] = field(default_factory=dict)
     proof: str = ""
@@ -157,6 +158,11 @@ class Program:
         """Where the tensors are; ``meta`` when captured without weights."""
         return next((value.device for _, value in named_tensors(self.root)), torch.device("cpu"))
 
+    @property
+    def output_layer(self) -> nn.Module | None:
+        """The eager model's layer of logits over its vocabulary; None where there is none."""
+        return output_layer(self.source.model)
+
     def sites(self) -> list[Site]:
         """Every use of every weight, in graph order."""
         return find_sites(self.graph, self.root, self.in_head)
@@ -167,9 +173,7 @@ class Program:
 
     def default_trainable(self) -> tuple[str, ...]:
         """Modules that train in full unless told otherwise: a classification head, as in PEFT; never an LM head."""
-        model = self.source.model
-        output = getattr(model, "get_output_embeddings", lambda: None)()
-        return () if output is not None else self.heads
+        return () if self.output_layer is not None else self.heads
 
     def modules_named(self, name: str) -> tuple[str, ...]:
         """Paths of the modules that ``name`` names as in PEFT: the path itself or a dotted suffix of it."""

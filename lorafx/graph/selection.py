@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Generic, TypeVar
 
-if TYPE_CHECKING:
-    from .site import Site
+#: What a pass calls a site: the use of a weight, a node, a name, a plan. Nothing is ever put into a selection, so one
+#: of weights is one of weights and nodes too.
+T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclass(frozen=True)
-class Miss:
+class Miss(Generic[T_co]):
     """A site that was not taken, and why."""
 
-    site: Site
+    site: T_co
     reason: str
 
 
 @dataclass(frozen=True)
-class Selection:
+class Selection(Generic[T_co]):
     """What a pass would rewrite (``taken``) and what it would not (``missed``). Printable: this is the dry run."""
 
-    taken: tuple[Site, ...]
-    missed: tuple[Miss, ...] = ()
+    taken: tuple[T_co, ...]
+    missed: tuple[Miss[T_co], ...] = ()

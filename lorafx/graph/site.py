@@ -6,12 +6,13 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..models.roles import role_of
+from .derived_roles import Projection, derived_roles
 from .tree import get_tensor, named_tensors
 
 aten = torch.ops.aten
@@ -101,6 +102,14 @@ class Site:
         assert isinstance(value, fx.Node)
         return value
 
+    @property
+    def bias(self) -> fx.Node | None:
+        """The node of the tensor that a weight operator adds; None where it has none, or adds what was computed."""
+        use = WEIGHT_OPS.get(self.node.target)
+        place = use.bias if use is not None else None
+        value = self.node.args[place] if place is not None and len(self.node.args) > place else None
+        return value if is_tensor_node(value) else None
+
 
 def block_of(module: str) -> int | None:
     """The first number in a module path: ``encoder.layer.3.output`` is in block 3."""
@@ -124,7 +133,7 @@ def module_path(node: fx.Node, fallback: str) -> str:
 INSERTED_FOR = "lorafx_weight"
 
 
-def is_tensor_node(value: object) -> bool:
+def is_tensor_node(value: object) -> TypeGuard[fx.Node]:
     """Whether a node's argument reads a parameter, buffer or constant."""
     return isinstance(value, fx.Node) and value.op == "get_attr"
 
@@ -153,7 +162,35 @@ def find_sites(graph: fx.Graph, root: nn.Module, in_head: Callable[[str], bool])
         if site.block is not None:
             blocks[stack_of(site.module)] = max(blocks[stack_of(site.module)], site.block + 1)
     sites = [replace(site, blocks=blocks[stack_of(site.module)]) if site.block is not None else site for site in sites]
-    return _told_apart(root, sites)
+    return _in_their_roles(graph, _told_apart(root, sites))
+
+
+#: Kinds of site that the graph tells a role of.
+_PROJECTIONS = ("linear", "addmm")
+
+
+def _in_their_roles(graph: fx.Graph, sites: list[Site]) -> list[Site]:
+    """The sites with roles from the graph for those inside blocks whose names tell none; all uses have to agree."""
+    own = [site for site in sites if site.kind in _PROJECTIONS and INSERTED_FOR not in site.node.meta]
+    unnamed = [site for site in own if site.role == "other" and site.block is not None]
+    if not unnamed:
+        return sites
+    projections = {
+        site.node: Projection(
+            site.input,
+            site.out_features,
+            site.in_features,
+            None if site.block is None else (stack_of(site.module), site.block),
+        )
+        for site in own
+    }
+    roles = derived_roles(graph, projections, {site.node for site in sites if INSERTED_FOR in site.node.meta})
+    told: dict[str, set[str]] = defaultdict(set)
+    for site in unnamed:
+        told[site.parameter].add(roles.get(site.node, "other"))
+    agreed = {name: role for name, (role, *others) in told.items() if not others}
+    nodes = {site.node for site in unnamed}
+    return [replace(site, role=agreed.get(site.parameter, "other")) if site.node in nodes else site for site in sites]
 
 
 def _told_apart(root: nn.Module, sites: list[Site]) -> list[Site]:

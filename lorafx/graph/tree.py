@@ -158,7 +158,7 @@ def own_when_trained(value: nn.Parameter) -> None:
         handle.remove()
 
     handle = value.register_post_accumulate_grad_hook(take)
-    value._lorafx_watched = True  # type: ignore[attr-defined]
+    vars(value).update(_lorafx_watched=True)
 
 
 def own(root: nn.Module, name: str) -> nn.Parameter:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ..base import Promise, SitePass, option
-from ..channels.units import RemovableUnits, Units
+from ..channels.units import RemovableUnits, Units, units_of
 from ..graph.edit import Edit
 from ..graph.program import Program
-from ..graph.selection import Miss, Selection
+from ..graph.selection import Selection
+from ..graph.site import Site
 from .masks import dropped, lowest
 
 
@@ -32,14 +33,12 @@ class CloseUnits(SitePass):
         """For each module, the importance of the units it reads: (units,)."""
         raise TypeError(f"{self.pass_name()} does not say what is important: define importance()")
 
-    def sites(self, program: Program) -> Selection:
-        found = super().sites(program)
+    def sites(self, program: Program) -> Selection[Site | Units]:
+        found = self.uses(program)
         if not found.taken:
             return found
         analysis = RemovableUnits(program, found.taken)
-        units = [(site, self._reason(program, analysis.find(site))) for site in found.taken]
-        missed = [Miss(site, why) for site, why in units if isinstance(why, str)]
-        return Selection(tuple(u for _, u in units if isinstance(u, Units)), (*found.missed, *missed))  # type: ignore
+        return units_of(found, lambda site: self._reason(program, analysis.find(site)))
 
     def _reason(self, program: Program, units: Units | str) -> Units | str:
         if isinstance(units, str):
@@ -51,7 +50,7 @@ class CloseUnits(SitePass):
         """Nothing yet: the importances of all sites are measured together, in :meth:`finish`."""
 
     def finish(self, edit: Edit) -> None:
-        units: tuple[Any, ...] = self.sites(edit.program).taken
+        units = tuple(unit for unit in self.sites(edit.program).taken if isinstance(unit, Units))
         importance = self.importance(edit.program, units)
         for unit in units:
             score = importance[unit.module]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -70,6 +70,8 @@ class ClampedGaussian:
     #: The θ of a gate that is barely open, and of one that is barely closed: tanh θ = -½ lies between.
     AJAR: ClassVar[float] = -0.5
     SHUT: ClassVar[float] = -0.55
+    #: The least θ of a gate that is fully open in evaluation: tanh θ = ½.
+    OPEN: ClassVar[float] = 0.5494
 
     @staticmethod
     def insert(edit: Edit, theta: fx.Node, noise: float) -> fx.Node:
@@ -100,6 +102,16 @@ class ClampedGaussian:
     def open_probability(theta: Tensor, deviation: float) -> Tensor:
         """``Φ((tanh θ + ½) / deviation)``: how likely noise of that deviation leaves each gate above 0."""
         return torch.special.ndtr((theta.tanh() + 0.5) / deviation)
+
+
+def multiplied(edit: Edit, value: fx.Node, gates: fx.Node, of: fx.Node | None = None) -> fx.Node:
+    """The node of ``value`` with each channel (its last dimension) times its gate, in the value's dtype.
+
+    ``of`` gives the number of each channel's gate; without it there is one a channel.
+    """
+    if of is not None:
+        gates = edit.call(aten.index_select.default, gates, 0, of)
+    return edit.call(aten.mul.Tensor, value, edit.cast(gates, value.meta["val"].dtype))
 
 
 # ---- the gates of a program
@@ -165,7 +177,21 @@ def keep_open(
     enough(fewest)
 
 
-def open_gates(site: SiteState) -> dict[str, Any]:
+def leave_one_open(gates: Iterable[Tensor]) -> None:
+    """Open the most open gate of each vector whose gates are all closed; in place."""
+    for theta in gates:
+        if not bool(is_open(theta).any()):
+            theta[theta.argmax()] = ClampedGaussian.AJAR
+
+
+def gate_facts(state: MethodState) -> dict[str, list[dict[str, Any]]]:
+    """For the report: how open the gates are, how much of the weights they keep, and how many are open by module."""
+    every = torch.cat([ClampedGaussian.median(theta) for theta in gates_of(state)])
+    total = {"gates": every.numel(), "weights kept": float(kept_share(state)), **histogram(every)}
+    return {"Gates": [total], "Open gates by module": [_open_gates(site) for site in state.sites]}
+
+
+def _open_gates(site: SiteState) -> dict[str, Any]:
     """One row of a report: a module and how many of its gates are open."""
     counts = {name: f"{int(is_open(theta).sum())} of {theta.numel()}" for name, theta in own_gates(site).items()}
     return {"module": site.module, **counts}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -50,13 +50,16 @@ class LowRank(Method):
     """
 
     promise: ClassVar[Promise] = Promise.EXACT
-    #: Whether the pass itself makes A or B sparse, so that no other may.
-    prunes: ClassVar[bool] = False
 
     dropout: float = option(0.0, "dropout before A while training", least=0, below=1)
     trainable: tuple[str, ...] = option(("auto",), "modules that train in full; auto: a classification head")
 
     # ---- what a method chooses
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the pass itself makes A or B sparse, so that no other may."""
+        return False
 
     def rank_of(self, site: Site) -> int:
         """The rank at ``site``; UsageError when it exceeds what the weight can hold."""
@@ -137,6 +140,13 @@ def train_in_full(edit: Edit, trainable: tuple[str, ...]) -> None:
         if name != "auto" and not edit.train(edit.program.modules_named(name)):
             raise UsageError(f"{edit.step.pass_name()}: trainable module {name!r} has no parameters in this model")
     edit.train(modules_in_full(edit.program, trainable))
+
+
+def train_biases(edit: Edit, sites: Iterable[Site]) -> None:
+    """Make the biases beside these weights train."""
+    for site in sites:
+        if site.bias is not None:
+            edit.train_tensor(str(site.bias.target))
 
 
 def _input(step: LowRank, edit: Edit, site: Site, weight: fx.Node) -> fx.Node:

@@ -1,4 +1,7 @@
-"""Roles: what a weight does in its block, read from the last components of its module path."""
+"""Roles: what a weight does in its block, read from the last components of its module path.
+
+Where these tell nothing, the graph may (:mod:`lorafx.graph.derived_roles`).
+"""
 
 from __future__ import annotations
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any, cast
 
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    pass
 
 
 def loss_type(model: nn.Module) -> str | None:
@@ -29,7 +26,7 @@ def loss_function(model: nn.Module) -> Callable[..., Tensor] | None:
         return None
     function = model.loss_function if getattr(model, "loss_type", None) else LOSS_MAPPING[kind]
     aligned = getattr(model.config, "is_encoder_decoder", False) and function is LOSS_MAPPING["ForCausalLM"]
-    return LOSS_MAPPING["ForMaskedLM"] if aligned else function  # type: ignore[return-value]
+    return LOSS_MAPPING["ForMaskedLM"] if aligned else cast(Any, function)
 
 
 def count_targets(model: nn.Module, labels: Tensor) -> Tensor:
@@ -38,13 +35,19 @@ def count_targets(model: nn.Module, labels: Tensor) -> Tensor:
     return (labels[..., 1:] if shifted else labels).ne(-100).sum()
 
 
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """The layer that gives a transformers model's logits over its vocabulary; None where there is none."""
+    found: Any = getattr(model, "get_output_embeddings", None)
+    return None if found is None else found()
+
+
 def head_modules(model: nn.Module, fresh: frozenset[str] = frozenset()) -> tuple[str, ...]:
     """Paths of the task head: outside the base model, the last child with parameters, and every other one that the
     checkpoint did not hold (``fresh``); and the output layer wherever it is."""
     base = getattr(model, "base_model", model)
     if base is model or not hasattr(model, "config"):
         return ()
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore
+    output = output_layer(model)
     children = [(name, child) for name, child in model.named_children() if child is not base]
     outside = [name for name, child in children if next(child.parameters(), None) is not None]
     heads = [name for name in outside if name == outside[-1] or any(key.startswith(f"{name}.") for key in fresh)]

@@ -12,6 +12,7 @@ import torch
 
 from ..channels.costs import shape_name
 from ..errors import UsageError
+from ..graph.operands import value_of
 from ..parity.runner import PROVIDERS
 from ..public import Program
 from .exported import session_options
@@ -50,7 +51,7 @@ def latency_table(
         name: _slope([_product(batch * length, ins, n, threads) for n in _sizes(outs)], _sizes(outs), repeats) / ins
         for name, (ins, outs) in shapes.items()
     }
-    heads, width = (int(attention[0].args[0].meta["val"].shape[dim]) for dim in (1, 3))  # type: ignore[union-attr]
+    heads, width = (int(value_of(attention[0].args[0]).shape[dim]) for dim in (1, 3))
     calls = [_attention(batch, length, n, width, threads) for n in _sizes(heads)]
     table["attention"] = _slope(calls, _sizes(heads), repeats) / width
     return table

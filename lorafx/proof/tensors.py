@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 
 from ..affine.regions import Region
 from ..affine.worth import worth_folding
@@ -170,7 +171,7 @@ def _constant(base: Program, node: fx.Node) -> Tensor:
 
 def _in_double(values: Any) -> Any:
     """The same arguments, with dtypes that would round replaced."""
-    return fx.node.map_aggregate(
+    return map_aggregate(
         values, lambda one: torch.float64 if isinstance(one, torch.dtype) and one.is_floating_point else one
     )
 

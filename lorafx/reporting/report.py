@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..graph.facts import Gathered, ZeroButKept
 from .render import Section, braced, cell, draw_html, draw_text, section_of
 
 if TYPE_CHECKING:
@@ -182,22 +183,24 @@ def _learned(program: Program) -> dict[str, Any]:
         if isinstance(applied.step, Method) and source.device.type != "meta"
         for title, value in applied.step.describe(method_state(applied, source.tensor)).items()
     }
+    gathered = Gathered.noted(program)
     for applied in program.history:
         for title, value in applied.facts.items():
-            rows = [row for row in value if not _settled(row, program)] if isinstance(value, list) else value
+            rows = value
+            if title == ZeroButKept.title and isinstance(value, list):
+                rows = [row for row in value if not _settled(ZeroButKept.read(row), gathered)]
             if rows:
                 sections[f"{applied.step.pass_name()}: {title}"] = json_value(rows)
     rows = shrunk_blocks(program)
     return {**sections, "Blocks": rows} if rows else sections
 
 
-def _settled(row: Any, program: Program) -> bool:
-    """Whether a row tells of zeros in a weight that a later pass no longer reads."""
-    if not isinstance(row, dict) or "zero" not in row:
+def _settled(kept: ZeroButKept | None, gathered: Iterable[Gathered]) -> bool:
+    """Whether all zeros of a dimension went when a later pass gathered the columns in use."""
+    if kept is None:
         return False
-    place = row["weight"], row["dimension"]
-    gone = {(g["weight"], g["dimension"]): g["before"] - g["after"] for g in program.facts("Gathered")}
-    return row["zero"] <= gone.get(place, 0)
+    gone = {(fact.weight, fact.dimension): fact.before - fact.after for fact in gathered}
+    return kept.zero <= gone.get((kept.weight, kept.dimension), 0)
 
 
 def _pass_report(program: Program, applied: Applied) -> PassReport:
@@ -224,7 +227,7 @@ def _pass_report(program: Program, applied: Applied) -> PassReport:
     )
 
 
-def _where(miss: Miss) -> str:
+def _where(miss: Miss[Any]) -> str:
     return getattr(miss.site, "module", None) or str(miss.site)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..graph.operands import value_of
 from ..graph.program import Program
 from ..graph.site import block_of, module_path, stack_of
 
@@ -36,7 +37,7 @@ def flops_by_block(program: Program, tokens: int = TOKENS) -> dict[str, int]:
             block = _block(site.module)
             sizes[block] = sizes.get(block, 0) + 2 * site.out_features * site.in_features
     for node in program.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
-        heads, width = (node.args[0].meta["val"].shape[dim] for dim in (1, 3))  # type: ignore[union-attr]
+        _, heads, _, width = value_of(node.args[0]).shape
         block = _block(module_path(node, ""))
         sizes[block] = sizes.get(block, 0) + 4 * tokens * int(heads) * int(width)
     return sizes

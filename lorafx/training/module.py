@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -49,6 +49,8 @@ class RewrittenModel(nn.Module):
     checkpointing: bool = False
     #: What a loop owes the methods, and what it has done since the last step.
     duties: Duties
+    #: What computes in training, and what in evaluation; a class of its own for each program holds them.
+    _graphs: ClassVar[Mapping[bool, Callable[..., Any]]]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModel:
         """A model with tensors of its own, tied as here, and a program over them; graphs and eager model are shared."""
@@ -76,12 +78,11 @@ class RewrittenModel(nn.Module):
     def _run(self, inputs: dict[str, Any]) -> Any:
         if self.training and self.program.untrainable:
             raise UsageError(f"{self.program.untrainable}; call eval() first")
-        graphs = type(self)._graphs  # type: ignore[attr-defined]
         leaves = flatten(self.program, inputs)
         self.duties.carried = None
         if self.training and torch.is_grad_enabled():
             self.duties.ran = True
-        flat = graphs[self.training](self, leaves, checkpoint=self.checkpointing and self.training)
+        flat = self._graphs[self.training](self, leaves, checkpoint=self.checkpointing and self.training)
         return pytree.tree_unflatten(flat, self.program.signature.out_spec)
 
     @property
@@ -260,7 +261,7 @@ def build_module(program: Program) -> RewrittenModel:
     # A class per program, as torch.fx does: `forward` carries the captured inputs by name, which is how HF Trainer
     # learns which columns to keep, and copies of the module keep working because nothing is bound to an instance.
     forward = types.FunctionType(_forward.__code__, _forward.__globals__, "forward", None, _forward.__closure__)
-    forward.__signature__ = _signature(program)  # type: ignore[attr-defined]
+    vars(forward).update(__signature__=_signature(program))
     cls = type(program.name, (RewrittenModel,), {"forward": forward, "_graphs": graphs})
     module: RewrittenModel = cls()
     object.__setattr__(module, "program", program)

@@ -141,7 +141,7 @@ class MethodTrainerMixin(_TrainerBase):
     """
 
     def __init__(self, model: Any = None, args: Any = None, *rest: Any, **kwargs: Any):
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         use_cache = getattr(config, "use_cache", None)
         if args is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
@@ -152,7 +152,7 @@ class MethodTrainerMixin(_TrainerBase):
             )
         if use_cache is not None:
             # The Trainer turns it off, and the config would carry that into the folded checkpoint.
-            config.use_cache = use_cache  # type: ignore[union-attr]
+            config.use_cache = use_cache
         rewritten_model(self.model)
         self._telling = LorafxCallback()
         self.add_callback(self._telling)
@@ -221,8 +221,9 @@ class MethodTrainerMixin(_TrainerBase):
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save_file(state_of(rewritten_model(self.model)), folder / STATE, metadata={"format": "pt"})
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
+        tokenizer: Any = self.processing_class
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_state(rewritten_model(model or self.model), resume_from_checkpoint)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.backends.export import only_values_differ, replay
+from lorafx.backends.replay import only_values_differ, replay
 from lorafx.errors import CaptureError, UsageError
 from lorafx.formats.hf import fits_checkpoint, hf_model
 from lorafx.graph.edit import Edit

@@ -29,7 +29,7 @@ def models() -> dict[str, nn.Module]:
     gpt2 = hf.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=61, n_positions=16)
     return {
         "tied": hf.LlamaForCausalLM(llama),
-        "in bf16": hf.LlamaForCausalLM(llama).to(torch.bfloat16),
+        "in bf16": hf.LlamaForCausalLM(llama).bfloat16(),
         "experts in one tensor": hf.MixtralForCausalLM(mixtral),
         "three names of one tensor": hf.T5ForConditionalGeneration(t5),
         "buffers": hf.GPT2LMHeadModel(gpt2),

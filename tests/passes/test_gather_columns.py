@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.backends.export import converted
+from lorafx.backends.replay import converted
+from lorafx.channels.gather import GPU_COST, gathers, pays
 from lorafx.errors import RecipeError, UsageError
 from lorafx.graph.tree import put_tensor
 from lorafx.passes.dead_channels import DeadChannels
 from lorafx.passes.finegates import Finegates
-from lorafx.passes.gather_columns import GPU_COST, GatherColumns, gathers, pays
+from lorafx.passes.gather_columns import GatherColumns
 from lorafx.pipeline import run, to_eval
 from lorafx.public import Program
 from tests import zoo

@@ -51,7 +51,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[torch.dtype], Pa
         if not folder.exists():
             torch.manual_seed(0)
             config = hf.LlamaConfig(**SIZES, intermediate_size=48, num_key_value_heads=2, tie_word_embeddings=True)
-            hf.LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+            model: Any = hf.LlamaForCausalLM(config)
+            model.to(dtype).save_pretrained(folder)
         return folder
 
     return make

@@ -1,0 +1,74 @@
+"""What passes note that others ask for: small types over the rows that a program's history keeps under a title.
+
+A history keeps plain JSON values, so any pass may have titles and rows of its own; only what is read elsewhere too has
+a type here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+if TYPE_CHECKING:
+    from .edit import Edit
+    from .program import Program
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One row; subclasses say its title and its fields."""
+
+    title: ClassVar[str]
+
+    @classmethod
+    def read(cls, row: Any) -> Self | None:
+        """The fact that a row under this title tells; None for a row of another form, which is somebody else's."""
+        names = {entry.name for entry in dataclasses.fields(cls)}
+        return cls(**row) if isinstance(row, Mapping) and row.keys() == names else None
+
+    @classmethod
+    def noted(cls, program: Program) -> list[Self]:
+        """All that the passes of a program noted of this kind, oldest first."""
+        return [fact for row in program.facts(cls.title) if (fact := cls.read(row)) is not None]
+
+    def note(self, edit: Edit) -> None:
+        """Keep the fact in the history, as what the pass at work has to say."""
+        edit.facts.setdefault(self.title, []).append(dataclasses.asdict(self))
+
+
+@dataclass(frozen=True)
+class Gathered(Fact):
+    """A weight was left with the columns it uses: how long ``dimension`` was, and how long it is now."""
+
+    title: ClassVar[str] = "Gathered"
+
+    weight: str
+    dimension: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Removed(Fact):
+    """A tensor lost channels: its sizes before and after, written as lists."""
+
+    title: ClassVar[str] = "Removed"
+
+    tensor: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class ZeroButKept(Fact):
+    """So many positions (``zero`` of ``of``) along a dimension of a weight hold nothing but zeros and stay, and why."""
+
+    title: ClassVar[str] = "Zero but kept"
+
+    weight: str
+    dimension: int
+    zero: int
+    of: int
+    why: str
