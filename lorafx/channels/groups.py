@@ -9,7 +9,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
-from ..deferred.tiles import value as values_of
+from ..deferred.tensor import value as values_of
 from ..graph.facts import ZeroButKept
 from ..graph.program import Program
 from .axes import Axes, stuck

@@ -7,8 +7,8 @@ from torch import Tensor, fx, nn
 
 from ..graph.program import P, Program
 from ..graph.tree import named_tensors, persistent, put_tensor
-from .tensor import Recipe, deferred, is_deferred
-from .tiles import value
+from .recipe import Recipe
+from .tensor import deferred, is_deferred, value
 from .zeros import Zeros, zeros_of
 
 

@@ -7,8 +7,7 @@ time, when it is written. What a program asks of a value at once (is it zero? wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,49 +15,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import LorafxError
+from ..files.pages import release
+from .recipe import Recipe, is_recipe, there
+from .tiles import tiles_of, value_of
 
 aten = torch.ops.aten
 
 #: Operators that look at values and give no tensor whose shape is known without them.
 _LOOKS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
-
-
-@dataclass(frozen=True, eq=False)
-class Recipe:
-    """How a tensor is made: by ``op`` from ``args`` and ``kwargs``, in which recipes stand for tensors; or it is there.
-
-    Attributes:
-        shape, stride, dtype, device: the tensor's
-        there: the tensor itself, if nothing has to be computed
-        place: which of the operator's results it is, if there are several
-    """
-
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    there: Tensor | None = None
-    op: Any = None
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] | None = None
-    place: int | None = None
-
-    def operands(self) -> list[Recipe]:
-        """The recipes it is made of, in order."""
-        leaves = pytree.tree_leaves((self.args, dict(self.kwargs or {})), is_leaf=_is_recipe)
-        return [leaf for leaf in leaves if isinstance(leaf, Recipe)]
-
-    def filled(self, value: Callable[[Recipe], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The operator's arguments, with ``value`` of the recipes among them."""
-
-        def fill(leaf: Any) -> Any:
-            return value(leaf) if isinstance(leaf, Recipe) else leaf
-
-        return pytree.tree_map(fill, (self.args, dict(self.kwargs or {})), is_leaf=_is_recipe)
-
-
-def _is_recipe(value: Any) -> bool:
-    return isinstance(value, Recipe)
 
 
 class Deferred(Tensor):
@@ -90,8 +54,6 @@ class Deferred(Tensor):
         if func in (aten.detach.default, aten.alias.default):
             return Deferred(args[0].recipe)
         if any(tag in func.tags for tag in _LOOKS) or func is aten.equal.default:
-            from .tiles import value
-
             given, named = pytree.tree_map_only(Deferred, value, (args, kwargs or {}))
             return func(*given, **named)
         return _noted(func, args, kwargs or {})
@@ -100,10 +62,10 @@ class Deferred(Tensor):
 def _noted(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """The results of an operator, as deferred tensors."""
     given, named = pytree.tree_map_only(Tensor, recipe_of, (args, kwargs))
-    one = next(leaf for leaf in pytree.tree_leaves((given, named), is_leaf=_is_recipe) if isinstance(leaf, Recipe))
+    one = next(leaf for leaf in pytree.tree_leaves((given, named), is_leaf=is_recipe) if isinstance(leaf, Recipe))
     asked = kwargs.get("device")
     device = torch.device(asked) if asked is not None else one.device
-    shapes, named_shapes = pytree.tree_map_only(Recipe, _shape, (given, named), is_leaf=_is_recipe)
+    shapes, named_shapes = pytree.tree_map_only(Recipe, _shape, (given, named), is_leaf=is_recipe)
     if asked is not None:
         named_shapes["device"] = torch.device("meta")
     result = func(*shapes, **named_shapes)
@@ -123,10 +85,7 @@ def _shape(recipe: Recipe) -> Tensor:
 
 def recipe_of(tensor: Tensor) -> Recipe:
     """How a tensor is made; one that is not deferred is there."""
-    if isinstance(tensor, Deferred):
-        return tensor.recipe
-    plain = tensor.detach()
-    return Recipe(plain.shape, plain.stride(), plain.dtype, plain.device, plain)
+    return tensor.recipe if isinstance(tensor, Deferred) else there(tensor)
 
 
 def deferred(tensor: Tensor) -> Deferred:
@@ -137,3 +96,28 @@ def deferred(tensor: Tensor) -> Deferred:
 def is_deferred(tensor: Tensor) -> bool:
     """Whether what is done with the tensor is noted down."""
     return isinstance(tensor, Deferred)
+
+
+def value(tensor: Tensor) -> Tensor:
+    """The values of a tensor, deferred or not."""
+    return value_of(recipe_of(tensor))
+
+
+def tiles(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor with at least one dimension, in ranges of its first: together all of it, none larger than a tile
+    unless one position is."""
+    yield from tiles_of(recipe_of(tensor))
+
+
+def forget(tensor: Tensor) -> None:
+    """Give back the memory that mapped files take which the tensor was computed from; it is read again when needed."""
+    stack, seen = [recipe_of(tensor)], set()
+    while stack:
+        recipe = stack.pop()
+        if recipe in seen:
+            continue
+        seen.add(recipe)
+        stack.extend(recipe.operands())
+        held = recipe.there
+        if held is not None and held.device.type == "cpu" and held.is_contiguous():
+            release(held.data_ptr(), held.numel() * held.element_size())

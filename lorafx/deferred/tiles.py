@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import LorafxError
-from ..files.pages import release
 from ..graph.constants import computed
-from .tensor import Recipe, recipe_of
+from .recipe import Recipe
 
 aten = torch.ops.aten
 
@@ -40,12 +39,8 @@ class Wanted(NamedTuple):
     part: Part | None
 
 
-def value(tensor: Tensor) -> Tensor:
-    """The values of a tensor, deferred or not."""
-    return _value(recipe_of(tensor))
-
-
-def _value(recipe: Recipe) -> Tensor:
+def value_of(recipe: Recipe) -> Tensor:
+    """All of a tensor."""
     if recipe.there is not None:
         return recipe.there
     if not recipe.shape:
@@ -58,33 +53,14 @@ def _value(recipe: Recipe) -> Tensor:
     return result
 
 
-def tiles(tensor: Tensor) -> Iterator[Tensor]:
+def tiles_of(recipe: Recipe) -> Iterator[Tensor]:
     """A tensor with at least one dimension, in ranges of its first: together all of it, none larger than a tile
     unless one position is."""
-    yield from tiles_of(recipe_of(tensor))
-
-
-def tiles_of(recipe: Recipe) -> Iterator[Tensor]:
-    """:func:`tiles` of a recipe."""
     rows = recipe.shape[0]
     step = max(1, TILE // max(1, math.prod(recipe.shape[1:])))
     parts = Tiles(recipe)
     for start in range(0, rows, step):
         yield parts.part(Part(0, start, min(step, rows - start)))
-
-
-def forget(tensor: Tensor) -> None:
-    """Give back the memory that mapped files take which the tensor was computed from; it is read again when needed."""
-    stack, seen = [recipe_of(tensor)], set()
-    while stack:
-        recipe = stack.pop()
-        if recipe in seen:
-            continue
-        seen.add(recipe)
-        stack.extend(recipe.operands())
-        there = recipe.there
-        if there is not None and there.device.type == "cpu" and there.is_contiguous():
-            release(there.data_ptr(), there.numel() * there.element_size())
 
 
 class Tiles:

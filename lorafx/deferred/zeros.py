@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..graph.constants import computed
-from .tensor import Recipe, recipe_of
-from .tiles import tiles
+from .recipe import Recipe
+from .tensor import recipe_of, tiles
 
 aten = torch.ops.aten
 

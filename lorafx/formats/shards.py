@@ -19,7 +19,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
-from ..deferred.tiles import forget, tiles
+from ..deferred.tensor import forget, tiles
 from ..files.folder import FileEntry, found
 
 #: The format's names of dtypes (https://huggingface.co/docs/safetensors), in the order in which it writes them.

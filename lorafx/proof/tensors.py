@@ -21,7 +21,7 @@ from torch.fx.node import map_aggregate
 from ..affine.regions import Region
 from ..affine.worth import worth_folding
 from ..deferred.programs import deferring
-from ..deferred.tiles import tiles, value
+from ..deferred.tensor import tiles, value
 from ..errors import ParityError
 from ..graph.constants import Constants
 from ..graph.program import Program

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.deferred import tiles
-from lorafx.deferred.tensor import Deferred, deferred, is_deferred
-from lorafx.deferred.tiles import value
+from lorafx.deferred.tensor import Deferred, deferred, is_deferred, value
+from lorafx.deferred.tensor import tiles as in_tiles
 from lorafx.deferred.zeros import zeros_of
 from lorafx.errors import LorafxError
 
@@ -78,7 +78,7 @@ def test_what_is_computed_later_is_what_is_computed_now(way: str, tile: int, mon
 
 def test_tiles_are_small_and_together_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "TILE", 5 * COLUMNS)
-    parts = list(tiles.tiles(merged(deferred(weight()))))
+    parts = list(in_tiles(merged(deferred(weight()))))
     assert max(len(part) for part in parts) == 5
     assert torch.equal(torch.cat(parts), merged(weight()))
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 
-import zoo
-
 from lorafx.graph.edit import Edit
 from lorafx.graph.facts import Gathered, Removed, ZeroButKept
 from lorafx.graph.program import Applied
 from lorafx.passes.gather_columns import GatherColumns
+from tests import zoo
 
 NARROWED = Gathered("encoder.weight", 1, 32, 21)
 
