@@ -13,7 +13,7 @@ from torch import fx
 from ..graph.operands import value_of
 from ..graph.program import Program
 from ..graph.site import is_tensor_node
-from ..graph.tree import aliases
+from ..graph.tensors import TensorIndex
 from .axes import Axes, stuck
 from .axis import Array, axis_of
 from .constant import LINEARS, operands
@@ -62,7 +62,8 @@ def pays(width: int, kept: int, outputs: Sequence[int], cost: float = CPU_COST) 
 
 def gathers(program: Program, round_to: int = 1) -> list[Gather]:
     """All that could be gathered, in graph order; of each value a multiple of ``round_to`` columns."""
-    candidates = [node for node in program.graph.nodes if _is_candidate(program, node)]
+    index = TensorIndex(program.root, program.graph)
+    candidates = [node for node in program.graph.nodes if _is_candidate(program, index, node)]
     if not candidates:
         return []
     axes = Axes(program, RULES)
@@ -79,19 +80,15 @@ def gathers(program: Program, round_to: int = 1) -> list[Gather]:
     return [Gather(value, kept, tuple(uses)) for (value, kept), uses in groups.items()]
 
 
-def _is_candidate(program: Program, node: fx.Node) -> bool:
+def _is_candidate(program: Program, index: TensorIndex, node: fx.Node) -> bool:
     """A product with a weight of its own that has zero columns."""
     if node.target not in LINEARS:
         return False
     value, weight, _ = operands(node)
     if not is_tensor_node(weight) or not isinstance(value, fx.Node) or value is weight:
         return False
-    readers = [user for name in aliases(program.root, str(weight.target)) for user in _readers(program, name)]
+    readers = [user for name in index.names(str(weight.target)) for read in index.nodes(name) for user in read.users]
     return readers == [node] and bool(_zero(program, node).any())
-
-
-def _readers(program: Program, name: str) -> list[fx.Node]:
-    return [user for node in program.graph.find_nodes(op="get_attr", target=name) for user in node.users]
 
 
 def _zero(program: Program, node: fx.Node) -> Array:

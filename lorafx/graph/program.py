@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
@@ -156,7 +157,8 @@ class Program:
     @property
     def device(self) -> torch.device:
         """Where the tensors are; ``meta`` when captured without weights."""
-        return next((value.device for _, value in named_tensors(self.root)), torch.device("cpu"))
+        tensors = itertools.chain(self.root.parameters(), self.root.buffers())
+        return next((value.device for value in tensors), torch.device("cpu"))
 
     @property
     def output_layer(self) -> nn.Module | None:
