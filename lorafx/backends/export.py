@@ -117,19 +117,24 @@ def export(
         else:
             _write_exported(final, folder, format, provider, dtype, generate)
         copy_companions(final, folder)
-        trusted = bool(final.source.options.get("trust_remote_code"))
-        written = None if reason else _written(final, folder, format, dtype)
-        # Weights that are looked at one by one only have to be found in their places, which any input shows.
-        few = {"inputs": [batch.values for batch in example_batches(reference)]} if is_deferring(final) else {}
-        result = None if written is None else held_against(reference, written, trust_remote_code=trusted, **few)
-        if result is not None and is_deferring(final) and dtype is None:
-            result = with_tensors(result, reference, final, folder, trust_remote_code=trusted)
-        if result is not None and not result.ok:
-            raise ParityError(f"{format} export differs from the program: {result.summary}")
+        result = None if reason else _compared(reference, final, folder, format, dtype)
         if reason:
             _log.warning("%s: %s", path, reason)
         _write_report(final, folder, parity_record(result, reason))
         return result
+
+
+def _compared(reference: Program, final: Program, folder: Path, kind: str, dtype: torch.dtype | None) -> Comparison:
+    """What was written, held against the trained program; ParityError when it computes something else."""
+    trusted = bool(final.source.options.get("trust_remote_code"))
+    # Weights that are looked at one by one only have to be found in their places, which any input shows.
+    few = {"inputs": [batch.values for batch in example_batches(reference)]} if is_deferring(final) else {}
+    result = held_against(reference, _written(final, folder, kind, dtype), trust_remote_code=trusted, **few)
+    if not result.ok:
+        raise ParityError(f"{kind} export differs from the program: {result.summary}")
+    if is_deferring(final) and dtype is None:
+        return with_tensors(result, reference, final, folder, trust_remote_code=trusted)
+    return result
 
 
 def _written(program: Program, folder: Path, kind: str, dtype: torch.dtype | None) -> Runner:
