@@ -58,7 +58,7 @@ def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
 
 def _run(command: Sequence[str], out: Path) -> tuple[float, float]:
     """How long the undisturbed command took, and how long it was writing, in seconds."""
-    known, started = set(_beside(out)), time.perf_counter()
+    known, started = _seen(out), time.perf_counter()
     process = _start(command)
     began = _began(process, out, known)
     assert process.wait() == 0, f"{list(command)} failed with {process.returncode}"
@@ -66,16 +66,16 @@ def _run(command: Sequence[str], out: Path) -> tuple[float, float]:
     return ended - started, ended - began
 
 
-def _began(process: subprocess.Popen[bytes], out: Path, known: set[Path]) -> float:
-    """When the command began to write, or ended."""
-    while process.poll() is None and not set(_beside(out)) - known:
+def _began(process: subprocess.Popen[bytes], out: Path, known: set[tuple[Path, int]]) -> float:
+    """When the command began to write, into a folder of its own or one left by a command before it, or ended."""
+    while process.poll() is None and not _seen(out) - known:
         time.sleep(0.001)
     return time.perf_counter()
 
 
 def _kill(command: Sequence[str], out: Path, wait: bool, after: float) -> bool:
     """Whether the command was still running after so many seconds, and so was killed."""
-    known = set(_beside(out))
+    known = _seen(out)
     process = _start(command)
     if wait:
         _began(process, out, known)
@@ -87,6 +87,15 @@ def _kill(command: Sequence[str], out: Path, wait: bool, after: float) -> bool:
         process.wait()
         return True
     return False
+
+
+def _seen(out: Path) -> set[tuple[Path, int]]:
+    """The folders beside ``out``, as they are now."""
+    found = set()
+    for entry in _beside(out):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((entry, entry.stat().st_mtime_ns))
+    return found
 
 
 def _beside(out: Path) -> list[Path]:

@@ -58,8 +58,9 @@ def base(checkpoint: Checkpoints, tmp_path: Path) -> Path:
 def lora(folder: Path, *passes: Pass, seed: int = 0, **capturing: Any) -> Program:
     """A rewritten checkpoint whose learned tensors are random."""
     passes = passes or (Lora(rank=2),)
-    # A method gives what it trains storage of its own; without one the values below would reach the shared capture.
-    shared = not capturing and any(isinstance(step, Method) for step in passes)
+    # A method gives what it trains storage of its own. What the folder does not hold need not train: it is written to
+    # below all the same, as without a method anything is, which must not reach the shared capture.
+    shared = not capturing and any(isinstance(step, Method) for step in passes) and not of_folder(folder).source.fresh
     program = lorafx.rewrite(of_folder(folder) if shared else lorafx.capture(folder, **capturing), passes)
     generator = torch.Generator().manual_seed(seed)
     for value in program.learned().values():
