@@ -93,4 +93,8 @@ def _parts(value: Any) -> Iterator[Hashable]:
     for name, tensor in named_tensors(root):
         yield name, tensor.requires_grad, "" if tensor.is_meta else tensor_hash(tensor)
     if isinstance(value, Data):
+        # An export traces the model itself, hooks and all.
+        yield sum(
+            len(module._forward_hooks) + len(module._forward_pre_hooks) for module in value.source.model.modules()
+        )
         yield value.stage, tuple(value.roles.items()), len(value.history), len(value.graph.nodes)

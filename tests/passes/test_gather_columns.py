@@ -205,7 +205,7 @@ def test_onnx_computes_the_same_with_the_same_fused_operators(model: str, tmp_pa
 
 
 def test_a_checkpoint_cannot_hold_gathers_and_needs_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorafx.passes.gather_columns.CPU_COST", 0.0)
+    monkeypatch.setattr("lorafx.channels.gather.CPU_COST", 0.0)
     program = masked("bert")
     assert gather_nodes(lorafx.fold(program)), "it pays"
     with pytest.raises(UsageError, match=r"query\.weight, .* gather-columns at when = \"never\""):

@@ -32,11 +32,12 @@ def hooked(program: Program, mask_of: Callable[[str, Tensor], Tensor | None]) ->
         tokens = value[mask.bool()] if mask is not None else value.flatten(0, -2)
         seen[parts[id(module)]] = tokens.square().mean(0)
 
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, hf.pytorch_utils.Conv1D)):
-            module.register_forward_hook(note)
+    watched = [module for module in model.modules() if isinstance(module, (nn.Linear, hf.pytorch_utils.Conv1D))]
+    handles = [module.register_forward_hook(note) for module in watched]
     with torch.no_grad():
         model.eval()(**program.example)
+    for handle in handles:
+        handle.remove()
     return seen
 
 
