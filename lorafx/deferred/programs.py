@@ -18,13 +18,13 @@ def is_deferring(program: Program) -> bool:
 
 
 def deferring(program: P) -> P:
-    """The program with every weight of the model it was captured from as a deferred tensor: what passes make of them
-    is noted down. Vectors, and what methods inserted, stay in memory: they are small, and they decide."""
+    """The program with every matrix as a deferred tensor, adapters too: what passes make of them is noted down, for the
+    product of two small ones is as large as a weight. Vectors stay as they are: they are small, and they decide."""
     result = program.copy()
     made: dict[int, Tensor] = {}
     for name, tensor in list(named_tensors(result.root)):
-        of_model = isinstance(tensor, nn.Parameter) and program.roles.get(name) in ("base", "head", "unread")
-        if of_model and tensor.dim() >= 2 and tensor.is_floating_point() and not tensor.is_meta:
+        matrix = isinstance(tensor, nn.Parameter) and tensor.dim() >= 2 and tensor.is_floating_point()
+        if matrix and not tensor.is_meta:
             if id(tensor) not in made:
                 made[id(tensor)] = nn.Parameter(deferred(tensor.detach()), requires_grad=False)
             put_tensor(result.root, name, made[id(tensor)])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..graph.constants import computed
 from .recipe import Recipe
-from .tensor import recipe_of, tiles
+from .tensor import forget, recipe_of, tiles
 
 aten = torch.ops.aten
 
@@ -66,6 +66,7 @@ def _read(recipe: Recipe) -> Zeros:
         zero = tile == 0
         zero_rows.append(zero.flatten(1).all(1).cpu())
         columns &= zero.movedim(1, 0).flatten(1).all(1).cpu()
+    forget(matrix)
     return Zeros(torch.cat(zero_rows) if zero_rows else torch.zeros(0, dtype=torch.bool), columns)
 
 
