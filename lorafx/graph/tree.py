@@ -159,13 +159,3 @@ def own_when_trained(value: nn.Parameter) -> None:
 
     handle = value.register_post_accumulate_grad_hook(take)
     vars(value).update(_lorafx_watched=True)
-
-
-def own(root: nn.Module, name: str) -> nn.Parameter:
-    """Give the parameter ``name`` (and its aliases) storage of its own: training it then changes no other program."""
-    old = get_tensor(root, name)
-    fresh = nn.Parameter(old.detach().clone(), old.requires_grad)
-    for alias, value in list(named_tensors(root)):
-        if value is old:
-            put_tensor(root, alias, fresh)
-    return fresh

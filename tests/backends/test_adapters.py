@@ -25,7 +25,6 @@ from lorafx.graph import program as data
 from lorafx.graph.edit import Edit
 from lorafx.graph.selection import Selection
 from lorafx.graph.site import Site
-from lorafx.graph.tree import own
 from lorafx.passes.finegates import Finegates
 from lorafx.passes.lora import Lora
 from lorafx.passes.prilora import Prilora
@@ -36,6 +35,7 @@ from lorafx.passes.tied_lora import TiedLora
 from lorafx.public import Program
 from tests import zoo
 from tests.captures import of_folder
+from tests.small import own
 
 RECIPES: dict[str, list[Any]] = {
     "lora": [Lora(rank=3, alpha=5.0)],

@@ -16,10 +16,10 @@ from lorafx.graph import program as data
 from lorafx.graph.edit import Edit
 from lorafx.graph.rounding import MARGIN, jittered, slack
 from lorafx.graph.selection import Selection
-from lorafx.graph.tree import own
 from lorafx.passes.lora import Lora
 from lorafx.pipeline import run, to_eval
 from lorafx.public import Program
+from tests.small import own
 
 EPS = torch.finfo(torch.float64).eps
 

@@ -17,11 +17,10 @@ from lorafx.graph.edit import Edit
 from lorafx.graph.precision import recast
 from lorafx.graph.program import Program
 from lorafx.graph.selection import Selection
-from lorafx.graph.tree import own
 from lorafx.parity.promises import VerifyEach
 from lorafx.passes.lora import Lora
 from lorafx.pipeline import run
-from tests.small import adapted, bert, captured
+from tests.small import adapted, bert, captured, own
 
 aten = torch.ops.aten
 

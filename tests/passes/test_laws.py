@@ -21,7 +21,7 @@ import lorafx
 from lorafx.base import Method, Pass, Promise, SitePass
 from lorafx.graph.edit import Edit
 from lorafx.graph.site import Site
-from lorafx.graph.tree import named_tensors, own
+from lorafx.graph.tree import named_tensors
 from lorafx.parity.promises import VerifyEach
 from lorafx.passes.lora import Lora
 from lorafx.passes.magnitude import Magnitude
@@ -35,6 +35,7 @@ from lorafx.recipes.registry import known, options, pass_class
 from tests import zoo
 from tests.captures import of_folder, shared
 from tests.plugin_install import installed
+from tests.small import own
 
 PLUGINS = ("ia3",)
 NAMES = [*known(), *PLUGINS]

@@ -19,7 +19,7 @@ from lorafx.graph.edit import Edit
 from lorafx.graph.precision import recast
 from lorafx.graph.program import Program
 from lorafx.graph.selection import Selection
-from lorafx.graph.tree import named_tensors, own, put_tensor
+from lorafx.graph.tree import named_tensors, put_tensor
 from lorafx.parity.answers import Answers, example_batches
 from lorafx.parity.promises import VerifyEach
 from lorafx.passes.fold_affine import FoldAffine
@@ -30,7 +30,7 @@ from lorafx.pipeline import run, to_eval
 from lorafx.proof.exports import held_against
 from tests import zoo
 from tests.captures import of_folder
-from tests.small import adapted, bert, captured, gpt2
+from tests.small import adapted, bert, captured, gpt2, own
 
 aten = torch.ops.aten
 

@@ -13,7 +13,7 @@ from benchmarks.families import known, main, stages_of, table
 from benchmarks.family_checks import STAGES, Verdict, close_at_random, examine
 from benchmarks.family_models import FAMILIES, build, tiny_config
 from lorafx.graph.precision import recast
-from lorafx.graph.tree import own
+from tests.small import own
 
 #: Kinds of models, not popularity: fused and grouped projections, ALiBi and rotary pairs, experts, sinks, shared
 #: blocks, relative positions, learned tokens, convolutions over pixels, features and sound, pooled and pyramid towers.

@@ -35,7 +35,7 @@ def test_a_killed_command_leaves_nothing_that_passes_for_whole(command: str, run
     out = tmp_path / "killed"
     kills = kill_nine([*LORAFX, *command.split(), str(run), "-o", str(out), "--overwrite"], out, TRIES)
     assert kills.killed > 0
-    if command != "export":  # what went on after a kill, and was not streamed, is one file
+    if command != "export":  # gone on with after a kill or not, streamed or not, it is the same checkpoint
         subprocess.run([*LORAFX, "fold", str(run), "-o", str(tmp_path / "undisturbed")], check=True)
         ours, theirs = (tmp_path / side / "model.safetensors" for side in ("killed", "undisturbed"))
         assert ours.read_bytes() == theirs.read_bytes()
