@@ -1,9 +1,8 @@
-"""One process of a data-parallel training: ``torchrun -m tests.ddp_worker OUT``. Writes what its rank ended with."""
+"""One process of a data-parallel training, started by tests/processes.py. Writes what its rank ended with."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, distributed
 
 from lorafx.training.fit import train
+from tests.processes import join_group
 from tests.small import adapted, learned, table, words
 
 #: Rows of one optimiser step are 16, however they are split over processes and micro-batches.
@@ -49,7 +49,8 @@ def loop(rank: int) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    out, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    out = Path(sys.argv[1])
+    rank = join_group(out)
     held_out = table(HELD_OUT, seed=1)
     for name, split in RUNS.items():
         program = adapted()

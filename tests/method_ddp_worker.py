@@ -1,4 +1,4 @@
-"""One process of data-parallel trainings by every method: ``torchrun -m tests.method_ddp_worker OUT``.
+"""One process of data-parallel trainings by every method, started by tests/processes.py.
 
 Writes what its rank ended with, and how Tied-LoRA's tensors were shared inside the wrapper.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from lorafx.public import Program
 from lorafx.training.fit import train
 from lorafx.training.module import RewrittenModel
 from tests.methods import RECIPES, optimiser, state_of
+from tests.processes import join_group
 from tests.small import captured, learned, table, words
 
 STEPS, MICRO = 4, 2
@@ -73,8 +73,8 @@ def loop(model: RewrittenModel, micro: int, rows: Rows, wrapped: Any = None) -> 
 
 
 def main() -> None:
-    out, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-    distributed.init_process_group("gloo")
+    out = Path(sys.argv[1])
+    rank = join_group(out)
     for recipe in RECIPES:
         program = started(recipe)
         model = program.module()

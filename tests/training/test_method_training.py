@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +28,7 @@ from lorafx.training.trainer import STATE, Trainer
 from tests import method_ddp_worker as worker
 from tests.method_ddp_worker import started
 from tests.methods import NOISELESS, RECIPES, state_of, stirred
+from tests.processes import run_together
 from tests.small import bert, captured, largest_difference, learned, table, words
 
 #: Rounding of sums in another order, after a few steps of AdamW at this learning rate on fp32 parameters of size 0.1.
@@ -310,16 +308,8 @@ def test_histograms_count_closed_fractional_and_open_gates() -> None:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes under torchrun ended with (see method_ddp_worker)."""
-    out = tmp_path_factory.mktemp("ddp")
-    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "-m", "tests.method_ddp_worker", str(out)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=3000,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return out
+    """What two processes of one group ended with (see method_ddp_worker)."""
+    return run_together("tests.method_ddp_worker", tmp_path_factory.mktemp("ddp"))
 
 
 def ranks_of(folder: Path, name: str) -> list[dict[str, Tensor]]:

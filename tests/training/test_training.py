@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,7 @@ from lorafx.training.data import Rows
 from lorafx.training.fit import TrainResult, train
 from lorafx.training.trainer import STATE, LorafxCallback, MethodTrainerMixin, Trainer, last_checkpoint, state_of
 from tests import ddp_worker
+from tests.processes import run_together
 from tests.small import (
     Notes,
     adapted,
@@ -600,16 +598,8 @@ def test_a_capture_without_weights_does_not_train(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes under torchrun ended with (see ddp_worker)."""
-    out = tmp_path_factory.mktemp("ddp")
-    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "-m", "tests.ddp_worker", str(out)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=3000,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return out
+    """What two processes of one group ended with (see ddp_worker)."""
+    return run_together("tests.ddp_worker", tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.fixture(scope="module")
