@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 from torch import distributed
+from torch._C._distributed_c10d import FileStore
 
 #: A group that used less processor time than this (in seconds) for so long (in seconds of the clock) is stuck: on the
 #: busiest machine a process that has something to do gets more.
@@ -24,7 +25,7 @@ def join_group(folder: Path) -> int:
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # A file, because a port that was free a moment ago may be another's by now.
-    store = distributed.FileStore(str(folder / "rendezvous"), size)
+    store = FileStore(str(folder / "rendezvous"), size)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
     return rank
 
