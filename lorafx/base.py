@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .errors import NoSitesError
+from .graph.blocks import Blocks
 from .graph.selection import Miss, Selection
-from .graph.target import Blocks, Selector, Target, nearest
+from .graph.target import Selector, Target, nearest
 from .ranges import Range, check_ranges
 
 if TYPE_CHECKING:

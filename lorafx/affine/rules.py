@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..graph.operands import rank_of
 from ..graph.site import WEIGHT_OPS, WeightOp, is_tensor_node
 from .regions import AffineAnalysis, Bypass, Operand, Region, Rule, origin
 from .spread import spread
@@ -100,7 +101,7 @@ def _product(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
     """``x @ C`` with a constant matrix: a linear map that is nobody's weight."""
     value, matrix = node.args[:2]
     read = analysis.constant(matrix)
-    if read is None or not isinstance(value, fx.Node) or matrix.meta["val"].dim() != 2:  # type: ignore[union-attr]
+    if read is None or not isinstance(value, fx.Node) or rank_of(matrix) != 2:
         return
     own = partial(_matrix, WEIGHT_OPS[aten.addmm.default], read.value, None)
     for inner in analysis.inputs(value, -1):

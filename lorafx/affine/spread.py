@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from ..graph.constants import computed
+from ..graph.operands import operator_of
 from .regions import AffineAnalysis, Region
 from .spread_rules import LAYOUTS, PLAIN, VIEWS, alike, fixed, occurrences, shape_of
 from .values import Value, dense
@@ -190,7 +191,7 @@ def _computed(analysis: AffineAnalysis, node: fx.Node, parts: tuple[Spread, ...]
         if node.target in PLAIN:
             return values[0]
         given = dict(zip(activations, values, strict=True)) | {value: _wide(analysis, value) for value in constants}
-        return node.target(*fx.map_arg(node.args, given.__getitem__))  # type: ignore[operator]
+        return operator_of(node)(*fx.map_arg(node.args, given.__getitem__))
 
     key = str(node.target), first.rows, repr(fx.map_arg(node.args, keys.__getitem__))
     read = frozenset[str]().union(*(names for names in reads if names))

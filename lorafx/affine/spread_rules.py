@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx
 
+from ..graph.operands import argument
+
 aten = torch.ops.aten
 
 #: The axes of the rows after an operator, given its activations and these axes before; None where it ends a spread.
@@ -53,7 +55,7 @@ def _cast(node: fx.Node, values: list[fx.Node], rows: Rows) -> Rows | None:
 def _permuted(node: fx.Node, values: list[fx.Node], rows: Rows) -> Rows | None:
     count = len(shape_of(node))
     if node.target is aten.permute.default:
-        order = [axis % count for axis in node.args[1]]  # type: ignore[union-attr, operator]
+        order = [axis % count for axis in argument(node, "dims")]
     else:
         a, b = _axis(node, 1, count), _axis(node, 2, count)
         order = [{a: b, b: a}.get(axis, axis) for axis in range(count)]
@@ -83,7 +85,7 @@ def _sliced(node: fx.Node, values: list[fx.Node], rows: Rows) -> Rows | None:
 
 def _summed(node: fx.Node, values: list[fx.Node], rows: Rows) -> Rows | None:
     count = len(shape_of(values[0]))
-    axes = {axis % count for axis in node.args[1] or range(count)}  # type: ignore[union-attr, operator]
+    axes = {axis % count for axis in argument(node, "dim") or range(count)}
     if axes & set(rows):
         return None
     stay = len(node.args) > 2 and node.args[2]
@@ -94,7 +96,7 @@ def _joined(node: fx.Node, values: list[fx.Node], rows: Rows) -> Rows | None:
     """Nothing but activations: a constant part would be an offset."""
     count = len(shape_of(node))
     axis = _axis(node, 1, count)
-    if len(node.args[0]) != len(values):  # type: ignore[arg-type]
+    if len(argument(node, "tensors")) != len(values):
         return None
     if node.target is aten.stack.default:
         return tuple(row + (row >= axis) for row in rows)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .effects import written
+from .operands import node_at, operator_of
 from .site import WEIGHT_OPS
 from .tree import get_tensor, has_tensor, tensor_hash
 
@@ -102,7 +103,7 @@ class Constants:
         if not is_pure(node):
             return None
         use = WEIGHT_OPS.get(node.target)
-        if use is not None and (self._reads[node.args[use.input]] or frozenset()) & self.activations:  # type: ignore
+        if use is not None and (self._reads[node_at(node, use.input)] or frozenset()) & self.activations:
             return None
         found: frozenset[str] = frozenset()
         for value in node.all_input_nodes:
@@ -121,7 +122,7 @@ class Constants:
             else:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
                 with torch.no_grad():
-                    result = node.target(*args, **kwargs)  # type: ignore[operator]
+                    result = operator_of(node)(*args, **kwargs)
             floating = dtype is not None and isinstance(result, Tensor) and result.is_floating_point()
             return result.to(dtype) if floating else result
 

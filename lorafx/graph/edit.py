@@ -289,12 +289,11 @@ class Edit:
         """``node`` in ``dtype``; ``node`` itself when it has it already."""
         if node.meta["val"].dtype == dtype:
             return node
-        return self.call(torch.ops.aten.to.dtype, node, dtype)
+        return self.call(aten.to.dtype, node, dtype)
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let every reader of ``old`` read ``new``, except the nodes inserted since the last replacement."""
-        fresh = self._fresh
-        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in fresh)
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in self._fresh)
         self._fresh = set()
 
     def feed(self, reader: fx.Node, old: fx.Node, new: fx.Node) -> None:

@@ -22,6 +22,14 @@ def rank_of(node: object) -> int:
     return value_of(node).dim()
 
 
+def node_at(node: fx.Node, place: int) -> fx.Node:
+    """The node that is a node's argument in one place; TypeError for a number, a list or nothing."""
+    given = node.args[place]
+    if not isinstance(given, fx.Node):
+        raise TypeError(f"{node}: argument {place} is {given!r}, not the value of a node")
+    return given
+
+
 def operator_of(node: fx.Node) -> Callable[..., Any]:
     """What a node calls; TypeError for a placeholder, a tensor or the output."""
     if not callable(node.target):

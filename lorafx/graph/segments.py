@@ -71,7 +71,8 @@ class CompiledGraph:
             assert given is not None
             values.update(zip(segment.gives, given, strict=True))
         (result,) = self.graph.output_node().args
-        return tuple(values[value.name] if isinstance(value, fx.Node) else value for value in result)  # type: ignore
+        assert isinstance(result, tuple | list)  # a program gives a flat row of values (Program.signature)
+        return tuple(values[value.name] if isinstance(value, fx.Node) else value for value in result)
 
     def on(self, device: torch.device) -> CompiledGraph:
         """The same graph for tensors on ``device``."""
@@ -99,13 +100,14 @@ def _devices(node: fx.Node) -> list[torch.device]:
 
 
 def _on_device(graph: fx.Graph, device: torch.device) -> fx.Graph:
+    def moved(value: Any) -> Any:
+        return device if isinstance(value, torch.device) else value
+
     result = fx.Graph()
     result.output(result.graph_copy(graph, {}))
     for node in result.nodes:
         if _devices(node):
-            node.args, node.kwargs = map_aggregate(
-                (node.args, node.kwargs), lambda value: device if isinstance(value, torch.device) else value
-            )  # type: ignore[assignment]
+            node.args, node.kwargs = map_aggregate(node.args, moved), map_aggregate(node.kwargs, moved)
     return result
 
 

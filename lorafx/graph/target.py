@@ -29,8 +29,9 @@ from typing import Protocol
 
 from ..errors import UsageError, did_you_mean
 from ..models.roles import ROLES, role_of
+from .blocks import Blocks
 
-__all__ = ["ROLES", "Blocks", "Candidate", "Item", "Selector", "Target", "nearest", "role_of"]
+__all__ = ["ROLES", "Candidate", "Item", "Selector", "Target", "nearest", "role_of"]
 
 ALL_LINEAR = "all-linear"
 _LINEAR_KINDS = ("linear", "addmm")
@@ -42,7 +43,6 @@ _GLOB_ONLY = frozenset("*?{")
 _GLOB_SIGNS = {"*": ".*", "?": ".", "{": "(?:", ",": "|", "}": ")"}
 _BRACE_RANGE = re.compile(r"(?<=[{,])([0-9]{1,9})\.\.([0-9]{1,9})(?:\.\.([0-9]{1,9}))?(?=[,}])")
 _LONGEST_RANGE = 10_000
-_BLOCK_RANGE = re.compile(r"(-?[0-9]{1,9})(?:\.\.(-?[0-9]{1,9}))?")
 
 
 class Candidate(Protocol):
@@ -148,43 +148,6 @@ class Target:
                 return f"{candidate.kind} is not a linear layer"
             return f"{ALL_LINEAR!r} leaves out the output layer"
         return "not named by targets"
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Block ranges, inclusive; negative ends count from the last block of a stack (``-1`` is the last)."""
-
-    ranges: tuple[tuple[int, int], ...]
-
-    @classmethod
-    def parse(cls, spec: str | int | Sequence[int | str]) -> Blocks:
-        """Parse ``"0..5"``, ``"0..5,8"``, ``-1`` or a list of such. Raises :class:`UsageError`."""
-        pieces = spec.split(",") if isinstance(spec, str) else [spec] if isinstance(spec, int) else spec
-        if not isinstance(pieces, Sequence) or not pieces:
-            raise UsageError(f"blocks {spec!r}: give an index, a range such as '0..5', or a list of them")
-        return cls(tuple(cls._range(spec, str(piece).strip()) for piece in pieces))
-
-    @staticmethod
-    def _range(spec: object, piece: str) -> tuple[int, int]:
-        found = _BLOCK_RANGE.fullmatch(piece)
-        if found is None:
-            raise UsageError(f"blocks {spec!r}: {piece!r} is neither an index nor a range such as '0..5'")
-        first, last = int(found[1]), int(found[2] or found[1])
-        # With mixed signs only the model decides which end is larger.
-        if (first < 0) == (last < 0) and first > last:
-            raise UsageError(f"blocks {spec!r}: {piece!r} ends before it starts; write '{last}..{first}'")
-        return first, last
-
-    def contains(self, block: int, last_block: int) -> bool:
-        """Whether ``block`` is in a range, in a stack whose largest block index is ``last_block``."""
-
-        def resolve(end: int) -> int:
-            return end if end >= 0 else last_block + 1 + end
-
-        return any(resolve(first) <= block <= resolve(last) for first, last in self.ranges)
-
-    def __str__(self) -> str:
-        return ",".join(f"{first}" if first == last else f"{first}..{last}" for first, last in self.ranges)
 
 
 @dataclass(frozen=True)

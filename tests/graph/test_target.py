@@ -24,7 +24,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from lorafx.errors import UsageError
-from lorafx.graph.target import Blocks, Selector, Target, nearest, role_of
+from lorafx.graph.blocks import Blocks
+from lorafx.graph.target import Selector, Target, nearest, role_of
 from lorafx.models.roles import ROLES
 
 
