@@ -32,21 +32,17 @@ from ..formats.shards import write_checkpoint
 from ..graph.precision import coarsest
 from ..graph.tree import tensor_hash
 from ..models.tokenizers import length_limit
-from ..parity.answers import Comparison, example_batches
+from ..parity.comparison import Comparison
 from ..parity.runner import PROVIDERS, Runner
 from ..pipeline import fold, to_eval
-from ..proof.exported import check_cache
 from ..proof.exports import held_against, parity_record, reference_of, refuse_untrained, unproven
 from ..proof.open import open_runner
-from ..proof.tensors import with_tensors
+from ..proof.tensors import hold_streamed
 from ..public import Program
 from ..reporting.report import shrunk_blocks
 from ..reporting.sizes import chart
 from ..version import __version__
-from .onnx_kernels import unfuse_batch_transposes, unfuse_skip_norms
-from .onnx_ranges import hold_ranges
 from .plain_lora import as_lora
-from .replay import converted
 
 _log = logging.getLogger(__name__)
 
@@ -127,13 +123,12 @@ def export(
 def _compared(reference: Program, final: Program, folder: Path, kind: str, dtype: torch.dtype | None) -> Comparison:
     """What was written, held against the trained program; ParityError when it computes something else."""
     trusted = bool(final.source.options.get("trust_remote_code"))
-    # Weights that are looked at one by one only have to be found in their places, which any input shows.
-    few = {"inputs": [batch.values for batch in example_batches(reference)]} if is_deferring(final) else {}
-    result = held_against(reference, _written(final, folder, kind, dtype), trust_remote_code=trusted, **few)
+    if is_deferring(final):
+        result = hold_streamed(reference, final, folder, dtype, trust_remote_code=trusted)
+    else:
+        result = held_against(reference, _written(final, folder, kind, dtype), trust_remote_code=trusted)
     if not result.ok:
         raise ParityError(f"{kind} export differs from the program: {result.summary}")
-    if is_deferring(final) and dtype is None:
-        return with_tensors(result, reference, final, folder, trust_remote_code=trusted)
     return result
 
 
@@ -209,6 +204,12 @@ def _write_adapter(program: Program, folder: Path, dtype: torch.dtype | None) ->
 def _write_exported(
     program: Program, folder: Path, kind: str, provider: str, dtype: torch.dtype | None, generate: bool
 ) -> None:
+    # Not imported for a checkpoint: the converters of ONNX are most of what is waited for when a small one is written.
+    from ..proof.exported import check_cache
+    from .onnx_kernels import unfuse_batch_transposes, unfuse_skip_norms
+    from .onnx_ranges import hold_ranges
+    from .replay import converted
+
     exported = converted(program, kind, provider, dtype, generate)
     if kind == "onnx":
         check_cache(exported)

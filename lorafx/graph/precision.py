@@ -83,7 +83,7 @@ def relaid(program: P) -> P:
 
 def _moved(value: Tensor, dtype: torch.dtype | None, device: torch.device | None) -> Tensor:
     moved = value.detach().to(dtype=dtype if value.is_floating_point() else None, device=device)
-    if moved.data_ptr() == value.data_ptr():
+    if (moved.dtype, moved.device) == (value.dtype, value.device):
         return value
     return nn.Parameter(moved, value.requires_grad) if isinstance(value, nn.Parameter) else moved
 

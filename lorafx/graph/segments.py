@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -25,10 +25,14 @@ def function_of(graph: fx.Graph) -> Callable[..., tuple[Any, ...]]:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of nodes of one block: the values it takes, the values later segments read, and its function."""
+    """A run of nodes of one block: the values and the tensors it takes, the values later segments read, its function.
+
+    ``tensors`` are names of attributes that the function reads of its module.
+    """
 
     block: str
     takes: tuple[str, ...]
+    tensors: tuple[str, ...]
     gives: tuple[str, ...]
     function: Callable[..., tuple[Any, ...]]
 
@@ -57,18 +61,14 @@ class CompiledGraph:
         device = next((value.device for value in inputs if isinstance(value, Tensor)), None)
         if device is not None and self.device not in (None, device):
             return self.on(device)(module, inputs, checkpoint=checkpoint)
-        if not checkpoint:
-            return self.whole(module, *inputs)
+        return self.by_segment(inputs, partial(_recomputed, module)) if checkpoint else self.whole(module, *inputs)
+
+    def by_segment(self, inputs: list[Any], run: Callable[[Segment, list[Any]], tuple[Any, ...]]) -> tuple[Any, ...]:
+        """The flat outputs, one segment after another: ``run`` computes what one gives of the values it takes."""
         names = [node.name for node in self.graph.find_nodes(op="placeholder")]
         values: dict[str, Any] = dict(zip(names, inputs, strict=True))
         for segment in self.segments:
-            taken = [values[name] for name in segment.takes]
-            given = (
-                recompute(segment.function, module, *taken, use_reentrant=False)
-                if segment.block
-                else segment.function(module, *taken)
-            )
-            assert given is not None
+            given = run(segment, [values[name] for name in segment.takes])
             values.update(zip(segment.gives, given, strict=True))
         (result,) = self.graph.output_node().args
         assert isinstance(result, tuple | list)  # a program gives a flat row of values (Program.signature)
@@ -111,6 +111,15 @@ def _on_device(graph: fx.Graph, device: torch.device) -> fx.Graph:
     return result
 
 
+def _recomputed(module: Any, segment: Segment, taken: list[Any]) -> tuple[Any, ...]:
+    """What a segment gives, its activations computed again in the backward pass if it is a block's."""
+    if not segment.block:
+        return segment.function(module, *taken)
+    given = recompute(segment.function, module, *taken, use_reentrant=False)
+    assert given is not None
+    return given
+
+
 def compile_graph(graph: fx.Graph) -> CompiledGraph:
     """The graph as something that runs."""
     return CompiledGraph(graph)
@@ -141,4 +150,7 @@ def _segment(block: str, nodes: list[fx.Node]) -> Segment:
     for node in nodes:
         copied(node)
     graph.output(tuple(copies[node] for node in gives))
-    return Segment(block, tuple(n.name for n in takes), tuple(n.name for n in gives), function_of(graph))
+    tensors = dict.fromkeys(str(node.target) for node in graph.find_nodes(op="get_attr"))
+    return Segment(
+        block, tuple(n.name for n in takes), tuple(tensors), tuple(n.name for n in gives), function_of(graph)
+    )

@@ -140,7 +140,7 @@ def _outcome(runner: Runner, batch: Batch) -> Outcome:
 def _cases(
     batch: Batch, a: dict[str, Tensor], b: dict[str, Tensor], per_token: frozenset[str], same_nan: bool, slack: Slack
 ) -> Iterator[Case]:
-    mask = batch.values.get("attention_mask")
+    mask = batch.mask
     for name in dict.fromkeys((*a, *b)):
         if name not in a or name not in b:
             side = "first" if name not in a else "second"

@@ -56,6 +56,16 @@ class Batch:
     label: str
     values: dict[str, Tensor]
 
+    @property
+    def mask(self) -> Tensor | None:
+        """Which tokens count, if the inputs say so."""
+        return self.values.get("attention_mask")
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether there is a token that does not count."""
+        return self.mask is not None and not bool(self.mask.all())
+
 
 def specs_of(example: Mapping[str, Any], config: Any = None) -> tuple[InputSpec, ...]:
     """The inputs of a model that takes ``example``: batch is free, and so is the length of texts."""

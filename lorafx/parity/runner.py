@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..deferred.programs import resident
+from ..deferred.programs import deferring, resident
+from ..deferred.running import run_by_block
 from ..errors import UsageError
 from ..graph.call import flatten
 from ..graph.evaluation import evaluation_form
@@ -117,11 +118,12 @@ def named_outputs(value: Any, name: str = "") -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where and in which precision to run."""
+    """Where and in which precision to run; ``by_block`` to have the tensors of one block at a time in memory."""
 
     provider: str
     threads: int
     dtype: torch.dtype | None
+    by_block: bool = False
 
     @classmethod
     def beside(cls, program: Program) -> Place:
@@ -139,15 +141,18 @@ def program_runner(program: Program, place: Place, label: str, kind: str = "prog
     """A runner for a program. UsageError: it has no weights, or ``place`` is not there."""
     if program.device.type == "meta":
         raise UsageError(f"{label}: captured without weights, so it computes nothing; capture it with meta=False")
-    evaluation = evaluation_form(resident(program))
+    evaluation = evaluation_form(program.copy() if place.by_block else resident(program))
     device = place.device()
+    if place.by_block and place.dtype is not None:
+        evaluation = deferring(evaluation)  # so that it is converted as it is used
     if place.dtype is not None or program.device != device:
         evaluation = recast(evaluation, place.dtype, device)
     graph, root = compile_graph(evaluation.graph), evaluation.root
     constants = {name: value for name, value in program.example.items() if not isinstance(value, Tensor)}
 
     def call(inputs: dict[str, Any]) -> Any:
-        flat = graph(root, flatten(evaluation, {**constants, **inputs}))
+        leaves = flatten(evaluation, {**constants, **inputs})
+        flat = run_by_block(graph, root, leaves) if place.by_block else graph(root, leaves)
         return pytree.tree_unflatten(flat, evaluation.signature.out_spec)
 
     return Runner(

@@ -45,18 +45,20 @@ def refuse_untrained(program: Program) -> None:
         )
 
 
-def held_against(reference: Program, written: Any, **options: Any) -> Comparison:
+def held_against(reference: Program, written: Any, by_block: bool = False, **options: Any) -> Comparison:
     """:func:`lorafx.verify`, told how precise ``reference`` itself is where the two differ by more than the tolerance.
 
     Two computations that are each as far from the exact one (fp64) as ``reference`` is differ by up to twice that. So
     much is added to the tolerance then, but never more than the tolerance again; the notes say so.
 
-    ``options`` are those of :func:`lorafx.verify`.
+    ``by_block`` has the tensors of one of its blocks at a time in memory; ``options`` are those of
+    :func:`lorafx.verify`.
     """
-    result = verify(reference, written, **options)
+    held = open_runner(reference, by_block=by_block)
+    result = verify(held, written, **options)
     if result.ok or result.problems or result.max_rel > 2 * result.tolerance:
         return result
-    own = verify(open_runner(reference, dtype=torch.float64), reference, **options).max_rel
+    own = verify(open_runner(reference, dtype=torch.float64, by_block=by_block), held, **options).max_rel
     allowed = result.tolerance + min(2 * own, result.tolerance)
     note = f"the program itself is {own:.2g} of the scale from what it is in fp64"
     return dataclasses.replace(result, tolerance=allowed, notes=(*result.notes, note))

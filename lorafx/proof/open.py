@@ -33,6 +33,7 @@ def open_runner(
     *,
     dtype: torch.dtype | None = None,
     label: str | None = None,
+    by_block: bool = False,
     sealed: bool = True,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
@@ -45,6 +46,7 @@ def open_runner(
         threads: CPU threads; torch's current number when None
         dtype: compute in this dtype; a checkpoint or a module is then captured, so that the whole graph is converted
         label: how to name it; the path or the class by default
+        by_block: of a program, have the tensors of one block at a time in memory
         sealed: refuse a folder lorafx began to write and did not finish
         trust_remote_code: whether code that comes with a folder may run: a checkpoint's own, that in a pickled .pt2
         allow_pickle: whether weights in ``.bin`` files may be read
@@ -57,7 +59,7 @@ def open_runner(
     """
     if provider not in PROVIDERS:
         raise UsageError(f"unknown provider {provider!r}; known: {', '.join(PROVIDERS)}")
-    place = Place(provider, threads or torch.get_num_threads(), dtype)
+    place = Place(provider, threads or torch.get_num_threads(), dtype, by_block)
     if isinstance(source, Program):
         return program_runner(source, place, label or f"{source.name} program")
     if isinstance(source, nn.Module):

@@ -21,17 +21,21 @@ from torch.fx.node import map_aggregate
 from ..affine.regions import Region
 from ..affine.worth import worth_folding
 from ..deferred.programs import deferring
-from ..deferred.tensor import tiles, value
+from ..deferred.tensor import forget, tiles, value
 from ..errors import ParityError
 from ..graph.constants import Constants
-from ..graph.program import Program
+from ..graph.operands import node_at, rank_of
 from ..graph.site import WEIGHT_OPS, is_tensor_node
 from ..graph.tree import has_tensor, named_tensors
 from ..models.checkpoint import open_model
+from ..parity.answers import example_batches
 from ..parity.comparison import Comparison
 from ..passes.fold_constants import FoldConstants
 from ..passes.to_eval import ToEval
 from ..pipeline import run
+from ..public import Program
+from .exports import held_against
+from .open import open_runner
 
 #: Columns looked at of each folded weight, spread evenly: all rows of them.
 COLUMNS = 8
@@ -63,14 +67,34 @@ class TensorProof:
         )
 
 
-def with_tensors(
-    result: Comparison, reference: Program, folded: Program, folder: Path, *, trust_remote_code: bool = False
+def hold_streamed(
+    reference: Program, folded: Program, folder: Path, dtype: torch.dtype | None, *, trust_remote_code: bool = False
 ) -> Comparison:
-    """``result`` with what :func:`prove_tensors` says of the checkpoint in ``folder`` among its notes."""
+    """Hold the checkpoint in ``folder``, written a tile at a time, to ``reference`` without either in memory.
+
+    The whole is compared on the example inputs alone, with the tensors of one block at a time in memory: weights that
+    are looked at one by one only have to be found in their places, which any input shows. What :func:`prove_tensors`
+    says of them is among the notes.
+
+    Raises:
+        ParityError: as :func:`prove_tensors`; a difference of the whole is the caller's to judge
+    """
     model, _ = open_model(folder, None, {"trust_remote_code": True} if trust_remote_code else {})
+    for part in model.modules():
+        part.register_forward_hook(_forget_own)
+    inputs = [batch.values for batch in example_batches(reference)]
+    result = held_against(reference, open_runner(model, label=str(folder)), by_block=True, inputs=inputs)
+    if not result.ok or dtype is not None:  # a weight in another dtype was rounded on purpose
+        return result
     written = {name: tensor.detach() for name, tensor in named_tensors(model) if isinstance(tensor, nn.Parameter)}
     proof = prove_tensors(reference, folded, written)
     return dataclasses.replace(result, notes=(*result.notes, str(proof)))
+
+
+def _forget_own(part: nn.Module, *_: Any) -> None:
+    """Give back the memory of a module's own weights; they are mapped from their file."""
+    for tensor in part.parameters(recurse=False):
+        forget(tensor)
 
 
 def prove_tensors(reference: Program, folded: Program, written: Mapping[str, Tensor]) -> TensorProof:
@@ -88,6 +112,8 @@ def prove_tensors(reference: Program, folded: Program, written: Mapping[str, Ten
         if weight is None or weight not in written or not _is_whole(base, region, written[weight]):
             continue
         largest = max(largest, _distance(base, region, weight, written[weight]))
+        for tensor in (written[weight], *map(base.tensor, sorted(region.reads))):
+            forget(tensor)
         done.add(id(folded.tensor(weight)))
     unchanged, left = 0, []
     seen = set(done)
@@ -99,6 +125,9 @@ def prove_tensors(reference: Program, folded: Program, written: Mapping[str, Ten
             unchanged += 1
         else:
             left.append(name)
+        forget(tensor)
+        if has_tensor(reference.root, name):
+            forget(reference.tensor(name))
     return TensorProof(len(done), unchanged, tuple(left), largest)
 
 
@@ -145,13 +174,16 @@ def _columns(base: Program, region: Region, columns: Tensor, features: int) -> t
         given = torch.zeros(len(columns), features, dtype=torch.float64)
         given[torch.arange(len(columns)), columns] = 1.0
         none = torch.zeros(1, features, dtype=torch.float64)
-    found = _run(base, region, given)
+    found = _run(base, region, given, columns)
     scale = float(found.abs().max())
-    return (found if none is None or not region.shifts else found - _run(base, region, none)), scale
+    return (found if none is None or not region.shifts else found - _run(base, region, none, None)), scale
 
 
-def _run(base: Program, region: Region, given: Tensor) -> Tensor:
-    """The value of the region's last node in fp64 when its origin is ``given``; a tensor is dropped after its use."""
+def _run(base: Program, region: Region, given: Tensor, columns: Tensor | None) -> Tensor:
+    """The value of the region's last node in fp64 when its origin is ``given``; a tensor is dropped after its use.
+
+    ``columns`` are the places of the ones when ``given`` are unit vectors; without, it is zero.
+    """
     known: dict[fx.Node, Any] = {region.origin.node: given}
 
     def operand(node: fx.Node) -> Any:
@@ -159,9 +191,35 @@ def _run(base: Program, region: Region, given: Tensor) -> Tensor:
 
     for node in base.graph.nodes:
         if node in region.nodes and node not in known:
+            short = _read_off(base, node, region.origin.node, columns)
+            if short is not None:
+                known[node] = short
+                continue
             args, kwargs = fx.map_arg((node.args, node.kwargs), operand)
             known[node] = node.target(*_in_double(args), **_in_double(kwargs))
     return known[region.root].reshape(len(given), -1)
+
+
+def _read_off(base: Program, node: fx.Node, origin: fx.Node, columns: Tensor | None) -> Tensor | None:
+    """What an operator gives that applies a stored matrix to the unit vectors: columns of it, or none, and its bias.
+
+    The same numbers as the operator's, without the matrix in fp64: a table of a large vocabulary is gigabytes. None for
+    any other operator.
+    """
+    use = WEIGHT_OPS.get(node.target)
+    plain = use is not None and (use.kind == "embedding" or len(node.args) <= 3) and not node.kwargs
+    if use is None or not plain or node.args[use.input] is not origin:
+        return None
+    weight = node_at(node, use.weight)
+    if not is_tensor_node(weight) or rank_of(weight) != 2:
+        return None
+    matrix = use.matrix(value(base.tensor(str(weight.target))))
+    if columns is None:
+        found = torch.zeros(1, len(matrix), dtype=torch.float64)
+    else:
+        found = matrix.index_select(1, columns).double().t()
+    bias = node.args[use.bias] if use.bias is not None and use.bias < len(node.args) else None
+    return found if bias is None else found + _constant(base, node_at(node, use.bias or 0))
 
 
 def _constant(base: Program, node: fx.Node) -> Tensor:

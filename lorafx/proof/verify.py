@@ -73,8 +73,9 @@ def verify(
             name = min(runner.fresh)
             raise ArtifactError(f"{runner.label}: no weights for {name}; newly initialised ones cannot be compared")
     if inputs is not None:
-        own = (Batch(f"inputs {number}", dict(values)) for number, values in enumerate(inputs, 1))
-        return compare(left, right, own, per_token_outputs(left, None))
+        own = [Batch(f"inputs {number}", dict(values)) for number, values in enumerate(inputs, 1)]
+        padded = any(batch.is_padded for batch in own)
+        return compare(left, right, own, per_token_outputs(left, None) if padded else frozenset())
     tokenizer = tokenizer or find_tokenizer(left.folder, right.folder, trust_remote_code=trust_remote_code)
     generator = _generator(left, right, tokenizer, texts is not None, seed)
     tokens = per_token_outputs(left, generator)
