@@ -82,7 +82,7 @@ def capture(
         checkpoint = Path(source)
         model, fresh = open_model(checkpoint, task, opened, meta=meta, allow_pickle=allow_pickle)
         _find_padding(model, checkpoint, trust_remote_code)
-        hashes = weight_hashes(checkpoint)
+        hashes = weight_hashes(checkpoint, read=not meta)
         drawn = {} if meta else {name: tensor_hash(model.get_parameter(name)) for name in fresh}
         origin = Source(model, str(checkpoint.absolute()), task, opened, hashes, fresh, drawn)
     origin = dataclasses.replace(origin, adapters=adapter_tensors(origin.model))

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import ArtifactError, LorafxError, UsageError
-from ..files.folder import MANIFEST, Manifest, file_hash, find_manifest, read_manifest
+from ..files.folder import MANIFEST, Manifest, find_manifest, read_manifest
 from ..formats.peft import adapter_keys
 from ..formats.run import INPUTS, RECIPE, VALUES
 from ..graph.tree import has_tensor
-from ..models.checkpoint import check_safetensors, read_config
+from ..models.checkpoint import check_safetensors, has_identity, read_config
 from ..pipeline import rewrite
 from ..public import Program
 from ..recipes.recipe import Recipe
@@ -149,11 +149,11 @@ def _recapture(run: _Run, folder: Path, meta: bool, allowed: dict[str, Any]) -> 
 
 
 def _check_base(folder: Path, expected: Mapping[str, str], found: Mapping[str, str]) -> None:
-    """Compare the base's files with their recorded hashes; ``found`` are hashes known already."""
+    """Compare the base's files with what was recorded of them; ``found`` is what is known of them already."""
     for name, digest in expected.items():
         if not (folder / name).is_file():
             raise ArtifactError(f"{folder}: base checkpoint changed since the rewrite: {name} is gone")
-        if (found.get(name) or file_hash(folder / name)) != digest:
+        if found.get(name) != digest and not has_identity(folder / name, digest):
             raise ArtifactError(f"{folder}: base checkpoint changed since the rewrite: {name}; restore or rewrite it")
 
 

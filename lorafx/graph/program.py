@@ -33,7 +33,8 @@ class Source:
         path: the checkpoint folder, or None for a model handed over in memory
         task: the task asked for, or None
         options: further keyword arguments that open the same model again (``num_labels``, ``dtype``, …)
-        hashes: sha256 of every weight file of the folder, by file name
+        hashes: sha256 of every weight file of the folder, by file name; of its header alone if it was not read (see
+            :func:`lorafx.models.checkpoint.weight_hashes`)
         fresh: names of parameters the checkpoint did not hold, so that they were newly initialised
         drawn: sha256 of the values these got, where they got any: what is still the same was never trained
         adapters: names of the tensors of another library's adapters, if the model was captured with some inside; their

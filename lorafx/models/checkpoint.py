@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import struct
@@ -103,9 +104,37 @@ def weight_files(path: Path, *, allow_pickle: bool = False) -> list[Path]:
     return pickles
 
 
-def weight_hashes(path: Path) -> dict[str, str]:
-    """sha256 of each weight file of a checkpoint folder, by file name."""
-    return {file.name: file_hash(file) for file in weight_files(path, allow_pickle=True)}
+#: What an identity begins with that is told without reading weights: that of a file's header and its size.
+_BY_HEADER = "header:"
+
+
+def weight_hashes(path: Path, *, read: bool = True) -> dict[str, str]:
+    """What identifies each weight file of a checkpoint folder, by file name: its sha256.
+
+    Without ``read``, no weight is read of safetensors files: their size and the sha256 of their header (which has the
+    names and shapes) stand for them, marked as such.
+    """
+    files = weight_files(path, allow_pickle=True)
+    return {file.name: _identity(file, by_header=not read and file.suffix == ".safetensors") for file in files}
+
+
+def has_identity(file: Path, known: str) -> bool:
+    """Whether a file is the one that an identity was taken of, by what that is of."""
+    return _identity(file, by_header=known.startswith(_BY_HEADER)) == known
+
+
+def by_header(hashes: Mapping[str, str]) -> list[str]:
+    """The files of which only the header and the size are known."""
+    return [name for name, identity in hashes.items() if identity.startswith(_BY_HEADER)]
+
+
+def _identity(file: Path, *, by_header: bool) -> str:
+    if not by_header:
+        return file_hash(file)
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        header = stream.read(int.from_bytes(start, "little"))
+    return f"{_BY_HEADER}{hashlib.sha256(start + header).hexdigest()}:{file.stat().st_size}"
 
 
 def open_model(

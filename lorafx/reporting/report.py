@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..graph.facts import Gathered, ZeroButKept
+from ..models.checkpoint import by_header
 from .render import Section, braced, cell, draw_html, draw_text, section_of
 
 if TYPE_CHECKING:
@@ -270,6 +271,10 @@ def _notes(program: Program, roles: Mapping[str, RoleReport]) -> list[str]:
     if program.config_changes:
         changes = ", ".join(f"{key} = {value}" for key, value in program.config_changes.items())
         notes.append(f"The config of the result has to say {changes}.")
+    if by_header(program.source.hashes):
+        notes.append(
+            "No weight of the base was read: its files are known by their size and header until the run is trained."
+        )
     unproven: dict[str, list[str]] = {}
     for applied in program.history:
         if applied.proof.startswith("not checked"):

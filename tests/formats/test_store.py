@@ -379,6 +379,35 @@ def test_a_changed_base_is_refused(spoil: Callable[[Path], None], message: str, 
     assert message in refusal(ArtifactError, lambda: lorafx.load(run, base=base))
 
 
+def test_a_rewrite_without_weights_reads_none_and_knows_the_base_by_its_header(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorafx.models import checkpoint as opening
+
+    read: list[Path] = []
+    monkeypatch.setattr(opening, "file_hash", lambda file: read.append(file) or "")
+    lorafx.rewrite(lorafx.capture(base, meta=True), [Lora(rank=2)]).save(tmp_path / "run")
+    assert not read, "a weight file was read"
+    monkeypatch.undo()
+    assert "No weight of the base was read" in (tmp_path / "run" / "report.json").read_text(encoding="utf-8")
+
+    # Trained, it is bound to the values it was trained on.
+    trained = lorafx.load(tmp_path / "run", base=base)
+    trained.save(tmp_path / "trained")
+    assert "No weight of the base was read" not in (tmp_path / "trained" / "report.json").read_text(encoding="utf-8")
+    spoil_flip(base / "model.safetensors")
+    assert lorafx.load(tmp_path / "run", base=base).source.hashes != trained.source.hashes
+    message = refusal(ArtifactError, lambda: lorafx.load(tmp_path / "trained", base=base))
+    assert "base checkpoint changed since the rewrite: model.safetensors" in message
+
+    # Another header is another base, with weights or without.
+    held = load_file(base / "model.safetensors")
+    held["more"] = held.pop(min(held))
+    save_file(held, base / "model.safetensors", metadata={"format": "pt"})
+    message = refusal(ArtifactError, lambda: lorafx.load(tmp_path / "run", base=base, meta=True))
+    assert "base checkpoint changed since the rewrite: model.safetensors" in message
+
+
 def test_a_changed_config_of_the_base_is_refused(run: Path, base: Path) -> None:
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 0.5}))
