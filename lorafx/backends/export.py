@@ -37,7 +37,7 @@ from ..parity.runner import PROVIDERS, Runner
 from ..pipeline import fold, to_eval
 from ..proof.exports import held_against, parity_record, reference_of, refuse_untrained, unproven
 from ..proof.open import open_runner
-from ..proof.tensors import hold_streamed
+from ..proof.streamed import hold_streamed
 from ..public import Program
 from ..reporting.report import shrunk_blocks
 from ..reporting.sizes import chart

@@ -17,10 +17,11 @@ def run_by_block(graph: CompiledGraph, root: nn.Module, inputs: list[Any]) -> tu
 
     Tensors of mapped files that are not deferred give their memory back, and are read anew when needed.
     """
-    return graph.by_segment(inputs, partial(_run, root))
+    return graph.by_segment(inputs, partial(run_segment, root))
 
 
-def _run(root: nn.Module, segment: Segment, taken: list[Any]) -> tuple[Any, ...]:
+def run_segment(root: nn.Module, segment: Segment, taken: list[Any]) -> tuple[Any, ...]:
+    """What one segment gives of the values it takes; ``root`` has its tensors as they were afterwards."""
     held = {name: get_tensor(root, name) for name in segment.tensors if has_tensor(root, name)}
     made: dict[int, Tensor] = {}
     try:

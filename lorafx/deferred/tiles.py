@@ -20,8 +20,9 @@ from .recipe import Recipe
 
 aten = torch.ops.aten
 
-#: Elements of a tile. In fp64 8 MB: what is composed stays near the processor, and a few of them weigh nothing.
-TILE = 1 << 20
+#: Elements of a tile. In fp64 4 MB: what is composed stays near the processor, and a few of them weigh nothing. Half of
+#: it and twice of it take longer.
+TILE = 1 << 19
 
 
 class Part(NamedTuple):

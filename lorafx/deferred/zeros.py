@@ -61,6 +61,9 @@ def _read(recipe: Recipe) -> Zeros:
     rows, count = _sizes(recipe)
     assert recipe.there is not None
     matrix = recipe.there if len(recipe.shape) > 2 else recipe.there.reshape(rows, count)
+    if matrix.numel() and not _may_be_zero(matrix, 0) and not _may_be_zero(matrix, 1):
+        forget(matrix)
+        return Zeros(torch.zeros(rows, dtype=torch.bool), torch.zeros(count, dtype=torch.bool))
     zero_rows, columns = [], torch.ones(count, dtype=torch.bool)
     for tile in tiles(matrix):
         zero = tile == 0
@@ -68,6 +71,11 @@ def _read(recipe: Recipe) -> Zeros:
         columns &= zero.movedim(1, 0).flatten(1).all(1).cpu()
     forget(matrix)
     return Zeros(torch.cat(zero_rows) if zero_rows else torch.zeros(0, dtype=torch.bool), columns)
+
+
+def _may_be_zero(matrix: Tensor, dim: int) -> bool:
+    """Whether any row (dimension 0) or column (1) is zero where it is looked at first."""
+    return bool((matrix.select(1 - dim, 0) == 0).reshape(matrix.shape[dim], -1).all(1).any())
 
 
 def _same(recipe: Recipe, operands: list[Zeros]) -> Zeros | None:

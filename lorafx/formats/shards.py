@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -21,6 +23,9 @@ from transformers.utils.logging import tqdm
 
 from ..deferred.tensor import forget, tiles
 from ..files.folder import FileEntry, found
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 #: The format's names of dtypes (https://huggingface.co/docs/safetensors), in the order in which it writes them.
 _DTYPES = {
@@ -43,6 +48,8 @@ _DTYPES = {
 _NAME, _INDEX = "model{suffix}.safetensors", "model.safetensors.index.json"
 #: Which weight files are whole, while others are still to be written.
 _DONE = "written.json"
+#: Tiles that wait to be written.
+_WAITING = 4
 #: Bytes that take long enough to be watched.
 _LONG = 1 << 28
 
@@ -133,18 +140,51 @@ def write_file(file: Path, tensors: Mapping[str, Tensor], progress: Callable[[in
         header[name] = {"dtype": _DTYPES[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with file.open("wb") as stream:
+    with file.open("wb") as stream, _Writer(stream) as out:
         for part in (struct.pack("<Q", len(text)), text):
-            stream.write(part)
-            digest.update(part)
+            out.put(part)
         for name in names:
             for part in _bytes(tensors[name]):
-                stream.write(part)
-                digest.update(part)
+                out.put(part)
                 progress(len(part))
+            out.wait()
             forget(tensors[name])
-    return FileEntry(8 + len(text) + end, digest.hexdigest())
+    return FileEntry(8 + len(text) + end, out.digest.hexdigest())
+
+
+class _Writer:
+    """Writes and hashes in a thread of its own, in order, while the next tile is computed; a few wait at most."""
+
+    def __init__(self, stream: BinaryIO):
+        self.digest = hashlib.sha256()
+        self._stream = stream
+        self._pool = ThreadPoolExecutor(1)
+        self._waiting: deque[Future[None]] = deque()
+
+    def put(self, part: Buffer) -> None:
+        """Write ``part``, soon. Raises what went wrong with an earlier one."""
+        while len(self._waiting) >= _WAITING:
+            self._waiting.popleft().result()
+        self._waiting.append(self._pool.submit(self._write, part))
+
+    def wait(self) -> None:
+        """Until all is written; raises what went wrong."""
+        while self._waiting:
+            self._waiting.popleft().result()
+
+    def _write(self, part: Buffer) -> None:
+        self._stream.write(part)
+        self.digest.update(part)
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
 
 
 def _bytes(tensor: Tensor) -> Iterator[memoryview]:

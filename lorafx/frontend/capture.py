@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -82,13 +83,27 @@ def capture(
         checkpoint = Path(source)
         model, fresh = open_model(checkpoint, task, opened, meta=meta, allow_pickle=allow_pickle)
         _find_padding(model, checkpoint, trust_remote_code)
-        hashes = weight_hashes(checkpoint, read=not meta)
         drawn = {} if meta else {name: tensor_hash(model.get_parameter(name)) for name in fresh}
-        origin = Source(model, str(checkpoint.absolute()), task, opened, hashes, fresh, drawn)
+        origin = Source(model, str(checkpoint.absolute()), task, opened, {}, fresh, drawn)
     origin = dataclasses.replace(origin, adapters=adapter_tensors(origin.model))
     example = dict(inputs) if inputs is not None else example_inputs(origin.model, checkpoint)
     shapes = dynamic_shapes(origin.model, example) if dynamic else None
-    return _captured(origin, example, shapes, check=check and not meta)
+    if checkpoint is None:
+        return _captured(origin, example, shapes, check=check and not meta)
+    # Files are hashed beside the trace: each keeps one core busy.
+    with ThreadPoolExecutor(1) as pool:
+        hashes = pool.submit(weight_hashes, checkpoint, read=not meta)
+        program = _captured(origin, example, shapes, check=check and not meta)
+        return _known_by(program, hashes.result())
+
+
+def _known_by(program: Program, hashes: Mapping[str, str]) -> Program:
+    """The program with what its base's files are known by."""
+    source = dataclasses.replace(program.source, hashes=hashes)
+    captured = program.captured
+    if captured is not None:
+        captured = dataclasses.replace(captured, source=source)
+    return dataclasses.replace(program, source=source, captured=captured)
 
 
 def _find_padding(model: nn.Module, folder: Path, trusted: bool) -> None:

@@ -8,14 +8,12 @@ bits they had.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from ..affine.regions import Region
@@ -26,16 +24,11 @@ from ..errors import ParityError
 from ..graph.constants import Constants
 from ..graph.operands import node_at, rank_of
 from ..graph.site import WEIGHT_OPS, is_tensor_node
-from ..graph.tree import has_tensor, named_tensors
-from ..models.checkpoint import open_model
-from ..parity.answers import example_batches
-from ..parity.comparison import Comparison
+from ..graph.tree import has_tensor
 from ..passes.fold_constants import FoldConstants
 from ..passes.to_eval import ToEval
 from ..pipeline import run
 from ..public import Program
-from .exports import held_against
-from .open import open_runner
 
 #: Columns looked at of each folded weight, spread evenly: all rows of them.
 COLUMNS = 8
@@ -65,36 +58,6 @@ class TensorProof:
             f"{self.folded} folded weights within {self.largest:.2f} of the last place in {COLUMNS} columns each, "
             f"{self.unchanged} others bit by bit as they were{left}"
         )
-
-
-def hold_streamed(
-    reference: Program, folded: Program, folder: Path, dtype: torch.dtype | None, *, trust_remote_code: bool = False
-) -> Comparison:
-    """Hold the checkpoint in ``folder``, written a tile at a time, to ``reference`` without either in memory.
-
-    The whole is compared on the example inputs alone, with the tensors of one block at a time in memory: weights that
-    are looked at one by one only have to be found in their places, which any input shows. What :func:`prove_tensors`
-    says of them is among the notes.
-
-    Raises:
-        ParityError: as :func:`prove_tensors`; a difference of the whole is the caller's to judge
-    """
-    model, _ = open_model(folder, None, {"trust_remote_code": True} if trust_remote_code else {})
-    for part in model.modules():
-        part.register_forward_hook(_forget_own)
-    inputs = [batch.values for batch in example_batches(reference)]
-    result = held_against(reference, open_runner(model, label=str(folder)), by_block=True, inputs=inputs)
-    if not result.ok or dtype is not None:  # a weight in another dtype was rounded on purpose
-        return result
-    written = {name: tensor.detach() for name, tensor in named_tensors(model) if isinstance(tensor, nn.Parameter)}
-    proof = prove_tensors(reference, folded, written)
-    return dataclasses.replace(result, notes=(*result.notes, str(proof)))
-
-
-def _forget_own(part: nn.Module, *_: Any) -> None:
-    """Give back the memory of a module's own weights; they are mapped from their file."""
-    for tensor in part.parameters(recurse=False):
-        forget(tensor)
 
 
 def prove_tensors(reference: Program, folded: Program, written: Mapping[str, Tensor]) -> TensorProof:

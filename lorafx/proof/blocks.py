@@ -1,0 +1,108 @@
+"""A folded program held against the one it was folded from, block by block, with the tensors of one in memory.
+
+Each block of the folded program is given what the unfolded one hands to it, so that what it computes is compared and
+not what rounding in all blocks before made of its inputs. A block that is wrong cannot hide behind those that follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..deferred.running import run_segment
+from ..graph.call import flatten
+from ..graph.evaluation import evaluation_form
+from ..graph.precision import coarsest, tolerance
+from ..graph.program import Program
+from ..graph.segments import Segment, compile_graph
+from ..parity.comparison import Case, Comparison, difference
+
+
+@dataclass(frozen=True)
+class BlockProof:
+    """What was compared: the values that pass from one block to another, and the outputs.
+
+    Attributes:
+        comparison: a case for each
+        blocks: how many blocks gave at least one of them
+        missed: blocks that gave none, because folding left nothing of what they hand on under its name
+    """
+
+    comparison: Comparison
+    blocks: int
+    missed: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every block gave something to compare, and all of it agrees."""
+        return not self.missed and self.comparison.ok
+
+    def __str__(self) -> str:
+        return f"{self.blocks} blocks, each on the inputs it has in the program: {self.comparison.summary}"
+
+
+def prove_blocks(reference: Program, folded: Program, inputs: Mapping[str, Any], label: str) -> BlockProof:
+    """Compare the blocks of ``folded`` with those of ``reference``, from the embeddings to the outputs.
+
+    Args:
+        inputs: what both are called with
+        label: how ``folded`` is called in the comparison
+    """
+    first, second = (evaluation_form(program.copy()) for program in (reference, folded))
+    expected = _values(first, inputs)
+    given: dict[str, Any] = {}
+    places: dict[str, str] = {}  # the block that gave a value
+
+    def run(segment: Segment, taken: list[Any]) -> tuple[Any, ...]:
+        # The unfolded program's own values, wherever it has them under that name.
+        held = [expected.get(name, value) for name, value in zip(segment.takes, taken, strict=True)]
+        result = run_segment(second.root, segment, held)
+        given.update(zip(segment.gives, result, strict=True))
+        places.update(dict.fromkeys(segment.gives, segment.block))
+        return result
+
+    graph = compile_graph(second.graph)
+    with torch.no_grad():
+        graph.by_segment(flatten(second, inputs), run)
+    shared = [name for name, value in given.items() if isinstance(value, Tensor) and _alike(value, expected.get(name))]
+    lowest = coarsest(value.dtype for value in second.root.parameters())
+    cases = [_case(places[name], name, expected[name], given[name]) for name in shared]
+    reached = {places[name] for name in shared if places[name]}
+    missed = tuple(dict.fromkeys(block for block in places.values() if block and block not in reached))
+    ends = [name for name in _outputs(second.graph) if name not in shared]
+    problems = tuple(f"the output {name} could not be compared" for name in ends)
+    comparison = Comparison(f"{reference.name} program", label, lowest, tolerance(lowest), tuple(cases), problems)
+    return BlockProof(comparison, len(reached), missed)
+
+
+def _values(program: Program, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the blocks of a program hand on to others, by the names of the nodes."""
+    found: dict[str, Any] = {}
+
+    def run(segment: Segment, taken: list[Any]) -> tuple[Any, ...]:
+        result = run_segment(program.root, segment, taken)
+        found.update(zip(segment.gives, result, strict=True))
+        return result
+
+    with torch.no_grad():
+        compile_graph(program.graph).by_segment(flatten(program, inputs), run)
+    return found
+
+
+def _alike(a: Tensor, b: Any) -> bool:
+    return isinstance(b, Tensor) and a.shape == b.shape
+
+
+def _case(block: str, name: str, expected: Tensor, found: Tensor) -> Case:
+    return difference("the example inputs", f"{block or 'outside blocks'}: {name}", expected, found, same_nan=True)
+
+
+def _outputs(graph: fx.Graph) -> Iterator[str]:
+    """The nodes whose values are the program's outputs."""
+    for node in graph.output_node().all_input_nodes:
+        if node.op == "call_function":
+            yield node.name
