@@ -21,6 +21,9 @@ from .tiles import tiles_of, value_of
 
 aten = torch.ops.aten
 
+#: Bytes of tiles between two times that memory is given back.
+_HELD = 1 << 27
+
 #: Operators that look at values and give no tensor whose shape is known without them.
 _LOOKS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
@@ -107,6 +110,19 @@ def tiles(tensor: Tensor) -> Iterator[Tensor]:
     """A tensor with at least one dimension, in ranges of its first: together all of it, none larger than a tile
     unless one position is."""
     yield from tiles_of(recipe_of(tensor))
+
+
+def passing_tiles(tensor: Tensor) -> Iterator[Tensor]:
+    """:func:`tiles` of a tensor that is gone through once: the memory of what was read for them is given back now and
+    then, and at the end. It does not grow with the tensor."""
+    held = 0
+    for tile in tiles(tensor):
+        yield tile
+        held += tile.numel() * tile.element_size()
+        if held > _HELD:
+            forget(tensor)
+            held = 0
+    forget(tensor)
 
 
 def forget(tensor: Tensor) -> None:

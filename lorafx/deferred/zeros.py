@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..graph.constants import computed
 from .recipe import Recipe
-from .tensor import forget, recipe_of, tiles
+from .tensor import forget, passing_tiles, recipe_of
 
 aten = torch.ops.aten
 
@@ -65,11 +65,10 @@ def _read(recipe: Recipe) -> Zeros:
         forget(matrix)
         return Zeros(torch.zeros(rows, dtype=torch.bool), torch.zeros(count, dtype=torch.bool))
     zero_rows, columns = [], torch.ones(count, dtype=torch.bool)
-    for tile in tiles(matrix):
+    for tile in passing_tiles(matrix):
         zero = tile == 0
         zero_rows.append(zero.flatten(1).all(1).cpu())
         columns &= zero.movedim(1, 0).flatten(1).all(1).cpu()
-    forget(matrix)
     return Zeros(torch.cat(zero_rows) if zero_rows else torch.zeros(0, dtype=torch.bool), columns)
 
 

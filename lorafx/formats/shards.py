@@ -21,7 +21,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
-from ..deferred.tensor import forget, tiles
+from ..deferred.tensor import passing_tiles
 from ..files.folder import FileEntry, found
 
 if TYPE_CHECKING:
@@ -148,7 +148,6 @@ def write_file(file: Path, tensors: Mapping[str, Tensor], progress: Callable[[in
                 out.put(part)
                 progress(len(part))
             out.wait()
-            forget(tensors[name])
     return FileEntry(8 + len(text) + end, out.digest.hexdigest())
 
 
@@ -188,6 +187,6 @@ class _Writer:
 
 
 def _bytes(tensor: Tensor) -> Iterator[memoryview]:
-    for tile in tiles(tensor if tensor.dim() else tensor.reshape(1)):
+    for tile in passing_tiles(tensor if tensor.dim() else tensor.reshape(1)):
         if tile.numel():
             yield tile.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -19,7 +19,7 @@ from torch.fx.node import map_aggregate
 from ..affine.regions import Region
 from ..affine.worth import worth_folding
 from ..deferred.programs import deferring
-from ..deferred.tensor import forget, tiles, value
+from ..deferred.tensor import forget, passing_tiles, value
 from ..errors import ParityError
 from ..graph.constants import Constants
 from ..graph.operands import node_at, rank_of
@@ -88,9 +88,6 @@ def prove_tensors(reference: Program, folded: Program, written: Mapping[str, Ten
             unchanged += 1
         else:
             left.append(name)
-        forget(tensor)
-        if has_tensor(reference.root, name):
-            forget(reference.tensor(name))
     return TensorProof(len(done), unchanged, tuple(left), largest)
 
 
@@ -207,7 +204,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def _side_by_side(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     if not a.dim():
         a, b = a.reshape(1), b.reshape(1)
-    return zip(tiles(a), tiles(b), strict=True)
+    return zip(passing_tiles(a), passing_tiles(b), strict=True)
 
 
 def _bits(value: Tensor) -> Tensor:
