@@ -88,6 +88,7 @@ def test_a_fold_that_streams_is_the_fold_in_memory(
     assert result.ok
     (note,) = (note for note in result.notes if "of the last place" in note)
     assert "compared with the whole only" not in note
+    assert any(note.startswith("2 blocks, each on the inputs it has in the program: equal") for note in result.notes)
     origin = load_file(base(dtype) / "model.safetensors")
     assert any(not torch.equal(origin[key], streamed[key]) for key in origin), "nothing was folded"
 
