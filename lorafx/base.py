@@ -152,14 +152,16 @@ class SitePass(Pass):
             reason = selector.decide(site, site.blocks - 1) or _inserted(program, site) or self.refuse(program, site)
             taken.append(site) if reason is None else missed.append(Miss(site, reason))
         if not self.allow_empty:
-            self._check_hits(selector, found, taken, missed)
+            self._check_hits(program, selector, found, taken, missed)
         return Selection(tuple(taken), tuple(missed))
 
-    def _check_hits(self, selector: Selector, found: list[Site], taken: list[Site], missed: list[Miss[Site]]) -> None:
+    def _check_hits(
+        self, program: Program, selector: Selector, found: list[Site], taken: list[Site], missed: list[Miss[Site]]
+    ) -> None:
         name = self.pass_name()
         for item, hits in selector.hits(found).items():
             if hits == 0:
-                hint = nearest(item, found)
+                hint = _used_as(program, item, found) or nearest(item, found)
                 raise NoSitesError(f"{name}: target {item!r} matched 0 of {len(found)} weight uses{hint}")
         if not taken:
             # What the targets name and the pass would not take says more than what they do not name.
@@ -169,6 +171,17 @@ class SitePass(Pass):
                 f"{name}: targets {self.targets!r} took 0 of {len(found)} weight uses; {'; '.join(reasons)}"
                 f" (set allow_empty = true if that is meant)"
             )
+
+
+def _used_as(program: Program, item: str, found: list[Site]) -> str:
+    """For the name of a module that the model has and does not run: what its weight, tied to others, is used as."""
+    owned = {
+        id(value)
+        for path in program.modules_named(item)
+        for value in program.root.get_submodule(path).parameters(recurse=False)
+    }
+    uses = list(dict.fromkeys(site.module for site in found if id(program.tensor(site.parameter)) in owned))
+    return f" (the model does not run it; its weight is that of {', '.join(uses[:4])})" if uses else ""
 
 
 def _inserted(program: Program, site: Site) -> str | None:

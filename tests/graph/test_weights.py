@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import lorafx
 from lorafx.base import Pass
+from lorafx.errors import NoSitesError
 from lorafx.passes.finegates import Finegates
 from lorafx.passes.lora import Lora
 from lorafx.passes.prilora import Prilora
@@ -250,3 +251,16 @@ def test_blocks_are_counted_in_their_own_stack() -> None:
     assert last == {"encoder.block.1", "decoder.block.3"}
     lasts = {site.module.partition(".layer.")[0] for site in Lora(blocks="-2..-1").sites(program).taken}
     assert lasts == {"encoder.block.0", "encoder.block.1", "decoder.block.2", "decoder.block.3"}
+
+
+def test_a_module_that_never_runs_is_told_by_what_its_weight_is_used_as() -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 60, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "num_layers": 1}
+    program = lorafx.capture(hf.T5ForConditionalGeneration(hf.T5Config(**sizes)))
+    with pytest.raises(NoSitesError) as refused:
+        lorafx.rewrite(program, [Lora(targets="shared")])
+    said = "target 'shared' matched 0 of "
+    assert said in str(refused.value)
+    assert "does not run it; its weight is that of encoder.embed_tokens, decoder.embed_tokens" in str(refused.value)
+    with pytest.raises(NoSitesError, match="did you mean 'embed_tokens'"):
+        lorafx.rewrite(program, [Lora(targets="embed_token")])
