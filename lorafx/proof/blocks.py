@@ -53,21 +53,9 @@ def prove_blocks(reference: Program, folded: Program, inputs: Mapping[str, Any],
         label: how ``folded`` is called in the comparison
     """
     first, second = (evaluation_form(program.copy()) for program in (reference, folded))
-    expected = _values(first, inputs)
-    given: dict[str, Any] = {}
-    places: dict[str, str] = {}  # the block that gave a value
-
-    def run(segment: Segment, taken: list[Any]) -> tuple[Any, ...]:
-        # The unfolded program's own values, wherever it has them under that name.
-        held = [expected.get(name, value) for name, value in zip(segment.takes, taken, strict=True)]
-        result = run_segment(second.root, segment, held)
-        given.update(zip(segment.gives, result, strict=True))
-        places.update(dict.fromkeys(segment.gives, segment.block))
-        return result
-
-    graph = compile_graph(second.graph)
-    with torch.no_grad():
-        graph.by_segment(flatten(second, inputs), run)
+    expected, _ = _handed_on(first, inputs)
+    # The unfolded program's own values, wherever it has them under that name.
+    given, places = _handed_on(second, inputs, expected)
     shared = [name for name, value in given.items() if isinstance(value, Tensor) and _alike(value, expected.get(name))]
     lowest = coarsest(value.dtype for value in second.root.parameters())
     cases = [_case(places[name], name, expected[name], given[name]) for name in shared]
@@ -79,18 +67,27 @@ def prove_blocks(reference: Program, folded: Program, inputs: Mapping[str, Any],
     return BlockProof(comparison, len(reached), missed)
 
 
-def _values(program: Program, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What the blocks of a program hand on to others, by the names of the nodes."""
+def _handed_on(
+    program: Program, inputs: Mapping[str, Any], instead: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the blocks of a program hand on to others, and which block does, by the names of the nodes.
+
+    Values of the names in ``instead`` are handed on as they are there.
+    """
     found: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    others = instead or {}
 
     def run(segment: Segment, taken: list[Any]) -> tuple[Any, ...]:
-        result = run_segment(program.root, segment, taken)
+        held = [others.get(name, value) for name, value in zip(segment.takes, taken, strict=True)]
+        result = run_segment(program.root, segment, held)
         found.update(zip(segment.gives, result, strict=True))
+        places.update(dict.fromkeys(segment.gives, segment.block))
         return result
 
     with torch.no_grad():
         compile_graph(program.graph).by_segment(flatten(program, inputs), run)
-    return found
+    return found, places
 
 
 def _alike(a: Tensor, b: Any) -> bool:

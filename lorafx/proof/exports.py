@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -55,9 +56,8 @@ def held_against(reference: Program, written: Any, by_block: bool = False, **opt
     """:func:`lorafx.verify`, told how precise ``reference`` itself is where the two differ by more than the tolerance.
 
     Two computations that are each as far from the exact one (fp64) as ``reference`` is, or as far as moving all that it
-    rounds within a last place takes it, differ by up to twice that. So
-    much is added to the tolerance then, but no more than the tolerance again or a ten-thousandth of the scale,
-    whichever is more; the notes say so.
+    rounds within a last place takes it, differ by up to twice that. So much is added to the tolerance then, but no more
+    than the tolerance again or a ten-thousandth of the scale, whichever is more; the notes say so.
 
     ``by_block`` has the tensors of one of its blocks at a time in memory; ``options`` are those of
     :func:`lorafx.verify`.
@@ -72,7 +72,7 @@ def held_against(reference: Program, written: Any, by_block: bool = False, **opt
         # Its numbers may have rounded luckily: what rounding does to them is told by moving all of it.
         form = evaluation_form(resident(reference))
         moved = (verify(held, open_runner(jittered(form, seed)), **options).max_rel for seed in range(SAMPLES))
-        own = max(own, *moved)
+        own = max(own, *(gap for gap in moved if math.isfinite(gap)), 0.0)  # what overflows says nothing of rounding
     allowed = result.tolerance + min(2 * own, most)
     note = f"the program itself is up to {own:.2g} of the scale from what it is in fp64, by rounding"
     return dataclasses.replace(result, tolerance=allowed, notes=(*result.notes, note))
