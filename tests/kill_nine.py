@@ -1,19 +1,64 @@
-"""Kill a command at random moments; whatever it leaves must be refused, or be whole."""
+"""Kill a piece of work at random moments; whatever it leaves must be refused, or be whole."""
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from lorafx.errors import ArtifactError
-from lorafx.files.folder import find_manifest, read_manifest
+from lorafx.files.folder import find_manifest, new_folder, read_manifest
+
+#: A module-level function with its arguments.
+Work = Callable[[], object]
+
+#: Each piece of work is a process forked from one that has imported everything: imports take longer than most of what
+#: is killed here, and nothing is written during them.
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["tests.kill_nine", "lorafx.cli", "lorafx.frontend.load", "lorafx.backends.export"])
+
+
+# ---- what is killed
+
+
+def command(*words: str | Path) -> Work:
+    """A command of lorafx."""
+    return partial(_command, [str(word) for word in words])
+
+
+def _command(words: list[str]) -> None:
+    from lorafx.cli import main
+
+    main(words)
+
+
+def save_runs(checkpoint: Path, out: Path) -> None:
+    """Save one run ten times over itself."""
+    import lorafx
+    from lorafx.passes.lora import Lora
+
+    program = lorafx.rewrite(lorafx.capture(checkpoint), [Lora(rank=2)])
+    for _ in range(10):
+        program.save(out, overwrite=True)
+
+
+def write_files(out: Path) -> None:
+    """Write a folder of many small files."""
+    with new_folder(out, "run", {}, overwrite=True) as folder:
+        for number in range(50):
+            (folder / str(number)).write_bytes(bytes(1000))
+
+
+# ---- the killing
 
 
 @dataclass(frozen=True)
@@ -24,8 +69,8 @@ class Kills:
     whole: int
 
 
-def kill_nine(command: Sequence[str], out: Path, tries: int, seed: int = 0) -> Kills:
-    """Run ``command``, which writes ``out`` and may replace it, until ``tries`` of it were killed at a random moment.
+def kill_nine(work: Work, out: Path, tries: int, seed: int = 0) -> Kills:
+    """Do ``work``, which writes ``out`` and may replace it, until ``tries`` of it were killed at a random moment.
 
     On a busy machine some end before the signal comes; ten times as many are begun at most. Every other time the clock
     starts when the command begins to write, seen by its temporary folder. At the end it runs undisturbed once more and
@@ -34,62 +79,70 @@ def kill_nine(command: Sequence[str], out: Path, tries: int, seed: int = 0) -> K
     Raises AssertionError when ``out``, or any folder left beside it, passes for whole and is not.
     """
     chance = random.Random(seed)
-    _run(command, out)  # the first one compiles what it imports, which takes longer than the command itself
-    total, writing = _run(command, out)
-    assert _check(out), f"the command did not write {out}"
+    _run(work, out)  # the first one starts the server and compiles what it imports
+    total, writing = _run(work, out)
+    assert _check(out), f"the work did not write {out}"
     killed = whole = 0
     for number in range(10 * tries):
         if killed == tries:
             break
         wait = number % 2 == 1
-        hit = _kill(command, out, wait, chance.uniform(0, writing if wait else total))
+        hit = _kill(work, out, wait, chance.uniform(0, writing if wait else total))
         killed += hit
-        if not hit:  # the machine was busier when the command was timed: it ends sooner now
+        if not hit:  # the machine was busier when the work was timed: it ends sooner now
             total, writing = 0.9 * total, 0.9 * writing
         whole += _check(out)
-    _run(command, out)
+    _run(work, out)
     assert _check(out)
     left = [entry.name for entry in _beside(out)]
-    assert not left, f"the command left {left}"
+    assert not left, f"the work left {left}"
     return Kills(killed, whole)
 
 
-def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
-    # A session of its own, so that what it starts is killed with it.
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+def _start(work: Work) -> ForkServerProcess:
+    process = _SERVER.Process(target=_quiet, args=(work,))
+    process.start()
+    return process
 
 
-def _run(command: Sequence[str], out: Path) -> tuple[float, float]:
-    """How long the undisturbed command took, and how long it was writing, in seconds."""
+def _quiet(work: Work) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
+    work()
+
+
+def _run(work: Work, out: Path) -> tuple[float, float]:
+    """How long the undisturbed work took, and how long it was writing, in seconds."""
     known, started = _seen(out), time.perf_counter()
-    process = _start(command)
+    process = _start(work)
     began = _began(process, out, known)
-    assert process.wait() == 0, f"{list(command)} failed with {process.returncode}"
+    process.join()
+    assert process.exitcode == 0, f"{work} failed with {process.exitcode}"
     ended = time.perf_counter()
     return ended - started, ended - began
 
 
-def _began(process: subprocess.Popen[bytes], out: Path, known: set[tuple[Path, int]]) -> float:
-    """When the command began to write, into a folder of its own or one left by a command before it, or ended."""
-    while process.poll() is None and not _seen(out) - known:
+def _began(process: ForkServerProcess, out: Path, known: set[tuple[Path, int]]) -> float:
+    """When the work began to write, into a folder of its own or one left by work before it, or ended."""
+    while process.is_alive() and not _seen(out) - known:
         time.sleep(0.001)
     return time.perf_counter()
 
 
-def _kill(command: Sequence[str], out: Path, wait: bool, after: float) -> bool:
-    """Whether the command was still running after so many seconds, and so was killed."""
+def _kill(work: Work, out: Path, wait: bool, after: float) -> bool:
+    """Whether the work was still going on after so many seconds, and so was killed."""
     known = _seen(out)
-    process = _start(command)
+    process = _start(work)
     if wait:
         _began(process, out, known)
-    try:
-        process.wait(after)
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return True
-    return False
+    process.join(after)
+    if not process.is_alive():
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    return process.exitcode == -signal.SIGKILL
 
 
 def _seen(out: Path) -> set[tuple[Path, int]]:

@@ -11,14 +11,18 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError, UsageError
 from ..files.folder import MANIFEST, check_free, file_hash, is_free, manifest_of, read_manifest
 from ..recipes.recipe import Recipe
 from ..reporting.report import Report
 from ..training.folder import check_training_folder, differences, training_folder
+
+if TYPE_CHECKING:
+    from ..public import Program
 
 #: Where training keeps what it resumes from.
 CHECKPOINTS = "checkpoints"
@@ -92,12 +96,13 @@ def run_job(job: Job, say: Callable[[str], None]) -> Report:
     say("run: done before" if trained else "run: working")
     if not trained:
         _train(job, run, inputs)
+    opened = cache(lambda: _opened(job, run))  # once, if at all
     for name, stage, more in (("folded", _fold, {}), ("onnx", _export, {"provider": job.provider})):
         wanted = {**_derived_inputs(job, run), **more}
         done = _is_made_from(job.out / name, wanted)
         say(f"{name}: done before" if done else f"{name}: working")
         if not done:
-            stage(job, job.out / name, wanted)
+            stage(opened(), job.provider, job.out / name, wanted)
     return Report.from_json(json.loads((run / "report.json").read_text(encoding="utf-8")))
 
 
@@ -202,22 +207,23 @@ def _train(job: Job, folder: Path, inputs: Mapping[str, str]) -> None:
         save_run(program, folder, train=job.train, report=report, made_from=inputs)
 
 
-def _fold(job: Job, folder: Path, made_from: Mapping[str, str]) -> None:
+def _fold(trained: Program, _provider: str, folder: Path, made_from: Mapping[str, str]) -> None:
     from ..backends.export import export
     from ..formats.hf import fits_checkpoint
     from ..pipeline import fold
 
-    folded = fold(_trained(job), gather="never")
+    folded = fold(trained, gather="never")
     export(folded, folder, "hf" if fits_checkpoint(folded) else "pt2", overwrite=True, made_from=made_from)
 
 
-def _export(job: Job, folder: Path, made_from: Mapping[str, str]) -> None:
+def _export(trained: Program, provider: Any, folder: Path, made_from: Mapping[str, str]) -> None:
     from ..backends.export import export
 
-    export(_trained(job), folder, "onnx", provider=job.provider, overwrite=True, made_from=made_from)
+    export(trained, folder, "onnx", provider=provider, overwrite=True, made_from=made_from)
 
 
-def _trained(job: Job) -> Any:
+def _opened(job: Job, run: Path) -> Program:
+    """The run as it was written, not the program that was trained."""
     from ..frontend.load import load
 
-    return load(job.out / "run", base=job.checkpoint, **job.opening())
+    return load(run, base=job.checkpoint, **job.opening())

@@ -47,7 +47,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         done.append("run")
 
     def derived(name: str) -> Callable[..., None]:
-        def stage(job: Job, folder: Path, made_from: Any) -> None:
+        def stage(trained: Any, provider: Any, folder: Path, made_from: Any) -> None:
             with new_folder(folder, name, {"made_from": dict(made_from)}, overwrite=True) as made:
                 (made / "model").write_text(name)
             done.append(name)
@@ -55,6 +55,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return stage
 
     monkeypatch.setattr(workflow, "_train", train)
+    monkeypatch.setattr(workflow, "_opened", lambda job, run: None)
     monkeypatch.setattr(workflow, "_fold", derived("folded"))
     monkeypatch.setattr(workflow, "_export", derived("onnx"))
     monkeypatch.setattr(workflow.Report, "from_json", lambda data: data)

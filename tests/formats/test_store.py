@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from lorafx.passes.lora import Lora
 from lorafx.passes.to_eval import ToEval
 from lorafx.public import Program
 from tests.captures import of_folder
-from tests.kill_nine import kill_nine
+from tests.kill_nine import kill_nine, save_runs, write_files
 from tests.zoo import ZOO, build
 
 Checkpoints = Callable[[str], Path]
@@ -597,33 +598,14 @@ def test_a_folder_put_aside_by_a_killed_writer_comes_back(tmp_path: Path) -> Non
 
 # ---- killed at any moment
 
-#: Saves again and again, so that most moments are moments of writing.
-SAVES = """
-import sys
-import lorafx
-from lorafx.passes.lora import Lora
-program = lorafx.rewrite(lorafx.capture(sys.argv[1]), [Lora(rank=2)])
-for _ in range(10):
-    program.save(sys.argv[2], overwrite=True)
-"""
-#: Writes, with nothing to import first, a folder of many files.
-WRITES = """
-import sys
-from lorafx.files.folder import new_folder
-with new_folder(sys.argv[1], "run", {}, overwrite=True) as folder:
-    for number in range(50):
-        (folder / str(number)).write_bytes(bytes(1000))
-"""
-
 
 def test_a_folder_killed_at_any_moment_never_passes_for_whole(tmp_path: Path) -> None:
-    kills = kill_nine([sys.executable, "-c", WRITES, str(tmp_path / "out")], tmp_path / "out", tries=20)
+    kills = kill_nine(partial(write_files, tmp_path / "out"), tmp_path / "out", tries=20)
     assert kills.killed >= 10
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_never_passes_for_whole(checkpoint: Checkpoints, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", SAVES, str(checkpoint("bert")), str(tmp_path / "run")]
-    kills = kill_nine(command, tmp_path / "run", tries=6)
+    kills = kill_nine(partial(save_runs, checkpoint("bert"), tmp_path / "run"), tmp_path / "run", tries=6)
     assert kills.killed >= 3
     lorafx.load(tmp_path / "run")

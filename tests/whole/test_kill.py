@@ -6,16 +6,15 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from tests.kill_nine import kill_nine
+from lorafx.cli import main
+from tests.kill_nine import command, kill_nine
 
 TRIES = int(os.environ.get("LORAFX_KILLS", "4"))
-LORAFX = [sys.executable, "-W", "ignore", "-m", "lorafx.cli"]
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +29,13 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["fold", "fold --stream", "export"])
-def test_a_killed_command_leaves_nothing_that_passes_for_whole(command: str, run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", ["fold", "fold --stream", "export"])
+def test_a_killed_command_leaves_nothing_that_passes_for_whole(words: str, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
-    kills = kill_nine([*LORAFX, *command.split(), str(run), "-o", str(out), "--overwrite"], out, TRIES)
+    kills = kill_nine(command(*words.split(), run, "-o", out, "--overwrite"), out, TRIES)
     assert kills.killed > 0
-    if command != "export":  # gone on with after a kill or not, streamed or not, it is the same checkpoint
-        subprocess.run([*LORAFX, "fold", str(run), "-o", str(tmp_path / "undisturbed")], check=True)
+    if words != "export":  # gone on with after a kill or not, streamed or not, it is the same checkpoint
+        fold = ["fold", str(run), "-o", str(tmp_path / "undisturbed")]
+        assert CliRunner().invoke(main, fold).exit_code == 0
         ours, theirs = (tmp_path / side / "model.safetensors" for side in ("killed", "undisturbed"))
         assert ours.read_bytes() == theirs.read_bytes()
