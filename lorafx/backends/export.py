@@ -114,6 +114,8 @@ def export(
             _write_exported(final, folder, format, provider, dtype, generate)
         copy_companions(final, folder)
         result = None if reason else _compared(reference, final, folder, format, dtype)
+        if result is not None:
+            result = dataclasses.replace(result, b=str(path))  # not the folder it is written into until it is whole
         if reason:
             _log.warning("%s: %s", path, reason)
         _write_report(final, folder, parity_record(result, reason))
@@ -208,6 +210,7 @@ def _write_exported(
     from ..proof.exported import check_cache
     from .onnx_kernels import unfuse_batch_transposes, unfuse_skip_norms
     from .onnx_ranges import hold_ranges
+    from .onnx_statements import leave_out
     from .replay import converted
 
     exported = converted(program, kind, provider, dtype, generate)
@@ -222,6 +225,7 @@ def _write_exported(
                 hold_ranges(component.program, program.signature.domain, length_limit(program.config))
             if provider == "cpu":
                 unfuse_skip_norms(component.program)
+            leave_out(component.program)
     for key, value in program.config_changes.items():
         exported.config = copy.deepcopy(exported.config)
         setattr(exported.config, key, value)

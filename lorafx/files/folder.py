@@ -243,11 +243,19 @@ def _seal(folder: Path, kind: str, meta: Mapping[str, Any], known: Mapping[str, 
     record = Manifest(folder, kind, __version__, meta, files).to_json()
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     for name in names:
+        _opened_to_readers(folder / name)
         _sync(folder / name)
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     _sync(folder / MANIFEST)
     for inner in [*(entry for entry in folder.rglob("*") if entry.is_dir()), folder]:
         _sync(inner)
+
+
+def _opened_to_readers(file: Path) -> None:
+    """Give a file the permissions any new one has; some libraries write theirs for the owner alone."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    file.chmod(file.stat().st_mode & 0o111 | 0o666 & ~umask)
 
 
 def found(file: Path) -> FileEntry:

@@ -155,6 +155,36 @@ def test_widths_are_left_as_asked(tiny_checkpoint: Path, tmp_path: Path) -> None
     assert call("verify", plain, tmp_path / "4").exit_code == 0
 
 
+@pytest.mark.filterwarnings("default")  # the quantiser's own
+def test_an_exported_file_is_quantised_by_onnx_runtime_as_it_is(onnx_folder: Path, tmp_path: Path) -> None:
+    import numpy as np
+    import onnx
+    from onnxruntime import InferenceSession
+    from onnxruntime.quantization import quantize_dynamic
+
+    onnx.checker.check_model(onnx_folder / "model.onnx", full_check=True)
+    small, ids = tmp_path / "small.onnx", np.arange(2, 14, dtype=np.int64).reshape(2, 6)
+    quantize_dynamic(onnx_folder / "model.onnx", small)
+    assert small.stat().st_size < sum(file.stat().st_size for file in onnx_folder.glob("model.onnx*"))
+    logits = []
+    for file in (onnx_folder / "model.onnx", small):
+        session = InferenceSession(file)
+        given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+        logits.append(session.run(None, {value.name: given[value.name] for value in session.get_inputs()})[0])
+    # One of 255 steps over what each weight and activation spans, through two layers.
+    assert np.abs(logits[0] - logits[1]).max() < 0.1 * np.abs(logits[0]).max()
+    traces = {entry.key for node in onnx.load(onnx_folder / "model.onnx").graph.node for entry in node.metadata_props}
+    assert not {key for key in traces if key.endswith("stack_trace")}, "paths of the author's machine"
+
+
+def test_what_is_written_can_be_read_by_others(run: Path, onnx_folder: Path) -> None:
+    umask = os.umask(0o022)
+    os.umask(umask)
+    for folder in (run, onnx_folder):
+        assert {oct(file.stat().st_mode & 0o666) for file in folder.iterdir()} == {oct(0o666 & ~umask)}
+        assert ".tmp-" not in (folder / "report.json").read_text(), "the folder it was written into"
+
+
 def test_the_folders_open_without_lorafx(run: Path, folded: Path, onnx_folder: Path, tiny_checkpoint: Path) -> None:
     """PEFT opens the run, transformers the folded folder and the ONNX folder, all with the same logits."""
     import torch
