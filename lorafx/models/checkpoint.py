@@ -86,14 +86,7 @@ def weight_files(path: Path, *, allow_pickle: bool = False) -> list[Path]:
     files = sorted(path.glob("*.safetensors"))
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ArtifactError(f"{index}: broken index of weight files; fetch it again") from None
-        missing = [name for name in named if not (path / name).is_file()]
-        if missing:
-            raise ArtifactError(f"{path}: {missing[0]} is named in {index.name} but missing; fetch it again")
-        files = [path / name for name in named]
+        return _indexed(index)
     for file in files:
         check_safetensors(file)
     if files:
@@ -102,6 +95,31 @@ def weight_files(path: Path, *, allow_pickle: bool = False) -> list[Path]:
     if pickles and not allow_pickle:
         raise ArtifactError(f"{pickles[0]}: pickled weights; pass --allow-pickle to load them (weights only)")
     return pickles
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files that an index names; each has to be whole, and to hold the tensors that the index looks for in it."""
+    try:
+        places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        files = {name: index.parent / name for name in sorted(set(places.values()))}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ArtifactError(f"{index}: broken index of weight files; fetch it again") from None
+    missing = next((name for name, file in files.items() if not file.is_file()), None)
+    if missing is not None:
+        raise ArtifactError(f"{index.parent}: {missing} is named in {index.name} but missing; fetch it again")
+    held = {name: check_safetensors(file) for name, file in files.items()}
+    for key, name in places.items():
+        if key not in held[name]:
+            raise ArtifactError(f"{index}: {key} is said to be in {name}, which does not hold it; fetch both again")
+    owners: dict[str, str] = {}
+    for name, entries in held.items():
+        twice = next((key for key in entries if key in owners), None)
+        if twice is not None:
+            raise ArtifactError(
+                f"{index.parent}: {owners[twice]} and {name} both hold {twice}; fetch the checkpoint again"
+            )
+        owners |= dict.fromkeys(entries, name)
+    return list(files.values())
 
 
 #: What an identity begins with that is told without reading weights: that of a file's header and its size.
@@ -157,7 +175,9 @@ def open_model(
             return _build_on_meta(cls, path, options), frozenset()
         if not weight_files(path, allow_pickle=allow_pickle):
             raise ArtifactError(f"{path}: no weights (*.safetensors); fetch the checkpoint, or capture with meta=True")
-        model, info = cls.from_pretrained(path, output_loading_info=True, **options)
+        model, info = cls.from_pretrained(
+            path, output_loading_info=True, **{**options, "ignore_mismatched_sizes": True}
+        )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         _check_trust(path, error)
         raise ArtifactError(f"{path}: transformers cannot open it: {first_line(error)}") from error
@@ -166,11 +186,27 @@ def open_model(
         if odd is None:
             raise
         raise UsageError(f"{path}: transformers takes no {odd!r} for this model; leave that option out") from error
+    misfits = _misfits(path, model, info, allowed=bool(options.get("ignore_mismatched_sizes")))
     chosen = task is not None or bool(config.get("architectures"))
     masks = _masks(path)
     unread = sorted(key for key in info["unexpected_keys"] if key not in masks)
     _check_unread(path, model, unread, chosen=chosen)
-    return model, frozenset(info["missing_keys"])
+    return model, frozenset(info["missing_keys"]) | misfits
+
+
+def _misfits(path: Path, model: nn.Module, info: Mapping[str, Any], *, allowed: bool) -> frozenset[str]:
+    """The weights that the files hold in another shape, which the model therefore has anew; ArtifactError unless
+    that was asked for."""
+    found = sorted(info["mismatched_keys"])
+    if found and not allowed:
+        key, theirs, ours = found[0]
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise ArtifactError(
+            f"{path}: its files hold {key} as {tuple(theirs)}, where a {type(model).__name__} of this config and "
+            f"these options has {tuple(ours)}{more}; mend config.json or the option, or give a head anew with "
+            "ignore_mismatched_sizes=True"
+        )
+    return frozenset(key for key, *_ in found)
 
 
 def _masks(path: Path) -> set[str]:

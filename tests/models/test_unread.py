@@ -82,3 +82,47 @@ def test_a_model_in_memory_takes_no_options(options: dict[str, Any]) -> None:
 def test_an_option_that_transformers_does_not_know_is_refused(checkpoint: Path, meta: bool) -> None:
     with pytest.raises(UsageError, match="transformers takes no 'nonsense' for this model"):
         lorafx.capture(checkpoint, meta=meta, nonsense=1)
+
+
+# ---- shapes and shards
+
+
+def test_a_weight_of_another_shape_is_named_with_both(checkpoint: Path) -> None:
+    config(checkpoint, intermediate_size=40)
+    with pytest.raises(
+        ArtifactError, match=r"hold bert\S+ as \(\d+,?\d*.*\), where a Bert\w+ of this config .* has \("
+    ):
+        open_model(checkpoint, None, {})
+
+
+def test_a_head_of_another_size_is_anew_only_when_asked_for(checkpoint: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"hold classifier.bias as \(3,\), .* has \(5,\) \(and 1 more\)"):
+        open_model(checkpoint, None, {"num_labels": 5})
+    model, fresh = open_model(checkpoint, None, {"num_labels": 5, "ignore_mismatched_sizes": True})
+    assert fresh == {"classifier.weight", "classifier.bias"}, "their values are random"
+    assert model.get_parameter("classifier.weight").shape[0] == 5
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    bert().save_pretrained(tmp_path / "shards", max_shard_size="20KB")  # type: ignore[operator]
+    return tmp_path / "shards"
+
+
+def test_an_index_that_looks_in_the_wrong_shard_is_refused(shards: Path) -> None:
+    index = shards / "model.safetensors.index.json"
+    said = json.loads(index.read_text())
+    key, place = next(iter(said["weight_map"].items()))
+    said["weight_map"][key] = next(other for other in said["weight_map"].values() if other != place)
+    index.write_text(json.dumps(said))
+    with pytest.raises(ArtifactError, match=rf"{key} is said to be in .*, which does not hold it"):
+        open_model(shards, None, {})
+
+
+def test_a_tensor_in_two_shards_is_refused(shards: Path) -> None:
+    first, second = sorted(shards.glob("model-*.safetensors"))[:2]
+    one, two = load_file(first), load_file(second)
+    key = next(iter(one))
+    save_file(two | {key: one[key] + 1.0}, second, metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=rf"{first.name} and {second.name} both hold {key}"):
+        open_model(shards, None, {})
