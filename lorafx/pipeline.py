@@ -38,12 +38,12 @@ def run(program: P, passes: Sequence[Pass], observers: Sequence[Observer] = (), 
 
 def rewrite(
     program: P,
-    recipe: str | PathLike[str] | Mapping[str, object] | Recipe | Sequence[Pass],
+    recipe: str | PathLike[str] | Mapping[str, object] | Recipe | Sequence[Pass | Mapping[str, object]],
     observers: Sequence[Observer] = (),
     *,
     check: bool = True,
 ) -> P:
-    """Apply a recipe (a path, a dict, a Recipe, or passes) and return a new Program.
+    """Apply a recipe (a path, a dict, a Recipe, or passes and tables of passes) and return a new Program.
 
     The first method freezes the base: from then on only what methods insert, and what they are asked to train, trains.
     Every pass is held to its promise on the example inputs, see :func:`run`; ``check=False`` leaves that out.

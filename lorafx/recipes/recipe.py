@@ -39,15 +39,15 @@ class Recipe:
     train: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, value: str | PathLike[str] | Mapping[str, Any] | Recipe | Sequence[Pass]) -> Recipe:
-        """A Recipe from a path, a dict, a Recipe or a sequence of passes."""
+    def of(cls, value: str | PathLike[str] | Mapping[str, Any] | Recipe | Sequence[Pass | Mapping[str, Any]]) -> Recipe:
+        """A Recipe from a path, a dict, a Recipe, or a sequence of passes and of tables of passes."""
         if isinstance(value, Recipe):
             return value
         if isinstance(value, (str, PathLike)):
             return cls.read(value)
         if isinstance(value, Mapping):
             return cls.parse(value)
-        return cls(tuple(value))
+        return cls(tuple(_pass(step, f"pass {number}") for number, step in enumerate(value, 1)))
 
     @classmethod
     def read(cls, path: str | PathLike[str]) -> Recipe:
@@ -111,6 +111,14 @@ def pass_dict(step: Pass) -> dict[str, Any]:
     changed = {name: value for name, value in changed.items() if value != getattr(plain, name)}
     lists = {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
     return {"name": step.pass_name(), **lists}
+
+
+def _pass(step: Pass | Mapping[str, Any], where: str) -> Pass:
+    if isinstance(step, Pass):
+        return step
+    if isinstance(step, type):
+        raise RecipeError(f"{where}: {step.__name__} is a class; write {step.__name__}(…)")
+    return parse_pass(step, where)
 
 
 def parse_pass(entry: Mapping[str, Any], where: str) -> Pass:

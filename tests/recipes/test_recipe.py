@@ -53,6 +53,7 @@ def test_a_recipe_is_what_its_file_says(tmp_path: Path) -> None:
     assert Recipe.parse(tomllib.loads(recipe.to_toml())) == recipe
     assert Recipe.of(str(file)) == Recipe.of(recipe.to_dict()) == Recipe.of(recipe) == recipe
     assert Recipe.of([ToEval()]) == Recipe((ToEval(),))
+    assert Recipe.of([ToEval(), {"name": "lora", "rank": 3}]) == Recipe((ToEval(), Lora(rank=3)))
 
 
 def test_options_at_their_defaults_are_not_written() -> None:
@@ -247,3 +248,16 @@ def test_every_type_survives_toml(values: dict[str, Any]) -> None:
 def test_no_dictionary_breaks_the_parser(data: dict[str, Any]) -> None:
     with contextlib.suppress(RecipeError):
         assert not Recipe.parse(data).passes
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        (Lora, r"pass 2: Lora is a class; write Lora\(…\)"),
+        ("lora", r'pass 2: no name; write name = "lora"'),
+        ({"name": "lora", "rank": "wide"}, r"pass 2 \(lora\): rank = 'wide' is not"),
+    ],
+)
+def test_what_is_no_pass_is_named(step: Any, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        Recipe.of([ToEval(), step])
