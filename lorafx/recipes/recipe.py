@@ -114,6 +114,8 @@ def pass_dict(step: Pass) -> dict[str, Any]:
 
 
 def _pass(step: Pass | Mapping[str, Any], where: str) -> Pass:
+    from ..base import Pass
+
     if isinstance(step, Pass):
         return step
     if isinstance(step, type):
