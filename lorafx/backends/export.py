@@ -35,9 +35,9 @@ from ..models.tokenizers import length_limit
 from ..parity.comparison import Comparison
 from ..parity.runner import PROVIDERS, Runner
 from ..pipeline import fold, to_eval
+from ..proof.checkpoint import Check, hold_checkpoint, refuse_check
 from ..proof.exports import held_against, parity_record, reference_of, refuse_untrained, unproven
 from ..proof.open import open_runner
-from ..proof.streamed import hold_streamed
 from ..public import Program
 from ..reporting.report import shrunk_blocks
 from ..reporting.sizes import chart
@@ -59,7 +59,7 @@ def export(
     adapters: Literal["merged", "separate"] = "merged",
     dtype: torch.dtype | None = None,
     generate: bool = False,
-    check: bool = True,
+    check: bool | Check = True,
     overwrite: bool = False,
     made_from: Mapping[str, str] | None = None,
 ) -> Comparison | None:
@@ -77,7 +77,10 @@ def export(
         dtype: convert weights and activations to this dtype; folding happens before, so weights round once
         generate: export prefill and decode graphs with a cache, for causal language models
         check: hold the passes of folding to their promises, and compare what was written with the trained program (the
-            one ``program`` was folded from) on the same inputs before the folder gets its name
+            one ``program`` was folded from) on the same inputs before the folder gets its name. Of a checkpoint:
+            ``tensors``, each weight with what its operators compute; ``blocks``, each of them on the values that reach
+            it, and the tensors; ``full``, the whole function. True is ``blocks`` for weights that were computed as they
+            were written, else ``full``
         made_from: what the manifest is to say of the inputs; see :func:`lorafx.commands.job.run_job`
 
     Returns:
@@ -95,10 +98,11 @@ def export(
         )
     if program.device.type == "meta":
         raise UsageError("the program was captured on the meta device and has no weights; capture or load it with them")
-    reference, reason = reference_of(program), unproven(check, generate)
+    refuse_check(check, format, dtype)
+    reference, reason = reference_of(program), unproven(bool(check), generate)
     if check:
         refuse_untrained(reference)
-    final = _adapter(program) if format == "peft" else _final(program, adapters, format, provider, check)
+    final = _adapter(program) if format == "peft" else _final(program, adapters, format, provider, bool(check))
     final = final if format == "hf" else resident(final)  # only a checkpoint is written a tile at a time
     meta = {"base": base_record(final), "history": _history_record(final), "provider": provider, "adapters": adapters}
     if made_from is not None:
@@ -113,7 +117,7 @@ def export(
         else:
             _write_exported(final, folder, format, provider, dtype, generate)
         copy_companions(final, folder)
-        result = None if reason else _compared(reference, final, folder, format, dtype)
+        result = None if reason else _compared(reference, final, folder, format, dtype, check)
         if result is not None:
             result = dataclasses.replace(result, b=str(path))  # not the folder it is written into until it is whole
         if reason:
@@ -122,11 +126,14 @@ def export(
         return result
 
 
-def _compared(reference: Program, final: Program, folder: Path, kind: str, dtype: torch.dtype | None) -> Comparison:
+def _compared(
+    reference: Program, final: Program, folder: Path, kind: str, dtype: torch.dtype | None, check: bool | Check
+) -> Comparison:
     """What was written, held against the trained program; ParityError when it computes something else."""
     trusted = bool(final.source.options.get("trust_remote_code"))
-    if is_deferring(final):
-        result = hold_streamed(reference, final, folder, dtype, trust_remote_code=trusted)
+    if is_deferring(final) or check in ("tensors", "blocks"):
+        level = "blocks" if isinstance(check, bool) else check
+        result = hold_checkpoint(reference, final, folder, level, dtype, trust_remote_code=trusted)
     else:
         result = held_against(reference, _written(final, folder, kind, dtype), trust_remote_code=trusted)
     if not result.ok:

@@ -14,7 +14,9 @@ from ..errors import UsageError
 from .flags import read_recipe, train_flags, train_options
 from .shared import (
     as_json_option,
+    check_of,
     check_option,
+    check_options,
     checkpoint_options,
     emit,
     open_program,
@@ -119,7 +121,7 @@ def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, resum
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @out_option
-@check_option
+@check_options
 @click.option("--verify-each", is_flag=True, hidden=True, help="The default.")
 @click.option("--double", is_flag=True, help="Check the passes in fp64.")
 @width_options
@@ -127,7 +129,7 @@ def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, resum
 @opening_options
 @overwrite_option
 @as_json_option
-def fold(run: Path, out: Path, check: bool, double: bool, overwrite: bool, as_json: bool, **o: Any) -> None:
+def fold(run: Path, out: Path, double: bool, overwrite: bool, as_json: bool, **o: Any) -> None:
     """Fold everything RUN learned into its base and write an ordinary checkpoint (or a .pt2 where none can hold it)."""
     from ..backends.export import export as write
     from ..formats.hf import fits_checkpoint
@@ -137,15 +139,16 @@ def fold(run: Path, out: Path, check: bool, double: bool, overwrite: bool, as_js
 
     if o["stream"] and double:
         raise UsageError("--double runs every pass in fp64, in memory; leave it or --stream out")
+    check, checked = check_of(o), bool(check_of(o))
     stream = not double and streams(run, o["base"], o["stream"])
     with quiet():
-        program = open_program(run, check=check and not stream, **opening(o))
-        observers = [VerifyEach(double=True)] if double and check else []
+        program = open_program(run, check=checked and not stream, **opening(o))
+        observers = [VerifyEach(double=True)] if double and checked else []
         removal = removal_of("cpu", **widths(o))
-        folded = merge(program, observers, removal=removal, gather="never", check=check, stream=stream)
+        folded = merge(program, observers, removal=removal, gather="never", check=checked, stream=stream)
         kind = "hf" if fits_checkpoint(folded) else "pt2"
         result = write(folded, out, kind, check=check, overwrite=overwrite)
-    report = folded.report.plus(parity=parity_record(result, unproven(check, False)), output=str(out))
+    report = folded.report.plus(parity=parity_record(result, unproven(checked, False)), output=str(out))
     emit(report.to_json(), report.text(), as_json)
 
 
@@ -157,7 +160,7 @@ def fold(run: Path, out: Path, check: bool, double: bool, overwrite: bool, as_js
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Convert to this dtype.")
 @click.option("--adapters", type=click.Choice(["merged", "separate"]), default="merged", show_default=True)
 @click.option("--generate", is_flag=True, help="Prefill and decode graphs with a cache (causal language models).")
-@check_option
+@check_options
 @width_options
 @stream_option
 @task_options
@@ -170,9 +173,12 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ad
 
     from ..backends.export import export as write
     from ..pipeline import fold as merge
+    from ..proof.checkpoint import refuse_check
     from ..proof.exports import parity_record, unproven
 
-    check, generate = o["check"], o["generate"]
+    check, checked, generate = check_of(o), bool(check_of(o)), o["generate"]
+    to = getattr(torch, dtype) if dtype else None
+    refuse_check(check, kind, to)  # before the weights are read
     removal = removal_of(provider, **widths(o))
     if removal is not None and (kind == "peft" or adapters == "separate"):
         raise UsageError("widths are those left by folding, and nothing is folded here; leave the width options out")
@@ -181,22 +187,22 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ad
     stream = kind == "hf" and streams(run, o["base"], o["stream"])
     with quiet():
         asked = {"task": o["task"], "num_labels": o["num_labels"], **opening(o)}
-        program = open_program(run, check=check and not stream, **asked)
+        program = open_program(run, check=checked and not stream, **asked)
         if removal is not None or stream:
             gather = "never" if kind == "hf" else "auto"
-            program = merge(program, provider=provider, removal=removal, gather=gather, check=check, stream=stream)
+            program = merge(program, provider=provider, removal=removal, gather=gather, check=checked, stream=stream)
         result = write(
             program,
             out,
             kind,
             provider=provider,
             adapters=adapters,
-            dtype=getattr(torch, dtype) if dtype else None,
+            dtype=to,
             generate=generate,
             check=check,
             overwrite=o["overwrite"],
         )
-    report = program.report.plus(parity=parity_record(result, unproven(check, generate)), output=str(out))
+    report = program.report.plus(parity=parity_record(result, unproven(checked, generate)), output=str(out))
     emit(report.to_json(), report.text(), o["as_json"])
 
 

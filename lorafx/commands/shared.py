@@ -29,6 +29,19 @@ def _together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 check_option = click.option(
     "--check/--no-check", default=True, help="Hold every pass to its promise, and what is written to the program."
 )
+#: For a command that writes what can be compared more or less closely.
+check_options = _together(
+    click.option(
+        "--check",
+        type=click.Choice(["auto", "tensors", "blocks", "full"]),
+        is_flag=False,
+        flag_value="auto",
+        default=None,
+        help="What of the files is compared with the program: each tensor, tensors and blocks, or the whole function "
+        "(default: blocks for weights that stream, else full). Passes are held to their promises.",
+    ),
+    click.option("--no-check", is_flag=True, help="Hold no pass to its promise, and compare nothing."),
+)
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 out_option = click.option("--out", "-o", required=True, type=click.Path(path_type=Path), help="The folder to make.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")
@@ -89,6 +102,15 @@ def removal_of(provider: str, **asked: Any) -> Pass | None:
 
     given = {name: value for name, value in asked.items() if value is not None}
     return dataclasses.replace(removal_for(provider), **given) if given else None
+
+
+def check_of(given: dict[str, Any]) -> Any:
+    """What :data:`check_options` ask for, as :func:`lorafx.export` takes it."""
+    from ..errors import UsageError
+
+    if given["no_check"] and given["check"]:
+        raise UsageError("--check and --no-check are opposites; give one of them")
+    return not given["no_check"] if given["check"] in (None, "auto") else given["check"]
 
 
 def opening(given: dict[str, Any]) -> dict[str, Any]:

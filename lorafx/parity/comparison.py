@@ -56,6 +56,7 @@ class Comparison:
         cases: one entry for each output and batch
         problems: what is wrong beside the outputs, e.g. labels in another order
         notes: what to know, e.g. shapes that both refuse
+        checked: what was compared: the ``full`` function, its ``blocks`` one by one, or ``tensors`` by themselves
     """
 
     a: str
@@ -65,6 +66,7 @@ class Comparison:
     cases: tuple[Case, ...]
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    checked: str = "full"
 
     @cached_property
     def scales(self) -> dict[str, float]:
@@ -115,9 +117,14 @@ class Comparison:
             return self.difference
         if self.problems:
             return self.problems[0]
+        return f"equal: largest difference {self.max_rel:.2g} of the scale over {self._over} ({self._limit})"
+
+    @property
+    def _over(self) -> str:
+        if self.checked == "tensors":
+            return f"{len(self.cases)} tensors"
         count = len({case.inputs for case in self.cases})
-        batches = f"{count} batch{'es' if count > 1 else ''}"
-        return f"equal: largest difference {self.max_rel:.2g} of the scale over {batches} ({self._limit})"
+        return f"{count} batch{'es' if count > 1 else ''}"
 
     @property
     def difference(self) -> str:
@@ -169,6 +176,7 @@ class Comparison:
         return {
             "ok": self.ok,
             "summary": self.summary,
+            "checked": self.checked,
             "a": self.a,
             "b": self.b,
             "max_abs": _finite(self.max_abs),

@@ -23,8 +23,10 @@ from ..deferred.tensor import forget, passing_tiles, value
 from ..errors import ParityError
 from ..graph.constants import Constants
 from ..graph.operands import node_at, rank_of
+from ..graph.precision import coarsest, tolerance
 from ..graph.site import WEIGHT_OPS, is_tensor_node
 from ..graph.tree import has_tensor
+from ..parity.comparison import Case, Comparison, difference
 from ..passes.fold_constants import FoldConstants
 from ..passes.to_eval import ToEval
 from ..pipeline import run
@@ -45,15 +47,24 @@ class TensorProof:
         unchanged: weights found to be the base's, bit by bit
         left: weights that neither can be said of (they were cut, or computed without a region of their own)
         largest: the largest distance of a folded weight from the exact value, in units of its last place
+        cases: what was found of each tensor that was looked at
     """
 
     folded: int
     unchanged: int
     left: tuple[str, ...]
     largest: float
+    cases: tuple[Case, ...]
+
+    def comparison(self, reference: Program, label: str) -> Comparison:
+        """The cases as a comparison of the weights called ``label`` with ``reference``'s."""
+        lowest = coarsest(value.dtype for value in reference.root.parameters())
+        name = f"{reference.name} program"
+        return Comparison(name, label, lowest, tolerance(lowest), self.cases, checked="tensors")
 
     def __str__(self) -> str:
-        left = f", {len(self.left)} compared with the whole only" if self.left else ""
+        first = f"({self.left[0]}{', …' if len(self.left) > 1 else ''})" if self.left else ""
+        left = f", {len(self.left)} {first} compared in their blocks, or with the whole, only" if self.left else ""
         return (
             f"{self.folded} folded weights within {self.largest:.2f} of the last place in {COLUMNS} columns each, "
             f"{self.unchanged} others bit by bit as they were{left}"
@@ -68,13 +79,15 @@ def prove_tensors(reference: Program, folded: Program, written: Mapping[str, Ten
     """
     base = run(deferring(reference), (ToEval(), FoldConstants()), check=False)
     nodes = {node.name: node for node in folded.graph.nodes}
-    largest, done = 0.0, set()
+    largest, done, cases = 0.0, set[int](), list[Case]()
     for region in (region for group in worth_folding(base) for region in group.regions):
         assert region.carrier is not None
         weight = _weight_of(nodes.get(region.carrier.name))
         if weight is None or weight not in written or not _is_whole(base, region, written[weight]):
             continue
-        largest = max(largest, _distance(base, region, weight, written[weight]))
+        distance, case = _distance(base, region, weight, written[weight])
+        largest = max(largest, distance)
+        cases.append(case)
         for tensor in (written[weight], *map(base.tensor, sorted(region.reads))):
             forget(tensor)
         done.add(id(folded.tensor(weight)))
@@ -86,9 +99,10 @@ def prove_tensors(reference: Program, folded: Program, written: Mapping[str, Ten
         seen.add(id(folded.tensor(name)))
         if has_tensor(reference.root, name) and _same(reference.tensor(name), tensor):
             unchanged += 1
+            cases.append(Case("every bit", name, 0.0))
         else:
             left.append(name)
-    return TensorProof(len(done), unchanged, tuple(left), largest)
+    return TensorProof(len(done), unchanged, tuple(left), largest, tuple(cases))
 
 
 def _weight_of(node: fx.Node | None) -> str | None:
@@ -105,8 +119,8 @@ def _is_whole(base: Program, region: Region, written: Tensor) -> bool:
     return region.origin.kind in ("value", "onehot") and tuple(weight.meta["val"].shape) == tuple(written.shape)
 
 
-def _distance(base: Program, region: Region, name: str, written: Tensor) -> float:
-    """How far columns of a weight are from the exact ones, in units of the weight's last place."""
+def _distance(base: Program, region: Region, name: str, written: Tensor) -> tuple[float, Case]:
+    """How far columns of a weight are from the exact ones: in units of the weight's last place, and in numbers."""
     assert region.carrier is not None
     use = WEIGHT_OPS[region.carrier.target]
     features = use.size(written.shape)[1]
@@ -122,7 +136,7 @@ def _distance(base: Program, region: Region, name: str, written: Tensor) -> floa
             f"{name}: a folded weight is {distance:.3g} units of the last place from what the operators compute; "
             "please report this model"
         )
-    return distance
+    return distance, difference(f"{len(columns)} columns", name, exact, stored)
 
 
 def _columns(base: Program, region: Region, columns: Tensor, features: int) -> tuple[Tensor, float]:

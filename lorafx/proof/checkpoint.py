@@ -1,0 +1,121 @@
+"""What holds the files of a checkpoint to the program they were folded from, without ever having all of it in memory.
+
+Three things together say what one comparison says of a small model: each weight is what its operators compute
+(:mod:`.tensors`), each block of the folded program with the weights of the files is the block it was folded from
+(:mod:`.blocks`), and transformers reads the files as that program. How much of it is looked at has a name:
+:data:`Check`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..deferred.tensor import forget
+from ..errors import UsageError
+from ..graph.tree import named_tensors, put_tensor
+from ..models.checkpoint import open_model
+from ..models.tokenizers import is_mask
+from ..parity.answers import example_batches
+from ..parity.comparison import Comparison
+from ..parity.runner import Runner
+from ..public import Program
+from .blocks import prove_blocks
+from .exports import held_against
+from .open import open_runner
+from .tensors import prove_tensors
+from .verify import verify
+
+#: What of a checkpoint is compared: each tensor by itself; tensors, and blocks on the values that reach them; or the
+#: whole function, from inputs to outputs.
+Check = Literal["tensors", "blocks", "full"]
+CHECKS = get_args(Check)
+
+
+def refuse_check(check: object, kind: str, dtype: torch.dtype | None) -> None:
+    """UsageError for a check that there is none of, or that an export of this kind cannot be put to."""
+    if isinstance(check, bool) or check == "full":
+        return
+    if check not in CHECKS:
+        raise UsageError(f"cannot check {check!r}; what can be checked: {', '.join(CHECKS)}, or True and False")
+    if kind != "hf":
+        raise UsageError(f"{check} are compared in a checkpoint (hf), not in {kind}; give --check full")
+    if dtype is not None:
+        raise UsageError(
+            f"another dtype rounds every weight, so {check} differ; leave --dtype out, or give --check full"
+        )
+
+
+def hold_checkpoint(
+    reference: Program,
+    folded: Program,
+    folder: Path,
+    check: Check,
+    dtype: torch.dtype | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> Comparison:
+    """Compare the checkpoint in ``folder`` with ``reference``, which ``folded`` was folded from.
+
+    Where something cannot be said of tensors, blocks are compared too. Where blocks cannot be compared (their hidden
+    states lost channels) or differ, the whole is, on the example inputs; so it is in another ``dtype``, whose weights
+    were rounded on purpose.
+
+    Raises:
+        ParityError: as :func:`prove_tensors`; any other difference is the caller's to judge
+    """
+    model, _ = open_model(folder, None, {"trust_remote_code": True} if trust_remote_code else {})
+    for part in model.modules():
+        part.register_forward_hook(_forget_own)
+    opened = open_runner(model, label=str(folder))
+    if check == "full":
+        return held_against(reference, opened, by_block=True)
+    if dtype is not None:
+        return held_against(reference, opened, by_block=True, inputs=[_example(reference)])
+    written = {name: tensor.detach() for name, tensor in named_tensors(model) if isinstance(tensor, nn.Parameter)}
+    proof = prove_tensors(reference, folded, written)
+    if check == "tensors" and not proof.left:
+        return dataclasses.replace(proof.comparison(reference, str(folder)), notes=(str(proof),))
+    result = _by_blocks(reference, _with_weights(folded, written), opened)
+    return dataclasses.replace(result, notes=(*result.notes, str(proof)))
+
+
+def _by_blocks(reference: Program, program: Program, opened: Runner) -> Comparison:
+    """The blocks of ``program``, which has the weights of the files, and the files as transformers reads them."""
+    blocks = prove_blocks(reference, program, reference.example, opened.label)
+    inputs = _example(reference)
+    if not blocks.ok:
+        result = held_against(reference, opened, by_block=True, inputs=[inputs])
+        return dataclasses.replace(result, notes=(*result.notes, f"as a whole only: {blocks}"))
+    # Of one set of weights: padding shows nothing more here, and its outputs are anyone's.
+    unpadded = {name: torch.ones_like(value) if is_mask(name) else value for name, value in inputs.items()}
+    whole = verify(open_runner(program, by_block=True), opened, inputs=[unpadded])
+    found = dataclasses.replace(blocks.comparison, notes=(*whole.notes, str(blocks)), checked="blocks")
+    return found if whole.ok else whole
+
+
+def _example(program: Program) -> dict[str, Tensor]:
+    return example_batches(program)[0].values
+
+
+def _with_weights(program: Program, written: Mapping[str, Tensor]) -> Program:
+    """The program with the weights of the files."""
+    result = program.copy()
+    made: dict[int, nn.Parameter] = {}
+    for name in [name for name, _ in named_tensors(result.root) if name in written]:
+        tensor = written[name]
+        if id(tensor) not in made:
+            made[id(tensor)] = nn.Parameter(tensor, requires_grad=False)
+        put_tensor(result.root, name, made[id(tensor)])
+    return result
+
+
+def _forget_own(part: nn.Module, *_: Any) -> None:
+    """Give back the memory of a module's own weights; they are mapped from their file."""
+    for tensor in part.parameters(recurse=False):
+        forget(tensor)
