@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import lorafx
 from lorafx.backends import export
 from lorafx.cli import main
+from lorafx.commands.shared import check_of
 from lorafx.errors import ParityError, UsageError
 from lorafx.passes.lora import Lora
 from lorafx.proof.checkpoint import CHECKS, Check
@@ -28,7 +29,7 @@ def decoder() -> Program:
     return adapted(captured(llama), Lora(rank=2, targets="all-linear"))
 
 
-@pytest.fixture(params=[False, True], ids=["memory", "stream"])
+@pytest.fixture(scope="module", params=[False, True], ids=["memory", "stream"])
 def folded(decoder: Program, request: pytest.FixtureRequest) -> Program:
     return lorafx.fold(decoder, gather="never", stream=request.param)
 
@@ -105,14 +106,19 @@ def test_the_command_line_says_so_too(flags: list[str], message: str, tmp_path: 
     assert message in " ".join(result.output.split())
 
 
-@pytest.mark.parametrize(
-    ("flags", "checked"), [([], "full"), (["--check"], "full"), (["--check", "tensors"], "tensors")]
-)
-def test_the_command_line_passes_it_on(decoder: Program, flags: list[str], checked: str, tmp_path: Path) -> None:
+def test_a_flag_without_a_value_is_the_default() -> None:
+    given = [
+        {"no_check": False, "check": None},
+        {"no_check": False, "check": "auto"},
+        {"no_check": True, "check": None},
+    ]
+    assert [check_of(one) for one in given] == [True, True, False]
+
+
+def test_the_command_line_passes_it_on(decoder: Program, tmp_path: Path) -> None:
     decoder.source.model.save_pretrained(tmp_path / "base")
-    program = adapted(lorafx.capture(tmp_path / "base"), Lora(rank=2, targets="all-linear"))
-    program.save(tmp_path / "run")
-    words = ["fold", str(tmp_path / "run"), "-o", str(tmp_path / "out"), "--json", *flags]
+    adapted(lorafx.capture(tmp_path / "base"), Lora(rank=2, targets="all-linear")).save(tmp_path / "run")
+    words = ["fold", str(tmp_path / "run"), "-o", str(tmp_path / "out"), "--stream", "--json", "--check", "tensors"]
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["sections"]["parity"]["checked"] == checked
+    assert json.loads(result.stdout)["sections"]["parity"]["checked"] == "tensors"
