@@ -7,11 +7,12 @@ from typing import ClassVar
 
 from ..base import Pass, Promise, option
 from ..channels.axes import Axes
+from ..channels.grouped import is_grouped
 from ..channels.groups import zeros_left
 from ..channels.plan import Plan, proven
 from ..channels.removal import Widths
 from ..channels.table import RULES
-from ..deferred.programs import has_zero_slices, is_deferring, resident
+from ..deferred.programs import has_zeros, is_deferring
 from ..graph.edit import Edit
 from ..graph.facts import Removed
 from ..graph.program import Program
@@ -45,9 +46,10 @@ class DeadChannels(Pass):
     def sites(self, program: Program) -> Selection[Plan]:
         if program.stage != "eval" or program.device.type == "meta":
             return Selection(())
-        if is_deferring(program) and not has_zero_slices(program):
-            return Selection(())  # looked for before all weights are held at once
-        plan = proven(resident(program), self, Widths(self.round_to, self.keep_at_least, self.uniform))
+        # Told before anything is analysed; experts may each have zeros of their own, which no row of all of them shows.
+        if is_deferring(program) and not has_zeros(program) and not any(map(is_grouped, program.graph.nodes)):
+            return Selection(())
+        plan = proven(program, self, Widths(self.round_to, self.keep_at_least, self.uniform))
         return Selection((plan,) if plan.cut else ())
 
     def rewrite(self, edit: Edit, site: Plan) -> None:

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from ..deferred.slices import nonzero, uniform
+from ..deferred.tensor import value as value_of
 from ..graph.constants import Constants
 from ..graph.operands import argument, operator_of, rank_of
 from ..graph.site import WEIGHT_OPS
@@ -144,7 +146,7 @@ class ConstantChannels:
         if is_grouped(node):
             return self._grouped(node)
         if node.target is aten.embedding.default:
-            weight = self.weight(node.args[0])
+            weight = self.matrix(node.args[0])
             return None if weight is None else _uniform(weight, 1)
         return None
 
@@ -153,6 +155,12 @@ class ConstantChannels:
         if not isinstance(value, fx.Node) or self.constants.reads(value) is None:
             return None
         return self.constants.value(value, torch.float64)
+
+    def matrix(self, value: object) -> Tensor | None:
+        """The value of a constant operand in a dtype of its own, not necessarily computed yet; None as above."""
+        if isinstance(value, fx.Node) and value.op == "get_attr" and self.constants.reads(value) is not None:
+            return self.constants.value(value)
+        return self.weight(value)
 
     def has_plain_bias(self, node: fx.Node) -> bool:
         """Whether a linear or addmm node has no bias, or a constant vector, that it adds as it is."""
@@ -186,11 +194,11 @@ class ConstantChannels:
         value, weight, _ = operands(node)
         known = axis_of(self.of(value), rank_of(value) - 1)
         plain = known is not None and len(known.dims) == 1 and self.has_plain_bias(node)
-        return plain and self.weight(weight) is not None
+        return plain and isinstance(weight, fx.Node) and self.constants.reads(weight) is not None
 
     def _linear(self, node: fx.Node) -> Array | None:
         value, weight, bias = operands(node)
-        matrix, shift = self.weight(weight), self.weight(bias) if bias is not None else None
+        matrix, shift = self.matrix(weight), self.weight(bias) if bias is not None else None
         entering = axis_of(self.of(value), rank_of(value) - 1)
         if matrix is None or not self.has_plain_bias(node):
             return None
@@ -200,15 +208,14 @@ class ConstantChannels:
 
     def _convolution(self, node: fx.Node) -> Array | None:
         value, kernel, bias = node.args[0], node.args[1], argument(node, "bias")
-        weight = self.weight(kernel)
+        weight = self.matrix(kernel)
         shift = self.weight(bias) if bias is not None else None
         entering = axis_of(self.of(value), 1)
         if weight is None or argument(node, "groups") != 1 or (bias is not None and shift is None):
             return None
         known = entering.data if entering is not None and entering.dims == (1,) else np.full(weight.shape[1], np.nan)
         # The zeros around the border are no constant's: only a constant of 0 goes through a padded convolution.
-        known = np.where(known == 0, known, np.nan)
-        return _combined(weight.flatten(2).sum(2), known, shift, (weight != 0).flatten(2).any(2))
+        return _combined(weight, np.where(known == 0, known, np.nan), shift)
 
     def _grouped(self, node: fx.Node) -> Array | None:
         # Another constant than 0 would differ from expert to expert.
@@ -216,7 +223,7 @@ class ConstantChannels:
         if reads is None:
             return None
         zero = entering.data == 0 if entering is not None and entering.dims == (1,) else np.zeros(reads.shape[1], bool)
-        return np.where(reads.cpu().numpy()[:, ~zero].any(1), np.nan, 0.0)
+        return np.where(nonzero(reads, 0, torch.from_numpy(~zero)).numpy(), np.nan, 0.0)
 
     def _batch_norm(self, node: fx.Node) -> Array | None:
         entering = axis_of(self.of(node.args[0]), 1)
@@ -269,7 +276,7 @@ class ConstantChannels:
         """What is known of ``value`` along an axis of a result of that rank."""
         meta: Tensor = value.meta["val"]
         if meta.numel() == 1 and (tensor := self.weight(value)) is not None:
-            return tensor.double().cpu().numpy().reshape([1] * len(axis.dims))
+            return value_of(tensor).double().cpu().numpy().reshape([1] * len(axis.dims))
         shift = rank - meta.dim()
         for found in (own.moved(lambda dim: dim + shift) for own in self.of(value)):
             if set(found.dims) <= set(axis.dims):
@@ -312,17 +319,18 @@ def _uniform(value: Tensor, dim: int) -> Array:
     """For each position along ``dim`` the one value found there, not-a-number where there are several."""
     if value.is_meta or not value.is_floating_point():
         return np.full(value.shape[dim], np.nan)
-    flat = value.detach().movedim(dim, 0).flatten(1) if value.dim() > 1 else value.detach()[:, None]
-    low, high = flat.amin(1), flat.amax(1)
-    return torch.where((low == high) & low.isfinite(), low.double(), torch.nan).cpu().numpy()
+    return uniform(value.detach(), dim).numpy()
 
 
-def _combined(matrix: Tensor, known: Array, shift: Tensor | None, reads: Tensor | None = None) -> Array:
-    """The outputs of a matrix (out, in) that read constants alone: their values."""
-    constant = torch.tensor(known, device=matrix.device)
+def _combined(matrix: Tensor, known: Array, shift: Tensor | None) -> Array:
+    """The outputs of a weight (out, in, …) that read constants alone: their values. Of a kernel only 0 is constant."""
+    constant = torch.tensor(known)
     free = constant.isnan()
-    result = matrix @ torch.where(free, 0.0, constant)
-    if shift is not None:
-        result = result + shift
-    depends = ((reads if reads is not None else matrix != 0) & free).any(1)
-    return torch.where(depends, torch.nan, result).cpu().numpy()
+    depends = nonzero(matrix, 0, free)
+    result = torch.where(depends, torch.nan, torch.zeros(len(depends), dtype=torch.float64))
+    alone = (~depends & nonzero(matrix, 0, ~free)).nonzero().flatten()
+    if len(alone):
+        rows = value_of(matrix.index_select(0, alone.to(matrix.device))).double().cpu()
+        rows = rows.flatten(2).sum(2) if rows.dim() > 2 else rows
+        result[alone] = rows @ torch.where(free, 0.0, constant)
+    return (result if shift is None else result + value_of(shift).cpu()).numpy()

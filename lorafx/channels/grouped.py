@@ -5,8 +5,10 @@ A third operand says where each expert's rows end. A channel is one for all expe
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, fx
 
+from ..deferred.tensor import passing_tiles
 from ..graph.constants import Constants
 from ..graph.operands import rank_of, value_of
 from .axes import Axes
@@ -58,7 +60,11 @@ def grouped_reads(constants: Constants, node: fx.Node, experts: slice) -> Tensor
     weight = node.args[1]
     if not is_grouped(node) or not isinstance(weight, fx.Node) or constants.reads(weight) is None:
         return None
-    return (constants.value(weight)[experts] != 0).any(0).t()
+    held = constants.value(weight)[experts]
+    reads = torch.zeros(held.shape[1:], dtype=torch.bool, device=held.device)
+    for tile in passing_tiles(held):
+        reads |= (tile != 0).any(0)
+    return reads.t()
 
 
 def products(axes: Axes) -> dict[object, list[fx.Node]]:

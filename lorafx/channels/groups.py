@@ -9,7 +9,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
-from ..deferred.tensor import value as values_of
+from ..deferred.slices import nonzero
 from ..graph.facts import ZeroButKept
 from ..graph.program import Program
 from .axes import Axes, stuck
@@ -117,9 +117,9 @@ def zeros_left(axes: Axes) -> list[ZeroButKept]:
     why = {int(axes.tied_class[label]): reason for label, reason in axes.pins.items()}
     rows = []
     for name, dims in axes.members.items():
-        value = values_of(axes.program.tensor(name))
+        value = axes.program.tensor(name)
         for dim, labels in enumerate(dims if value.dim() in (2, 3) and value.is_floating_point() else []):
-            zero = (value == 0).movedim(dim, 0).flatten(1).all(1).nonzero().flatten().tolist()
+            zero = (~nonzero(value, dim)).nonzero().flatten().tolist()
             if zero and labels.size > 1:
                 reason = why.get(int(axes.tied_class[labels[zero[0]]]), "others beside them stay")
                 rows.append(ZeroButKept(name, dim, len(zero), labels.size, reason))

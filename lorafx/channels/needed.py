@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from ..deferred.slices import nonzero
 from ..graph.operands import rank_of
 from ..graph.site import WEIGHT_OPS
 from .axes import Axes
@@ -80,13 +81,13 @@ def _mark(axes: Axes, need: Array, labels: Array) -> None:
 
 
 def _reads(facts: ConstantChannels, node: fx.Node) -> Tensor | None:
-    """Which outputs of a weight operator read which inputs (out, in); None when the weight is not known."""
+    """A tensor (out, in, …) that is not 0 where an output of a weight operator reads an input: the weight itself, or
+    that of all experts. None when the weight is not known."""
     if node.target in LINEARS:
-        weight = facts.weight(operands(node)[1])
-        return None if weight is None else WEIGHT_OPS[node.target].matrix(weight) != 0
+        weight = facts.matrix(operands(node)[1])
+        return None if weight is None else WEIGHT_OPS[node.target].matrix(weight)
     if node.target in CONVOLUTIONS:
-        weight = facts.weight(node.args[1])
-        return None if weight is None else (weight != 0).flatten(2).any(2)
+        return facts.matrix(node.args[1])
     return grouped_reads(facts.constants, node, facts.experts)
 
 
@@ -101,7 +102,7 @@ def _weight_needs(axes: Axes, facts: ConstantChannels, need: Array, node: fx.Nod
         _all(axes, facts, need, node, reads)  # whatever else it contracts is pinned
         return
     live = need[axes.channel[leaving.data]] if leaving is not None else np.ones(reads.shape[0], bool)
-    wanted = np.broadcast_to(reads[torch.from_numpy(live).to(reads.device)].any(0).cpu().numpy(), entering.data.shape)
+    wanted = np.broadcast_to(nonzero(reads, 1, torch.from_numpy(live)).numpy(), entering.data.shape)
     free = facts.free(node)
     if free is not None and free.shape == wanted.shape:
         wanted = wanted & ~free

@@ -40,10 +40,10 @@ def alike(program: Program, sliced: Program) -> bool:
     before, after = outputs(program), outputs(sliced)
     if len(before) != len(after):
         return False
-    if all(_equal(a, b) for a, b in zip(before, after, strict=True)):
+    if all(equal(a, b) for a, b in zip(before, after, strict=True)):
         return True
     moved = [outputs(jittered(program, seed)) for seed in range(SAMPLES)]
-    return all(_equal(a, b, _slack(a, others)) for a, b, *others in zip(before, after, *moved, strict=True))
+    return all(equal(a, b, _slack(a, others)) for a, b, *others in zip(before, after, *moved, strict=True))
 
 
 def first_difference(program: Program, sliced: Program, axes: Axes, removal: Removal) -> str | None:
@@ -73,7 +73,7 @@ def first_difference(program: Program, sliced: Program, axes: Axes, removal: Rem
 def _agrees(before: Any, after: Any, known: Any, removal: Removal, slack: Any) -> bool:
     """Whether a value, or several, is what stays of another, but for the slack of its elements."""
     if not isinstance(before, (list, tuple)):
-        return _equal(_kept(before, known, removal), _flat(after, known), _kept(slack, known, removal))
+        return equal(_kept(before, known, removal), _flat(after, known), _kept(slack, known, removal))
     parts = known if known and isinstance(known[0], list) else [[] for _ in before]
     return len(before) == len(after) and all(
         _agrees(b, a, own, removal, free) for b, a, own, free in zip(before, after, parts, slack, strict=True)
@@ -152,7 +152,8 @@ def _flat(value: Any, axes: list[Axis]) -> Any:
     return value.permute(*free, *order).reshape(*sizes, *widths)
 
 
-def _equal(a: Any, b: Any, slack: Tensor | None = None) -> bool:
+def equal(a: Any, b: Any, slack: Tensor | None = None) -> bool:
+    """Whether two values are equal up to rounding, but for the slack of their elements."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
     if a.shape != b.shape or a.dtype != b.dtype:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, fx, nn
 
 from ..graph.program import P, Program
-from ..graph.tree import named_tensors, persistent, put_tensor
-from .recipe import Recipe
+from ..graph.site import WEIGHT_OPS
+from ..graph.tree import has_tensor, named_tensors, persistent, put_tensor
+from .slices import nonzero
 from .tensor import deferred, is_deferred, value
-from .zeros import Zeros, zeros_of
 
 
 def is_deferring(program: Program) -> bool:
@@ -46,22 +45,36 @@ def resident(program: P) -> P:
     return result
 
 
-def has_zero_slices(program: Program) -> bool:
-    """Whether any weight has a row or column of zeros; the weights of the checkpoint are read for it, once each.
+def has_zeros(program: Program) -> bool:
+    """Whether any weight has a row or column of zeros, or any vector that is not merely added a zero: whether there is
+    anything that channels could be dead of. Reads the beginning of each row and column.
 
     The rows of a table are looked up by number, so they are not channels: one of zeros (for padding) does not count.
     """
-    tables = {
-        id(program.tensor(str(node.args[0].target)))
-        for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)
-        if isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr"
-    }
-    known: dict[Recipe, Zeros] = {}
+    tables, added = set[int](), set[int]()
+    for node in program.graph.find_nodes(op="get_attr"):
+        if has_tensor(program.root, str(node.target)):
+            places = [_place(user, node) for user in node.users]
+            of = added if all(place == "bias" for place in places) else tables if "table" in places else set[int]()
+            of.add(id(program.tensor(str(node.target))))
     seen: set[int] = set()
     for _, tensor in named_tensors(program.root):
-        if id(tensor) not in seen and tensor.dim() >= 2 and tensor.is_floating_point():
-            seen.add(id(tensor))
-            zeros = zeros_of(tensor, known)
-            if bool(zeros.columns.any()) or (id(tensor) not in tables and bool(zeros.rows.any())):
-                return True
+        if id(tensor) in seen or not tensor.is_floating_point() or not tensor.dim():
+            continue
+        seen.add(id(tensor))
+        if tensor.dim() == 1:
+            found = id(tensor) not in added and bool((tensor == 0).any())
+        else:
+            dims = range(1 if id(tensor) in tables else 0, tensor.dim())
+            found = any(not bool(nonzero(tensor, dim).all()) for dim in dims)
+        if found:
+            return True
     return False
+
+
+def _place(user: fx.Node, node: fx.Node) -> str:
+    """What an operator uses a tensor as: its ``bias``, its ``table``, or anything else."""
+    use = WEIGHT_OPS.get(user.target)
+    if use is None or user.args[use.weight] is node:
+        return "table" if use is not None and use.kind == "embedding" else ""
+    return "bias" if use.bias is not None and len(user.args) > use.bias and user.args[use.bias] is node else ""

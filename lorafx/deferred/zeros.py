@@ -127,6 +127,15 @@ def _product(recipe: Recipe, operands: list[Zeros]) -> Zeros | None:
     return Zeros(left.rows, right.columns)
 
 
+def _selected(recipe: Recipe, operands: list[Zeros]) -> Zeros | None:
+    """Chosen positions: what is zero in all of the other dimension is zero in a part of it."""
+    place, index = recipe.args[1] % len(recipe.shape), recipe.operands()[1].there
+    if index is None or place > 1:
+        return operands[0] if place > 1 else None
+    chosen = operands[0][place][index.cpu()]
+    return operands[0]._replace(**{Zeros._fields[place]: chosen})
+
+
 _SAME = (aten._to_copy.default, aten.clone.default, aten.detach.default, aten.alias.default, aten.neg.default)
 _RULES: dict[Any, Any] = {
     **dict.fromkeys(_SAME, _same),
@@ -136,4 +145,5 @@ _RULES: dict[Any, Any] = {
     **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor), _together),
     aten.where.self: _chosen,
     aten.mm.default: _product,
+    aten.index_select.default: _selected,
 }

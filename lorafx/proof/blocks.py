@@ -10,15 +10,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
-from ..deferred.running import run_segment
-from ..graph.call import flatten
+from ..deferred.running import alike, handed_on
 from ..graph.evaluation import evaluation_form
 from ..graph.precision import coarsest, tolerance
 from ..graph.program import Program
-from ..graph.segments import Segment, compile_graph
 from ..parity.comparison import Case, Comparison, difference
 
 
@@ -53,10 +50,10 @@ def prove_blocks(reference: Program, folded: Program, inputs: Mapping[str, Any],
         label: how ``folded`` is called in the comparison
     """
     first, second = (evaluation_form(program.copy()) for program in (reference, folded))
-    expected, _ = _handed_on(first, inputs)
+    expected, _ = handed_on(first, inputs)
     # The unfolded program's own values, wherever it has them under that name.
-    given, places = _handed_on(second, inputs, expected)
-    shared = [name for name, value in given.items() if isinstance(value, Tensor) and _alike(value, expected.get(name))]
+    given, places = handed_on(second, inputs, expected)
+    shared = [name for name, value in given.items() if alike(value, expected.get(name))]
     lowest = coarsest(value.dtype for value in second.root.parameters())
     cases = [_case(places[name], name, expected[name], given[name]) for name in shared]
     reached = {places[name] for name in shared if places[name]}
@@ -65,33 +62,6 @@ def prove_blocks(reference: Program, folded: Program, inputs: Mapping[str, Any],
     problems = tuple(f"the output {name} could not be compared" for name in ends)
     comparison = Comparison(f"{reference.name} program", label, lowest, tolerance(lowest), tuple(cases), problems)
     return BlockProof(comparison, len(reached), missed)
-
-
-def _handed_on(
-    program: Program, inputs: Mapping[str, Any], instead: Mapping[str, Any] | None = None
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the blocks of a program hand on to others, and which block does, by the names of the nodes.
-
-    Values of the names in ``instead`` are handed on as they are there.
-    """
-    found: dict[str, Any] = {}
-    places: dict[str, str] = {}
-    others = instead or {}
-
-    def run(segment: Segment, taken: list[Any]) -> tuple[Any, ...]:
-        held = [others.get(name, value) for name, value in zip(segment.takes, taken, strict=True)]
-        result = run_segment(program.root, segment, held)
-        found.update(zip(segment.gives, result, strict=True))
-        places.update(dict.fromkeys(segment.gives, segment.block))
-        return result
-
-    with torch.no_grad():
-        compile_graph(program.graph).by_segment(flatten(program, inputs), run)
-    return found, places
-
-
-def _alike(a: Tensor, b: Any) -> bool:
-    return isinstance(b, Tensor) and a.shape == b.shape
 
 
 def _case(block: str, name: str, expected: Tensor, found: Tensor) -> Case:
