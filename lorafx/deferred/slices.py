@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,14 +102,14 @@ def _ranges(tensor: Tensor, dim: int, among: Tensor | None) -> Iterator[Callable
     """The positions ``among`` those along ``dim``, a few at first and then as many as a tile holds; each computed when
     it is called."""
     size = tensor.shape[dim]
-    wanted = torch.arange(size) if among is None else among.nonzero().flatten().cpu()
+    wanted = np.arange(size) if among is None else np.flatnonzero(among.cpu().numpy())
     most = max(1, TILE // max(1, tensor.numel() // max(1, size)))
     parts, place, step = Tiles(recipe_of(tensor)), 0, min(_FIRST, most)
     while place < len(wanted):
         start = int(wanted[place])
         part = Part(dim, start, min(step, size - start))
-        end = int(torch.searchsorted(wanted, start + part.size))
-        yield partial(_chosen, parts, part, wanted[place:end] - start)
+        end = int(np.searchsorted(wanted, start + part.size))
+        yield partial(_chosen, parts, part, torch.from_numpy(wanted[place:end] - start))
         place, step = end, most
 
 

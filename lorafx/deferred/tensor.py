@@ -137,3 +137,20 @@ def forget(tensor: Tensor) -> None:
         held = recipe.there
         if held is not None and held.device.type == "cpu" and held.is_contiguous():
             release(held.data_ptr(), held.numel() * held.element_size())
+
+
+def chosen_from(tensor: Tensor, shape: torch.Size) -> dict[int, Tensor] | None:
+    """Which positions of a tensor of ``shape`` are left, along each dimension that lost some, in one that was made of
+    it by choosing positions; None for any other."""
+    recipe, kept = recipe_of(tensor), dict[int, Tensor]()
+    while recipe.shape != shape:
+        if recipe.op is not aten.index_select.default:
+            if recipe.op not in (aten.detach.default, aten.alias.default, aten.clone.default):
+                return None
+        else:
+            dim, index = recipe.args[1] % len(recipe.shape), recipe.operands()[1].there
+            if index is None:
+                return None
+            kept[dim] = index[kept[dim]] if dim in kept else index
+        recipe = recipe.operands()[0]
+    return kept

@@ -59,9 +59,26 @@ def tiles_of(recipe: Recipe) -> Iterator[Tensor]:
     unless one position is."""
     rows = recipe.shape[0]
     step = max(1, TILE // max(1, math.prod(recipe.shape[1:])))
-    parts = Tiles(recipe)
-    for start in range(0, rows, step):
-        yield parts.part(Part(0, start, min(step, rows - start)))
+    parts, index, start = Tiles(recipe), _rows_of(recipe), 0
+    while start < rows:
+        size = min(step, rows - start)
+        if index is not None:  # of rows that lie far apart, what lies between would be computed too
+            far = (index[start : start + size] - index[start]).abs() >= 2 * step
+            size = int(far.int().argmax()) if bool(far.any()) else size
+        yield parts.part(Part(0, start, size))
+        start += size
+
+
+def _rows_of(recipe: Recipe) -> Tensor | None:
+    """Which rows of another tensor these are, if they were chosen; looked for behind what leaves each in its place."""
+    while recipe.there is None:
+        chosen = recipe.op is aten.index_select.default
+        if chosen and recipe.args[1] % len(recipe.shape) == 0:
+            return recipe.operands()[1].there
+        if not chosen and recipe.op not in _IN_PLACE:
+            return None
+        recipe = recipe.operands()[0]
+    return None
 
 
 class Tiles:
@@ -188,7 +205,8 @@ def _selected(recipe: Recipe, part: Part) -> _Way:
     return [Part(dim, low, high - low + 1), part._replace(dim=0)]
 
 
-_UNARY = (aten._to_copy.default, aten.clone.default, aten.detach.default, aten.alias.default, aten.expand.default)
+_IN_PLACE = (aten._to_copy.default, aten.clone.default, aten.detach.default, aten.alias.default)
+_UNARY = (*_IN_PLACE, aten.expand.default)
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 _WAYS: dict[Any, Callable[[Recipe, Part], _Way | None]] = {
     aten.mm.default: _product,

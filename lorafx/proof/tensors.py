@@ -19,7 +19,7 @@ from torch.fx.node import map_aggregate
 from ..affine.regions import Region
 from ..affine.worth import worth_folding
 from ..deferred.programs import deferring
-from ..deferred.tensor import forget, passing_tiles, value
+from ..deferred.tensor import chosen_from, deferred, forget, passing_tiles, value
 from ..errors import ParityError
 from ..graph.constants import Constants
 from ..graph.operands import node_at, rank_of
@@ -45,7 +45,7 @@ class TensorProof:
     Attributes:
         folded: weights of which columns were computed anew
         unchanged: weights found to be the base's, bit by bit
-        left: weights that neither can be said of (they were cut, or computed without a region of their own)
+        left: weights that neither can be said of (computed without a region of their own, or cut in memory)
         largest: the largest distance of a folded weight from the exact value, in units of its last place
         cases: what was found of each tensor that was looked at
     """
@@ -83,9 +83,10 @@ def prove_tensors(reference: Program, folded: Program, written: Mapping[str, Ten
     for region in (region for group in worth_folding(base) for region in group.regions):
         assert region.carrier is not None
         weight = _weight_of(nodes.get(region.carrier.name))
-        if weight is None or weight not in written or not _is_whole(base, region, written[weight]):
+        kept = _kept(region, folded.tensor(weight)) if weight is not None and weight in written else None
+        if weight is None or kept is None:
             continue
-        distance, case = _distance(base, region, weight, written[weight])
+        distance, case = _distance(base, region, weight, written[weight], kept)
         largest = max(largest, distance)
         cases.append(case)
         for tensor in (written[weight], *map(base.tensor, sorted(region.reads))):
@@ -97,7 +98,7 @@ def prove_tensors(reference: Program, folded: Program, written: Mapping[str, Ten
         if id(folded.tensor(name)) in seen:
             continue
         seen.add(id(folded.tensor(name)))
-        if has_tensor(reference.root, name) and _same(reference.tensor(name), tensor):
+        if has_tensor(reference.root, name) and _same(reference.tensor(name), folded.tensor(name), tensor):
             unchanged += 1
             cases.append(Case("every bit", name, 0.0))
         else:
@@ -111,22 +112,33 @@ def _weight_of(node: fx.Node | None) -> str | None:
     return str(weight.target) if isinstance(weight, fx.Node) and is_tensor_node(weight) else None
 
 
-def _is_whole(base: Program, region: Region, written: Tensor) -> bool:
-    """Whether the weight has the size of the map, and the map is of vectors: nothing was cut, no convolution."""
+def _kept(region: Region, folded: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Which outputs and which inputs of the region's map are in its weight; None where that is not known, and where the
+    map is none of vectors (a convolution's)."""
     assert region.carrier is not None
-    weight = region.carrier.args[WEIGHT_OPS[region.carrier.target].weight]
-    assert isinstance(weight, fx.Node)
-    return region.origin.kind in ("value", "onehot") and tuple(weight.meta["val"].shape) == tuple(written.shape)
+    use = WEIGHT_OPS[region.carrier.target]
+    full = node_at(region.carrier, use.weight).meta["val"].shape
+    kept = chosen_from(folded, full) if region.origin.kind in ("value", "onehot") and len(full) == 2 else None
+    if kept is None:
+        return None
+    first, second = (kept.get(dim, torch.arange(full[dim])) for dim in (0, 1))
+    return (second, first) if use.transposed else (first, second)
 
 
-def _distance(base: Program, region: Region, name: str, written: Tensor) -> tuple[float, Case]:
+def _distance(
+    base: Program, region: Region, name: str, written: Tensor, kept: tuple[Tensor, Tensor]
+) -> tuple[float, Case]:
     """How far columns of a weight are from the exact ones: in units of the weight's last place, and in numbers."""
     assert region.carrier is not None
     use = WEIGHT_OPS[region.carrier.target]
-    features = use.size(written.shape)[1]
-    columns = torch.linspace(0, features - 1, min(COLUMNS, features), dtype=torch.float64).round().long().unique()
+    outputs, inputs = kept
+    features = use.size(node_at(region.carrier, use.weight).meta["val"].shape)[1]
+    count = len(inputs)
+    places = torch.linspace(0, count - 1, min(COLUMNS, count), dtype=torch.float64).round().long().unique()
+    columns = inputs[places]
     exact, scale = _columns(base, region, columns, features)
-    stored = use.matrix(written).index_select(1, columns).double().t()
+    exact = exact.index_select(1, outputs)
+    stored = use.matrix(written).index_select(1, places).double().t()
     kind = torch.finfo(written.dtype)
     place = (exact.abs() * kind.eps).clamp(min=kind.smallest_normal * kind.eps)
     distance = float((((stored - exact).abs() - _FP64 * scale).clamp(min=0.0) / place).max().detach())
@@ -208,17 +220,27 @@ def _in_double(values: Any) -> Any:
     )
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same bits, looked at in tiles."""
-    if a.shape != b.shape or a.dtype != b.dtype:
+def _same(before: Tensor, folded: Tensor, written: Tensor) -> bool:
+    """Whether a tensor was written with the bits it had before, those that ``folded`` has; looked at in tiles."""
+    kept = chosen_from(folded, before.shape)
+    if kept is None or written.dtype != before.dtype or written.shape != folded.shape:
         return False
-    return all(torch.equal(_bits(x), _bits(y)) for x, y in _side_by_side(a, b))
+    held: Tensor = deferred(before.detach()) if kept else before
+    for dim, index in kept.items():
+        held = held.index_select(dim, index)
+    return all(torch.equal(_bits(x), _bits(y)) for x, y in _side_by_side(held, written))
 
 
 def _side_by_side(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tiles of a tensor beside the same rows of another that is there."""
     if not a.dim():
         a, b = a.reshape(1), b.reshape(1)
-    return zip(passing_tiles(a), passing_tiles(b), strict=True)
+    place = 0
+    for tile in passing_tiles(a):
+        rows = b.narrow(0, place, len(tile))
+        yield tile, rows
+        forget(rows)
+        place += len(tile)
 
 
 def _bits(value: Tensor) -> Tensor:

@@ -12,7 +12,10 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import lorafx
+from lorafx.backends import export
 from lorafx.base import Pass
+from lorafx.channels import plan
+from lorafx.deferred import programs, running, slices, tiles
 from lorafx.deferred.programs import is_deferring
 from lorafx.errors import ParityError
 from lorafx.passes.finegates import Finegates
@@ -87,38 +90,10 @@ def test_a_fold_that_streams_is_the_fold_in_memory(
     assert [key for key in memory if not torch.equal(memory[key], streamed[key])] == []
     assert result.ok
     (note,) = (note for note in result.notes if "of the last place" in note)
-    assert "compared with the whole only" not in note
+    assert "compared in their blocks" not in note
     assert any(note.startswith("2 blocks, each on the inputs it has in the program: equal") for note in result.notes)
     origin = load_file(base(dtype) / "model.safetensors")
     assert any(not torch.equal(origin[key], streamed[key]) for key in origin), "nothing was folded"
-
-
-def test_what_gates_closed_is_removed_from_weights_that_stream(
-    base: Callable[[torch.dtype], Path], tmp_path: Path
-) -> None:
-    program = stirred(lorafx.rewrite(lorafx.capture(base(torch.float32)), [Finegates()]), closed=True)
-    for name in program.names("gate"):  # alike in both layers, so that a config can say the widths
-        if "layers.1" in name:
-            program.tensor(name).data.copy_(program.tensor(name.replace("layers.1", "layers.0")).data)
-    memory, _ = written(program, tmp_path / "memory", stream=False)
-    streamed, _ = written(program, tmp_path / "stream", stream=True)
-    assert memory["model.layers.0.mlp.up_proj.weight"].shape[0] < 48
-    assert {key: value.shape for key, value in memory.items()} == {key: v.shape for key, v in streamed.items()}
-    assert all(torch.equal(memory[key], streamed[key]) for key in memory)
-
-
-def test_a_program_that_streams_computes_when_it_is_called(base: Callable[[torch.dtype], Path]) -> None:
-    program = stirred(lorafx.rewrite(lorafx.capture(base(torch.float32)), METHODS["lora"]), closed=False)
-    later, now = lorafx.fold(program, stream=True), lorafx.fold(program)
-    ids = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        a, b = (p.module().eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for p in (later, now))
-    assert type(a) is torch.Tensor
-    assert torch.equal(a, b)
-    assert all("compared as a whole" in a.proof for a in later.history[len(program.history) :] if a.proof)
-
-
-# ---- what the proof finds
 
 
 def spoil(name: str, change: Callable[[torch.Tensor], None]) -> Callable[[Path], None]:
@@ -142,6 +117,85 @@ def _two_rows(value: torch.Tensor) -> None:
     value[[3, 4]] = value[[4, 3]]
 
 
+def gated(folder: Path, *passes: Pass) -> Program:
+    """Gates of which some are closed, alike in both layers, so that a config can say the widths."""
+    program = stirred(lorafx.rewrite(lorafx.capture(folder), [Finegates(), *passes]), closed=True)
+    for name in program.names("gate"):
+        if "layers.1" in name:
+            program.tensor(name).data.copy_(program.tensor(name.replace("layers.1", "layers.0")).data)
+    return program
+
+
+@pytest.mark.parametrize("passes", [(), (Lora(rank=2, targets=("up_proj", "down_proj")),)], ids=["gates", "and lora"])
+def test_what_gates_closed_is_removed_from_weights_that_stream(
+    passes: tuple[Pass, ...], base: Callable[[torch.dtype], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = gated(base(torch.float32), *passes)
+    memory, _ = written(program, tmp_path / "memory", stream=False)
+    monkeypatch.setattr(tiles, "TILE", 200)  # weights of several tiles
+    monkeypatch.setattr(slices, "TILE", 200)
+    for module in (programs, running):  # nothing has all of a weight in memory but what runs a block
+        monkeypatch.setattr(module, "resident", lambda _: pytest.fail("all weights were in memory"), raising=False)
+    folded = lorafx.fold(program, stream=True, gather="never")
+    result = lorafx.export(folded, tmp_path / "stream", "hf", check="tensors")
+    streamed = load_file(tmp_path / "stream" / "model.safetensors")
+    assert memory["model.layers.0.mlp.up_proj.weight"].shape[0] < 48
+    assert {key: value.shape for key, value in memory.items()} == {key: v.shape for key, v in streamed.items()}
+    assert all(torch.equal(memory[key], streamed[key]) for key in memory)
+    assert result is not None
+    assert (result.ok, result.checked) == (True, "tensors"), "what was cut is compared by itself"
+    assert len(result.cases) == len(streamed)
+
+
+@pytest.mark.parametrize(("name", "change"), [("down", _one_number), ("up", _two_rows)])
+def test_a_wrong_number_in_a_weight_that_was_cut_is_found(
+    name: str,
+    change: Callable[[torch.Tensor], None],
+    base: Callable[[torch.dtype], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    program = gated(base(torch.float32), Lora(rank=2, targets=("up_proj", "down_proj")))
+    plain = export.write_checkpoint
+
+    def spoiled(model: Any, folder: Path) -> dict[str, Any]:
+        plain(model, folder)
+        spoil(f"model.layers.0.mlp.{name}_proj.weight", change)(folder)
+        return {}
+
+    monkeypatch.setattr(export, "write_checkpoint", spoiled)
+    with pytest.raises(ParityError, match=rf"{name}_proj.weight: a folded weight is \S+ units of the last place"):
+        lorafx.export(lorafx.fold(program, stream=True, gather="never"), tmp_path / "out", "hf", check="tensors")
+
+
+def test_what_does_not_hold_block_by_block_is_not_removed(
+    base: Callable[[torch.dtype], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rule that is wrong: an operator becomes another one once channels are cut."""
+    program = gated(base(torch.float32))
+    plain = plan.resize
+
+    def wrong(edit: Any, *rest: Any) -> None:
+        plain(edit, *rest)
+        node = next(node for node in edit.program.graph.nodes if node.target is torch.ops.aten.silu.default)
+        node.target = torch.ops.aten.relu.default
+
+    monkeypatch.setattr(plan, "resize", wrong)
+    folded = lorafx.fold(program, stream=True, gather="never")
+    assert folded.tensor("model.layers.0.mlp.up_proj.weight").shape[0] == 48
+
+
+def test_a_program_that_streams_computes_when_it_is_called(base: Callable[[torch.dtype], Path]) -> None:
+    program = stirred(lorafx.rewrite(lorafx.capture(base(torch.float32)), METHODS["lora"]), closed=False)
+    later, now = lorafx.fold(program, stream=True), lorafx.fold(program)
+    ids = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        a, b = (p.module().eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for p in (later, now))
+    assert type(a) is torch.Tensor
+    assert torch.equal(a, b)
+    assert all("compared as a whole" in a.proof for a in later.history[len(program.history) :] if a.proof)
+
+
 @pytest.mark.parametrize("change", [_one_number, _a_row, _two_rows])
 def test_a_wrong_number_in_a_folded_weight_is_found(
     change: Callable[[torch.Tensor], None],
@@ -149,8 +203,6 @@ def test_a_wrong_number_in_a_folded_weight_is_found(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from lorafx.backends import export
-
     program = stirred(lorafx.rewrite(lorafx.capture(base(torch.bfloat16)), METHODS["lora"]), closed=False)
     plain = export.write_checkpoint
     ruin = spoil("model.layers.1.mlp.down_proj.weight", change)
