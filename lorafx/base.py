@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -134,6 +134,10 @@ class SitePass(Pass):
             return f"{self.pass_name()} does not handle {site.kind} weights"
         return None
 
+    def refusing(self, program: Program) -> Callable[[Site], str | None]:
+        """:meth:`refuse` for all sites of a program: what has to be looked up of it once goes here."""
+        return functools.partial(self.refuse, program)
+
     def sites(self, program: Program) -> Selection[Any]:
         """What to rewrite: :meth:`uses`, or what a pass makes of them."""
         return self.uses(program)
@@ -148,8 +152,9 @@ class SitePass(Pass):
         found = program.sites()
         taken: list[Site] = []
         missed: list[Miss[Site]] = []
+        refuse = self.refusing(program)
         for site in found:
-            reason = selector.decide(site, site.blocks - 1) or _inserted(program, site) or self.refuse(program, site)
+            reason = selector.decide(site, site.blocks - 1) or _inserted(program, site) or refuse(site)
             taken.append(site) if reason is None else missed.append(Miss(site, reason))
         if not self.allow_empty:
             self._check_hits(program, selector, found, taken, missed)

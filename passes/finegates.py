@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +18,7 @@ from ..graph.program import Program
 from ..graph.selection import Selection
 from ..graph.site import Site
 from ..graph.state import MethodState
-from ..graph.tree import aliases
+from ..graph.tree import ties
 from ..methods.gates import GATES, ClampedGaussian, gate_facts, gates_of, kept_share, leave_one_open, multiplied
 from ..methods.low_rank import train_biases, train_in_full
 from ..methods.steering import Steering
@@ -69,12 +69,12 @@ class Finegates(Method):
         if self.mode == "penalty" and self.noise == 0:
             raise RecipeError("finegates: mode = 'penalty' is about noise, but noise = 0; give it, or another mode")
 
-    def refuse(self, program: Program, site: Site) -> str | None:
-        if site.block is None:
-            return "outside the blocks"
-        if len(aliases(program.root, site.parameter)) > 1:
-            return "tied weight"
-        return super().refuse(program, site)
+    def refusing(self, program: Program) -> Callable[[Site], str | None]:
+        names = ties(program.root)
+        return lambda site: (
+            ("outside the blocks" if site.block is None else "")
+            or ("tied weight" if len(names[site.parameter]) > 1 else self.refuse(program, site))
+        )
 
     def sites(self, program: Program) -> Selection[Site | Units]:
         found = self.uses(program)
