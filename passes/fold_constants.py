@@ -16,6 +16,7 @@ from ..graph.constants import Constants
 from ..graph.edit import Edit
 from ..graph.program import Program
 from ..graph.selection import Selection
+from ..graph.site import INSERTED_BY
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ class FoldConstants(Pass):
                 and (constants.reads(node) or frozenset()) & learned
                 and any(constants.reads(user) is None for user in node.users)
             ):
-                groups[constants.key(node)].append(node)
+                node = _last_inserted(node)
+                if node not in groups[constants.key(node)]:
+                    groups[constants.key(node)].append(node)
         return Selection(tuple(Alike(tuple(nodes)) for nodes in groups.values()))
 
     def rewrite(self, edit: Edit, site: Alike) -> None:
@@ -71,6 +74,17 @@ class FoldConstants(Pass):
         for node in site.nodes:
             node.replace_all_uses_with(edit.tensor(name))
         edit.sweep(site.nodes)
+
+
+def _last_inserted(node: fx.Node) -> fx.Node:
+    """``node`` without the base's own operators at its end, if a pass inserted what is before them.
+
+    Where the base transposes a weight before it uses it, a changed weight is stored as the base stores it.
+    """
+    last = node
+    while INSERTED_BY not in last.meta and len(last.all_input_nodes) == 1:
+        last = last.all_input_nodes[0]
+    return last if INSERTED_BY in last.meta and last.op != "get_attr" else node
 
 
 def _region(site: Alike) -> dict[fx.Node, None]:

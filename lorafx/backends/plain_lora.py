@@ -19,7 +19,7 @@ from ..affine.regions import AffineAnalysis, Region
 from ..affine.rules import RULES
 from ..affine.values import dense
 from ..errors import UsageError
-from ..graph.site import Site
+from ..graph.site import INSERTED_BY, Site
 from ..graph.tree import get_tensor, named_tensors, put_tensor
 from ..pipeline import rewrite, to_eval
 from ..public import Program
@@ -115,7 +115,7 @@ def _deltas(site: Site) -> Iterator[fx.Node]:
 
 
 def _adds(user: fx.Node, node: fx.Node) -> bool:
-    return "lorafx_pass" in user.meta and user.target is aten.add.Tensor and user.args[0] is node
+    return INSERTED_BY in user.meta and user.target is aten.add.Tensor and user.args[0] is node
 
 
 def _branch(analysis: AffineAnalysis, site: Site, delta: fx.Node) -> tuple[Region, Region]:

@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from ..recipes.recipe import Recipe
 
 
-def read_recipe(path: Path | None, passes: tuple[str, ...], flags: list[str]) -> Recipe:
-    """The recipe of a command: the file, the ``--pass`` names, and ``--NAME.OPTION VALUE`` flags over both."""
+def read_recipe(path: Path | None, passes: tuple[str, ...], flags: list[str], empty: bool = False) -> Recipe:
+    """The recipe of a command: the file, the ``--pass`` names, and ``--NAME.OPTION VALUE`` flags over both.
+
+    ``empty`` says that there may be none.
+    """
     from ..recipes.recipe import Recipe
 
     data = Recipe.read(path).to_dict() if path is not None else {}
@@ -29,7 +32,7 @@ def read_recipe(path: Path | None, passes: tuple[str, ...], flags: list[str]) ->
             entry = {"name": name}
             entries.append(entry)
         entry[option] = _pass_option(name, option, text)
-    if not entries:
+    if not entries and not empty:
         raise UsageError("nothing to do: give --recipe FILE or --pass NAME; `lorafx passes` lists them")
     return Recipe.parse({**data, "pass": entries})
 

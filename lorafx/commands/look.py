@@ -12,7 +12,18 @@ from typing import Any
 import click
 
 from .flags import parse_shape
-from .shared import as_json_option, emit, open_program, opening, opening_options, quiet, read_lines, task_options
+from .shared import (
+    adapter_option,
+    adapters_of,
+    as_json_option,
+    emit,
+    open_program,
+    opening,
+    opening_options,
+    quiet,
+    read_lines,
+    task_options,
+)
 
 
 @click.command()
@@ -20,16 +31,22 @@ from .shared import as_json_option, emit, open_program, opening, opening_options
 @click.argument("b", type=click.Path(path_type=Path))
 @click.option("--texts", type=click.Path(path_type=Path), help="Compare on the lines of this file, not random tokens.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random inputs.")
+@adapter_option
 @opening_options
 @as_json_option
 def verify(a: Path, b: Path, texts: Path | None, seed: int, as_json: bool, **o: Any) -> None:
-    """Compare what two folders compute, on the same inputs at several shapes; exit 4 when they differ."""
+    """Compare what two folders compute, on the same inputs at several shapes; exit 4 when they differ.
+
+    With --adapter, A is a checkpoint that is compared with the adapter on it.
+    """
     from ..errors import ParityError
     from ..proof.verify import verify as compare
 
     lines = read_lines(texts) if texts is not None else None
+    adapters = adapters_of(o["adapters"])
     with quiet():
-        result = compare(a, b, texts=lines, seed=seed, **opening(o))
+        first = a if adapters is None else open_program(a, adapter=adapters, **{**opening(o), "base": None})
+        result = compare(first, b, texts=lines, seed=seed, **opening(o))
     emit(result.to_json(), result.text(), as_json)
     if not result.ok:
         raise ParityError(f"{a} and {b} differ: {result.summary}")

@@ -13,6 +13,8 @@ import click
 from ..errors import UsageError
 from .flags import read_recipe, train_flags, train_options
 from .shared import (
+    adapter_option,
+    adapters_of,
     as_json_option,
     check_of,
     check_option,
@@ -40,6 +42,7 @@ _FLAGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 @click.command(context_settings=_FLAGS)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @recipe_options
+@adapter_option
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="The run folder to make.")
 @task_options
 @checkpoint_options
@@ -53,14 +56,15 @@ _FLAGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 @as_json_option
 @click.pass_context
 def rewrite(ctx: click.Context, checkpoint: Path, recipe: Path | None, passes: tuple[str, ...], **o: Any) -> None:
-    """Insert a recipe's passes into CHECKPOINT and write a trainable run folder."""
+    """Insert a recipe's passes into CHECKPOINT, or a LoRA adapter of PEFT's, and write a trainable run folder."""
     from ..apply import Dump, Observer
     from ..formats.run import save_run
     from ..frontend.capture import capture
     from ..parity.promises import VerifyEach
     from ..pipeline import rewrite as apply
 
-    steps = read_recipe(recipe, passes, ctx.args)
+    adapters = adapters_of(o["adapters"])
+    steps = read_recipe(recipe, passes, ctx.args, adapters is not None)
     if o["out"] is None and not o["dry_run"]:
         raise UsageError("give -o FOLDER for the run, or --dry-run to look at the sites")
     task = o["task"] or steps.model.get("task")
@@ -72,7 +76,8 @@ def rewrite(ctx: click.Context, checkpoint: Path, recipe: Path | None, passes: t
     observers: list[Observer] = [Dump(o["dump"])] if o["dump"] else []
     observers += [VerifyEach(double=True)] if o["verify_each"] and o["double"] and o["check"] else []
     with quiet():
-        program = capture(checkpoint, task, num_labels, meta=not o["verify_each"], **opened)
+        meta = adapters is None and not o["verify_each"]
+        program = capture(checkpoint, task, num_labels, meta=meta, adapter=adapters, **opened)
         program = apply(program, steps, observers, check=o["check"])
         if o["out"] is not None and not o["dry_run"]:
             save_run(program, o["out"], o["overwrite"], train=steps.train, seed=seed)
@@ -121,16 +126,21 @@ def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, resum
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @out_option
+@adapter_option
 @check_options
 @click.option("--verify-each", is_flag=True, hidden=True, help="The default.")
 @click.option("--double", is_flag=True, help="Check the passes in fp64.")
 @width_options
 @stream_option
+@task_options
 @opening_options
 @overwrite_option
 @as_json_option
 def fold(run: Path, out: Path, double: bool, overwrite: bool, as_json: bool, **o: Any) -> None:
-    """Fold everything RUN learned into its base and write an ordinary checkpoint (or a .pt2 where none can hold it)."""
+    """Fold everything RUN learned into its base and write an ordinary checkpoint (or a .pt2 where none can hold it).
+
+    RUN is a run folder, or a checkpoint with --adapter.
+    """
     from ..backends.export import export as write
     from ..formats.hf import fits_checkpoint
     from ..parity.promises import VerifyEach
@@ -142,7 +152,7 @@ def fold(run: Path, out: Path, double: bool, overwrite: bool, as_json: bool, **o
     check, checked = check_of(o), bool(check_of(o))
     stream = not double and streams(run, o["base"], o["stream"])
     with quiet():
-        program = open_program(run, check=checked and not stream, **opening(o))
+        program = open_program(run, check=checked and not stream, **_asked(o))
         observers = [VerifyEach(double=True)] if double and checked else []
         removal = removal_of("cpu", **widths(o))
         folded = merge(program, observers, removal=removal, gather="never", check=checked, stream=stream)
@@ -158,7 +168,8 @@ def fold(run: Path, out: Path, double: bool, overwrite: bool, as_json: bool, **o
 @click.option("--format", "kind", type=click.Choice(["onnx", "hf", "pt2", "peft"]), default="onnx", show_default=True)
 @click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Convert to this dtype.")
-@click.option("--adapters", type=click.Choice(["merged", "separate"]), default="merged", show_default=True)
+@click.option("--adapters", "kept", type=click.Choice(["merged", "separate"]), default="merged", show_default=True)
+@adapter_option
 @click.option("--generate", is_flag=True, help="Prefill and decode graphs with a cache (causal language models).")
 @check_options
 @width_options
@@ -167,7 +178,7 @@ def fold(run: Path, out: Path, double: bool, overwrite: bool, as_json: bool, **o
 @opening_options
 @overwrite_option
 @as_json_option
-def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, adapters: Any, **o: Any) -> None:
+def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, kept: Any, **o: Any) -> None:
     """Export a run, a folded folder or a checkpoint: ONNX by default, verified before the folder gets its name."""
     import torch
 
@@ -180,14 +191,13 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ad
     to = getattr(torch, dtype) if dtype else None
     refuse_check(check, kind, to)  # before the weights are read
     removal = removal_of(provider, **widths(o))
-    if removal is not None and (kind == "peft" or adapters == "separate"):
+    if removal is not None and (kind == "peft" or kept == "separate"):
         raise UsageError("widths are those left by folding, and nothing is folded here; leave the width options out")
     if o["stream"] and kind != "hf":
         raise UsageError(f"only a checkpoint is written a tile at a time, not {kind}: give --format hf, or no --stream")
     stream = kind == "hf" and streams(run, o["base"], o["stream"])
     with quiet():
-        asked = {"task": o["task"], "num_labels": o["num_labels"], **opening(o)}
-        program = open_program(run, check=checked and not stream, **asked)
+        program = open_program(run, check=checked and not stream, **_asked(o))
         if removal is not None or stream:
             gather = "never" if kind == "hf" else "auto"
             program = merge(program, provider=provider, removal=removal, gather=gather, check=checked, stream=stream)
@@ -196,7 +206,7 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ad
             out,
             kind,
             provider=provider,
-            adapters=adapters,
+            adapters=kept,
             dtype=to,
             generate=generate,
             check=check,
@@ -204,6 +214,12 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ad
         )
     report = program.report.plus(parity=parity_record(result, unproven(checked, generate)), output=str(out))
     emit(report.to_json(), report.text(), o["as_json"])
+
+
+def _asked(given: dict[str, Any]) -> dict[str, Any]:
+    """How a command that writes a model opens the one it is made of."""
+    asked = {"task": given["task"], "num_labels": given["num_labels"], "adapter": adapters_of(given["adapters"])}
+    return {**asked, **opening(given)}
 
 
 @click.command()

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import UsageError
+
 if TYPE_CHECKING:
     from ..base import Pass
     from ..public import Program
@@ -63,6 +65,12 @@ stream_option = click.option(
     "--stream/--no-stream",
     default=None,
     help="Compute weights as they are written, for models larger than memory (default: when they take over 1 GB).",
+)
+adapter_option = click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    help="A PEFT adapter to put on the checkpoint: FOLDER, or FOLDER=WEIGHT (repeat: their updates are summed).",
 )
 width_options = _together(
     click.option("--round-to", type=click.IntRange(1), help="Widths left by removing channels: multiples of this."),
@@ -116,6 +124,22 @@ def check_of(given: dict[str, Any]) -> Any:
 def opening(given: dict[str, Any]) -> dict[str, Any]:
     """The values of :data:`opening_options` among a command's options."""
     return {name: given[name] for name in ("allow_pickle", "trust_remote_code", "base")}
+
+
+def adapters_of(texts: tuple[str, ...]) -> dict[str, float] | None:
+    """The folders and weights of ``--adapter``; None without any. UsageError for one that was given twice."""
+    found: dict[str, float] = {}
+    for text in texts:
+        folder, equals, number = text.rpartition("=")
+        plain = not equals or Path(text).is_dir()
+        try:
+            folder, weight = (text, 1.0) if plain else (folder, float(number))
+        except ValueError:
+            raise UsageError(f"--adapter {text}: {number!r} is no weight; write FOLDER or FOLDER=0.5") from None
+        if folder in found:
+            raise UsageError(f"--adapter {folder} was given twice; give it once, with a weight (FOLDER=2)")
+        found[folder] = weight
+    return found or None
 
 
 def streams(run: Path, base: Path | None, asked: bool | None) -> bool:

@@ -80,7 +80,7 @@ def adapter_config(program: Program) -> tuple[dict[str, Any] | None, str]:
             "task_type": _task_type(program.name, paths, saved),
             "base_model_name_or_path": program.source.path,
             "inference_mode": True,
-            "target_modules": _target_modules(modules, set(paths) - modules),
+            "target_modules": exact_targets(modules, paths),
             "modules_to_save": saved or None,
             "bias": "none",
             "fan_in_fan_out": _stored_in_out(adapted),
@@ -167,8 +167,9 @@ def _stored_in_out(adapted: list[_Adapted]) -> bool:
     return {entry.site.kind for entry in adapted} & {"linear", "addmm"} == {"addmm"}
 
 
-def _target_modules(wanted: Collection[str], others: Iterable[str]) -> list[str] | str:
-    short = _shortest(wanted, others)
+def exact_targets(wanted: Collection[str], paths: Iterable[str]) -> list[str] | str:
+    """The shortest ``target_modules`` that name the modules ``wanted`` among all ``paths``, and no other."""
+    short = _shortest(wanted, set(paths) - set(wanted))
     return short if short is not None else "|".join(re.escape(path) for path in sorted(wanted))
 
 

@@ -19,6 +19,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from ..errors import CaptureError, UsageError
+from ..formats.adapter import Adapter
 from ..graph.domain import domain_of
 from ..graph.program import Signature, Source
 from ..graph.tree import has_tensor, named_tensors, put_tensor, tensor_hash
@@ -29,6 +30,7 @@ from ..models.tasks import head_modules, loss_type
 from ..models.tokenizers import find_tokenizer, pad_token
 from ..pipeline import to_eval
 from ..public import Program
+from .adapters import Adapters, adapted, read_adapters, resize, weighted, with_peft
 from .gradients import functions_laid_open, same_gradients
 from .judged import judged, unjudged
 from .masks import check_unpadded
@@ -50,6 +52,7 @@ def capture(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     check: bool = True,
+    adapter: Adapters | None = None,
     **options: Any,
 ) -> Program:
     """Capture a model as a Program.
@@ -63,10 +66,12 @@ def capture(
         dynamic: batch and sequence length stay free; else the shapes of ``inputs`` are fixed
         check: compare the graph with the model, which runs it a few times; without, a comparison later has to catch
             what a graph cannot follow (an export's does)
+        adapter: the folder of a PEFT adapter to put on the model, several, or several with weights
+            (``{folder: weight}``), of which the sum is taken. LoRA is read without PEFT
         options: passed to transformers when a folder is opened (``dtype``, …)
 
     Raises:
-        ArtifactError: the folder cannot be opened
+        ArtifactError: the folder cannot be opened, or an adapter does not fit it
         CaptureError: the model cannot be captured; names the line, the guard or the dimension
     """
     if isinstance(source, nn.Module):
@@ -85,16 +90,30 @@ def capture(
         _find_padding(model, checkpoint, trust_remote_code)
         drawn = {} if meta else {name: tensor_hash(model.get_parameter(name)) for name in fresh}
         origin = Source(model, str(checkpoint.absolute()), task, opened, {}, fresh, drawn)
+    adapters, origin = _prepared(origin, adapter)
     origin = dataclasses.replace(origin, adapters=adapter_tensors(origin.model))
     example = dict(inputs) if inputs is not None else example_inputs(origin.model, checkpoint)
     shapes = dynamic_shapes(origin.model, example) if dynamic else None
     if checkpoint is None:
-        return _captured(origin, example, shapes, check=check and not meta)
+        return adapted(_captured(origin, example, shapes, check=check and not meta), adapters)
     # Files are hashed beside the trace: each keeps one core busy.
     with ThreadPoolExecutor(1) as pool:
         hashes = pool.submit(weight_hashes, checkpoint, read=not meta)
         program = _captured(origin, example, shapes, check=check and not meta)
-        return _known_by(program, hashes.result())
+        return adapted(_known_by(program, hashes.result()), adapters)
+
+
+def _prepared(origin: Source, adapter: Adapters | None) -> tuple[list[tuple[Adapter, float]], Source]:
+    """The LoRA adapters to put on the captured graph, and the model to capture: with any other adapter inside."""
+    if adapter is None:
+        return [], origin
+    folders = weighted(adapter)
+    inside = with_peft(origin.model, folders)
+    if inside is not None:
+        return [], dataclasses.replace(origin, model=inside)
+    adapters = read_adapters(folders)
+    resize(origin.model, adapters)
+    return adapters, origin
 
 
 def _known_by(program: Program, hashes: Mapping[str, str]) -> Program:

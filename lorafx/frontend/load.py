@@ -22,6 +22,7 @@ from ..models.checkpoint import check_safetensors, has_identity, read_config
 from ..pipeline import rewrite
 from ..public import Program
 from ..recipes.recipe import Recipe
+from .adapters import Adapters
 from .capture import capture
 
 
@@ -35,6 +36,7 @@ def load(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     check: bool = True,
+    adapter: Adapters | None = None,
 ) -> Program:
     """Open a folder as a program: a run as it was saved; any checkpoint, exported by lorafx or not, as a new capture.
 
@@ -47,6 +49,7 @@ def load(
         allow_pickle: whether weights in ``.bin`` files may be read
         trust_remote_code: whether the model may run code of its own; never taken from the folder
         check: compare the capture with the model, and hold the recipe's passes to their promises
+        adapter: as for :func:`lorafx.capture`, over a checkpoint
 
     Raises:
         ArtifactError: the folder is incomplete or changed, or a run's base is missing or not the one it was made from
@@ -57,9 +60,11 @@ def load(
     if manifest is None or manifest.kind == "hf":
         if base is not None:
             raise UsageError(f"{path}: a checkpoint has no base of its own")
-        return capture(Path(path), task, num_labels, meta=meta, **allowed)
+        return capture(Path(path), task, num_labels, meta=meta, adapter=adapter, **allowed)
     if manifest.kind != "run":
         raise UsageError(f"{path}: an exported {manifest.kind} folder cannot be rewritten; load the run it came from")
+    if adapter is not None:
+        raise UsageError(f"{path}: a run has adapters of its own; put others on a checkpoint, e.g. the run folded")
     if task is not None or num_labels is not None:
         raise UsageError(f"{path}: a run knows its task; rewrite its base checkpoint to change that")
     run = _record(read_manifest(path, hashes=True))

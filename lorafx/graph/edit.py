@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from ..errors import OperatorError
 from .fake import FakeValues
 from .program import Inserted, Step
-from .site import INSERTED_FOR, WEIGHT_OPS
+from .site import INSERTED_BY, INSERTED_FOR, WEIGHT_OPS
 from .tensors import TensorIndex
 from .tree import below, get_tensor, has_tensor, named_tensors
 
@@ -263,7 +263,7 @@ class Edit:
             detached = self.program.graph.call_function(aten.detach.default, (value,))
             added = self.program.graph.call_function(aten.add_.Tensor, (total, detached))
         for node in (detached, added):
-            node.meta.update(nn_module_stack={}, lorafx_pass=self.step.pass_name(), val=value.meta["val"])
+            node.meta.update(nn_module_stack={}, val=value.meta["val"], **{INSERTED_BY: self.step.pass_name()})
 
     # ---- what stands around a weight
 
@@ -342,7 +342,7 @@ class Edit:
     def _provenance(self, node: fx.Node) -> dict[str, Any]:
         kept = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
         weight = node.meta.get(INSERTED_FOR) or self._weights.get(node)
-        return {**kept, "lorafx_pass": self.step.pass_name(), **({INSERTED_FOR: weight} if weight else {})}
+        return {**kept, INSERTED_BY: self.step.pass_name(), **({INSERTED_FOR: weight} if weight else {})}
 
     @cached_property
     def _weights(self) -> dict[fx.Node, str]:

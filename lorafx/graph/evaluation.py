@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from .operands import set_argument
 from .program import P, Program
+from .site import INSERTED_BY
 
 aten = torch.ops.aten
 
@@ -77,7 +78,7 @@ RULES: dict[Any, Callable[[fx.Node], None]] = {
 
 
 def _rule(node: fx.Node) -> Callable[[fx.Node], None] | None:
-    inserted = "lorafx_pass" in node.meta
+    inserted = INSERTED_BY in node.meta
     return RULES.get(node.target) or (_MEDIANS.get(node.target) if inserted else None)
 
 

@@ -129,7 +129,8 @@ def module_path(node: fx.Node, fallback: str) -> str:
     return paths[-1] if paths and paths[-1] else fallback
 
 
-#: Where a node that a pass inserted keeps the name of the weight it was inserted for.
+#: Where a node that a pass inserted keeps the name of the pass, and that of the weight it was inserted for.
+INSERTED_BY = "lorafx_pass"
 INSERTED_FOR = "lorafx_weight"
 
 

@@ -1,0 +1,168 @@
+"""Passes for adapters that others trained, where they are more than the ``lora`` pass makes. Values follow later.
+
+They know nothing of files: what goes where is said by the path of a module or the name of a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx, nn
+
+from ..base import Method, Promise, option
+from ..graph.edit import Edit
+from ..graph.program import Program
+from ..graph.selection import Selection
+from ..graph.site import Site, module_path
+from .low_rank import ExactLora
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class AdapterLora(ExactLora):
+    """LoRA of any rank whose update may have a bias, and whose rows may be given their lengths anew (DoRA).
+
+    With magnitudes m: ``y = m / ‖W + s B A‖ ⊙ (W x + s B A x) + b``, lengths over the inputs of an output
+    (arXiv 2402.09353, eq. 5); gradients do not go through them, as the authors have it (section 4.3).
+    """
+
+    promise: ClassVar[Promise] = Promise.SHAPES
+
+    decomposed: bool = option(False, "whether each module has magnitudes")
+    shifted: bool = option(False, "whether the update has a bias")
+
+    def leave(self, edit: Edit, site: Site, delta: fx.Node) -> fx.Node:
+        shape = (site.out_features, *[1] * (2 * (site.kind == "conv2d")))
+        if self.shifted and site.kind != "embedding":
+            shift = edit.parameter(site, "lora_B.bias", (site.out_features,))
+            moved = edit.call(aten.view.default, edit.call(aten.mul.Tensor, shift, self.scale_of(site)), shape)
+            delta = edit.call(aten.add.Tensor, delta, moved)
+        if not self.decomposed:
+            return delta
+        factor = edit.call(aten.view.default, self._factor(edit, site), shape)
+        own = edit.cast(site.node, delta.meta["val"].dtype)
+        if site.bias is not None:
+            bias = edit.cast(site.bias, delta.meta["val"].dtype)
+            own = edit.call(aten.sub.Tensor, own, edit.call(aten.view.default, bias, shape))
+        grown = edit.call(aten.mul.Tensor, own, edit.call(aten.sub.Tensor, factor, 1.0))
+        return edit.call(aten.add.Tensor, grown, edit.call(aten.mul.Tensor, delta, factor))
+
+    def _factor(self, edit: Edit, site: Site) -> fx.Node:
+        """What each output is multiplied by: (out,)."""
+        names = edit.names(site)
+        short_a, short_b = (
+            ("lora_embedding_A", "lora_embedding_B") if site.kind == "embedding" else ("lora_A", "lora_B")
+        )
+        a, b = (edit.tensor(names[short]) for short in (short_a, short_b))
+        magnitude = edit.parameter(site, "lora_magnitude_vector", (site.out_features,))
+        weight = site.node.args[site.op.weight]
+        assert isinstance(weight, fx.Node)
+        matrix = edit.cast(weight, magnitude.meta["val"].dtype)
+        if site.op.transposed:
+            matrix = edit.call(aten.t.default, matrix)
+        elif site.kind == "conv2d":
+            a, b, matrix = (edit.call(aten.flatten.using_ints, value, 1) for value in (a, b, matrix))
+        update = edit.call(aten.mul.Tensor, edit.call(aten.mm.default, b, a), self.scale_of(site))
+        whole = edit.call(aten.add.Tensor, matrix, update)
+        length = edit.call(aten.linalg_vector_norm.default, whole, 2, [1])
+        return edit.call(aten.div.Tensor, magnitude, edit.call(aten.detach.default, length))
+
+
+@dataclass(frozen=True)
+class StackShape:
+    """The low-rank update of a stack of matrices: see :class:`lorafx.formats.adapter.Stack`."""
+
+    rank: int
+    experts: int
+    transposed: bool
+    scale: float
+
+
+@dataclass(frozen=True)
+class AdapterWeights(Method):
+    """Change weights themselves: update stacks of them, replace rows of tables, or take tensors that trained in full.
+
+    Before: ``f(W)``
+    After: ``f(W + s B A)``, ``f(W[rows ← R])`` or ``f(V)``, by operators on tensors alone
+
+    Keeps: shapes; values are loaded afterwards. Does nothing without options.
+    """
+
+    promise: ClassVar[Promise] = Promise.SHAPES
+
+    stacks: Mapping[str, StackShape] = option({}, "updates, by the name of the parameter")
+    rows: Mapping[str, tuple[int, ...]] = option({}, "the rows that are replaced, by the name of the table")
+    whole: tuple[str, ...] = option((), "tensors that have other values, also where they are tied")
+    copies: tuple[str, ...] = option((), "tensors that have values of their own, though they were tied")
+
+    def sites(self, program: Program) -> Selection[Any]:
+        return Selection((*self.stacks, *self.rows, *self.whole, *self.copies))
+
+    def rewrite(self, edit: Edit, site: str) -> None:
+        if site in self.stacks:
+            self._update(edit, site, self.stacks[site])
+        elif site in self.rows:
+            self._replace_rows(edit, site, self.rows[site])
+        else:
+            _take(edit, site, edit.aliases(site) if site in self.whole else [site])
+
+    def _update(self, edit: Edit, name: str, stack: StackShape) -> None:
+        site, leaf = site_of(edit.program, name), name.rpartition(".")[2]
+        shape = edit.program.tensor(name).shape[-2:]
+        out, features = reversed(shape) if stack.transposed else shape
+        a = edit.parameter(site, f"{leaf}_lora_A", (stack.experts * stack.rank, features))
+        b = edit.parameter(site, f"{leaf}_lora_B", (out, stack.experts * stack.rank))
+        for node in _reads(edit, name):
+            with edit.after(node):
+                each_a = edit.call(aten.view.default, a, [stack.experts, stack.rank, features])
+                each_b = edit.call(aten.view.default, b, [out, stack.rank, stack.experts])
+                delta = edit.call(aten.bmm.default, edit.call(aten.permute.default, each_b, [2, 0, 1]), each_a)
+                if stack.transposed:
+                    delta = edit.call(aten.transpose.int, delta, 1, 2)
+                if node.meta["val"].dim() == 2:
+                    delta = edit.call(aten.squeeze.dim, delta, 0)
+                delta = edit.call(aten.mul.Tensor, delta, stack.scale)
+                whole = edit.call(aten.add.Tensor, edit.cast(node, delta.meta["val"].dtype), delta)
+                edit.replace(node, edit.cast(whole, node.meta["val"].dtype))
+
+    def _replace_rows(self, edit: Edit, name: str, rows: tuple[int, ...]) -> None:
+        site, leaf = site_of(edit.program, name), name.rpartition(".")[2]
+        values = edit.parameter(site, f"{leaf}_rows", (len(rows), edit.program.tensor(name).shape[1]))
+        index = edit.tensor(edit.constant(f"{name}_row_numbers", torch.tensor(rows)))
+        for node in _reads(edit, name):
+            with edit.after(node):
+                cast = edit.cast(values, node.meta["val"].dtype)
+                edit.replace(node, edit.call(aten.index_copy.default, node, 0, index, cast))
+
+
+def site_of(program: Program, name: str) -> Site:
+    """A use of the tensor called ``name``; KeyError when the graph does not use it."""
+    tensor = program.tensor(name)
+    uses = [site for site in program.sites() if program.tensor(site.parameter) is tensor]
+    if not uses:
+        raise KeyError(name)
+    return uses[0]
+
+
+def _reads(edit: Edit, name: str) -> list[fx.Node]:
+    """The nodes that give the tensor's value, under any of its names."""
+    names = edit.aliases(name)
+    return [node for node in edit.program.graph.find_nodes(op="get_attr") if node.target in names]
+
+
+def _take(edit: Edit, name: str, names: list[str]) -> None:
+    """Give a tensor storage of its own under ``names``. Where others keep what it was, its own module reads the new one
+    and every other module the old."""
+    old, own = edit.program.tensor(name), name.rpartition(".")[0]
+    kept = next((alias for alias in edit.aliases(name) if alias not in names), None)
+    for alias in edit.aliases(name) if kept is not None else ():
+        for reader in edit.readers(alias):
+            new = name if module_path(reader, alias.rpartition(".")[0]) == own else kept
+            reader.replace_input_with(edit.tensor(alias), edit.tensor(new))
+    value = nn.Parameter(old.detach().clone(), requires_grad=old.is_floating_point())
+    for alias in names:
+        edit.set_tensor(alias, value)
