@@ -206,19 +206,25 @@ class _Binding:
                 continue
             short = "lora_B.bias" if match[3] == ".bias" else match[2]
             groups.setdefault(match[1], {})[short] = key
-        found = [*(self._low_rank(owner, keys) for owner, keys in groups.items()), *self._others(rest)]
+        # A name that the base does not have says more than what is then missing elsewhere.
+        others, places = list(self._others(rest)), {owner: self._place(owner, keys) for owner, keys in groups.items()}
+        found = [*(self._low_rank(*places[owner], keys) for owner, keys in groups.items()), *others]
         self._check_missing(found, set(groups))
         return found
 
     # ---- low-rank factors
 
-    def _low_rank(self, owner: str, keys: dict[str, str]) -> Change:
+    def _place(self, owner: str, keys: dict[str, str]) -> tuple[str, int]:
+        """The module that low-rank factors belong to, and how many wrappers stand around it."""
         path, depth = owner, 0
         while path not in self.modules and path.endswith(".base_layer"):
             path, depth = path.removesuffix(".base_layer"), depth + 1
         if path not in self.modules:
             hint = did_you_mean(path, self.modules)
             raise self._odd(next(iter(keys.values())), f"the base has no module {path}{hint}; is it another base?")
+        return path, depth
+
+    def _low_rank(self, path: str, depth: int, keys: dict[str, str]) -> Change:
         stacked = self._targeted_parameters(path)
         if stacked:
             return self._stack(path, stacked, depth, keys)

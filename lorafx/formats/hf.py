@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,9 @@ from ..graph.facts import Gathered
 from ..graph.program import Program
 from ..graph.tree import named_tensors
 
+#: Where PEFT keeps the module that an adapter stands around, and one that it trained in full.
+_TRAINED = ".modules_to_save."
+_WRAPPER = re.compile(r"\.base_layer(?=\.)|\.original_module(?=\.)|\.modules_to_save\.[^.]+(?=\.)")
 #: More ways than this to explain the sizes are not tried.
 _TRIES = 256
 
@@ -36,7 +40,8 @@ def hf_model(program: Program, dtype: torch.dtype | None = None) -> nn.Module:
             f"a checkpoint cannot hold {gathered[0].weight}, which was left with the columns it uses; fold with "
             'gather-columns at when = "never" (fold(program, gather="never")), or export it as onnx or pt2'
         )
-    values = {**dict(source.named_buffers(remove_duplicate=False)), **dict(named_tensors(program.root))}
+    held = {**dict(source.named_buffers(remove_duplicate=False)), **dict(named_tensors(program.root))}
+    values = _unwrapped(held, program)
     model = _model_of_shapes(program, values)
     shared: dict[int, torch.Tensor] = {}
     for name, _ in list(named_tensors(model)):
@@ -45,10 +50,21 @@ def hf_model(program: Program, dtype: torch.dtype | None = None) -> nn.Module:
     return model.eval()
 
 
+def _unwrapped(values: Mapping[str, torch.Tensor], program: Program) -> dict[str, torch.Tensor]:
+    """The tensors under the names that the model's class has for them. Another library's adapters, captured with the
+    model, keep what they adapt in a module inside their own; of a module that they trained in full, the trained copy
+    counts."""
+    if not program.source.adapters:
+        return dict(values)
+    plain = {name: _WRAPPER.sub("", name) for name in values}
+    trained = {new: values[name] for name, new in plain.items() if _TRAINED in name}
+    return {new: trained.get(new, values[name]) for name, new in plain.items()}
+
+
 def _model_of_shapes(program: Program, values: Mapping[str, torch.Tensor]) -> nn.Module:
     """The model's class, without values, under the config that gives the tensors their shapes."""
     source = program.source.model
-    before = {name: slot.shape for name, slot in named_tensors(source)}
+    before = {name: slot.shape for name, slot in _unwrapped(dict(named_tensors(source)), program).items()}
     after = {name: value.shape for name, value in values.items()}
     misfit = ""
     # Where no setting can be read from the sizes, the config as it is shows what does not fit.
@@ -62,7 +78,7 @@ def _model_of_shapes(program: Program, values: Mapping[str, torch.Tensor]) -> nn
         except Exception as error:  # each architecture checks its sizes with errors of its own
             misfit = misfit or first_line(error)
             continue
-        misfit = _misfit(model, values)
+        misfit = _misfit(model, values) or _homeless(model, program)
         if not misfit:
             return model
     shrunk = any(after.get(name, shape) != shape for name, shape in before.items())
@@ -81,6 +97,17 @@ def _misfit(model: nn.Module, values: Mapping[str, torch.Tensor]) -> str:
         if value is None or value.shape != slot.shape:
             found = "nothing" if value is None else f"shape {tuple(value.shape)}"
             return f"{name} is {tuple(slot.shape)} in its architecture, {found} here"
+    return ""
+
+
+def _homeless(model: nn.Module, program: Program) -> str:
+    """A tensor that the program reads and the architecture has no place for: a bias that an adapter brought, say."""
+    places = dict(named_tensors(model))
+    for node in program.graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        own = _WRAPPER.sub("", name) if program.source.adapters else name
+        if own not in places and node.users and program.roles.get(name, "constant") not in ("constant", "statistic"):
+            return f"its architecture has no {own}"
     return ""
 
 

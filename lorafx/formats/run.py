@@ -25,6 +25,7 @@ from ..graph.program import Program
 from ..graph.tree import ties
 from ..models.examples import example_inputs
 from ..recipes.recipe import Recipe
+from ..recipes.registry import in_recipes
 from ..reporting.report import Report, report_of
 from .companions import copy_companions
 from .peft import adapter_config, adapter_keys
@@ -68,6 +69,7 @@ def save_run(
         )
     if program.origin is not None:
         raise UsageError("a folded program is no run any more: write it with lorafx.export, or save it before fold()")
+    _refuse_foreign(program)
     inputs, capturing = _capture_record(program)
     keys = adapter_keys(program)
     values = {keys[name]: plain_tensor(value) for name, value in program.learned().items() if not value.is_meta}
@@ -91,6 +93,18 @@ def save_run(
         if peft is not None:
             _write_json(folder / "adapter_config.json", peft)
         copy_companions(program, folder)
+
+
+def _refuse_foreign(program: Program) -> None:
+    """UsageError for a program with parts of another library's adapter that no recipe can say."""
+    odd = next((step for step in passes_of(program) if not in_recipes(step)), None)
+    if odd is None and not program.source.adapters:
+        return
+    what = sorted(program.source.adapters)[0] if odd is None else "more than the lora pass makes"
+    raise UsageError(
+        f"this adapter holds {what}, which a run cannot train on; fold or export it, or train plain LoRA of rank up to "
+        "the weights' sizes, and modules in full that are tied to no other"
+    )
 
 
 def base_record(program: Program) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def _check_sum(changes: Sequence[tuple[Adapter, float, list[Change]]]) -> None:
                 raise UsageError(
                     f"{adapter.folder}: {change.name} is replaced, which a weight of {weight:g} cannot scale; give it 1"
                 )
-            if change.name in taken:
+            if taken.get(change.name, adapter.folder) != adapter.folder:
                 raise UsageError(f"{taken[change.name]} and {adapter.folder} both replace {change.name}; take one")
             taken[change.name] = adapter.folder
         names = {change.name for change in found}

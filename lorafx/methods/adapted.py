@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -72,8 +72,7 @@ class AdapterLora(ExactLora):
         return edit.call(aten.div.Tensor, magnitude, edit.call(aten.detach.default, length))
 
 
-@dataclass(frozen=True)
-class StackShape:
+class StackShape(NamedTuple):
     """The low-rank update of a stack of matrices: see :class:`lorafx.formats.adapter.Stack`."""
 
     rank: int
@@ -99,16 +98,19 @@ class AdapterWeights(Method):
     whole: tuple[str, ...] = option((), "tensors that have other values, also where they are tied")
     copies: tuple[str, ...] = option((), "tensors that have values of their own, though they were tied")
 
-    def sites(self, program: Program) -> Selection[Any]:
-        return Selection((*self.stacks, *self.rows, *self.whole, *self.copies))
+    def sites(self, program: Program) -> Selection[tuple[str, str]]:
+        # A table may be in two options: rows are replaced in what it became.
+        options = ("whole", "copies", "stacks", "rows")
+        return Selection(tuple((option, name) for option in options for name in getattr(self, option)))
 
-    def rewrite(self, edit: Edit, site: str) -> None:
-        if site in self.stacks:
-            self._update(edit, site, self.stacks[site])
-        elif site in self.rows:
-            self._replace_rows(edit, site, self.rows[site])
+    def rewrite(self, edit: Edit, site: tuple[str, str]) -> None:
+        option, name = site
+        if option == "stacks":
+            self._update(edit, name, self.stacks[name])
+        elif option == "rows":
+            self._replace_rows(edit, name, self.rows[name])
         else:
-            _take(edit, site, edit.aliases(site) if site in self.whole else [site])
+            _take(edit, name, edit.aliases(name) if option == "whole" else [name])
 
     def _update(self, edit: Edit, name: str, stack: StackShape) -> None:
         site, leaf = site_of(edit.program, name), name.rpartition(".")[2]

@@ -72,6 +72,15 @@ def pass_class(name: str) -> type[Pass]:
     raise UsageError(f"{module_name} defines no pass")
 
 
+def in_recipes(step: object) -> bool:
+    """Whether a recipe can say this pass: it is one of those known by name."""
+    from ..base import Pass
+
+    if not isinstance(step, Pass) or step.pass_name() not in known():
+        return False
+    return isinstance(step, pass_class(step.pass_name()))
+
+
 def _plugin_class(name: str, value: Any) -> type[Pass]:
     from ..base import Pass
 
