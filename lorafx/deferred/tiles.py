@@ -161,6 +161,11 @@ def _product(recipe: Recipe, part: Part) -> _Way:
     return [part, None] if part.dim == 0 else [None, part]
 
 
+def _products(recipe: Recipe, part: Part) -> _Way:
+    """Of one matrix and another, each of a stack."""
+    return [[part, part], [part, None], [None, part]][part.dim]
+
+
 def _transposed(recipe: Recipe, part: Part) -> _Way:
     first, second = (0, 1) if recipe.op is aten.t.default else (d % len(recipe.shape) for d in recipe.args[1:3])
     return [part._replace(dim={first: second, second: first}.get(part.dim, part.dim))]
@@ -211,6 +216,7 @@ _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 _WAYS: dict[Any, Callable[[Recipe, Part], _Way | None]] = {
     aten.mm.default: _product,
     aten.mv.default: _product,
+    aten.bmm.default: _products,
     aten.t.default: _transposed,
     aten.transpose.int: _transposed,
     aten.permute.default: _permuted,

@@ -70,6 +70,11 @@ class Factors(Change):
     magnitude: Tensor | None = None
     shift: Tensor | None = None
 
+    def of_bias(self) -> Shift | None:
+        """The change of the module's bias, if there is one."""
+        shift = self.shift
+        return None if shift is None else Shift(f"{self.module}.bias", self.keys, False, shift, self.scale)
+
     def updated(self, old: Tensor) -> Tensor:
         a, b = (_like(old, value.detach().flatten(1).double()) for value in (self.a, self.b))
         matrix = self.use.matrix(old.detach()).double() + (b * self.scale) @ a
@@ -77,6 +82,17 @@ class Factors(Change):
             length = torch.linalg.vector_norm(matrix, dim=1)
             matrix = matrix * (self.magnitude.reshape(-1).double() / length).unsqueeze(1)
         return self.use.stored(matrix, old.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Shift(Change):
+    """A bias that ``scale · shift`` is added to."""
+
+    shift: Tensor
+    scale: float
+
+    def updated(self, old: Tensor) -> Tensor:
+        return old.detach().double() + self.scale * self.shift.double()
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,11 +110,12 @@ class Stack(Change):
     transposed: bool
 
     def updated(self, old: Tensor) -> Tensor:
-        a = self.a.double().reshape(self.experts, -1, self.a.shape[1])
-        b = self.b.double().reshape(self.b.shape[0], -1, self.experts).permute(2, 0, 1)
-        delta = self.scale * torch.bmm(b, a)
-        delta = delta.transpose(1, 2) if self.transposed else delta
-        return old.detach().double() + delta.reshape(old.shape)
+        a = self.a.detach().double().reshape(self.experts, -1, self.a.shape[1])
+        b = self.b.detach().double().reshape(self.b.shape[0], -1, self.experts).permute(2, 0, 1).contiguous()
+        if old.dim() == 2:
+            return old.detach().double() + _like(old, b[0] * self.scale) @ _like(old, a[0])
+        delta = torch.bmm(_like(old, b * self.scale), _like(old, a))
+        return old.detach().double() + (delta.transpose(1, 2) if self.transposed else delta)
 
 
 @dataclass(frozen=True, eq=False)

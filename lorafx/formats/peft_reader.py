@@ -51,11 +51,10 @@ def apply_adapter(model: nn.Module, folder: Path) -> None:
                 old.copy_(new)
             else:
                 _put(model, change.name, new)
-            if isinstance(change, Factors) and change.shift is not None:
-                bias: Any = getattr(model.get_submodule(change.module), "bias", None)
-                shift = change.scale * change.shift.double()
-                both = (shift if bias is None else bias.double() + shift).to(old.dtype)
-                _put(model, f"{change.module}.bias", both)
+            moved = change.of_bias() if isinstance(change, Factors) else None
+            if moved is not None:
+                bias = getattr(model.get_submodule(moved.name.removesuffix(".bias")), "bias", None)
+                _put(model, moved.name, moved.updated(torch.zeros(()) if bias is None else bias).to(old.dtype))
 
 
 def _put(model: nn.Module, name: str, value: Tensor) -> None:
