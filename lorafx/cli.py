@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import click
 
-from .commands.check import check_merge
+from .commands.check import check, check_merge
 from .commands.edit import edit, patch
 from .commands.look import bench, inspect, latency, passes, verify
 from .commands.make import export, fold, rewrite, run, train
@@ -19,7 +19,22 @@ from .errors import ArtifactError, LorafxError, first_line
 from .version import __version__
 
 # A new command is imported above and named here; its module must not import torch or transformers when imported.
-_COMMANDS = (rewrite, train, fold, export, run, verify, bench, inspect, latency, passes, edit, patch, check_merge)
+_COMMANDS = (
+    rewrite,
+    train,
+    fold,
+    export,
+    run,
+    verify,
+    bench,
+    inspect,
+    latency,
+    passes,
+    edit,
+    patch,
+    check,
+    check_merge,
+)
 
 
 class _Group(click.Group):

@@ -35,6 +35,7 @@ from ..models.tokenizers import length_limit
 from ..parity.comparison import Comparison
 from ..parity.runner import PROVIDERS, Runner
 from ..pipeline import fold, to_eval
+from ..proof.certificate import proof_of_files, write_certificate
 from ..proof.checkpoint import Check, hold_checkpoint, refuse_check
 from ..proof.exports import held_against, parity_record, reference_of, refuse_untrained, unproven
 from ..proof.open import open_runner
@@ -123,6 +124,8 @@ def export(
         if reason:
             _log.warning("%s: %s", path, reason)
         _write_report(final, folder, parity_record(result, reason))
+        proof = proof_of_files(reference, final, folder) if format == "hf" and result and dtype is None else None
+        hashed.update(write_certificate(reference, final, folder, format, hashed, parity_record(result, reason), proof))
         return result
 
 

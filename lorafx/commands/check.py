@@ -33,3 +33,24 @@ def check_merge(base: Path, adapters: tuple[str, ...], merged: Path, task: str |
     emit(result.to_json(), result.text(), as_json)
     if not result.ok:
         raise ParityError(f"{merged}: {len(result.faults)} tensors are not base + adapter, first {result.faults[0]}")
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--base", type=click.Path(path_type=Path), help="Where the base checkpoint is now.")
+@as_json_option
+def check(folder: Path, base: Path | None, as_json: bool) -> None:
+    """Check the certificate of a folder that lorafx wrote: its files, and what they were made of; exit 4 if broken.
+
+    Where base and adapters are, every tensor is composed of them anew.
+    """
+    import dataclasses
+
+    from ..errors import ParityError
+    from ..proof.certificate import check_folder
+
+    with quiet():
+        found = check_folder(folder, base)
+    emit({"ok": found.ok, **dataclasses.asdict(found)}, found.text(), as_json)
+    if not found.ok:
+        raise ParityError(f"{folder}: its certificate does not hold: {found.broken[0]}")

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..graph.program import Program
 from ..models.checkpoint import open_model
-from .adapter import Factors, Whole, read_adapter
+from .adapter import read_adapter
+from .changes import Factors, Whole
 
 
 def opened_adapter(program: Program, folder: Path) -> nn.Module:

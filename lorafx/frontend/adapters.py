@@ -7,6 +7,8 @@ beside it. Folding, streaming and exporting know nothing of where it came from.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
@@ -20,11 +22,12 @@ from torch import Tensor, nn
 from ..base import Pass
 from ..errors import ArtifactError, UsageError, first_line
 from ..files.folder import file_hash
-from ..formats.adapter import Adapter, Change, Factors, Rows, Stack, Whole, read_adapter
-from ..formats.adapter_config import read_config_file
+from ..formats.adapter import WEIGHTS, Adapter, read_adapter
+from ..formats.adapter_config import CONFIG, read_config_file
+from ..formats.changes import Change, Factors, Rows, Stack, Whole
 from ..formats.peft import exact_targets
 from ..graph.program import P, Program
-from ..graph.tree import ties
+from ..graph.tree import tensor_hash, ties
 from ..methods.adapted import AdapterLora, AdapterWeights, StackShape, site_of
 from ..passes.lora import Lora
 from ..pipeline import run
@@ -117,9 +120,25 @@ def adapted(program: P, adapters: Sequence[tuple[Adapter, float]]) -> P:
         heads = _heads(program, found) if _is_plain(program, adapter, found) else {}
         program = _weights(program, adapter, weight, [change for change in found if change not in heads])
         program = _branches(program, adapter, weight, found, heads)
-    files = {str(file): file_hash(file) for adapter, _ in adapters for file in sorted(adapter.folder.glob("adapter_*"))}
-    source = dataclasses.replace(program.source, added={**program.source.added, **files})
+    if not adapters:
+        return program
+    learned = learned_digest(program)
+    added = tuple({**added_record(adapter.folder, weight), "learned": learned} for adapter, weight in adapters)
+    source = dataclasses.replace(program.source, added=(*program.source.added, *added))
     return dataclasses.replace(program, source=source)
+
+
+def learned_digest(program: Program) -> str:
+    """What is known by it whether a program is still what its adapters made of it: its passes and what was learned."""
+    learned = sorted((name, tensor_hash(value)) for name, value in program.learned().items())
+    steps = [applied.step.pass_name() for applied in program.history]
+    return hashlib.sha256(json.dumps([steps, learned]).encode()).hexdigest()
+
+
+def added_record(folder: Path, weight: float) -> dict[str, Any]:
+    """What a certificate says of an adapter: where it is, how it is weighted, and the sha256 of its files."""
+    files = {name: file_hash(folder / name) for name in (CONFIG, WEIGHTS) if (folder / name).is_file()}
+    return {"path": str(folder.absolute()), "weight": weight, "files": files}
 
 
 def _check_sum(changes: Sequence[tuple[Adapter, float, list[Change]]]) -> None:

@@ -30,7 +30,7 @@ from ..models.tasks import head_modules, loss_type
 from ..models.tokenizers import find_tokenizer, pad_token
 from ..pipeline import to_eval
 from ..public import Program
-from .adapters import Adapters, adapted, read_adapters, resize, weighted, with_peft
+from .adapters import Adapters, adapted, added_record, read_adapters, resize, weighted, with_peft
 from .gradients import functions_laid_open, same_gradients
 from .judged import judged, unjudged
 from .masks import check_unpadded
@@ -110,7 +110,8 @@ def _prepared(origin: Source, adapter: Adapters | None) -> tuple[list[tuple[Adap
     folders = weighted(adapter)
     inside = with_peft(origin.model, folders)
     if inside is not None:
-        return [], dataclasses.replace(origin, model=inside)
+        added = tuple(added_record(folder, 1.0) for folder in folders)
+        return [], dataclasses.replace(origin, model=inside, added=added)
     adapters = read_adapters(folders)
     resize(origin.model, adapters)
     return adapters, origin

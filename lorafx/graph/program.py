@@ -39,7 +39,7 @@ class Source:
         drawn: sha256 of the values these got, where they got any: what is still the same was never trained
         adapters: names of the tensors of another library's adapters, if the model was captured with some inside; their
             roles are those of any tensor that the model came with
-        added: sha256 of the files of adapters that were put on it, by their paths
+        added: the adapters that were put on it: where each was, its weight, and the sha256 of its files
     """
 
     model: nn.Module
@@ -50,7 +50,7 @@ class Source:
     fresh: frozenset[str] = frozenset()
     drawn: Mapping[str, str] = field(default_factory=dict)
     adapters: frozenset[str] = frozenset()
-    added: Mapping[str, str] = field(default_factory=dict)
+    added: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class AdapterLora(ExactLora):
 
 
 class StackShape(NamedTuple):
-    """The low-rank update of a stack of matrices: see :class:`lorafx.formats.adapter.Stack`."""
+    """The low-rank update of a stack of matrices: see :class:`lorafx.formats.changes.Stack`."""
 
     rank: int
     experts: int

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..deferred.tensor import deferred, forget, passing_tiles
-from ..formats.adapter import Change, Factors, Stack, Whole
+from ..formats.changes import Change, Factors, Stack, Whole
 
 #: Unit roundoff of the sums that make an update: fp32, whatever the weights are.
 _SUMS = 2.0**-24

@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UsageError
-from ..formats.adapter import Adapter, Change, Factors, Whole
+from ..formats.adapter import Adapter
+from ..formats.changes import Change, Factors, Whole
 from ..frontend.adapters import Adapters, read_adapters, resize, weighted
 from ..graph.tree import named_tensors, persistent, ties
 from ..models.checkpoint import open_model

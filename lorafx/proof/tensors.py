@@ -48,6 +48,7 @@ class TensorProof:
         left: weights that neither can be said of (computed without a region of their own, or cut in memory)
         largest: the largest distance of a folded weight from the exact value, in units of its last place
         cases: what was found of each tensor that was looked at
+        made_of: the tensors that each folded weight was composed of
     """
 
     folded: int
@@ -55,6 +56,7 @@ class TensorProof:
     left: tuple[str, ...]
     largest: float
     cases: tuple[Case, ...]
+    made_of: Mapping[str, tuple[str, ...]]
 
     def comparison(self, reference: Program, label: str) -> Comparison:
         """The cases as a comparison of the weights called ``label`` with ``reference``'s."""
@@ -79,7 +81,7 @@ def prove_tensors(reference: Program, folded: Program, written: Mapping[str, Ten
     """
     base = run(deferring(reference), (ToEval(), FoldConstants()), check=False)
     nodes = {node.name: node for node in folded.graph.nodes}
-    largest, done, cases = 0.0, set[int](), list[Case]()
+    largest, done, cases, made_of = 0.0, set[int](), list[Case](), dict[str, tuple[str, ...]]()
     for region in (region for group in worth_folding(base) for region in group.regions):
         assert region.carrier is not None
         weight = _weight_of(nodes.get(region.carrier.name))
@@ -89,6 +91,7 @@ def prove_tensors(reference: Program, folded: Program, written: Mapping[str, Ten
         distance, case = _distance(base, region, weight, written[weight], kept)
         largest = max(largest, distance)
         cases.append(case)
+        made_of[weight] = tuple(sorted(region.reads))
         for tensor in (written[weight], *map(base.tensor, sorted(region.reads))):
             forget(tensor)
         done.add(id(folded.tensor(weight)))
@@ -103,7 +106,7 @@ def prove_tensors(reference: Program, folded: Program, written: Mapping[str, Ten
             cases.append(Case("every bit", name, 0.0))
         else:
             left.append(name)
-    return TensorProof(len(done), unchanged, tuple(left), largest, tuple(cases))
+    return TensorProof(len(done), unchanged, tuple(left), largest, tuple(cases), made_of)
 
 
 def _weight_of(node: fx.Node | None) -> str | None:

@@ -1,0 +1,226 @@
+"""Certificates: what a folder was made of and what was shown of it, as one JSON file that can be checked again.
+
+A folder with a certificate can be moved and copied. What the certificate says of its own files is checked wherever it
+is; what it says of the base and of adapters, where those are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ArtifactError, UsageError
+from ..files.folder import FileEntry, find_manifest, found
+from ..formats.adapter import read_adapter
+from ..formats.run import base_record
+from ..frontend.adapters import learned_digest
+from ..graph.tree import has_tensor, named_tensors
+from ..models.checkpoint import has_identity, open_model
+from ..public import Program
+from ..version import __version__
+from .merges import check_merge
+from .tensors import COLUMNS, TensorProof, prove_tensors
+
+CERTIFICATE = "certificate.json"
+#: Certificates of another format are not read.
+_FORMAT = 1
+
+
+def proof_of_files(reference: Program, folded: Program, folder: Path) -> TensorProof | None:
+    """What the weights of a checkpoint are, read from its files; None for one that nothing was folded into."""
+    if folded.origin is None:
+        return None
+    trusted = {"trust_remote_code": True} if folded.source.options.get("trust_remote_code") else {}
+    model, _ = open_model(folder, None, trusted)
+    written = {name: value.detach() for name, value in named_tensors(model) if isinstance(value, nn.Parameter)}
+    held = {name: value for name, value in written.items() if has_tensor(folded.root, name)}
+    return prove_tensors(reference, folded, held)
+
+
+def write_certificate(
+    reference: Program,
+    program: Program,
+    folder: Path,
+    kind: str,
+    files: Mapping[str, FileEntry],
+    parity: Mapping[str, Any],
+    tensors: TensorProof | None,
+) -> dict[str, FileEntry]:
+    """Write the certificate of an exported folder; the files that it names, as they were read for it.
+
+    Args:
+        reference: what ``program`` was folded from
+        program: what was written
+        folder: where
+        kind: in which format
+        files: those that were hashed as they were written; every other one is read
+        parity: which functions were compared, and how closely
+        tensors: what was found of each tensor
+    """
+    import transformers
+
+    names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    entries = {name: files.get(name) or found(folder / name) for name in names}
+    record = {
+        "format": _FORMAT,
+        "versions": {"lorafx": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "kind": kind,
+        "base": base_record(program),
+        "adapters": [{key: one[key] for key in ("path", "weight", "files")} for one in program.source.added],
+        "nothing_but_adapters": _alone(reference),
+        "passes": [applied.step.pass_name() for applied in program.history],
+        "result": {name: {"bytes": entry.size, "sha256": entry.sha256} for name, entry in entries.items()},
+        "tensors": _tensors(tensors),
+        "removed": list(_removed(program)),
+        "functions": dict(parity),
+    }
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    (folder / CERTIFICATE).write_text(text, encoding="utf-8")
+    return entries
+
+
+def _alone(reference: Program) -> bool:
+    """Whether a program is its base with adapters as their files hold them: nothing was inserted or trained since."""
+    added = reference.source.added
+    return bool(added) and all(one.get("learned") == learned_digest(reference) for one in added)
+
+
+def _tensors(proof: TensorProof | None) -> dict[str, Any] | None:
+    if proof is None:
+        return None
+    how = f"the operators that each stands for, in fp64, in {COLUMNS} columns; one rounding is 0.5 of the last place"
+    return {
+        "compared_with": how,
+        "places": proof.largest,
+        "folded": [
+            {"name": one.output, "made_of": list(proof.made_of[one.output]), "largest": one.max_abs}
+            for one in proof.cases
+            if one.output in proof.made_of
+        ],
+        "unchanged": [one.output for one in proof.cases if one.output not in proof.made_of],
+        "compared_with_the_whole_only": list(proof.left),
+    }
+
+
+def _removed(program: Program) -> Iterator[dict[str, Any]]:
+    """The base's tensors that are smaller or gone."""
+    if program.captured is None:
+        return
+    why = {"why": "channels that are zero or that nobody reads (dead-channels): each removal was tried on the example"}
+    for name, old in named_tensors(program.captured.root):
+        if program.captured.roles.get(name) not in ("base", "head"):
+            continue
+        new = list(program.tensor(name).shape) if has_tensor(program.root, name) else None
+        if new != list(old.shape):
+            yield {"name": name, "was": list(old.shape), "is": new, **why}
+
+
+# ---- checking one again
+
+
+@dataclass(frozen=True)
+class Found:
+    """What checking a certificate gave: what holds, what could not be looked at, and what does not hold."""
+
+    holds: tuple[str, ...]
+    unseen: tuple[str, ...]
+    broken: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is broken."""
+        return not self.broken
+
+    def text(self) -> str:
+        """One line each."""
+        marks = (("ok", self.holds), ("not looked at", self.unseen), ("BROKEN", self.broken))
+        return "\n".join(f"{mark}: {line}" for mark, lines in marks for line in lines)
+
+
+def check_folder(path: Path, base: Path | None = None) -> Found:
+    """Check the certificate of a folder against its files, and against base and adapters where they are.
+
+    Args:
+        path: a folder that :func:`lorafx.export` wrote
+        base: where its base is now
+
+    Raises:
+        ArtifactError: there is no certificate, or one that cannot be read
+    """
+    record = _read(path)
+    holds: list[str] = []
+    unseen: list[str] = []
+    broken = list(_changed(path, {name: entry["sha256"] for name, entry in record["result"].items()}))
+    holds += [] if broken else [f"{len(record['result'])} files of {path} are those that were written"]
+    sources = [(base or _place(record["base"]["path"]), record["base"]["hashes"], "base")]
+    sources += [(_place(one["path"]), one["files"], "adapter") for one in record["adapters"]]
+    there = True
+    for folder, files, what in sources:
+        if folder is None or not folder.is_dir():
+            unseen.append(f"its {what}{f' {folder}' if folder is not None else ''} is not here")
+            there = False
+            continue
+        changed = list(_changed(folder, files))
+        broken += [f"{what}: {line}" for line in changed]
+        holds += [] if changed else [f"{len(files)} files of {what} {folder} are those that it was made from"]
+    if there and not broken:
+        _check_composition(record, path, sources, holds, unseen, broken)
+    return Found(tuple(holds), tuple(unseen), tuple(broken))
+
+
+def _check_composition(
+    record: Mapping[str, Any], path: Path, sources: list[Any], holds: list[str], unseen: list[str], broken: list[str]
+) -> None:
+    """Compose every tensor anew from base and adapters, if that is all that the folder was made of."""
+    weights = {str(_place(one["path"])): float(one["weight"]) for one in record["adapters"]}
+    if record["kind"] != "hf" or not record["nothing_but_adapters"] or record["removed"]:
+        unseen.append("what its tensors are made of: more than a checkpoint and LoRA adapters that files hold")
+        return
+    try:
+        for folder in weights:
+            read_adapter(folder)
+    except ArtifactError as error:
+        unseen.append(f"what its tensors are made of: {error}")
+        return
+    result = check_merge(sources[0][0], weights, path, task=record["base"]["task"])
+    holds += [result.text()] if result.ok else []
+    broken += [str(fault) for fault in result.faults]
+
+
+def _place(path: Any) -> Path | None:
+    return Path(path) if isinstance(path, str) else None
+
+
+def _changed(folder: Path, files: Mapping[str, str]) -> Iterator[str]:
+    for name, known in files.items():
+        if not (folder / name).is_file():
+            yield f"{folder / name} is gone"
+        elif not has_identity(folder / name, known):
+            yield f"{folder / name} is another file (its sha256 differs)"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    file = path / CERTIFICATE
+    if not file.is_file():
+        manifest = find_manifest(path)
+        if manifest is not None and manifest.kind == "run":
+            raise UsageError(
+                f"{path}: a run, which is checked when it is opened; certificates are of what was exported"
+            )
+        raise ArtifactError(f"{path}: no {CERTIFICATE}; lorafx writes one into every folder that it folds or exports")
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if record["format"] != _FORMAT:
+            raise ArtifactError(f"{file}: a certificate of format {record['format']}; this lorafx reads {_FORMAT}")
+        shaped = isinstance(record["base"]["hashes"], dict) and isinstance(record["adapters"], list)
+        if not shaped or not all("sha256" in entry for entry in record["result"].values()):
+            raise ValueError(file)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ArtifactError(f"{file}: broken certificate; write the folder again") from None
+    return record
