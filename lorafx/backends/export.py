@@ -124,8 +124,14 @@ def export(
         if reason:
             _log.warning("%s: %s", path, reason)
         _write_report(final, folder, parity_record(result, reason))
-        proof = proof_of_files(reference, final, folder) if format == "hf" and result and dtype is None else None
-        hashed.update(write_certificate(reference, final, folder, format, hashed, parity_record(result, reason), proof))
+        proof = (
+            proof_of_files(reference, final, folder)
+            if format == "hf" and result is not None and dtype is None
+            else None
+        )
+        if format != "peft":  # an adapter is not folded
+            parity = parity_record(result, reason)
+            hashed.update(write_certificate(reference, final, folder, format, hashed, parity, proof))
         return result
 
 

@@ -117,6 +117,9 @@ class _Binding:
         others, places = list(self._others(rest)), {owner: self._place(owner, keys) for owner, keys in groups.items()}
         found = [*(self._low_rank(*places[owner], keys) for owner, keys in groups.items()), *others]
         self._check_missing(found, set(groups))
+        tables = [id(self.held[change.name]) for change in found if isinstance(change, Rows)]
+        if len(set(tables)) < len(tables):
+            raise ArtifactError(f"{self.file}: it holds rows of two tables that are one tensor in this base")
         return found
 
     # ---- low-rank factors

@@ -22,7 +22,7 @@ CONFIG = "adapter_config.json"
 _IRRELEVANT = frozenset(
     (
         *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "peft_version", "inference_mode"),
-        *("lora_dropout", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+        *("runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
         *("velora_config", "megatron_config", "megatron_core", "qalora_group_size", "fan_in_fan_out"),
     )
 )
@@ -43,14 +43,14 @@ _READ = frozenset(
     (
         *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias"),
         *("bias", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
-        *("trainable_token_indices", "target_parameters", "init_lora_weights"),
+        *("trainable_token_indices", "target_parameters", "init_lora_weights", "lora_dropout"),
     )
 )
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The part of a LoRA adapter's config that decides what it computes; names are PEFT's.
+    """The part of a LoRA adapter's config that decides what it computes, and how it trains on; names are PEFT's.
 
     ``biases`` says that biases were trained too (``bias`` is not ``none``).
     """
@@ -60,6 +60,7 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     use_rslora: bool
+    lora_dropout: float
     use_dora: bool
     lora_bias: bool
     biases: bool
@@ -166,6 +167,7 @@ def _parsed(data: Mapping[str, Any]) -> AdapterConfig:
         rank_pattern=dict(data.get("rank_pattern") or {}),
         alpha_pattern=dict(data.get("alpha_pattern") or {}),
         use_rslora=bool(data.get("use_rslora")),
+        lora_dropout=float(data.get("lora_dropout") or 0.0),
         use_dora=bool(data.get("use_dora")),
         lora_bias=bool(data.get("lora_bias")),
         biases=data.get("bias", "none") != "none",

@@ -6,6 +6,7 @@ beside it. Folding, streaming and exporting know nothing of where it came from.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -35,7 +36,7 @@ from ..pipeline import run
 #: One adapter folder, several that are summed, or several with the weight of each.
 Adapters: TypeAlias = "str | PathLike[str] | Sequence[str | PathLike[str]] | Mapping[str, float]"
 #: Beginnings of the kinds that add inputs or states to a model, and change none of its weights.
-_PROMPTS = ("PROMPT", "P_TUNING", "PREFIX", "ADAPTION", "CARTRIDGE")
+_PROMPTS = ("PROMPT", "P_TUNING", "PREFIX", "ADAPTION", "CARTRIDGE", "MULTITASK", "CPT")
 
 
 def weighted(adapters: Adapters) -> dict[Path, float]:
@@ -55,8 +56,10 @@ def weighted(adapters: Adapters) -> dict[Path, float]:
     return found
 
 
-def with_peft(model: nn.Module, adapters: Mapping[Path, float]) -> nn.Module | None:
-    """``model`` with an adapter that is not LoRA inside, as PEFT puts it there; None when all are LoRA.
+def with_peft(model: nn.Module, adapters: Mapping[Path, float], *, own: bool) -> nn.Module | None:
+    """``model`` with an adapter that is not LoRA inside, where PEFT puts it; None when all are LoRA.
+
+    A model that is not our ``own`` is copied for that.
 
     Raises:
         ArtifactError: PEFT is not installed, or cannot open it
@@ -69,17 +72,17 @@ def with_peft(model: nn.Module, adapters: Mapping[Path, float]) -> nn.Module | N
     kind = kinds[folder]
     if len(adapters) > 1 or adapters[folder] != 1.0:
         raise UsageError(f"{folder}: a {kind} adapter stands alone and at weight 1; only LoRA can be summed")
-    if kind.startswith(_PROMPTS) or kind.endswith("PROMPT"):
+    if kind.startswith(_PROMPTS):
         raise UsageError(f"{folder}: a {kind} adapter adds inputs, not weights; nothing of it can be folded")
     if find_spec("peft") is None:
         raise ArtifactError(f"{folder}: a {kind} adapter is read by PEFT, which is not installed (pip install peft)")
     from peft import PeftModel
 
     try:
-        opened: Any = PeftModel.from_pretrained(cast(Any, model), folder)
+        opened: Any = PeftModel.from_pretrained(cast(Any, model if own else copy.deepcopy(model)), folder)
+        return opened.base_model.model.eval()
     except Exception as error:  # every kind of adapter has errors of its own
         raise ArtifactError(f"{folder}: PEFT cannot put it on this base: {first_line(error)}") from error
-    return opened.base_model.model.eval()
 
 
 def read_adapters(adapters: Mapping[Path, float]) -> list[tuple[Adapter, float]]:
@@ -277,6 +280,7 @@ def _lora(
         rslora=config.use_rslora,
         rank_pattern=dict(config.rank_pattern),
         alpha_pattern={key: value * abs(weight) for key, value in config.alpha_pattern.items()},
+        dropout=config.lora_dropout,
         trainable=tuple(dict.fromkeys(heads.values())),
     )
 

@@ -108,12 +108,13 @@ def _prepared(origin: Source, adapter: Adapters | None) -> tuple[list[tuple[Adap
     if adapter is None:
         return [], origin
     folders = weighted(adapter)
-    inside = with_peft(origin.model, folders)
+    inside = with_peft(origin.model, folders, own=origin.path is not None)
     if inside is not None:
         added = tuple(added_record(folder, 1.0) for folder in folders)
         return [], dataclasses.replace(origin, model=inside, added=added)
     adapters = read_adapters(folders)
-    resize(origin.model, adapters)
+    if origin.path is not None:  # a model in memory stays as it is
+        resize(origin.model, adapters)
     return adapters, origin
 
 

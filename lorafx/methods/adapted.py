@@ -160,10 +160,10 @@ def _take(edit: Edit, name: str, names: list[str]) -> None:
     """Give a tensor storage of its own under ``names``. Where others keep what it was, its own module reads the new one
     and every other module the old."""
     old, own = edit.program.tensor(name), name.rpartition(".")[0]
-    kept = next((alias for alias in edit.aliases(name) if alias not in names), None)
-    for alias in edit.aliases(name) if kept is not None else ():
+    kept = [alias for alias in edit.aliases(name) if alias not in names]
+    for alias in edit.aliases(name) if kept else ():
         for reader in edit.readers(alias):
-            new = name if module_path(reader, alias.rpartition(".")[0]) == own else kept
+            new = name if module_path(reader, alias.rpartition(".")[0]) == own else kept[0]
             reader.replace_input_with(edit.tensor(alias), edit.tensor(new))
     value = nn.Parameter(old.detach().clone(), requires_grad=old.is_floating_point())
     for alias in names:

@@ -239,8 +239,9 @@ def _turned(change: Change) -> Change | None:
     """The update of a square weight the other way round."""
     if isinstance(change, Factors) and change.a.dim() == 2 and change.a.shape[1] == change.b.shape[0]:
         return dataclasses.replace(change, a=change.b.t(), b=change.a.t(), magnitude=None)
-    square = isinstance(change, Stack) and change.a.shape[1] == change.b.shape[0]
-    return dataclasses.replace(change, transposed=not change.transposed) if square else None
+    if isinstance(change, Stack) and change.a.shape[1] == change.b.shape[0]:
+        return dataclasses.replace(change, transposed=not change.transposed)
+    return None
 
 
 _WRONG = {
