@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -57,11 +57,21 @@ class CompiledGraph:
         self.whole = function_of(self.graph)
         self.device = next((device for node in self.graph.nodes for device in _devices(node)), None)
 
-    def __call__(self, module: Any, inputs: list[Any], *, checkpoint: bool = False) -> tuple[Any, ...]:
+    def __call__(
+        self,
+        module: Any,
+        inputs: list[Any],
+        *,
+        checkpoint: bool = False,
+        units: Mapping[str, Callable[..., Any]] | None = None,
+    ) -> tuple[Any, ...]:
+        """The flat outputs. ``units`` run the segments of some blocks: ``units[block](function, *values taken)``."""
         device = next((value.device for value in inputs if isinstance(value, Tensor)), None)
         if device is not None and self.device not in (None, device):
-            return self.on(device)(module, inputs, checkpoint=checkpoint)
-        return self.by_segment(inputs, partial(_recomputed, module)) if checkpoint else self.whole(module, *inputs)
+            return self.on(device)(module, inputs, checkpoint=checkpoint, units=units)
+        if checkpoint or units:
+            return self.by_segment(inputs, partial(_run, module, units or {}, checkpoint))
+        return self.whole(module, *inputs)
 
     def by_segment(self, inputs: list[Any], run: Callable[[Segment, list[Any]], tuple[Any, ...]]) -> tuple[Any, ...]:
         """The flat outputs, one segment after another: ``run`` computes what one gives of the values it takes."""
@@ -111,13 +121,15 @@ def _on_device(graph: fx.Graph, device: torch.device) -> fx.Graph:
     return result
 
 
-def _recomputed(module: Any, segment: Segment, taken: list[Any]) -> tuple[Any, ...]:
-    """What a segment gives, its activations computed again in the backward pass if it is a block's."""
-    if not segment.block:
-        return segment.function(module, *taken)
-    given = recompute(segment.function, module, *taken, use_reentrant=False)
-    assert given is not None
-    return given
+def _run(
+    module: Any, units: Mapping[str, Callable[..., Any]], checkpoint: bool, segment: Segment, taken: list[Any]
+) -> tuple[Any, ...]:
+    """What a segment gives; a block's activations are computed again in the backward pass if ``checkpoint``."""
+    function: Callable[..., Any] = partial(segment.function, module)
+    if checkpoint and segment.block:
+        function = partial(recompute, function, use_reentrant=False)
+    unit = units.get(segment.block)
+    return function(*taken) if unit is None else unit(function, *taken)
 
 
 def compile_graph(graph: fx.Graph) -> CompiledGraph:

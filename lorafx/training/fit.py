@@ -38,7 +38,7 @@ from .collating import Collator
 from .data import Prepared, prepare
 from .interrupt import saving_at_interrupt
 from .metrics import Metric, metric_of
-from .module import build_module
+from .module import RewrittenModel, build_module
 from .trainer import (
     Progress,
     Trainer,
@@ -280,11 +280,7 @@ def _run(program: Program, trainer: Trainer, checkpoint: str | None) -> TrainRes
     trainer.accelerator.wait_for_everyone()  # before the first process may remove what another still reads
     seconds = time.perf_counter() - started
     final = trainer.evaluate() if trainer.concluded and trainer.eval_dataset is not None else None
-    model = rewritten_model(trainer.model).to(home)
-    # Moving a module replaces its buffers. Those of the top are its own; the others it shares with the program.
-    for name, value in model.named_buffers(recurse=False):
-        if has_tensor(program.root, name):
-            put_tensor(program.root, name, value, persistent(program.root, name))
+    _bring_home(program, rewritten_model(trainer.model), home)
     state = trainer.state
     best = state.best_global_step if trainer.args.load_best_model_at_end else None
     metrics = {"train_loss": output.training_loss, "steps": state.global_step, "epochs": float(state.epoch or 0)}
@@ -292,3 +288,15 @@ def _run(program: Program, trainer: Trainer, checkpoint: str | None) -> TrainRes
     last = final or (evaluations[-1] if evaluations else {})
     metrics.update({name: last[name] for name in ("eval_loss", "eval_accuracy", "eval_perplexity") if name in last})
     return TrainResult(metrics, tuple(state.log_history), seconds, best, trainer.is_world_process_zero())
+
+
+def _bring_home(program: Program, model: RewrittenModel, home: torch.device) -> None:
+    """Let the program hold what was trained, on the device it was on."""
+    if model.units is not None:
+        model.gather()
+        return
+    model.to(home)
+    # Moving a module replaces its buffers. Those of the top are its own; the others it shares with the program.
+    for name, value in model.named_buffers(recurse=False):
+        if has_tensor(program.root, name):
+            put_tensor(program.root, name, value, persistent(program.root, name))

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import inspect
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -18,11 +18,12 @@ from ..deferred.programs import resident
 from ..errors import UsageError
 from ..graph.call import by_name, flatten, parameters_of
 from ..graph.evaluation import evaluation_form
-from ..graph.segments import compile_graph
+from ..graph.segments import CompiledGraph, compile_graph
 from ..graph.state import MethodState, method_state
-from ..graph.tree import get_tensor, own_when_trained
+from ..graph.tree import copy_tree, get_tensor, own_when_trained
 from ..models.tasks import count_targets, loss_function, loss_type
 from .duties import Duties, watch
+from .sharding import Block, average, is_sharded, shard_again, units, whole, whole_tensors
 
 if TYPE_CHECKING:
     from ..graph.program import Applied, Program
@@ -47,10 +48,12 @@ class RewrittenModel(nn.Module):
     total_steps: int | None = None
     accepts_loss_kwargs = True
     checkpointing: bool = False
+    #: The blocks that run as modules of their own, by path, once :meth:`blocks` was called.
+    units: dict[str, Block] | None = None
     #: What a loop owes the methods, and what it has done since the last step.
     duties: Duties
     #: What computes in training, and what in evaluation; a class of its own for each program holds them.
-    _graphs: ClassVar[Mapping[bool, Callable[..., Any]]]
+    _graphs: ClassVar[Mapping[bool, CompiledGraph]]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModel:
         """A model with tensors of its own, tied as here, and a program over them; graphs and eager model are shared."""
@@ -65,10 +68,31 @@ class RewrittenModel(nn.Module):
 
     def train(self, mode: bool = True) -> RewrittenModel:
         """Choose the training graph (or the evaluation graph); what trains from now on changes this program alone."""
-        for value in self.parameters():
-            if value.requires_grad:
-                own_when_trained(value)
+        if self.units is None:  # else it trains tensors of its own
+            for value in self.parameters():
+                if value.requires_grad:
+                    own_when_trained(value)
         return super().train(mode)
+
+    def blocks(self) -> list[Block]:
+        """The blocks as modules that FSDP2 splits, one at a time: ``fully_shard`` each of them, then the model.
+
+        Call it before the optimiser is made. The model has tensors of its own from now on; :meth:`gather` hands what
+        it learned to the program. UsageError where FSDP2 cannot split a tensor.
+        """
+        if self.units is None:
+            tree = copy_tree(self)
+            found = units(tree, self._graphs.values())
+            self._modules, self._parameters, self._buffers = tree._modules, tree._parameters, tree._buffers
+            self.units = found
+        return list(self.units.values())
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Give the program what a model split over processes learned. Every process has to call it."""
+        shard_again(self)
+        for name, held in self.program.learned().items():
+            self.program.tensor(name).data = whole(get_tensor(self, name)).detach().to(held.device, copy=True)
 
     @property
     def config(self) -> Any:
@@ -82,7 +106,11 @@ class RewrittenModel(nn.Module):
         self.duties.carried = None
         if self.training and torch.is_grad_enabled():
             self.duties.ran = True
-        flat = self._graphs[self.training](self, leaves, checkpoint=self.checkpointing and self.training)
+        if self.units is None and is_sharded(self):
+            raise UsageError(f"{self.program.name} is sharded as a whole; fully_shard each of model.blocks() first")
+        flat = self._graphs[self.training](
+            self, leaves, checkpoint=self.checkpointing and self.training, units=self.units
+        )
         return pytree.tree_unflatten(flat, self.program.signature.out_spec)
 
     @property
@@ -109,13 +137,18 @@ class RewrittenModel(nn.Module):
             return loss * labels["labels"].ne(-100).sum() / items
         return loss
 
-    def _methods(self) -> Iterator[tuple[Method, Applied]]:
+    def _methods(self, hook: str = "") -> Iterator[tuple[Method, Applied]]:
+        """The methods; those alone that do something of their own at ``hook``, if given."""
         for applied in self.program.history:
-            if isinstance(applied.step, Method):
-                yield applied.step, applied
+            method = applied.step
+            if isinstance(method, Method) and (not hook or getattr(type(method), hook) is not getattr(Method, hook)):
+                yield method, applied
 
-    def _state(self, applied: Applied) -> MethodState:
-        return method_state(applied, lambda name: get_tensor(self, name), int(self.clock), self.total_steps)
+    def _states(self, hook: str) -> Iterator[tuple[Method, MethodState]]:
+        """Each method with its state for ``hook``; what it changes in its tensors stays."""
+        for method, applied in self._methods(hook):
+            with whole_tensors(self) as tensor:
+                yield method, method_state(applied, tensor, int(self.clock), self.total_steps)
 
     def parameter_settings(self) -> dict[str, Mapping[str, float]]:
         """Optimiser settings in which parameters differ from the others, by name (a learning rate of gates, say)."""
@@ -150,7 +183,11 @@ class RewrittenModel(nn.Module):
 
     def _penalty(self) -> Tensor | None:
         self.duties.tell("penalty")
-        terms = [method.penalty(self._state(applied)) for method, applied in self._methods()]
+        clock = int(self.clock)
+        terms = [
+            method.penalty(method_state(applied, lambda name: whole(get_tensor(self, name)), clock, self.total_steps))
+            for method, applied in self._methods("penalty")
+        ]
         present = [term for term in terms if term is not None]
         return torch.stack(present).sum() if present else None
 
@@ -169,37 +206,32 @@ class RewrittenModel(nn.Module):
         """Tell the methods that the gradients are final; call it right before the optimiser's step."""
         self.duties.tell("before_step")
         self._average_statistics()
-        for method, applied in self._methods():
-            method.before_step(self._state(applied))
+        for method, state in self._states("before_step"):
+            method.before_step(state)
 
     def _average_statistics(self) -> None:
         """Give every process of a data-parallel group the same statistics, so that all take the same decisions."""
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return
-        for name in self.program.names("statistic"):
-            value = get_tensor(self, name)
-            if value.is_floating_point():
-                distributed.all_reduce(value.data)
-                value.data.div_(distributed.get_world_size())
+        if distributed.is_available() and distributed.is_initialized():
+            average(get_tensor(self, name) for name in self.program.names("statistic"))
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Tell the methods that the optimiser stepped."""
         self.duties.tell("after_step")
         self.clock.add_(1)
-        for method, applied in self._methods():
-            method.after_step(self._state(applied))
+        for method, state in self._states("after_step"):
+            method.after_step(state)
 
     @torch.no_grad()
     def settled(self) -> bool:
         """Whether no method's schedule is under way: weights from before are none to choose, or to stop at."""
-        return all(method.settled(self._state(applied)) for method, applied in self._methods())
+        return all(method.settled(state) for method, state in self._states("settled"))
 
     @torch.no_grad()
     def conclude(self) -> None:
         """Tell the methods that training ended before its last step, so that what they promise holds."""
-        for method, applied in self._methods():
-            method.conclude(self._state(applied))
+        for method, state in self._states("conclude"):
+            method.conclude(state)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute each block's activations in the backward pass instead of keeping them."""
@@ -256,7 +288,7 @@ def build_module(program: Program) -> RewrittenModel:
     """The module of ``program``. Its tensors are the program's own objects, so training it trains the program."""
     program = resident(program)
     evaluation = program if program.stage == "eval" else evaluation_form(program)
-    graphs: dict[bool, Callable[..., Any]] = {False: compile_graph(evaluation.graph)}
+    graphs: dict[bool, CompiledGraph] = {False: compile_graph(evaluation.graph)}
     graphs[True] = graphs[False] if program.stage == "eval" else compile_graph(program.graph)
     # A class per program, as torch.fx does: `forward` carries the captured inputs by name, which is how HF Trainer
     # learns which columns to keep, and copies of the module keep working because nothing is bound to an instance.

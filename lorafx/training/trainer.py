@@ -18,6 +18,7 @@ from ..errors import ArtifactError, UsageError
 from ..graph.tree import get_tensor
 from ..models.checkpoint import check_safetensors
 from .module import RewrittenModel
+from .sharding import Block, assign, shard_again, split_state, whole, whole_state
 
 # The mixin's methods call the Trainer that follows it in the order of classes.
 _TrainerBase = transformers.Trainer if TYPE_CHECKING else object
@@ -26,6 +27,7 @@ _TrainerBase = transformers.Trainer if TYPE_CHECKING else object
 STATE = "adapter_model.safetensors"
 _TRAINER_STATE = "trainer_state.json"
 _OPTIMIZER = "optimizer.pt"
+_SCHEDULER = "scheduler.pt"
 
 
 # ---- the state of a training
@@ -41,9 +43,13 @@ def rewritten_model(model: Any) -> RewrittenModel:
 
 
 def state_of(model: RewrittenModel) -> dict[str, Tensor]:
-    """What training changes, by name, copied to the CPU: adapters, gates, statistics, trained weights, the clock."""
+    """What training changes, by name, copied to the CPU: adapters, gates, statistics, trained weights, the clock.
+
+    Of a model that is split over processes, whole tensors; every process has to call it.
+    """
     names = [*model.program.learned(), "clock"]
-    return {name: get_tensor(model, name).detach().to("cpu", copy=True).contiguous() for name in names}
+    shard_again(model)
+    return {name: whole(get_tensor(model, name).detach()).to("cpu", copy=True).contiguous() for name in names}
 
 
 def load_state(model: RewrittenModel, folder: str | PathLike[str]) -> None:
@@ -58,9 +64,8 @@ def load_state(model: RewrittenModel, folder: str | PathLike[str]) -> None:
         here, there = (tuple(held[name].shape) if name in held else "missing" for held in (expected, values))
         if here != there:
             raise ArtifactError(f"{file}: made by another recipe: it has {name} as {there}, this program as {here}")
-    with torch.no_grad():
-        for name, value in values.items():
-            get_tensor(model, name).copy_(value)
+    for name, value in values.items():
+        assign(get_tensor(model, name), value)
 
 
 def last_checkpoint(folder: str | PathLike[str]) -> Path | None:
@@ -146,17 +151,34 @@ class MethodTrainerMixin(_TrainerBase):
         if args is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
         super().__init__(model, args, *rest, **kwargs)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise UsageError(
-                "FSDP and DeepSpeed split the tensors that checkpoints keep whole; train with DDP (torchrun)"
-            )
         if use_cache is not None:
             # The Trainer turns it off, and the config would carry that into the folded checkpoint.
             config.use_cache = use_cache
         rewritten_model(self.model)
+        self._prepare_sharding()
         self._telling = LorafxCallback()
         self.add_callback(self._telling)
         self._last_penalty: Tensor | None = None
+
+    def _prepare_sharding(self) -> None:
+        """Let FSDP2 split the model a block at a time, if it is switched on; UsageError for what would not be right."""
+        if self.is_deepspeed_enabled:
+            raise UsageError("DeepSpeed splits tensors that methods need whole; train with DDP (torchrun) or FSDP2")
+        if not self.is_fsdp_enabled:
+            if self.args.fsdp and self.args.world_size > 1:
+                raise UsageError(f"accelerate shards nothing on {self.args.device.type}; leave fsdp out, which is DDP")
+            return
+        plugin: Any = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise UsageError("FSDP1 flattens tensors that methods need one by one; set version = 2 in fsdp_config")
+        if plugin.cpu_ram_efficient_loading:
+            raise UsageError("every process holds the program already; leave cpu_ram_efficient_loading out")
+        model = rewritten_model(self.model)
+        model.blocks()
+        vars(model).update(_no_split_modules=[Block.__name__] if model.units else [])
+        if plugin.activation_checkpointing:  # its wrappers would stand between a block and its tensors' names
+            plugin.activation_checkpointing = False
+            model.gradient_checkpointing_enable()
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -215,12 +237,40 @@ class MethodTrainerMixin(_TrainerBase):
                 optimizer.add_param_group({**group, **dict(chosen), "params": values})
         return optimizer
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """What is learned, as :meth:`_save` writes it; what is split over processes is gathered by all of them."""
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        return self._save(output_dir, state_of(rewritten_model(self.model)))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        optimizer: Any = self.optimizer
+        scheduler: Any = self.lr_scheduler
+        state = whole_state(optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / _OPTIMIZER)
+            torch.save(scheduler.state_dict(), Path(output_dir) / _SCHEDULER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer: Any = self.optimizer
+        scheduler: Any = self.lr_scheduler
+        state = torch.load(Path(checkpoint) / _OPTIMIZER, map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(split_state(state, optimizer.param_groups))
+        scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True))
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(state_of(rewritten_model(self.model)), folder / STATE, metadata={"format": "pt"})
+        values = state_dict if self.is_fsdp_enabled else state_of(rewritten_model(self.model))
+        save_file(values, folder / STATE, metadata={"format": "pt"})
         tokenizer: Any = self.processing_class
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
