@@ -78,8 +78,9 @@ class Prilora(LowRank):
             return
         for site in state.sites:
             norm = (site["square_sum"] / site["token_count"].clamp(min=1)).sqrt()
-            seen = bool(site["input_norm"].any())
-            site["input_norm"].copy_(torch.lerp(norm, site["input_norm"], self.beta) if seen else norm)
+            # Chosen where the tensors are: to ask for it here, site by site, would wait for the device each time.
+            seen, mixed = site["input_norm"].any(), torch.lerp(norm, site["input_norm"], self.beta)
+            site["input_norm"].copy_(torch.where(seen, mixed, norm))
             site["square_sum"].zero_()
             site["token_count"].zero_()
 

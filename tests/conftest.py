@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,19 @@ LONGEST = (
     "training/test_schedule_ends.py",
     "training/test_interrupt.py",
 )
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """What the tests run on, at the top of every log."""
+    names = ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "peft", "accelerate")
+    return ", ".join(f"{name} {found}" for name in names if (found := _installed(name)))
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
+from torch.utils._sympy import functions
 from torch.utils._sympy.printers import PythonPrinter
 
 from ..errors import CaptureError, UsageError
@@ -286,7 +287,9 @@ def _relations(values: list[Any], symbols: set[Any], same: Mapping[Any, Any]) ->
     environment: Any = next(iter(environments), None)
     for guard in getattr(environment, "guards", ()):
         relation = environment.simplify(guard.expr).subs(same)
-        if relation.free_symbols and relation.free_symbols <= symbols and not _is_bound(relation):
+        # The tracer of torch 2.12 leaves a minimum of two multiples of one size as it is; sympy knows which is less.
+        plain = relation.replace(functions.Min, sympy.Min).replace(functions.Max, sympy.Max)
+        if plain.free_symbols and plain.free_symbols <= symbols and not _is_bound(relation):
             yield PythonPrinter().doprint(relation)
 
 

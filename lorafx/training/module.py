@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import inspect
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -148,7 +148,10 @@ class RewrittenModel(nn.Module):
         """Each method with its state for ``hook``; what it changes in its tensors stays."""
         for method, applied in self._methods(hook):
             with whole_tensors(self) as tensor:
-                yield method, method_state(applied, tensor, int(self.clock), self.total_steps)
+                yield method, self._state(applied, tensor)
+
+    def _state(self, applied: Applied, tensor: Callable[[str], Tensor]) -> MethodState:
+        return method_state(applied, tensor, int(self.clock), self.total_steps)
 
     def parameter_settings(self) -> dict[str, Mapping[str, float]]:
         """Optimiser settings in which parameters differ from the others, by name (a learning rate of gates, say)."""
@@ -183,9 +186,8 @@ class RewrittenModel(nn.Module):
 
     def _penalty(self) -> Tensor | None:
         self.duties.tell("penalty")
-        clock = int(self.clock)
         terms = [
-            method.penalty(method_state(applied, lambda name: whole(get_tensor(self, name)), clock, self.total_steps))
+            method.penalty(self._state(applied, lambda name: whole(get_tensor(self, name))))
             for method, applied in self._methods("penalty")
         ]
         present = [term for term in terms if term is not None]
