@@ -43,7 +43,7 @@ def base_model(case: str) -> Any:
 
         return hf.AutoModelForCausalLM.from_pretrained(assets.smollm2())
     torch.manual_seed(0)
-    return hf.BertForSequenceClassification(hf.BertConfig(num_labels=2))
+    return hf.BertForSequenceClassification(hf.BertConfig())  # of two labels
 
 
 def batch_of(model: Any, case: str, rows: int, length: int) -> dict[str, Any]:
@@ -186,7 +186,8 @@ def main() -> None:
     parser.add_argument("--serve", nargs=2, metavar=("SIDE", "CASE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve(*options.serve, options.rows, options.length)
+        side, case = options.serve
+        serve(side, case, options.rows, options.length)
         return
     kept: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
     print(HEAD)

@@ -48,6 +48,7 @@ LONGEST = (
     "whole/test_real.py",
     "passes/test_method_laws.py",
     "formats/test_store.py",
+    "training/test_sharding.py",
     "training/test_schedule_ends.py",
     "training/test_interrupt.py",
 )

@@ -97,7 +97,7 @@ def whole_tensors(model: nn.Module) -> Iterator[Callable[[str], Tensor]]:
         if not isinstance(value, DTensor):
             return value
         if id(value) not in gathered:
-            full = value.detach().full_tensor()
+            full = whole(value.detach())
             full.grad = None if value.grad is None else whole(value.grad)
             gathered[id(value)] = (value, full)
         return gathered[id(value)][1]
