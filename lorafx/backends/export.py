@@ -76,7 +76,8 @@ def export(
             not folded yet
         adapters: ``merged`` into the base weights, or ``separate`` operators as they were trained
         dtype: convert weights and activations to this dtype; folding happens before, so weights round once
-        generate: export prefill and decode graphs with a cache, for causal language models
+        generate: one graph with a cache, for causal language models, in the folder that onnxruntime-genai and
+            transformers.js read (:mod:`lorafx.backends.decoder`); what it generates is compared, token for token
         check: hold the passes of folding to their promises, and compare what was written with the trained program (the
             one ``program`` was folded from) on the same inputs before the folder gets its name. Of a checkpoint:
             ``tensors``, each weight with what its operators compute; ``blocks``, each of them on the values that reach
@@ -85,8 +86,7 @@ def export(
         made_from: what the manifest is to say of the inputs; see :func:`lorafx.commands.job.run_job`
 
     Returns:
-        the comparison; None without ``check``, and with ``generate``, whose graphs cannot be compared yet: the log and
-        the folder's report say so
+        the comparison; None without ``check``: the log and the folder's report say so
 
     Raises:
         UsageError: an unknown format, a format that cannot hold this program, or values that are random because
@@ -99,8 +99,12 @@ def export(
         )
     if program.device.type == "meta":
         raise UsageError("the program was captured on the meta device and has no weights; capture or load it with them")
+    if generate:
+        from .decoder import check_generates
+
+        check_generates(program, format, dtype)
     refuse_check(check, format, dtype)
-    reference, reason = reference_of(program), unproven(bool(check), generate)
+    reference, reason = reference_of(program), unproven(bool(check))
     if check:
         refuse_untrained(reference)
     final = _adapter(program) if format == "peft" else _final(program, adapters, format, provider, bool(check))
@@ -109,28 +113,30 @@ def export(
     if made_from is not None:
         meta["made_from"] = dict(made_from)
     hashed: dict[str, FileEntry] = {}
+    facts: dict[str, Any] = {}
     resume = _digest(meta, reference, dtype) if is_deferring(final) else ""
     with new_folder(path, kind=format, meta=meta, overwrite=overwrite, known=hashed, resume=resume) as folder:
         if format == "hf":
             hashed.update(_write_hf(final, folder, dtype))
         elif format == "peft":
             _write_adapter(final, folder, dtype)
+        elif generate:
+            facts = _write_decoder(final, folder, provider, dtype)
         else:
-            _write_exported(final, folder, format, provider, dtype, generate)
+            _write_exported(final, folder, format, provider, dtype)
         copy_companions(final, folder)
         result = None if reason else _compared(reference, final, folder, format, dtype, check)
         if result is not None:
             result = dataclasses.replace(result, b=str(path))  # not the folder it is written into until it is whole
         if reason:
             _log.warning("%s: %s", path, reason)
-        _write_report(final, folder, parity_record(result, reason))
-        proof = (
-            proof_of_files(reference, final, folder)
-            if format == "hf" and result is not None and dtype is None
-            else None
-        )
+        if result is not None and facts:
+            result = dataclasses.replace(result, notes=(*result.notes, f"attention: {facts['attention']}"))
+        parity = parity_record(result, reason)
+        _write_report(final, folder, parity=parity, decoder=facts or None)
         if format != "peft":  # an adapter is not folded
-            parity = parity_record(result, reason)
+            exact = format == "hf" and result is not None and dtype is None
+            proof = proof_of_files(reference, final, folder) if exact else None
             hashed.update(write_certificate(reference, final, folder, format, hashed, parity, proof))
         return result
 
@@ -186,9 +192,9 @@ def _final(program: Program, adapters: str, kind: str, provider: Literal["cpu", 
     return folded
 
 
-def _write_report(program: Program, folder: Path, parity: Mapping[str, Any]) -> None:
+def _write_report(program: Program, folder: Path, **sections: Mapping[str, Any] | None) -> None:
     """What happened, beside the model; with a chart when channels were removed."""
-    report = program.report.plus(parity=parity)
+    report = program.report.plus(**sections)
     (folder / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     rows = shrunk_blocks(program)
     if rows:
@@ -219,26 +225,34 @@ def _write_adapter(program: Program, folder: Path, dtype: torch.dtype | None) ->
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_exported(
-    program: Program, folder: Path, kind: str, provider: str, dtype: torch.dtype | None, generate: bool
-) -> None:
+def _write_decoder(program: Program, folder: Path, provider: str, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Write a decoder with its cache; what the report says of it."""
+    from .decoder import decoder, write_decoder
+
+    made = decoder(program, provider, dtype)
+    write_decoder(made, program, folder, _record(program))
+    return made.facts()
+
+
+def _record(program: Program) -> dict[str, str]:
+    """What an ONNX file says of how it was made."""
+    record = {"lorafx_version": __version__, "lorafx_history": json.dumps(_history_record(program))}
+    return {**record, "lorafx_base": json.dumps(base_record(program))}
+
+
+def _write_exported(program: Program, folder: Path, kind: str, provider: str, dtype: torch.dtype | None) -> None:
     # Not imported for a checkpoint: the converters of ONNX are most of what is waited for when a small one is written.
-    from ..proof.exported import check_cache
     from .onnx_kernels import unfuse_batch_transposes, unfuse_skip_norms
     from .onnx_ranges import hold_ranges
     from .onnx_statements import leave_out
     from .replay import converted
 
-    exported = converted(program, kind, provider, dtype, generate)
+    exported = converted(program, kind, provider, dtype)
     if kind == "onnx":
-        check_cache(exported)
-        record = {"lorafx_version": __version__, "lorafx_history": json.dumps(_history_record(program))}
-        record["lorafx_base"] = json.dumps(base_record(program))
         for component in exported.components.values():
-            component.program.metadata_props.update(record)
+            component.program.metadata_props.update(_record(program))
             unfuse_batch_transposes(component.program)
-            if not generate:
-                hold_ranges(component.program, program.signature.domain, length_limit(program.config))
+            hold_ranges(component.program, program.signature.domain, length_limit(program.config))
             if provider == "cpu":
                 unfuse_skip_norms(component.program)
             leave_out(component.program)

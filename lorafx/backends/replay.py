@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, cast
 
@@ -54,14 +54,20 @@ class RewritingExporter(DynamoExporter):
         if only_values_differ(self.rewritten):
             local = {names.get(id(value), name): name for name, value in named_tensors(model)}
             return _with_values(captured, self.rewritten, local)
+        return self.replayed(captured, model, names, inputs, config.dynamic_shapes)
+
+    def replayed(
+        self, captured: ExportedProgram, model: nn.Module, names: Mapping[int, str], inputs: Any, shapes: Any
+    ) -> ExportedProgram:
+        """The capture with the program's history replayed on it; ``names`` are those of the program's tensors by id."""
         base = program_from(captured, Source(model), inputs, names)
         base.source, base.heads = self.rewritten.source, self.rewritten.heads
-        replayed = replay(self.rewritten, base, whole=model is root)
+        replayed = replay(self.rewritten, base, whole=model is self.rewritten.source.model)
         unlifted: Any = captured.module(check_guards=False)
         module = fx.GraphModule(replayed.root, replayed.graph)
         module.graph.set_codegen(unlifted.graph._codegen)
         module.recompile()
-        return torch.export.export(module, (), dict(inputs), dynamic_shapes=config.dynamic_shapes)
+        return torch.export.export(module, (), dict(inputs), dynamic_shapes=shapes)
 
 
 # The back end's methods stand for their base's, over another kind of program: that is how transformers declares them.
@@ -130,7 +136,7 @@ def _with_values(captured: ExportedProgram, program: Program, local: Mapping[str
 
 
 @contextmanager
-def _exportable(program: Program, dtype: torch.dtype | None):
+def exportable(program: Program, dtype: torch.dtype | None) -> Iterator[nn.Module]:
     """The eager model in evaluation mode (a converted copy when another dtype is asked for), put back afterwards."""
     model = program.source.model
     if dtype is not None:
@@ -140,22 +146,23 @@ def _exportable(program: Program, dtype: torch.dtype | None):
         yield model.eval()
 
 
-def converted(
-    program: Program, kind: str, provider: str = "cpu", dtype: torch.dtype | None = None, generate: bool = False
-) -> Any:
+def with_model(program: Program, model: nn.Module) -> Program:
+    """The program as one of ``model``, its own or a converted copy of it."""
+    return dataclasses.replace(program, source=dataclasses.replace(program.source, model=model))
+
+
+def converted(program: Program, kind: str, provider: str = "cpu", dtype: torch.dtype | None = None) -> Any:
     """A folded (or evaluation-form) program as transformers' ``ExportedModel``, not written yet; see :func:`export`."""
     # The converter prints its progress to stdout, which is kept for results.
-    with redirect_stdout(sys.stderr), _exportable(program, dtype) as model:
-        target = dataclasses.replace(program, source=dataclasses.replace(program.source, model=model))
+    with redirect_stdout(sys.stderr), exportable(program, dtype) as model:
+        target = with_model(program, model)
 
         def attempt(shapes: Any) -> Any:
-            exporter, config = _back_end(target, kind, provider, shapes, free=generate or shapes is not None)
-            if generate:
-                return exporter.export_for_generation(model, dict(program.example), config)
+            exporter, config = _back_end(target, kind, provider, shapes, free=shapes is not None)
             return exporter.export(model, dict(program.example), config)
 
         shapes = program.signature.domain.dynamic_shapes(program.example)
-        return trace_with(attempt, model, None if generate else shapes)
+        return trace_with(attempt, model, shapes)
 
 
 def _back_end(program: Program, kind: str, provider: str, shapes: Any, *, free: bool) -> tuple[Any, Any]:

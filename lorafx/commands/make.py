@@ -158,7 +158,7 @@ def fold(run: Path, out: Path, double: bool, overwrite: bool, as_json: bool, **o
         folded = merge(program, observers, removal=removal, gather="never", check=checked, stream=stream)
         kind = "hf" if fits_checkpoint(folded) else "pt2"
         result = write(folded, out, kind, check=check, overwrite=overwrite)
-    report = folded.report.plus(parity=parity_record(result, unproven(checked, False)), output=str(out))
+    report = folded.report.plus(parity=parity_record(result, unproven(checked)), output=str(out))
     emit(report.to_json(), report.text(), as_json)
 
 
@@ -170,7 +170,7 @@ def fold(run: Path, out: Path, double: bool, overwrite: bool, as_json: bool, **o
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Convert to this dtype.")
 @click.option("--adapters", "kept", type=click.Choice(["merged", "separate"]), default="merged", show_default=True)
 @adapter_option
-@click.option("--generate", is_flag=True, help="Prefill and decode graphs with a cache (causal language models).")
+@click.option("--generate", is_flag=True, help="A decoder with its cache, for onnxruntime-genai and transformers.js.")
 @check_options
 @width_options
 @stream_option
@@ -212,7 +212,7 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ke
             check=check,
             overwrite=o["overwrite"],
         )
-    report = program.report.plus(parity=parity_record(result, unproven(checked, generate)), output=str(out))
+    report = program.report.plus(parity=parity_record(result, unproven(checked)), output=str(out))
     emit(report.to_json(), report.text(), o["as_json"])
 
 

@@ -30,11 +30,11 @@ _WEIGHTS = (
     *("*.safetensors.index.json", "*.bin.index.json", "*.h5.index.json", "*.msgpack.index.json"),
 )
 #: True of the base alone: its card and results, how it was trained, an adapter of it, how its weights were quantised,
-#: what lorafx wrote about it.
+#: what lorafx wrote about it, what its ONNX graph is called.
 _OF_THE_BASE = (
     *("README*", "*results.json", "trainer_state.json", "training_args*", "events.out.*", "*.log"),
     *("adapter_config.json", "quant*_config.json", "hf_quant_config.json"),
-    *(MANIFEST, "recipe.toml", "report.json", "blocks.svg", "export.json"),
+    *(MANIFEST, "recipe.toml", "report.json", "blocks.svg", "export.json", "genai_config.json"),
 )
 #: What sentence-transformers says of the model that the folder names: another head is another model.
 _OF_THE_ENCODER = (MODULES, "sentence_*_config.json", "config_sentence_transformers.json")

@@ -196,6 +196,21 @@ def program_from(
     """The Program of a traced graph. ``names`` maps tensor ids to names in the root model, if a part was traced;
     ``shapes`` are the dynamic shapes asked for."""
     unlifted = exported.module(check_guards=False)
+    codegen: Any = unlifted.graph._codegen  # an exported graph has the one that knows its inputs and outputs
+    info = codegen.pytree_info
+    inputs = tuple(info.in_spec.children()[1].context)  # of positional and keyword arguments the second
+    signature = Signature(inputs, info.in_spec, info.out_spec, domain_of(exported, example, inputs, shapes))
+    return program_of(unlifted, source, example, signature, names)
+
+
+def program_of(
+    unlifted: fx.GraphModule,
+    source: Source,
+    example: Mapping[str, Any],
+    signature: Signature,
+    names: Mapping[int, str] | None = None,
+) -> Program:
+    """The Program of a traced graph that reads its tensors by name; see :func:`program_from`."""
     model = source.model
     tensors = dict(named_tensors(model))
     root = nn.Module()
@@ -207,10 +222,6 @@ def program_from(
     graph.output(result)
     normalise(graph)
     _adopt(root, graph, unlifted, names or {})
-    codegen: Any = unlifted.graph._codegen  # an exported graph has the one that knows its inputs and outputs
-    info = codegen.pytree_info
-    inputs = tuple(info.in_spec.children()[1].context)  # of positional and keyword arguments the second
-    signature = Signature(inputs, info.in_spec, info.out_spec, domain_of(exported, example, inputs, shapes))
     # By identity: a tied tensor is read under one of its names only.
     held = dict(named_tensors(root))
     read = {id(held[str(node.target)]) for node in graph.nodes if node.op == "get_attr" and str(node.target) in held}

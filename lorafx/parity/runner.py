@@ -51,6 +51,7 @@ class Runner:
         folder: where its files (and its tokenizer) are, if anywhere
         fresh: parameters that no file held, so that their values are random
         note: what to know about it, e.g. that the provider asked for is not the one that runs it
+        decoder: what runs it by steps, with its cache, if it has one (:class:`lorafx.proof.decoder.CachedDecoder`)
     """
 
     label: str
@@ -64,6 +65,7 @@ class Runner:
     folder: Path | None = None
     fresh: frozenset[str] = frozenset()
     note: str = ""
+    decoder: Any = field(default=None, repr=False)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs by name, the loss and the cache left out; UsageError when an input is missing."""

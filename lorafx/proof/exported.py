@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ArtifactError, CaptureError, UsageError, first_line
+from ..errors import ArtifactError, UsageError, first_line
 from ..graph.precision import coarsest, dtype_name
 from ..parity.inputs import InputSpec, specs_of
 from ..parity.runner import PROVIDERS, Place, Runner
@@ -21,12 +21,12 @@ def open_exported(folder: Path, place: Place, label: str, trusted: bool = False)
     """A runner for a folder that transformers' exporters or lorafx wrote; see :func:`lorafx.proof.open.open_runner`."""
     from transformers.exporters.base import ExportedModel
 
-    kind = _read_json(folder / "export.json").get("export_format", "unknown")
+    kind = read_json(folder / "export.json").get("export_format", "unknown")
     if kind == "dynamo" and not trusted:
         raise UsageError(
             f"{folder}: a .pt2 is pickled, so opening it runs code it holds; if you trust it, pass trust_remote_code"
         )
-    options: dict[str, Any] = _session_options(place) if kind == "onnx" else {"device": place.device()}
+    options: dict[str, Any] = session_options_for(place) if kind == "onnx" else {"device": place.device()}
     try:
         exported = ExportedModel.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted, **options)
         names = list(exported.components)
@@ -53,27 +53,7 @@ def open_exported(folder: Path, place: Place, label: str, trusted: bool = False)
     return Runner(label, kind, used, place.threads, dtype, specs, call, exported.config, folder, note=note)
 
 
-def check_cache(exported: Any) -> None:
-    """CaptureError when the graphs of an export for generation want a cache that nothing gives.
-
-    Prefill starts without one, decode has what prefill gives. Whoever runs the two could only make up the rest: a state
-    that the model keeps outside its tensors of keys and values, such as how far a window has slid.
-    """
-    graphs = {name: component.program.graph for name, component in exported.components.items()}
-    if not {"prefill", "decode"} <= graphs.keys():
-        return
-    given = {f"input.{value.name.removeprefix('output.')}" for value in graphs["prefill"].outputs}
-    for name, known in (("prefill", set()), ("decode", given)):
-        wanted = [value.name for value in graphs[name].inputs if value.name.startswith("input.")]
-        missing = [value for value in wanted if value not in known]
-        if missing:
-            raise CaptureError(
-                f"its {name} graph wants {missing[0]}, which nothing gives, so nobody could run it; export it without "
-                "generate, or as an ordinary checkpoint (--format hf)"
-            )
-
-
-def _session_options(place: Place) -> dict[str, Any]:
+def session_options_for(place: Place) -> dict[str, Any]:
     """How an ONNX Runtime session is opened so that it computes, and shares the machine, as torch does."""
     import onnxruntime
 
@@ -131,7 +111,8 @@ def _exported_specs(exported: Any, backend: Any) -> tuple[InputSpec, ...]:
     return tuple(InputSpec(spec.name, spec.dtype, sizes[spec.name], spec.low, spec.high) for spec in read)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object, empty when the file holds something else; ArtifactError when it cannot be read."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -78,11 +78,9 @@ def held_against(reference: Program, written: Any, by_block: bool = False, **opt
     return dataclasses.replace(result, tolerance=allowed, notes=(*result.notes, note))
 
 
-def unproven(check: bool, generate: bool) -> str:
+def unproven(check: bool) -> str:
     """Why an export is not compared with its program; empty when it is."""
-    if not check:
-        return "not compared with the program: it was not asked for"
-    return "not compared with the program: prefill and decode graphs cannot be compared yet" if generate else ""
+    return "" if check else "not compared with the program: it was not asked for"
 
 
 def parity_record(result: Comparison | None, reason: str) -> dict[str, Any]:

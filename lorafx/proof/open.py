@@ -24,6 +24,7 @@ from ..parity.inputs import specs_of
 from ..parity.runner import PROVIDERS, Place, Runner, program_runner
 from ..public import Program
 from ..training.module import RewrittenModel
+from .decoder import is_decoder, open_decoder
 
 
 def open_runner(
@@ -126,6 +127,8 @@ def _of_folder(
     folder: Path, place: Place, label: str, sealed: bool, opening: dict[str, Any], base: str | PathLike[str] | None
 ) -> Runner:
     manifest = find_manifest(folder) if sealed or not folder.is_dir() else None
+    if is_decoder(folder):
+        return open_decoder(folder, place, label, opening["trust_remote_code"])
     if (folder / "export.json").is_file():
         from .exported import open_exported
 

@@ -16,6 +16,7 @@ from ..parity.comparison import Comparison
 from ..parity.inputs import SHAPES, Batch, Generator, merged, tokenised
 from ..parity.runner import Runner
 from ..public import Program
+from .generation import hold_generation
 from .open import open_runner
 
 #: The longest text compared unless shapes are given. Attention takes time and memory with the square of the length, and
@@ -61,7 +62,8 @@ def verify(
         ArtifactError: a folder cannot be opened
         UsageError: inputs cannot be made, or there is no tokenizer for ``texts``
 
-    A shape that both sides refuse is noted and left out; one that only one of them refuses is a difference.
+    A shape that both sides refuse is noted and left out; one that only one of them refuses is a difference. A decoder
+    that was exported with its cache is held to what it generates (:mod:`lorafx.proof.generation`).
     """
     opening = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle, "base": base}
     options: dict[str, Any] = {"dtype": dtype, **opening}
@@ -77,6 +79,9 @@ def verify(
         padded = any(batch.is_padded for batch in own)
         return compare(left, right, own, per_token_outputs(left, None) if padded else frozenset())
     tokenizer = tokenizer or find_tokenizer(left.folder, right.folder, trust_remote_code=trust_remote_code)
+    if shapes is None and (left.decoder or right.decoder):
+        reference, written = (left, right) if right.decoder else (right, left)
+        return hold_generation(reference, written, texts, tokenizer, seed)
     generator = _generator(left, right, tokenizer, texts is not None, seed)
     tokens = per_token_outputs(left, generator)
     if texts is not None:

@@ -1,0 +1,194 @@
+"""Whether a decoder with its cache computes what its program does, whichever way the tokens are put to it.
+
+The program has no cache: it is asked once about each whole text that the decoder generated, alone and without padding,
+and its logits stand beside those that the decoder gave step by step. Where all of them agree within the tolerance, the
+greedy tokens are the program's: a token that is not its first choice is as good as that within twice the tolerance,
+which is a tie, and the texts after it are compared with it in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError, first_line
+from ..graph.precision import coarsest, tolerance
+from ..models.tokenizers import length_limit
+from ..parity.comparison import Case, Comparison, difference
+from ..parity.runner import Runner
+
+#: How many tokens are generated for each prompt.
+NEW = 64
+#: So many tokens after a batch of prompts, and put one by one to an empty cache.
+_FEW = 8
+#: Lengths of made-up prompts: the shortest, and odd ones.
+_LENGTHS = (1, 3, 8, 21)
+#: Prompts where there is a tokenizer: of several lengths, and of what decoders are asked.
+PROMPTS = (
+    "The",
+    "The capital of France is",
+    "Once upon a time there was a small village by the sea, and in it",
+    "Question: a train leaves at 9:40 and arrives at 12:05. How long is the journey?\nAnswer:",
+    "def mean(values):\n    ",
+)
+_LOGITS = "logits"
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A prompt and what the decoder said next: ids of both, ``[tokens]``, and the program's logits, one row a token."""
+
+    ids: Tensor
+    prompt: int
+    logits: Tensor
+
+
+def hold_generation(
+    reference: Runner, written: Runner, texts: Iterable[str] | None = None, tokenizer: Any = None, seed: int = 0
+) -> Comparison:
+    """Compare what ``written``, which has a cache, computes step by step with what ``reference`` does for whole texts.
+
+    Prompts go in at once, and then token by token what was chosen last; tokens one by one from the first on; several
+    tokens after a past; and prompts of other lengths in one batch, padded on the left, then a token each.
+
+    Args:
+        reference: anything that gives logits for whole texts
+        written: a runner with a ``decoder``
+        texts: prompts, instead of ``PROMPTS`` (or made-up tokens where there is no tokenizer)
+        tokenizer: makes tokens of them
+        seed: of made-up tokens
+
+    Raises:
+        UsageError: the prompts leave no room for a token, or there is no tokenizer for ``texts``
+    """
+    lowest = coarsest((reference.dtype, written.dtype))
+    limit = length_limit(reference.config, written.config)
+    prompts = _prompts(written, texts, tokenizer, limit, seed)
+    cases: list[Case] = []
+    notes = [f"{runner.label}: {runner.note}" for runner in (reference, written) if runner.note]
+    try:
+        found = [_greedy(reference, written.decoder, prompt, limit, cases) for prompt in prompts]
+        _one_by_one(written.decoder, max(found, key=lambda text: text.prompt), cases)
+        _after_a_past(written.decoder, max(found, key=lambda text: len(text.ids)), cases)
+        _batch(written.decoder, found, cases)
+        notes.append(_said(found))
+    except _Refused as error:
+        cases.append(Case(str(error.args[0]), _LOGITS, problem=str(error.args[1]), shapes_differ=True))
+    return Comparison(reference.label, written.label, lowest, tolerance(lowest), tuple(cases), (), tuple(notes))
+
+
+class _Refused(Exception):
+    """One side does not take an input that it has to: which input, and what it said."""
+
+
+def _prompts(
+    written: Runner, texts: Iterable[str] | None, tokenizer: Any, limit: int | None, seed: int
+) -> list[Tensor]:
+    if texts is not None and tokenizer is None:
+        raise UsageError(f"no tokenizer in {written.label}; pass one, or leave texts out")
+    if tokenizer is not None:
+        given = [tokenizer(text, return_tensors="pt")["input_ids"][0] for text in (PROMPTS if texts is None else texts)]
+    else:
+        ids = next(spec for spec in written.inputs if spec.name == "input_ids")
+        chance = torch.Generator().manual_seed(seed)
+        given = [torch.randint(ids.low, ids.high, (length,), generator=chance) for length in _LENGTHS]
+    # Room for new tokens: at least half of what the model takes.
+    most = None if limit is None else max(limit // 2, 1)
+    kept = [ids[:most] for ids in given if len(ids)]
+    if not kept or (limit is not None and limit < 2):
+        raise UsageError(f"{written.label}: no prompt with a token and room for another; give other texts")
+    return kept
+
+
+def _whole(reference: Runner, ids: Tensor, label: str) -> Tensor:
+    """The reference's logits for one text, ``[tokens, vocabulary]``."""
+    try:
+        outputs = reference({"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])})
+    except Exception as error:  # each runtime raises classes of its own
+        raise _Refused(label, f"refused by {reference.label}: {first_line(error)}") from error
+    if _LOGITS not in outputs or outputs[_LOGITS].shape[:2] != (1, len(ids)):
+        raise _Refused(label, f"{reference.label} gives no logits for every token")
+    return outputs[_LOGITS][0]
+
+
+def _steps(decoder: Any, ids: Tensor, mask: Tensor, parts: Sequence[int], label: str) -> Tensor:
+    """The decoder's logits for texts that it is given in parts of so many tokens, ``[batch, tokens, vocabulary]``."""
+    past, start, found = decoder.empty(len(ids)), 0, []
+    for part in parts:
+        end = start + part
+        try:
+            logits, past = decoder.step(ids[:, start:end], mask[:, :end], past)
+        except Exception as error:  # ONNX Runtime raises classes of its own
+            raise _Refused(label, f"refused after {start} tokens: {first_line(error)}") from error
+        found.append(logits)
+        start = end
+    return torch.cat(found, 1)
+
+
+def _greedy(reference: Runner, decoder: Any, prompt: Tensor, limit: int | None, cases: list[Case]) -> _Text:
+    """The prompt at once, then the tokens that the decoder chooses, one by one."""
+    new = NEW if limit is None else min(NEW, limit - len(prompt))
+    label = f"{len(prompt)} tokens and {new} generated"
+    ids, past, found, given = prompt[None], decoder.empty(1), [], prompt[None]
+    for _ in range(new):
+        try:
+            logits, past = decoder.step(given, torch.ones_like(ids), past)
+        except Exception as error:  # ONNX Runtime raises classes of its own
+            raise _Refused(
+                label, f"refused after {ids.shape[1] - given.shape[1]} tokens: {first_line(error)}"
+            ) from error
+        found.append(logits)
+        given = logits[:, -1:].argmax(-1)
+        ids = torch.cat((ids, given), 1)
+    expected = _whole(reference, ids[0, :-1], label)
+    cases.append(difference(label, _LOGITS, expected[None], torch.cat(found, 1)))
+    return _Text(ids[0], len(prompt), expected)
+
+
+def _one_by_one(decoder: Any, text: _Text, cases: list[Case]) -> None:
+    count = min(_FEW, len(text.logits))
+    label = f"{count} tokens one by one"
+    ids = text.ids[None, :count]
+    found = _steps(decoder, ids, torch.ones_like(ids), [1] * count, label)
+    cases.append(difference(label, _LOGITS, text.logits[None, :count], found))
+
+
+def _after_a_past(decoder: Any, text: _Text, cases: list[Case]) -> None:
+    count = len(text.logits)
+    half = count // 2
+    if half:
+        label = f"{count - half} tokens after a past of {half}"
+        ids = text.ids[None, :count]
+        found = _steps(decoder, ids, torch.ones_like(ids), [half, count - half], label)
+        cases.append(difference(label, _LOGITS, text.logits[None], found))
+
+
+def _batch(decoder: Any, texts: Sequence[_Text], cases: list[Case]) -> None:
+    """Prompts in one batch, padded on the left, and a few tokens after each; every text is compared by itself."""
+    few = min(_FEW, *(len(text.logits) - text.prompt for text in texts))
+    longest = max(text.prompt for text in texts)
+    rows, masks = [], []
+    for text in texts:
+        # Any token pads: the mask says that nobody reads it.
+        padding = text.ids[:1].expand(longest - text.prompt)
+        rows.append(torch.cat((padding, text.ids[: text.prompt + few])))
+        masks.append(torch.cat((torch.zeros_like(padding), torch.ones_like(text.ids[: text.prompt + few]))))
+    label = f"a batch of {len(texts)}, padded left"
+    found = _steps(decoder, torch.stack(rows), torch.stack(masks), [longest, *[1] * few], label)
+    for text, logits in zip(texts, found, strict=True):
+        count = text.prompt + few
+        case = difference(
+            f"{label}: {text.prompt} tokens and {few}", _LOGITS, text.logits[None, :count], logits[None, -count:]
+        )
+        cases.append(case)
+
+
+def _said(texts: Sequence[_Text]) -> str:
+    """How many tokens were generated, and how many of them are not the first choice of the reference."""
+    total = sum(len(text.ids) - text.prompt for text in texts)
+    other = sum(int((text.logits[text.prompt - 1 :].argmax(-1) != text.ids[text.prompt :]).sum()) for text in texts)
+    return f"{total} greedy tokens over {len(texts)} prompts, {total - other} equal, {other} others (ties, within the tolerance)"
