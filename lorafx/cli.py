@@ -13,27 +13,16 @@ import click
 
 from .commands.check import check, check_merge
 from .commands.edit import edit, patch
-from .commands.look import bench, inspect, latency, passes, verify
+from .commands.look import bench, generate, inspect, latency, passes, verify
 from .commands.make import export, fold, rewrite, run, train
 from .errors import ArtifactError, LorafxError, first_line
 from .version import __version__
 
 # A new command is imported above and named here; its module must not import torch or transformers when imported.
 _COMMANDS = (
-    rewrite,
-    train,
-    fold,
-    export,
-    run,
-    verify,
-    bench,
-    inspect,
-    latency,
-    passes,
-    edit,
-    patch,
-    check,
-    check_merge,
+    *(rewrite, train, fold, export, run),
+    *(verify, check, check_merge, bench, generate),
+    *(inspect, latency, passes, edit, patch),
 )
 
 

@@ -209,9 +209,8 @@ def _cached(node: fx.Node) -> int:
 
 def _give_past(graph: fx.Graph, order: list[str], results: list[int]) -> None:
     """Make each past an input again and what it becomes an output; CaptureError when a pass took it away."""
-    found = {
-        node.meta[_CACHED]: node for node in graph.nodes if _CACHED in node.meta and node.target is aten.cat.default
-    }
+    marked = (node for node in graph.nodes if _CACHED in node.meta)
+    found = {node.meta[_CACHED]: node for node in marked if node.target is aten.cat.default}
     plain = {node.name: node for node in graph.find_nodes(op="placeholder")}
     if len(found) < len(results) - 1:
         raise CaptureError(f"a pass took keys or values out of its attention, so it has no cache; {_ELSE}")
@@ -249,7 +248,6 @@ def _example(graph: fx.Graph, leaves: list[Tensor]) -> tuple[Tensor, ...]:
     given = []
     for node, value in zip(graph.find_nodes(op="placeholder"), leaves, strict=True):
         width = node.meta.get(_CACHED)
-        given.append(
-            value if width is None else value.new_zeros(len(value), int(width[1]), value.shape[2], int(width[3]))
-        )
+        sizes = value.shape if width is None else (len(value), int(width[1]), value.shape[2], int(width[3]))
+        given.append(value if width is None else value.new_zeros(sizes))
     return tuple(given)

@@ -76,9 +76,7 @@ def check_generates(program: Program, kind: str, dtype: torch.dtype | None) -> N
     if kind != "onnx":
         raise UsageError(f"a decoder with its cache is written as onnx, not {kind}; leave generate or the format out")
     if dtype is torch.bfloat16:
-        raise UsageError(
-            "ONNX Runtime computes no bfloat16 on the CPU, so a decoder in it cannot be proven; choose float16"
-        )
+        raise UsageError("a decoder in bfloat16 cannot be proven: ONNX Runtime has none on the CPU; choose float16")
     if getattr(program.config, "is_encoder_decoder", False):
         raise UsageError(f"{program.name} generates with two graphs, and only decoders are written; export it as hf")
     if program.output_layer is None or not getattr(model, "can_generate", lambda: False)():
@@ -94,7 +92,7 @@ def decoder(program: Program, provider: str, dtype: torch.dtype | None) -> Decod
             inputs, example = decode_inputs(model, program.example)
             exporter = CachedOnnxExporter(with_model(program, model), example)
             config = OnnxConfig(dynamic=True, dynamic_shapes=decode_shapes(inputs), ort_fusions=None)
-            return exporter.export(model, inputs, config)
+            return exporter.export(model, {**inputs, "use_cache": True, "return_dict": True}, config)
 
         exported = trace_with(attempt, model, None)
     graph: ir.Model = exported.program
@@ -152,7 +150,7 @@ def genai_config(made: Decoder, generation: Any) -> dict[str, Any]:
             **{name: value for name, value in known.items() if value is not None},
             "decoder": graph,
         },
-        # A buffer that past and present share is longer than the past, and the graph appends to a past as long as it is.
+        # A buffer that past and present share is longer than the past; the graph appends to all that it is given.
         "search": {"max_length": length, "do_sample": False, "past_present_share_buffer": False},
     }
 
@@ -161,30 +159,32 @@ def genai_config(made: Decoder, generation: Any) -> dict[str, Any]:
 
 
 def _name(graph: ir.Model) -> int:
-    """Call inputs, outputs and their free axes as clients do; the number of layers. CaptureError: an axis is not free."""
+    """Call inputs, outputs and their free axes as clients do; the number of layers. CaptureError: an axis is fixed."""
     values = [*graph.graph.inputs, *graph.graph.outputs]
     for value in values:
         found = _CACHE.fullmatch(value.name or "")
         if found is not None:
             side = "past_key_values" if found[1] == "input" else "present"
             value.name = f"{side}.{found[2]}.{found[3]}"
-    known = {value.name: value for value in graph.graph.inputs}
-    names: dict[Any, str] = {}
-    for (name, axis), readable in _AXES.items():
-        size = known[name].shape[axis] if name in known and known[name].shape is not None else None
-        if not isinstance(size, ir.SymbolicDim):
-            raise CaptureError(
-                f"its decode graph takes {name} of one size only, {size} along axis {axis}; export it as hf"
-            )
-        names[size.value] = readable
+    known = {value.name or "": value for value in graph.graph.inputs}
+    names = {_free(known, *place): readable for place, readable in _AXES.items()}
     for value in values:
         sizes = [
             names.get(size.value, size) if isinstance(size, ir.SymbolicDim) else size for size in value.shape or ()
         ]
-        if value in graph.graph.outputs and (value.name or "").startswith("present."):
+        if (value.name or "").startswith("present."):
             sizes[2] = "total_sequence_length"
         value.shape = ir.Shape(sizes)
     return sum(name.startswith("past_key_values.") for name in known) // 2
+
+
+def _free(known: Mapping[str, ir.Value], name: str, axis: int) -> Any:
+    """What the converter calls a free axis of an input."""
+    shape = known[name].shape if name in known else None
+    size = shape[axis] if shape is not None else None
+    if not isinstance(size, ir.SymbolicDim):
+        raise CaptureError(f"its decode graph takes {name} of one size only, {size} along axis {axis}; export it as hf")
+    return size.value
 
 
 def _fuse(graph: ir.Model, provider: str) -> int:

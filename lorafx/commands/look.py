@@ -1,4 +1,4 @@
-"""The commands that change nothing: verify, bench, inspect, latency, passes.
+"""The commands that change nothing: verify, generate, bench, inspect, latency, passes.
 
 Imports inside the functions keep ``lorafx --help`` fast: torch and transformers load when a command needs them.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from ..errors import UsageError
 from .flags import parse_shape
 from .shared import (
     adapter_option,
@@ -50,6 +51,36 @@ def verify(a: Path, b: Path, texts: Path | None, seed: int, as_json: bool, **o: 
     emit(result.to_json(), result.text(), as_json)
     if not result.ok:
         raise ParityError(f"{a} and {b} differ: {result.summary}")
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--prompt", help="A text to go on with.")
+@click.option("--chat", help="What a user says, put into the tokenizer's chat template.")
+@click.option("--max-new-tokens", "most", type=click.IntRange(1), default=64, show_default=True)
+@opening_options
+@as_json_option
+def generate(folder: Path, prompt: str | None, chat: str | None, most: int, as_json: bool, **o: Any) -> None:
+    """Let FOLDER (a run, a checkpoint, a folded folder or an exported decoder) write text, greedily, as it comes."""
+    from ..proof.generate import generate as write
+
+    text = prompt if prompt is not None else chat
+    if text is None or (prompt is not None and chat is not None):
+        raise UsageError("give a text: --prompt TEXT to go on with, or --chat TEXT to answer")
+    with quiet():
+        say = _nothing if as_json else lambda part: click.echo(part, nl=False)
+        result = write(folder, text, chat is not None, most, say, **opening(o))
+    if as_json:
+        emit(result.to_json(), "", as_json)
+        return
+    click.echo()
+    rate = result.to_json()["tokens_per_second"]
+    speed = "" if rate is None else f", {rate:.1f} tokens/s after the first"
+    click.echo(f"{len(result.tokens)} tokens, the first after {result.first:.2f} s{speed}", err=True)
+
+
+def _nothing(part: str) -> None:
+    """Print no part of a text that is printed as a whole."""
 
 
 @click.command()

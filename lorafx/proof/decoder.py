@@ -1,4 +1,4 @@
-"""A decoder folder in ONNX Runtime: tokens go in with what was cached of the ones before, logits and the cache come out.
+"""A decoder folder in ONNX Runtime: tokens go in with what was cached of those before, logits and the cache come out.
 
 The layout is what onnxruntime-genai and transformers.js read; :mod:`lorafx.backends.decoder` writes it.
 """
@@ -94,7 +94,7 @@ def open_decoder(folder: Path, place: Place, label: str, trusted: bool = False) 
     given = {entry.name for entry in session.get_outputs()}
     if not pasts or not {"logits", *pasts.values()} <= given or not {"input_ids", "attention_mask"} <= inputs.keys():
         raise ArtifactError(
-            f"{folder / MODEL}: its inputs and outputs are not those of a decoder with its cache; export it again"
+            f"{folder / MODEL}: not a decoder with its cache by its inputs and outputs; export it again"
         )
     dtype = _TYPES[inputs[next(iter(pasts))].type][1]
     if place.dtype not in (None, dtype):
@@ -102,18 +102,13 @@ def open_decoder(folder: Path, place: Place, label: str, trusted: bool = False) 
     decoder = CachedDecoder(session, pasts, dtype)
 
     def call(values: dict[str, Any]) -> Any:
-        return {
-            "logits": decoder.step(
-                values["input_ids"], values["attention_mask"], decoder.empty(len(values["input_ids"]))
-            )[0]
-        }
+        ids = values["input_ids"]
+        return {"logits": decoder.step(ids, values["attention_mask"], decoder.empty(len(ids)))[0]}
 
     specs = (
         InputSpec("input_ids", torch.int64, (None, None), 0, config.get_text_config().vocab_size),
         InputSpec("attention_mask", torch.int64, (None, None)),
     )
-    used = session.get_providers()[0]
-    note = (
-        "" if used == PROVIDERS[place.provider] else f"{PROVIDERS[place.provider]} cannot be loaded here; {used} ran it"
-    )
+    used, asked = session.get_providers()[0], PROVIDERS[place.provider]
+    note = "" if used == asked else f"{asked} was asked for but cannot be loaded here; {used} ran it"
     return Runner(label, "decoder", used, place.threads, dtype, specs, call, config, folder, note=note, decoder=decoder)

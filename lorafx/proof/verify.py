@@ -16,7 +16,7 @@ from ..parity.comparison import Comparison
 from ..parity.inputs import SHAPES, Batch, Generator, merged, tokenised
 from ..parity.runner import Runner
 from ..public import Program
-from .generation import hold_generation
+from .decoding import hold_generation
 from .open import open_runner
 
 #: The longest text compared unless shapes are given. Attention takes time and memory with the square of the length, and
@@ -63,7 +63,7 @@ def verify(
         UsageError: inputs cannot be made, or there is no tokenizer for ``texts``
 
     A shape that both sides refuse is noted and left out; one that only one of them refuses is a difference. A decoder
-    that was exported with its cache is held to what it generates (:mod:`lorafx.proof.generation`).
+    that was exported with its cache is held to what it generates (:mod:`lorafx.proof.decoding`).
     """
     opening = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle, "base": base}
     options: dict[str, Any] = {"dtype": dtype, **opening}

@@ -67,7 +67,7 @@ def hold_generation(
     """
     lowest = coarsest((reference.dtype, written.dtype))
     limit = length_limit(reference.config, written.config)
-    prompts = _prompts(written, texts, tokenizer, limit, seed)
+    prompts = _prompts(written, tokenizer, texts, limit, seed)
     cases: list[Case] = []
     notes = [f"{runner.label}: {runner.note}" for runner in (reference, written) if runner.note]
     try:
@@ -76,17 +76,17 @@ def hold_generation(
         _after_a_past(written.decoder, max(found, key=lambda text: len(text.ids)), cases)
         _batch(written.decoder, found, cases)
         notes.append(_said(found))
-    except _Refused as error:
+    except _RefusedError as error:
         cases.append(Case(str(error.args[0]), _LOGITS, problem=str(error.args[1]), shapes_differ=True))
     return Comparison(reference.label, written.label, lowest, tolerance(lowest), tuple(cases), (), tuple(notes))
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """One side does not take an input that it has to: which input, and what it said."""
 
 
 def _prompts(
-    written: Runner, texts: Iterable[str] | None, tokenizer: Any, limit: int | None, seed: int
+    written: Runner, tokenizer: Any, texts: Iterable[str] | None, limit: int | None, seed: int
 ) -> list[Tensor]:
     if texts is not None and tokenizer is None:
         raise UsageError(f"no tokenizer in {written.label}; pass one, or leave texts out")
@@ -109,23 +109,27 @@ def _whole(reference: Runner, ids: Tensor, label: str) -> Tensor:
     try:
         outputs = reference({"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])})
     except Exception as error:  # each runtime raises classes of its own
-        raise _Refused(label, f"refused by {reference.label}: {first_line(error)}") from error
+        raise _RefusedError(label, f"refused by {reference.label}: {first_line(error)}") from error
     if _LOGITS not in outputs or outputs[_LOGITS].shape[:2] != (1, len(ids)):
-        raise _Refused(label, f"{reference.label} gives no logits for every token")
+        raise _RefusedError(label, f"{reference.label} gives no logits for every token")
     return outputs[_LOGITS][0]
+
+
+def _step(decoder: Any, ids: Tensor, mask: Tensor, past: Any, label: str) -> tuple[Tensor, Any]:
+    try:
+        return decoder.step(ids, mask, past)
+    except Exception as error:  # ONNX Runtime raises classes of its own
+        done = mask.shape[1] - ids.shape[1]
+        raise _RefusedError(label, f"refused after {done} tokens: {first_line(error)}") from error
 
 
 def _steps(decoder: Any, ids: Tensor, mask: Tensor, parts: Sequence[int], label: str) -> Tensor:
     """The decoder's logits for texts that it is given in parts of so many tokens, ``[batch, tokens, vocabulary]``."""
     past, start, found = decoder.empty(len(ids)), 0, []
     for part in parts:
-        end = start + part
-        try:
-            logits, past = decoder.step(ids[:, start:end], mask[:, :end], past)
-        except Exception as error:  # ONNX Runtime raises classes of its own
-            raise _Refused(label, f"refused after {start} tokens: {first_line(error)}") from error
+        logits, past = _step(decoder, ids[:, start : start + part], mask[:, : start + part], past, label)
         found.append(logits)
-        start = end
+        start += part
     return torch.cat(found, 1)
 
 
@@ -135,12 +139,7 @@ def _greedy(reference: Runner, decoder: Any, prompt: Tensor, limit: int | None, 
     label = f"{len(prompt)} tokens and {new} generated"
     ids, past, found, given = prompt[None], decoder.empty(1), [], prompt[None]
     for _ in range(new):
-        try:
-            logits, past = decoder.step(given, torch.ones_like(ids), past)
-        except Exception as error:  # ONNX Runtime raises classes of its own
-            raise _Refused(
-                label, f"refused after {ids.shape[1] - given.shape[1]} tokens: {first_line(error)}"
-            ) from error
+        logits, past = _step(decoder, given, torch.ones_like(ids), past, label)
         found.append(logits)
         given = logits[:, -1:].argmax(-1)
         ids = torch.cat((ids, given), 1)
@@ -181,14 +180,12 @@ def _batch(decoder: Any, texts: Sequence[_Text], cases: list[Case]) -> None:
     found = _steps(decoder, torch.stack(rows), torch.stack(masks), [longest, *[1] * few], label)
     for text, logits in zip(texts, found, strict=True):
         count = text.prompt + few
-        case = difference(
-            f"{label}: {text.prompt} tokens and {few}", _LOGITS, text.logits[None, :count], logits[None, -count:]
-        )
-        cases.append(case)
+        one = f"{label}: {text.prompt} tokens and {few}"
+        cases.append(difference(one, _LOGITS, text.logits[None, :count], logits[None, -count:]))
 
 
 def _said(texts: Sequence[_Text]) -> str:
     """How many tokens were generated, and how many of them are not the first choice of the reference."""
     total = sum(len(text.ids) - text.prompt for text in texts)
     other = sum(int((text.logits[text.prompt - 1 :].argmax(-1) != text.ids[text.prompt :]).sum()) for text in texts)
-    return f"{total} greedy tokens over {len(texts)} prompts, {total - other} equal, {other} others (ties, within the tolerance)"
+    return f"{total} greedy tokens after {len(texts)} prompts, {other} of them another's tie where the logits are equal"
