@@ -188,4 +188,4 @@ def _said(texts: Sequence[_Text]) -> str:
     """How many tokens were generated, and how many of them are not the first choice of the reference."""
     total = sum(len(text.ids) - text.prompt for text in texts)
     other = sum(int((text.logits[text.prompt - 1 :].argmax(-1) != text.ids[text.prompt :]).sum()) for text in texts)
-    return f"{total} greedy tokens after {len(texts)} prompts, {other} of them another's tie where the logits are equal"
+    return f"{total} greedy tokens after {len(texts)} prompts, {other} of them not the first choice of the program"
