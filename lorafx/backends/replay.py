@@ -101,6 +101,7 @@ def replay(program: Program, base: Program, *, whole: bool = True) -> Program:
 def _take_values(result: Program, program: Program) -> None:
     """Give ``result`` the values ``program`` has under the same names; CaptureError where their shapes differ."""
     constants = set(program.names("constant"))
+    shared: dict[int, torch.Tensor] = {}
     for name, value in named_tensors(program.root):
         if name in constants or not has_tensor(result.root, name):
             continue
@@ -108,7 +109,7 @@ def _take_values(result: Program, program: Program) -> None:
         if slot.shape != value.shape:
             shapes = f"{tuple(slot.shape)} and {tuple(value.shape)}"
             raise CaptureError(f"{name} has two shapes, {shapes}, in two captures of {program.name}; export it as pt2")
-        put_tensor(result.root, name, _cast(value, slot))
+        put_tensor(result.root, name, shared.setdefault(id(value), _cast(value, slot)))  # a tied one stays tied
 
 
 def _cast(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

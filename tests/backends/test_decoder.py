@@ -267,7 +267,7 @@ def test_text_goes_on_to_the_end_of_the_positions(checkpoint: Path) -> None:
 
 def test_what_is_said_in_a_chat_goes_through_the_template(checkpoint: Path) -> None:
     said = json.loads(call(checkpoint, "--chat", "w3 w7", "--json", "--max-new-tokens", 1).stdout)
-    assert said["prompt_tokens"] == 6  # [CLS] of template and tokenizer each, two words, and [SEP] of both
+    assert said["prompt_tokens"] == 4  # the template's [CLS] and [SEP], none of the tokenizer's, and two words
 
 
 def test_bad_prompts_are_refused_in_one_line(checkpoint: Path, tmp_path: Path) -> None:

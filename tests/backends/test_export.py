@@ -18,7 +18,7 @@ from lorafx.passes.magnitude import Magnitude
 from lorafx.passes.tidy import Tidy
 from lorafx.pipeline import to_eval
 from tests import zoo
-from tests.small import bert, captured
+from tests.small import bert, captured, example, gpt2
 
 
 def test_a_merged_adapter_changes_values_alone() -> None:
@@ -55,6 +55,15 @@ def test_a_size_that_the_config_refuses_fits_no_checkpoint() -> None:
     assert not fits_checkpoint(folded)
     with pytest.raises(UsageError, match=r"cannot hold this program: .*not a multiple"):
         hf_model(folded)
+
+
+def test_a_tied_tensor_stays_tied_in_another_dtype() -> None:
+    folded = lorafx.fold(captured(gpt2))
+    half = lorafx.capture(gpt2().half(), inputs=example(False))
+    again = replay(folded, half)
+    head, table = (again.tensor(name) for name in ("lm_head.weight", "transformer.wte.weight"))
+    assert head.dtype is torch.float16
+    assert head is table
 
 
 class Mlp(nn.Module):
