@@ -7,9 +7,9 @@
 Tiny random decoders of three families, as they are and with the smallest heads and neurons gone (other widths in each
 layer), exported with ``generate=True``; each client goes on with the same prompts greedily, and has to give the tokens
 of transformers' own ``generate`` on the eager model with the same weights closed. A folder of one's own is tried with
-``--folder``, against ONNX Runtime alone. onnxruntime-genai brings an ONNX Runtime of its own, which lies in the place
-of the one that lorafx depends on: it wants an environment of its own, and so this is no test. Exits with 1 when tokens
-differ.
+``--folder``, on the texts that exports are compared on and against ONNX Runtime alone. onnxruntime-genai brings an ONNX
+Runtime of its own, which lies in the place of the one that lorafx depends on: it wants an environment of its own, and
+so this is no test. Exits with 1 when tokens differ.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ import torch
 import transformers as hf
 
 import lorafx
+from lorafx.models.tokenizers import find_tokenizer
 from lorafx.passes.magnitude import Magnitude
+from lorafx.proof import decoding
 from lorafx.proof.open import open_runner
 
 PROMPTS = [[5], [7, 9, 11], [8, 2, 30, 12, 4, 17, 33]]
-NEW = 24
 
 _GENAI = """
 import json, sys
@@ -89,12 +90,12 @@ def models() -> Iterator[tuple[str, Any]]:
         yield name, model
 
 
-def by_transformers(program: Any) -> list[list[int]]:
+def by_transformers(program: Any, new: int) -> list[list[int]]:
     """What the eager model generates with the program's weights, those of closed units zero."""
     model = program.source.model
     values = {name: value for name, value in program.root.named_parameters() if name in dict(model.named_parameters())}
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    options: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+    options: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
     try:
         model.load_state_dict(values, strict=False)
         return [model.generate(torch.tensor([prompt]), **options)[0].tolist() for prompt in PROMPTS]
@@ -102,13 +103,13 @@ def by_transformers(program: Any) -> list[list[int]]:
         model.load_state_dict(before, strict=False)
 
 
-def by_onnxruntime(folder: Path) -> list[list[int]]:
+def by_onnxruntime(folder: Path, prompts: list[list[int]], new: int) -> list[list[int]]:
     """What ONNX Runtime gives by hand; the token that ends a text is never chosen, as with the other clients."""
     decoder, end, said = open_runner(folder).decoder, _end(folder), []
-    for prompt in PROMPTS:
+    for prompt in prompts:
         ids, past = torch.tensor([prompt]), decoder.empty(1)
         given = ids
-        for _ in range(NEW):
+        for _ in range(new):
             logits, past = decoder.step(given, torch.ones_like(ids), past)
             logits[..., end] = -torch.inf
             given = logits[:, -1:].argmax(-1)
@@ -122,24 +123,26 @@ def _end(folder: Path) -> list[int]:
     return ends if isinstance(ends, list) else [ends]
 
 
-def by(command: list[str], folder: Path, where: Path) -> list[list[int]]:
+def by(command: list[str], folder: Path, where: Path, prompts: list[list[int]], new: int) -> list[list[int]]:
     """What a client in a process of its own gives."""
-    asked = [*command, str(folder), str(NEW), json.dumps(PROMPTS)]
+    asked = [*command, str(folder), str(new), json.dumps(prompts)]
     done = subprocess.run(asked, cwd=where, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{command[0]} failed on {folder}:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def answers(folder: Path, options: argparse.Namespace) -> dict[str, list[list[int]]]:
+def answers(folder: Path, prompts: list[list[int]], options: argparse.Namespace) -> dict[str, list[list[int]]]:
     """The tokens of every client that there is."""
-    said = {"onnxruntime": by_onnxruntime(folder)}
+    said = {"onnxruntime": by_onnxruntime(folder, prompts, options.new)}
     if options.genai is not None:
-        said["onnxruntime-genai"] = by([str(options.genai.absolute()), "-c", _GENAI], folder, folder)
+        said["onnxruntime-genai"] = by(
+            [str(options.genai.absolute()), "-c", _GENAI], folder, folder, prompts, options.new
+        )
     if options.node is not None:
         script = options.node.absolute() / "lorafx_client.mjs"
         script.write_text(_NODE, encoding="utf-8")
-        said["transformers.js"] = by(["node", str(script)], folder, script.parent)
+        said["transformers.js"] = by(["node", str(script)], folder, script.parent, prompts, options.new)
     return said
 
 
@@ -149,27 +152,34 @@ def main() -> int:
     parser.add_argument("--genai", type=Path, help="a Python that imports onnxruntime_genai")
     parser.add_argument("--node", type=Path, help="a folder whose node_modules has @huggingface/transformers")
     parser.add_argument("--folder", type=Path, help="a decoder's folder to try, instead of tiny models")
+    parser.add_argument("--new", type=int, default=24, help="tokens after each prompt")
     options = parser.parse_args()
     wrong = 0
     with tempfile.TemporaryDirectory() as scratch:
-        for name, folder, expected in _cases(options.folder, Path(scratch)):
-            for client, said in answers(folder, options).items():
+        for name, folder, prompts, expected in _cases(options, Path(scratch)):
+            for client, said in answers(folder, prompts, options).items():
                 equal = sum(a == b for a, b in zip(said, expected, strict=True))
                 wrong += equal < len(expected)
-                print(f"{name:16} {client:18} {equal} of {len(expected)} texts equal, {NEW} tokens each", flush=True)
+                print(
+                    f"{name:16} {client:18} {equal} of {len(expected)} texts equal, {options.new} tokens each",
+                    flush=True,
+                )
     return int(wrong > 0)
 
 
-def _cases(given: Path | None, scratch: Path) -> Iterator[tuple[str, Path, list[list[int]]]]:
-    if given is not None:
-        yield given.name, given.absolute(), by_onnxruntime(given)
+def _cases(options: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, Path, list[list[int]], list[list[int]]]]:
+    """Folders by name, with the prompts and what is to come out."""
+    if options.folder is not None:
+        folder, tokenizer = options.folder.absolute(), find_tokenizer(options.folder)
+        prompts = PROMPTS if tokenizer is None else [tokenizer(text)["input_ids"] for text in decoding.PROMPTS]
+        yield folder.name, folder, prompts, by_onnxruntime(folder, prompts, options.new)
         return
     for name, model in models():
         program = lorafx.capture(model)
         for kind, made in (("", program), (" pruned", lorafx.rewrite(program, [Magnitude(keep=0.6)]))):
             folder = scratch / f"{name}{kind.replace(' ', '-')}"
             lorafx.export(made, folder, generate=True)
-            yield f"{name}{kind}", folder, by_transformers(made)
+            yield f"{name}{kind}", folder, PROMPTS, by_transformers(made, options.new)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from ..errors import CaptureError
 from ..frontend.capture import program_of
 from ..graph.domain import Domain, Range
 from ..graph.edit import Edit
+from ..graph.operands import argument
 from ..graph.program import Signature, Source
 from ..passes.tidy import Tidy
 from ..public import Program
@@ -57,16 +58,16 @@ def decode_inputs(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[dict
     decode, prefill = stages["decode"][1], stages["prefill"][1]
     state = {name: value for name, value in decode.items() if not isinstance(value, (Tensor, bool, type(None)))}
     plain = {name: value for name, value in decode.items() if isinstance(value, Tensor)}
-    caches = [value for value in state.values() if type(value) is DynamicCache]
-    if len(state) != 1 or not caches or not all(isinstance(layer, DynamicLayer) for layer in caches[0].layers):
+    layers: list[Any] = [layer for value in state.values() if type(value) is DynamicCache for layer in value.layers]
+    if len(state) != 1 or not layers or not all(isinstance(layer, DynamicLayer) for layer in layers):
         kinds = ", ".join(sorted({type(value).__name__ for value in state.values()})) or "nothing"
         raise CaptureError(f"between tokens it keeps {kinds} that is no plain cache of keys and values; {_ELSE}")
     if not {"input_ids", "attention_mask"} <= plain.keys():
         raise CaptureError(f"it generates from {', '.join(plain)}, not from input_ids and attention_mask; {_ELSE}")
     cache, length = DynamicCache(), plain["attention_mask"].shape[1] - plain["input_ids"].shape[1]
-    for number, layer in enumerate(caches[0].layers):
-        whole = (value.new_zeros(*value.shape[:2], length, value.shape[3]) for value in (layer.keys, layer.values))
-        cache.update(*whole, number)
+    for number, layer in enumerate(layers):
+        keys, values = (part.new_zeros(*part.shape[:2], length, part.shape[3]) for part in (layer.keys, layer.values))
+        cache.update(keys, values, number)
     return {**plain, next(iter(state)): cache}, {name: prefill[name].flip(1) for name in plain}
 
 
@@ -179,10 +180,10 @@ def _empty(graph: fx.Graph, past: fx.Node, number: int, sizes: Mapping[int, fx.N
     """Read the sizes of a past elsewhere, and concatenate nothing to what is new; CaptureError when more is read."""
     for user in list(past.users):
         if user.target is aten.sym_size.int and user.args[1] in sizes:
-            user.replace_all_uses_with(sizes[int(str(user.args[1]))])
+            user.replace_all_uses_with(sizes[argument(user, "dim")])
             graph.erase_node(user)
         elif user.target is aten.cat.default and _behind(user, past):
-            new = user.args[0][1]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
+            new = argument(user, "tensors")[1]
             with graph.inserting_before(user):
                 nothing = graph.call_function(aten.slice.Tensor, (new, 2, 0, 0))
             user.args = ([nothing, new], user.args[1])
@@ -193,7 +194,7 @@ def _empty(graph: fx.Graph, past: fx.Node, number: int, sizes: Mapping[int, fx.N
 
 def _behind(cat: fx.Node, past: fx.Node) -> bool:
     """Whether a concatenation is of a past and what is new, along the tokens."""
-    parts: Any = cat.args[0]
+    parts = argument(cat, "tensors")
     return len(parts) == 2 and parts[0] is past and parts[1] is not past and cat.args[1:] in ((-2,), (2,))
 
 
@@ -220,7 +221,7 @@ def _give_past(graph: fx.Graph, order: list[str], results: list[int]) -> None:
             place = plain[name]
             continue
         cat, number = found[number], number + 1
-        nothing, new = cat.args[0]  # pyright: ignore[reportGeneralTypeIssues, reportAssignmentType]
+        nothing, new = argument(cat, "tensors")
         with graph.inserting_after(place) if place is not None else graph.inserting_before(None):
             place = graph.placeholder(name)
         place.meta[_CACHED] = cat.meta["val"].shape

@@ -90,7 +90,7 @@ def decoder(program: Program, provider: str, dtype: torch.dtype | None) -> Decod
 
         def attempt(_: Any) -> Any:
             inputs, example = decode_inputs(model, program.example)
-            exporter = CachedOnnxExporter(with_model(program, model), example)
+            exporter: Any = CachedOnnxExporter(with_model(program, model), example)
             config = OnnxConfig(dynamic=True, dynamic_shapes=decode_shapes(inputs), ort_fusions=None)
             return exporter.export(model, {**inputs, "use_cache": True, "return_dict": True}, config)
 

@@ -93,16 +93,7 @@ def export(
             nothing was trained
         ParityError: the written model does not compute the program's function; nothing is left behind
     """
-    if format not in FORMATS or provider not in PROVIDERS:
-        raise UsageError(
-            f"cannot export to {format!r} for {provider!r}; formats: {FORMATS}, providers: {(*PROVIDERS,)}"
-        )
-    if program.device.type == "meta":
-        raise UsageError("the program was captured on the meta device and has no weights; capture or load it with them")
-    if generate:
-        from .decoder import check_generates
-
-        check_generates(program, format, dtype)
+    _check(program, format, provider, dtype, generate)
     refuse_check(check, format, dtype)
     reference, reason = reference_of(program), unproven(bool(check))
     if check:
@@ -139,6 +130,18 @@ def export(
             proof = proof_of_files(reference, final, folder) if exact else None
             hashed.update(write_certificate(reference, final, folder, format, hashed, parity, proof))
         return result
+
+
+def _check(program: Program, kind: str, provider: str, dtype: torch.dtype | None, generate: bool) -> None:
+    """UsageError when a program cannot be written so, before any work."""
+    if kind not in FORMATS or provider not in PROVIDERS:
+        raise UsageError(f"cannot export to {kind!r} for {provider!r}; formats: {FORMATS}, providers: {(*PROVIDERS,)}")
+    if program.device.type == "meta":
+        raise UsageError("the program was captured on the meta device and has no weights; capture or load it with them")
+    if generate:
+        from .decoder import check_generates
+
+        check_generates(program, kind, dtype)
 
 
 def _compared(

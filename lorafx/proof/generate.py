@@ -132,7 +132,7 @@ def _ends(runner: Runner, folder: Path) -> set[int]:
             if found is not None:
                 return set(found) if isinstance(found, list) else {found}
     found = getattr(runner.config.get_text_config(), "eos_token_id", None) if runner.config is not None else None
-    return set(found) if isinstance(found, list) else {found} - {None}
+    return set(found) if isinstance(found, list) else set() if found is None else {found}
 
 
 def _by_steps(runner: Runner, ids: Tensor) -> Iterator[int]:

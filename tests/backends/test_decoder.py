@@ -110,7 +110,7 @@ def test_weights_are_written_once_and_attention_is_fused(exported: Path, checkpo
 
 @pytest.mark.slow
 def test_tokens_are_those_of_transformers(exported: Path, checkpoint: Path) -> None:
-    model = hf.LlamaForCausalLM.from_pretrained(checkpoint).eval()
+    model: Any = hf.LlamaForCausalLM.from_pretrained(checkpoint).eval()
     for prompt in ([7], [9, 11, 20, 8, 30]):
         new = POSITIONS - len(prompt)
         expected = model.generate(torch.tensor([prompt]), max_new_tokens=new, min_new_tokens=new, do_sample=False)
