@@ -53,7 +53,7 @@ def main() -> None:
     config = OnnxConfig(dynamic=True, dynamic_shapes=dynamic_shapes(model, base.example), ort_fusions="cpu")
 
     def ours() -> Any:
-        return converted(lorafx.fold(program), "onnx", "cpu", None, False)
+        return converted(lorafx.fold(program), "onnx", "cpu", None)
 
     def theirs() -> Any:
         return OnnxExporter().export(model, dict(base.example), config)
