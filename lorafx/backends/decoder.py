@@ -29,6 +29,7 @@ from ..proof.decoder import DATA, GENAI, MODEL
 from ..public import Program
 from .cached import CachedOnnxExporter, decode_inputs, decode_shapes
 from .onnx_kernels import unfuse_batch_transposes, unfuse_skip_norms
+from .onnx_statements import leave_out
 from .replay import exportable, with_model
 
 #: The free axes of a decoder's inputs, by what the exporter's names for them stand at.
@@ -101,6 +102,7 @@ def decoder(program: Program, provider: str, dtype: torch.dtype | None) -> Decod
     unfuse_batch_transposes(graph)
     if provider == "cpu":
         unfuse_skip_norms(graph)
+    leave_out(graph)
     return Decoder(graph, program.config, fused, layers)
 
 

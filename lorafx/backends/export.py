@@ -118,11 +118,11 @@ def export(
         copy_companions(final, folder)
         result = None if reason else _compared(reference, final, folder, format, dtype, check)
         if result is not None:
-            result = dataclasses.replace(result, b=str(path))  # not the folder it is written into until it is whole
+            notes = (*result.notes, *(f"attention: {facts[key]}" for key in facts if key == "attention"))
+            # Not the folder it is written into until it is whole.
+            result = dataclasses.replace(result, b=str(path), notes=notes)
         if reason:
             _log.warning("%s: %s", path, reason)
-        if result is not None and facts:
-            result = dataclasses.replace(result, notes=(*result.notes, f"attention: {facts['attention']}"))
         parity = parity_record(result, reason)
         _write_report(final, folder, parity=parity, decoder=facts or None)
         if format != "peft":  # an adapter is not folded

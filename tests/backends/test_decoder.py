@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -100,6 +101,7 @@ def test_weights_are_written_once_and_attention_is_fused(exported: Path, checkpo
     folded = lorafx.fold(lorafx.capture(checkpoint))
     numbers = sum(value.numel() for value in {id(v): v for v in folded.root.parameters()}.values())
     assert (exported / "onnx" / "model.onnx_data").stat().st_size < 4 * numbers * 1.1
+    onnx.shape_inference.infer_shapes(onnx.load(exported / MODEL), check_type=True, strict_mode=True)
     operators = [node.op_type for node in ir.load(exported / MODEL).graph]
     assert operators.count("GroupQueryAttention") == 2
     record = json.loads((exported / "report.json").read_text(encoding="utf-8"))["sections"]
