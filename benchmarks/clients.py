@@ -32,6 +32,8 @@ from lorafx.passes.magnitude import Magnitude
 from lorafx.proof import decoding
 from lorafx.proof.open import open_runner
 
+#: Half of the first layer's heads and neurons go, and a fourth of the second's.
+PRUNED = (Magnitude(targets="all-linear", blocks=0, keep=0.5), Magnitude(targets="all-linear", blocks=1, keep=0.75))
 PROMPTS = [[5], [7, 9, 11], [8, 2, 30, 12, 4, 17, 33]]
 
 _GENAI = """
@@ -176,7 +178,7 @@ def _cases(options: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, Pa
         return
     for name, model in models():
         program = lorafx.capture(model)
-        for kind, made in (("", program), (" pruned", lorafx.rewrite(program, [Magnitude(keep=0.6)]))):
+        for kind, made in (("", program), (" pruned", lorafx.rewrite(program, PRUNED))):
             folder = scratch / f"{name}{kind.replace(' ', '-')}"
             lorafx.export(made, folder, generate=True)
             yield f"{name}{kind}", folder, PROMPTS, by_transformers(made, options.new)

@@ -51,19 +51,22 @@ def decode_inputs(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[dict
     """
     from transformers import DynamicCache
 
+    what = type(model).__name__
     left = {name: value.flip(1) for name, value in example.items()}  # texts to go on with are padded on the left
     stages = decompose_for_generation(cast(Any, model), left, multi_token_decode=True)
     if set(stages) != {"prefill", "decode"}:
-        raise CaptureError(f"it generates from more than a text ({', '.join(stages)}); {_ELSE}")
+        raise CaptureError(f"{what}: it generates from more than a text ({', '.join(stages)}); {_ELSE}")
     decode, prefill = stages["decode"][1], stages["prefill"][1]
     state = {name: value for name, value in decode.items() if not isinstance(value, (Tensor, bool, type(None)))}
     plain = {name: value for name, value in decode.items() if isinstance(value, Tensor)}
     layers: list[Any] = [layer for value in state.values() if type(value) is DynamicCache for layer in value.layers]
     if len(state) != 1 or not layers or not all(isinstance(layer, DynamicLayer) for layer in layers):
         kinds = ", ".join(sorted({type(value).__name__ for value in state.values()})) or "nothing"
-        raise CaptureError(f"between tokens it keeps {kinds} that is no plain cache of keys and values; {_ELSE}")
+        raise CaptureError(f"{what}: between tokens it keeps {kinds}, no plain cache of keys and values; {_ELSE}")
     if not {"input_ids", "attention_mask"} <= plain.keys():
-        raise CaptureError(f"it generates from {', '.join(plain)}, not from input_ids and attention_mask; {_ELSE}")
+        raise CaptureError(
+            f"{what}: it generates from {', '.join(plain)}, not from input_ids and attention_mask; {_ELSE}"
+        )
     cache, length = DynamicCache(), plain["attention_mask"].shape[1] - plain["input_ids"].shape[1]
     for number, layer in enumerate(layers):
         keys, values = (part.new_zeros(*part.shape[:2], length, part.shape[3]) for part in (layer.keys, layer.values))
@@ -107,7 +110,7 @@ class CachedExporter(RewritingExporter):
         view, order, results = _without_past(unlifted, Source(model), self.example, names)
         view.source, view.heads = self.rewritten.source, self.rewritten.heads
         replayed = replay(self.rewritten, view)
-        _give_past(replayed.graph, order, results)
+        _give_past(replayed, order, results)
         leaves = pytree.tree_leaves(shapes, is_leaf=_is_axes)
         given = _example(replayed.graph, list(get_leaf_tensors({name: inputs[name] for name in shapes}).values()))
         return torch.export.export(fx.GraphModule(replayed.root, replayed.graph), given, dynamic_shapes=tuple(leaves))
@@ -134,20 +137,20 @@ def _without_past(
         the program; the names of all inputs in their order; and what the outputs are: -1 for logits, else an index in
         the cache
     """
-    signature = _signature(example)
+    what, signature = type(source.model).__name__, _signature(example)
     program = dataclasses.replace(program_of(unlifted, source, example, signature, names), captured=None)
     edit, graph = Edit(program, Tidy()), program.graph
     inputs = graph.find_nodes(op="placeholder")
     plain = {node.name: node for node in inputs if node.name in example}
     if list(plain) != list(example) or not {"input_ids", "attention_mask"} <= plain.keys():
-        raise CaptureError(f"its decode graph takes {', '.join(node.name for node in inputs)}, by other names; {_ELSE}")
+        raise CaptureError(f"{what}: its decode graph takes {', '.join(node.name for node in inputs)}; {_ELSE}")
     sizes = _sizes(graph, plain["input_ids"], plain["attention_mask"])
     pasts = [node for node in inputs if node.name not in plain]
     for number, past in enumerate(pasts):
-        _empty(graph, past, number, sizes)
+        _empty(program, past, number, sizes)
     results = [_cached(node) for node in pytree.tree_leaves(graph.output_node().args[0])]
     if sorted(results) != list(range(-1, len(pasts))) or results[0] != -1:
-        raise CaptureError(f"its decode graph gives other things than logits and a cache; {_ELSE}")
+        raise CaptureError(f"{what}: its decode graph gives other things than logits and a cache; {_ELSE}")
     graph.output_node().args = ((pytree.tree_leaves(graph.output_node().args[0])[0],),)
     order = [node.name for node in inputs]
     for past in pasts:
@@ -176,8 +179,9 @@ def _sizes(graph: fx.Graph, ids: fx.Node, mask: fx.Node) -> dict[int, fx.Node]:
     return {0: batch, 2: length}
 
 
-def _empty(graph: fx.Graph, past: fx.Node, number: int, sizes: Mapping[int, fx.Node]) -> None:
+def _empty(program: Program, past: fx.Node, number: int, sizes: Mapping[int, fx.Node]) -> None:
     """Read the sizes of a past elsewhere, and concatenate nothing to what is new; CaptureError when more is read."""
+    graph = program.graph
     for user in list(past.users):
         if user.target is aten.sym_size.int and user.args[1] in sizes:
             user.replace_all_uses_with(sizes[argument(user, "dim")])
@@ -189,7 +193,8 @@ def _empty(graph: fx.Graph, past: fx.Node, number: int, sizes: Mapping[int, fx.N
             user.args = ([nothing, new], user.args[1])
             user.meta[_CACHED] = number
         else:
-            raise CaptureError(f"its cache is read by {user.target}, not only put before what is new; {_ELSE}")
+            read = f"its cache is read by {user.target}, not only put before what is new"
+            raise CaptureError(f"{program.name}: {read}; {_ELSE}")
 
 
 def _behind(cat: fx.Node, past: fx.Node) -> bool:
@@ -208,25 +213,25 @@ def _cached(node: fx.Node) -> int:
 # ---- the past is given
 
 
-def _give_past(graph: fx.Graph, order: list[str], results: list[int]) -> None:
+def _give_past(program: Program, order: list[str], results: list[int]) -> None:
     """Make each past an input again and what it becomes an output; CaptureError when a pass took it away."""
+    graph = program.graph
     marked = (node for node in graph.nodes if _CACHED in node.meta)
     found = {node.meta[_CACHED]: node for node in marked if node.target is aten.cat.default}
     plain = {node.name: node for node in graph.find_nodes(op="placeholder")}
     if len(found) < len(results) - 1:
-        raise CaptureError(f"a pass took keys or values out of its attention, so it has no cache; {_ELSE}")
+        raise CaptureError(f"{program.name}: a pass took keys or values away, so it has no whole cache; {_ELSE}")
     place, number = None, 0
     for name in order:
         if name in plain:
             place = plain[name]
             continue
         cat, number = found[number], number + 1
-        nothing, new = argument(cat, "tensors")
+        new = argument(cat, "tensors")[1]
         with graph.inserting_after(place) if place is not None else graph.inserting_before(None):
             place = graph.placeholder(name)
         place.meta[_CACHED] = cat.meta["val"].shape
         cat.args = ([place, new], cat.args[1])
-        graph.erase_node(nothing)
     logits = pytree.tree_leaves(graph.output_node().args[0])[0]
     graph.output_node().args = (tuple(logits if result < 0 else found[result] for result in results),)
     _measure_past(graph)

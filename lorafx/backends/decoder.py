@@ -97,7 +97,7 @@ def decoder(program: Program, provider: str, dtype: torch.dtype | None) -> Decod
 
         exported = trace_with(attempt, model, None)
     graph: ir.Model = exported.program
-    layers = _name(graph)
+    layers = _name(graph, program.name)
     fused = _fuse(graph, provider)
     unfuse_batch_transposes(graph)
     if provider == "cpu":
@@ -160,7 +160,7 @@ def genai_config(made: Decoder, generation: Any) -> dict[str, Any]:
 # ---- names and kernels
 
 
-def _name(graph: ir.Model) -> int:
+def _name(graph: ir.Model, what: str) -> int:
     """Call inputs, outputs and their free axes as clients do; the number of layers. CaptureError: an axis is fixed."""
     values = [*graph.graph.inputs, *graph.graph.outputs]
     for value in values:
@@ -169,7 +169,7 @@ def _name(graph: ir.Model) -> int:
             side = "past_key_values" if found[1] == "input" else "present"
             value.name = f"{side}.{found[2]}.{found[3]}"
     known = {value.name or "": value for value in graph.graph.inputs}
-    names = {_free(known, *place): readable for place, readable in _AXES.items()}
+    names = {_free(known, what, *place): readable for place, readable in _AXES.items()}
     for value in values:
         sizes = [
             names.get(size.value, size) if isinstance(size, ir.SymbolicDim) else size for size in value.shape or ()
@@ -180,12 +180,13 @@ def _name(graph: ir.Model) -> int:
     return sum(name.startswith("past_key_values.") for name in known) // 2
 
 
-def _free(known: Mapping[str, ir.Value], name: str, axis: int) -> Any:
+def _free(known: Mapping[str, ir.Value], what: str, name: str, axis: int) -> Any:
     """What the converter calls a free axis of an input."""
     shape = known[name].shape if name in known else None
     size = shape[axis] if shape is not None else None
     if not isinstance(size, ir.SymbolicDim):
-        raise CaptureError(f"its decode graph takes {name} of one size only, {size} along axis {axis}; export it as hf")
+        fixed = f"its decode graph takes {name} of one size only, {size} along axis {axis}"
+        raise CaptureError(f"{what}: {fixed}; export it as hf")
     return size.value
 
 

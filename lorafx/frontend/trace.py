@@ -118,11 +118,15 @@ def trace_with(attempt: Callable[[Any], T], model: nn.Module, shapes: Any) -> T:
     with cacheless(model):
         try:
             return attempt(shapes)
+        except CaptureError:  # it says what it is about
+            raise
         except Exception as error:  # the tracer raises many classes; each is reported or retried
             if shapes is None or not any(sign in str(error) for sign in _REFUSED_DIMENSIONS):
                 raise _capture_error(model, error) from error
         try:
             return attempt(pytree.tree_map(_left_to_tracer, shapes, is_leaf=is_axes))
+        except CaptureError:
+            raise
         except Exception as error:
             raise _capture_error(model, error) from error
 

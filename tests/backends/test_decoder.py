@@ -208,10 +208,14 @@ def test_pruned_families_generate_as_their_programs(name: str, tmp_path: Path) -
     """Learned positions, one key-value head for each, a window that slides, experts, normed heads; widths not alike."""
     from lorafx.passes.magnitude import Magnitude
 
-    program = lorafx.rewrite(zoo.captured(name), [Magnitude(targets="all-linear", keep=0.6)])
+    shares = {0: 0.5, 1: 0.75}
+    closed = [Magnitude(targets="all-linear", blocks=block, keep=keep) for block, keep in shares.items()]
+    program = lorafx.rewrite(zoo.captured(name), closed)
     result = lorafx.export(program, tmp_path / "onnx", generate=True)
     assert result is not None
     assert result.ok
+    report = json.loads((tmp_path / "onnx" / "report.json").read_text(encoding="utf-8"))
+    assert len(set(report["sections"]["decoder"]["key_value_heads"])) == 2
 
 
 # ---- refusals
@@ -236,7 +240,7 @@ def test_a_state_that_is_no_cache_of_keys_and_values_is_refused() -> None:
     sizes: dict[str, Any] = {"vocab_size": 45, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 1}
     model: nn.Module = hf.MambaForCausalLM(hf.MambaConfig(**sizes, pad_token_id=0, eos_token_id=3)).eval()
     ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
-    with pytest.raises(CaptureError, match="no plain cache of keys and values; export it without generate"):
+    with pytest.raises(CaptureError, match=r"MambaForCausalLM: between tokens .*no plain cache of keys and values"):
         decode_inputs(model, {"input_ids": ids, "attention_mask": ids.ne(0).long()})
 
 
