@@ -100,7 +100,7 @@ def weight_files(path: Path, *, allow_pickle: bool = False) -> list[Path]:
 def _indexed(index: Path) -> list[Path]:
     """The files that an index names; each has to be whole, and to hold the tensors that the index looks for in it."""
     try:
-        places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {name: index.parent / name for name in sorted(set(places.values()))}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ArtifactError(f"{index}: broken index of weight files; fetch it again") from None

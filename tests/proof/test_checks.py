@@ -116,7 +116,8 @@ def test_a_flag_without_a_value_is_the_default() -> None:
 
 
 def test_the_command_line_passes_it_on(decoder: Program, tmp_path: Path) -> None:
-    decoder.source.model.save_pretrained(tmp_path / "base")
+    model: Any = decoder.source.model
+    model.save_pretrained(tmp_path / "base")
     adapted(lorafx.capture(tmp_path / "base"), Lora(rank=2, targets="all-linear")).save(tmp_path / "run")
     words = ["fold", str(tmp_path / "run"), "-o", str(tmp_path / "out"), "--stream", "--json", "--check", "tensors"]
     result = CliRunner().invoke(main, words)
