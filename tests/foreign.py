@@ -10,20 +10,11 @@ from typing import Any
 
 import peft
 import torch
-import transformers as hf
 from torch import Tensor, nn
 
 from tests import zoo
 
 R: dict[str, Any] = {"r": 4, "lora_alpha": 6}
-
-
-def _qwen3_moe(p: float) -> nn.Module:
-    experts: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    return hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**zoo.DECODER, **experts, attention_dropout=p))
-
-
-zoo.ZOO.setdefault("qwen3-moe", zoo.Entry(_qwen3_moe, zoo.text))
 
 
 @dataclass(frozen=True)

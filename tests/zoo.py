@@ -159,6 +159,11 @@ def _mixtral(p: float) -> nn.Module:
     return hf.MixtralForCausalLM(hf.MixtralConfig(**DECODER, attention_dropout=p, **experts))
 
 
+def _qwen3_moe(p: float) -> nn.Module:
+    experts: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    return hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**DECODER, **experts, attention_dropout=p))
+
+
 def _t5(p: float) -> nn.Module:
     sizes: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
     tokens: dict[str, Any] = {"pad_token_id": 1, "decoder_start_token_id": 1, "eos_token_id": 3}
@@ -208,13 +213,21 @@ ZOO: dict[str, Entry] = {
     "whisper-encoder": Entry(_whisper, sound, free_length=False),
 }
 
+#: Families that single tests are about, beside those of the matrix.
+MORE: dict[str, Entry] = {"qwen3-moe": Entry(_qwen3_moe, text)}
+
+
+def entry(name: str) -> Entry:
+    """A family by name."""
+    return (ZOO | MORE)[name]
+
 
 def build(name: str, dropout: float = DROPOUT, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A fresh model, the same at each call, in evaluation mode. Every parameter is moved off its initial value, so that
     no bias is accidentally 0 and no norm 1."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
-        model = ZOO[name].build(dropout)
+        model = entry(name).build(dropout)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))

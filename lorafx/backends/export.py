@@ -39,6 +39,7 @@ from ..proof.certificate import proof_of_files, write_certificate
 from ..proof.checkpoint import Check, hold_checkpoint, refuse_check
 from ..proof.exports import held_against, parity_record, reference_of, refuse_untrained, unproven
 from ..proof.open import open_runner
+from ..proof.tensors import TensorProof
 from ..public import Program
 from ..reporting.report import shrunk_blocks
 from ..reporting.sizes import chart
@@ -116,7 +117,7 @@ def export(
         else:
             _write_exported(final, folder, format, provider, dtype)
         copy_companions(final, folder)
-        result = None if reason else _compared(reference, final, folder, format, dtype, check)
+        result, proof = (None, None) if reason else _compared(reference, final, folder, format, dtype, check)
         if result is not None:
             notes = (*result.notes, *(f"attention: {facts[key]}" for key in facts if key == "attention"))
             # Not the folder it is written into until it is whole.
@@ -126,8 +127,6 @@ def export(
         parity = parity_record(result, reason)
         _write_report(final, folder, parity=parity, decoder=facts or None)
         if format != "peft":  # an adapter is not folded
-            exact = format == "hf" and result is not None and dtype is None
-            proof = proof_of_files(reference, final, folder) if exact else None
             hashed.update(write_certificate(reference, final, folder, format, hashed, parity, proof))
         return result
 
@@ -146,17 +145,22 @@ def _check(program: Program, kind: str, provider: str, dtype: torch.dtype | None
 
 def _compared(
     reference: Program, final: Program, folder: Path, kind: str, dtype: torch.dtype | None, check: bool | Check
-) -> Comparison:
-    """What was written, held against the trained program; ParityError when it computes something else."""
-    trusted = bool(final.source.options.get("trust_remote_code"))
+) -> tuple[Comparison, TensorProof | None]:
+    """What was written, held against the trained program, and what is known of each tensor of a checkpoint.
+
+    ParityError when it computes something else.
+    """
+    trusted, proof = bool(final.source.options.get("trust_remote_code")), None
     if is_deferring(final) or check in ("tensors", "blocks"):
         level = "blocks" if isinstance(check, bool) else check
-        result = hold_checkpoint(reference, final, folder, level, dtype, trust_remote_code=trusted)
+        result, proof = hold_checkpoint(reference, final, folder, level, dtype, trust_remote_code=trusted)
     else:
         result = held_against(reference, _written(final, folder, kind, dtype), trust_remote_code=trusted)
     if not result.ok:
         raise ParityError(f"{kind} export differs from the program: {result.summary}")
-    return result
+    if proof is None and kind == "hf" and dtype is None:
+        proof = proof_of_files(reference, final, folder)
+    return result, proof
 
 
 def _written(program: Program, folder: Path, kind: str, dtype: torch.dtype | None) -> Runner:

@@ -28,7 +28,7 @@ from ..public import Program
 from .blocks import prove_blocks
 from .exports import held_against
 from .open import open_runner
-from .tensors import prove_tensors
+from .tensors import TensorProof, prove_tensors
 from .verify import verify
 
 #: What of a checkpoint is compared: each tensor by itself; tensors, and blocks on the values that reach them; or the
@@ -59,8 +59,10 @@ def hold_checkpoint(
     dtype: torch.dtype | None = None,
     *,
     trust_remote_code: bool = False,
-) -> Comparison:
+) -> tuple[Comparison, TensorProof | None]:
     """Compare the checkpoint in ``folder`` with ``reference``, which ``folded`` was folded from.
+
+    With the comparison comes what was found of each tensor, where that was looked at.
 
     Where something cannot be said of tensors, blocks are compared too. Where blocks cannot be compared (their hidden
     states lost channels) or differ, the whole is, on the example inputs; so it is in another ``dtype``, whose weights
@@ -74,15 +76,15 @@ def hold_checkpoint(
         part.register_forward_hook(_forget_own)
     opened = open_runner(model, label=str(folder))
     if check == "full":
-        return held_against(reference, opened, by_block=True)
+        return held_against(reference, opened, by_block=True), None
     if dtype is not None:
-        return held_against(reference, opened, by_block=True, inputs=[_example(reference)])
+        return held_against(reference, opened, by_block=True, inputs=[_example(reference)]), None
     written = {name: tensor.detach() for name, tensor in named_tensors(model) if isinstance(tensor, nn.Parameter)}
     proof = prove_tensors(reference, folded, written)
     if check == "tensors" and not proof.left:
-        return dataclasses.replace(proof.comparison(reference, str(folder)), notes=(str(proof),))
+        return dataclasses.replace(proof.comparison(reference, str(folder)), notes=(str(proof),)), proof
     result = _by_blocks(reference, _with_weights(folded, written), opened)
-    return dataclasses.replace(result, notes=(*result.notes, str(proof)))
+    return dataclasses.replace(result, notes=(*result.notes, str(proof))), proof
 
 
 def _by_blocks(reference: Program, program: Program, opened: Runner) -> Comparison:

@@ -40,7 +40,7 @@ def test_what_peft_computes(name: str, tmp_path: Path) -> None:
     case = foreign.CASES[name]
     dtype = torch.float32 if case.model in _SINGLE else torch.float64
     theirs = foreign.adapted(zoo.build(case.model, dtype=dtype), case.options())
-    inputs = zoo.ZOO[case.model].inputs(3, 6)
+    inputs = zoo.entry(case.model).inputs(3, 6)
     inputs = zoo.widened(inputs) if dtype == torch.float64 else inputs
     expected = foreign.answers(theirs, inputs)
     adapter = read_adapter(foreign.save(theirs, tmp_path / "adapter"))
@@ -148,7 +148,7 @@ def test_a_vocabulary_of_another_size(model: str, options: dict[str, Any], tmp_p
     base.resize_token_embeddings(zoo.VOCABULARY + 5, mean_resizing=False)
     theirs = foreign.adapted(base, {**foreign.R, **options})
     folder = foreign.save(theirs, tmp_path / "adapter")
-    inputs = zoo.ZOO[model].inputs(3, 6)
+    inputs = zoo.entry(model).inputs(3, 6)
     inputs["input_ids"][0, 0] = zoo.VOCABULARY + 1
     program = lorafx.capture(tmp_path / "base", adapter=folder, check=False)
     assert zoo.distance(foreign.answers(theirs, inputs), zoo.run(program, inputs)) < 1e-5
