@@ -35,11 +35,13 @@ settings.load_profile("lorafx")
 #: The files that take minutes, longest first as they were last timed. xdist hands files out whole, in the order of
 #: collection: one of these begun last would keep one worker busy alone.
 LONGEST = (
-    "training/test_method_training.py",
     "whole/test_examples.py",
-    "whole/test_families.py",
-    "whole/test_matrix.py",
+    "whole/test_random_graphs.py",
     "passes/test_dead_channels.py",
+    "whole/test_families.py",
+    "training/test_method_training.py",
+    "whole/test_matrix.py",
+    "backends/test_decoder.py",
     "training/test_training.py",
     "passes/test_laws.py",
     "whole/test_kill.py",
