@@ -105,17 +105,13 @@ def export(
     if made_from is not None:
         meta["made_from"] = dict(made_from)
     hashed: dict[str, FileEntry] = {}
-    facts: dict[str, Any] = {}
+    facts: Mapping[str, Any] = {}
     resume = _digest(meta, reference, dtype) if is_deferring(final) else ""
     with new_folder(path, kind=format, meta=meta, overwrite=overwrite, known=hashed, resume=resume) as folder:
         if format == "hf":
             hashed.update(_write_hf(final, folder, dtype))
-        elif format == "peft":
-            _write_adapter(final, folder, dtype)
-        elif generate:
-            facts = _write_decoder(final, folder, provider, dtype)
         else:
-            _write_exported(final, folder, format, provider, dtype)
+            facts = _write_other(final, folder, format, provider, dtype, generate)
         copy_companions(final, folder)
         result, proof = (None, None) if reason else _compared(reference, final, folder, format, dtype, check)
         if result is not None:
@@ -129,6 +125,19 @@ def export(
         if format != "peft":  # an adapter is not folded
             hashed.update(write_certificate(reference, final, folder, format, hashed, parity, proof))
         return result
+
+
+def _write_other(
+    program: Program, folder: Path, kind: str, provider: str, dtype: torch.dtype | None, generate: bool
+) -> Mapping[str, Any]:
+    """Write anything but a checkpoint; what there is to say of a decoder."""
+    if generate:
+        return _write_decoder(program, folder, provider, dtype)
+    if kind == "peft":
+        _write_adapter(program, folder, dtype)
+    else:
+        _write_exported(program, folder, kind, provider, dtype)
+    return {}
 
 
 def _check(program: Program, kind: str, provider: str, dtype: torch.dtype | None, generate: bool) -> None:
