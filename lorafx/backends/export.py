@@ -35,8 +35,8 @@ from ..models.tokenizers import length_limit
 from ..parity.comparison import Comparison
 from ..parity.runner import PROVIDERS, Runner
 from ..pipeline import fold, to_eval
-from ..proof.certificate import proof_of_files, write_certificate
-from ..proof.checkpoint import Check, hold_checkpoint, refuse_check
+from ..proof.certificate import write_certificate
+from ..proof.checkpoint import Check, hold_checkpoint, proof_of_files, refuse_check
 from ..proof.exports import held_against, parity_record, reference_of, refuse_untrained, unproven
 from ..proof.open import open_runner
 from ..proof.tensors import TensorProof
@@ -168,7 +168,7 @@ def _compared(
     if not result.ok:
         raise ParityError(f"{kind} export differs from the program: {result.summary}")
     if proof is None and kind == "hf" and dtype is None:
-        proof = proof_of_files(reference, final, folder)
+        proof = proof_of_files(reference, final, folder, trust_remote_code=trusted)
     return result, proof
 
 

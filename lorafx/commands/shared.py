@@ -114,8 +114,6 @@ def removal_of(provider: str, **asked: Any) -> Pass | None:
 
 def check_of(given: dict[str, Any]) -> Any:
     """What :data:`check_options` ask for, as :func:`lorafx.export` takes it."""
-    from ..errors import UsageError
-
     if given["no_check"] and given["check"]:
         raise UsageError("--check and --no-check are opposites; give one of them")
     return not given["no_check"] if given["check"] in (None, "auto") else given["check"]

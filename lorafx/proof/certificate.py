@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import ArtifactError, UsageError
 from ..files.folder import FileEntry, find_manifest, found
@@ -21,26 +20,15 @@ from ..formats.adapter import read_adapter
 from ..formats.run import base_record
 from ..frontend.adapters import learned_digest
 from ..graph.tree import has_tensor, named_tensors
-from ..models.checkpoint import has_identity, open_model
+from ..models.checkpoint import has_identity
 from ..public import Program
 from ..version import __version__
 from .merges import check_merge
-from .tensors import COLUMNS, TensorProof, prove_tensors
+from .tensors import COLUMNS, TensorProof
 
 CERTIFICATE = "certificate.json"
 #: Certificates of another format are not read.
 _FORMAT = 1
-
-
-def proof_of_files(reference: Program, folded: Program, folder: Path) -> TensorProof | None:
-    """What the weights of a checkpoint are, read from its files; None for one that nothing was folded into."""
-    if folded.origin is None:
-        return None
-    trusted = {"trust_remote_code": True} if folded.source.options.get("trust_remote_code") else {}
-    model, _ = open_model(folder, None, trusted)
-    written = {name: value.detach() for name, value in named_tensors(model) if isinstance(value, nn.Parameter)}
-    held = {name: value for name, value in written.items() if has_tensor(folded.root, name)}
-    return prove_tensors(reference, folded, held)
 
 
 def write_certificate(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..deferred.tensor import forget
 from ..errors import UsageError
-from ..graph.tree import named_tensors, put_tensor
+from ..graph.tree import has_tensor, named_tensors, put_tensor
 from ..models.checkpoint import open_model
 from ..models.tokenizers import is_mask
 from ..parity.answers import example_batches
@@ -71,7 +71,7 @@ def hold_checkpoint(
     Raises:
         ParityError: as :func:`prove_tensors`; any other difference is the caller's to judge
     """
-    model, _ = open_model(folder, None, {"trust_remote_code": True} if trust_remote_code else {})
+    model = _opened(folder, trust_remote_code)
     for part in model.modules():
         part.register_forward_hook(_forget_own)
     opened = open_runner(model, label=str(folder))
@@ -79,12 +79,32 @@ def hold_checkpoint(
         return held_against(reference, opened, by_block=True), None
     if dtype is not None:
         return held_against(reference, opened, by_block=True, inputs=[_example(reference)]), None
-    written = {name: tensor.detach() for name, tensor in named_tensors(model) if isinstance(tensor, nn.Parameter)}
+    written = _weights(model, folded)
     proof = prove_tensors(reference, folded, written)
     if check == "tensors" and not proof.left:
         return dataclasses.replace(proof.comparison(reference, str(folder)), notes=(str(proof),)), proof
     result = _by_blocks(reference, _with_weights(folded, written), opened)
     return dataclasses.replace(result, notes=(*result.notes, str(proof))), proof
+
+
+def proof_of_files(
+    reference: Program, folded: Program, folder: Path, *, trust_remote_code: bool = False
+) -> TensorProof | None:
+    """What each weight of a checkpoint is, read from its files; None for one that nothing was folded into."""
+    if folded.origin is None:
+        return None
+    return prove_tensors(reference, folded, _weights(_opened(folder, trust_remote_code), folded))
+
+
+def _opened(folder: Path, trusted: bool) -> nn.Module:
+    """The checkpoint as transformers opens it, its weights mapped from the files."""
+    return open_model(folder, None, {"trust_remote_code": True} if trusted else {})[0]
+
+
+def _weights(model: nn.Module, program: Program) -> dict[str, Tensor]:
+    """The weights of a model that ``program`` has, by name."""
+    named = ((name, tensor) for name, tensor in named_tensors(model) if isinstance(tensor, nn.Parameter))
+    return {name: tensor.detach() for name, tensor in named if has_tensor(program.root, name)}
 
 
 def _by_blocks(reference: Program, program: Program, opened: Runner) -> Comparison:
