@@ -106,3 +106,11 @@ def save(model: Any, folder: Path) -> Path:
 def answers(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """What PEFT computes with its adapter beside the weights."""
     return zoo.eager(model.base_model.model, inputs)
+
+
+def base_and_adapter(folder: Path, modules: list[str]) -> Path:
+    """``folder`` with a small encoder in ``base``, and in ``adapter`` one for its ``modules`` and its head."""
+    model: Any = zoo.build("bert")
+    model.save_pretrained(folder / "base")
+    save(adapted(model, {**R, "target_modules": modules, "modules_to_save": ["classifier"]}), folder / "adapter")
+    return folder

@@ -20,11 +20,7 @@ def call(*arguments: object) -> Result:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base and an adapter of it."""
-    folder, model = tmp_path_factory.mktemp("adapter"), zoo.build("bert")
-    model.save_pretrained(folder / "base")  # type: ignore[operator]
-    options = {**foreign.R, "target_modules": ["query", "dense"], "modules_to_save": ["classifier"]}
-    foreign.save(foreign.adapted(model, options), folder / "adapter")
-    return folder
+    return foreign.base_and_adapter(tmp_path_factory.mktemp("adapter"), ["query", "dense"])
 
 
 def test_folded_streamed_and_trained_on(place: Path) -> None:

@@ -27,10 +27,7 @@ def call(*arguments: object) -> Result:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, an adapter of it, and the two folded."""
-    folder, model = tmp_path_factory.mktemp("certified"), zoo.build("bert")
-    model.save_pretrained(folder / "base")  # type: ignore[operator]
-    options = {**foreign.R, "target_modules": ["query"], "modules_to_save": ["classifier"]}
-    foreign.save(foreign.adapted(model, options), folder / "adapter")
+    folder = foreign.base_and_adapter(tmp_path_factory.mktemp("certified"), ["query"])
     program = lorafx.capture(folder / "base", adapter=folder / "adapter", check=False)
     lorafx.export(lorafx.fold(program, check=False), folder / "out", format="hf")
     return folder
