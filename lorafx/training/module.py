@@ -42,7 +42,7 @@ class RewrittenModel(nn.Module):
     """
 
     program: Program
-    #: Optimiser steps taken so far.
+    #: Optimiser steps taken so far. No buffer: schedules read it every step, and on a GPU each reading would wait.
     clock: Tensor
     #: How many optimiser steps the training will take; schedules read it.
     total_steps: int | None = None
@@ -307,7 +307,7 @@ def build_module(program: Program) -> RewrittenModel:
     for name, value in program.root.named_buffers(recurse=False):
         module.register_buffer(name, value, persistent=name not in program.root._non_persistent_buffers_set)
     # A training's own, not the program's: rewrites of one program share its tensors.
-    module.register_buffer("clock", torch.zeros((), dtype=torch.long), persistent=False)
+    module.clock = torch.zeros((), dtype=torch.long)
     module.duties = watch(module, [method for method, _ in module._methods()])
     module.train(program.stage == "train")
     return module

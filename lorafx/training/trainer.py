@@ -28,6 +28,8 @@ STATE = "adapter_model.safetensors"
 _TRAINER_STATE = "trainer_state.json"
 _OPTIMIZER = "optimizer.pt"
 _SCHEDULER = "scheduler.pt"
+#: What the clock is called there.
+_CLOCK = "clock"
 
 
 # ---- the state of a training
@@ -47,9 +49,9 @@ def state_of(model: RewrittenModel) -> dict[str, Tensor]:
 
     Of a model that is split over processes, whole tensors; every process has to call it.
     """
-    names = [*model.program.learned(), "clock"]
     shard_again(model)
-    return {name: whole(get_tensor(model, name).detach()).to("cpu", copy=True).contiguous() for name in names}
+    held = {name: get_tensor(model, name).detach() for name in model.program.learned()}
+    return {name: whole(value).to("cpu", copy=True).contiguous() for name, value in {**held, _CLOCK: model.clock}.items()}
 
 
 def load_state(model: RewrittenModel, folder: str | PathLike[str]) -> None:
@@ -65,7 +67,7 @@ def load_state(model: RewrittenModel, folder: str | PathLike[str]) -> None:
         if here != there:
             raise ArtifactError(f"{file}: made by another recipe: it has {name} as {there}, this program as {here}")
     for name, value in values.items():
-        assign(get_tensor(model, name), value)
+        assign(model.clock if name == _CLOCK else get_tensor(model, name), value)
 
 
 def last_checkpoint(folder: str | PathLike[str]) -> Path | None:

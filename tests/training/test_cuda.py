@@ -1,0 +1,117 @@
+"""Training on a GPU, where one is: no step of a method waits for the device, and what is learned is what a CPU learns."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed
+
+import lorafx
+from lorafx.training.module import RewrittenModel
+from tests.methods import RECIPES, Tower, batch, optimiser, stirred
+from tests.small import captured
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+#: Steps, more than any recipe's interval of pruning.
+STEPS = 5
+every_recipe = pytest.mark.parametrize("recipe", RECIPES)
+
+
+@contextmanager
+def never_waiting() -> Iterator[None]:
+    """An operation for which the CPU waits for the device is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def made(recipe: str) -> RewrittenModel:
+    program = lorafx.capture(Tower(2, 12, 20), inputs=batch(2, 3))
+    model = lorafx.rewrite(program, RECIPES[recipe]).module()
+    stirred(model.program)
+    model.total_steps = STEPS + 2
+    return model.train()
+
+
+def step(model: RewrittenModel, rows: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> Tensor:
+    loss = (model(**rows) - 1.0).square().mean()
+    penalty = model.penalty()
+    loss = loss if penalty is None else loss + penalty
+    loss.backward()
+    model.before_step()
+    optimizer.step()
+    model.after_step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+@every_recipe
+def test_no_step_waits_for_the_device(recipe: str) -> None:
+    model = made(recipe).cuda()
+    rows = {name: value.cuda() for name, value in batch(4, 6).items()}
+    optimizer = optimiser(model, fused=True)
+    step(model, rows, optimizer)  # tensors are made and moved once
+    with never_waiting():
+        losses = [step(model, rows, optimizer) for _ in range(STEPS)]
+    assert all(torch.isfinite(loss) for loss in losses)
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if "salora" not in name and "finegates" not in name])
+def test_a_gpu_learns_what_a_cpu_learns(recipe: str) -> None:
+    """Recipes that draw random numbers in training draw others on another device."""
+    here, there = made(recipe), made(recipe).cuda()
+    rows = batch(4, 6)
+    moved = {name: value.cuda() for name, value in rows.items()}
+    first, second = optimiser(here), optimiser(there)
+    for _ in range(STEPS):
+        # Products in fp32 (no TF32) in another order, through AdamW.
+        torch.testing.assert_close(step(there, moved, second).cpu(), step(here, rows, first), rtol=1e-4, atol=1e-5)
+
+
+@every_recipe
+def test_bf16_under_autocast_trains(recipe: str) -> None:
+    model = made(recipe).cuda()
+    rows = {name: value.cuda() for name, value in batch(4, 6).items()}
+    optimizer = optimiser(model)
+    with torch.autocast("cuda", torch.bfloat16):
+        losses = [step(model, rows, optimizer) for _ in range(STEPS)]
+    assert all(torch.isfinite(loss) for loss in losses)
+
+
+def test_a_model_split_by_fsdp2_trains_like_one(tmp_path: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        program = lorafx.rewrite(captured(), RECIPES["prilora"])
+        plain, split = program.module().cuda().train(), copy.deepcopy(program.module()).cuda().train()
+        for block in split.blocks():
+            fully_shard(block)
+        fully_shard(split)
+        ids = torch.randint(5, 40, (4, 8), device="cuda")
+        rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
+        losses = []
+        for model in (plain, split):
+            model.total_steps, optimizer = STEPS, optimiser(model)
+            losses.append([_step_with_loss(model, rows, optimizer) for _ in range(STEPS)])
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+    finally:
+        distributed.destroy_process_group()
+
+
+def _step_with_loss(model: RewrittenModel, rows: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> float:
+    loss = model(**rows).loss
+    loss.backward()
+    model.before_step()
+    optimizer.step()
+    model.after_step()
+    optimizer.zero_grad()
+    return loss.item()
