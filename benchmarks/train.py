@@ -1,48 +1,74 @@
 """A step of LoRA by lorafx beside the same step by PEFT: wall time, processor time and peak memory.
 
     python -m benchmarks.train --rounds 7 --cases smollm2 bert
+    python -m benchmarks.train --device cuda
 
 LoRA of rank 16 on every linear layer, AdamW, a plain loop; SmolLM2-135M on 4 × 256 random tokens and an encoder of
 BERT-base's size with random weights, each without and with activation checkpointing. Both sides are one process each,
 start from the same values, and take turns step by step; the losses they see are compared. The peak is what a process
 held at most while it stepped, weights included; it grows over the first steps as the allocator's heap gets holes, so
 compare runs of as many rounds. Cases already in ``--out`` are not run again.
+
+On a GPU the cases are MiniLM and SmolLM2-135M with random weights in bf16, batches of 8 and 32, and each side is there
+as it is and under ``torch.compile``; a turn is as many steps as ``--steps``, and the peak is what torch allocated. All
+cases of a kind begin together, so that they compile beside each other, before the first turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.turns import Turns, questions, say
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 RANK, ALPHA, RATE = 16, 16, 1e-4
-CASES = ("smollm2", "smollm2 checkpointing", "bert", "bert checkpointing")
-SIDES = ("lorafx", "peft")
+#: The cases of each device, with the rows and the tokens of a batch.
+CASES = {
+    "cpu": dict.fromkeys(("smollm2", "smollm2 checkpointing", "bert", "bert checkpointing"), (4, 256)),
+    "cuda": {"minilm 8": (8, 128), "minilm 32": (32, 128), "smollm2 8": (8, 256), "smollm2 32": (32, 256)},
+}
+#: Who takes turns with whom, by device.
+SIDES = {"cpu": (("lorafx", "peft"),), "cuda": (("lorafx", "peft"), ("lorafx, compiled", "peft, compiled", "peft"))}
+PEER = "peft"
 
 
 # ---- one side, in a process of its own
 
 
-def base_model(case: str) -> Any:
+#: Configs for the cases whose weights are random: their real sizes, no download.
+_MINILM = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12}
+_SMOLLM2: dict[str, Any] = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 8192,
+    "tie_word_embeddings": True, "pad_token_id": 2,
+}  # fmt: skip
+
+
+def base_model(case: str, device: str) -> Any:
     """The model to train, as transformers has it."""
     import torch
     import transformers as hf
 
-    if case.startswith("smollm2"):
+    if case.startswith("smollm2") and device == "cpu":
         from examples import assets
 
         return hf.AutoModelForCausalLM.from_pretrained(assets.smollm2())
     torch.manual_seed(0)
+    if case.startswith("smollm2"):
+        return hf.LlamaForCausalLM(hf.LlamaConfig(**_SMOLLM2)).to(torch.bfloat16)
+    if case.startswith("minilm"):
+        return hf.BertForSequenceClassification(hf.BertConfig(**_MINILM)).to(torch.bfloat16)
     return hf.BertForSequenceClassification(hf.BertConfig())  # of two labels
 
 
@@ -83,7 +109,7 @@ def fill(model: Any) -> int:
         if "lora_A" in name:
             module = name.partition(".lora_A")[0].removeprefix("base_model.model.")
             chance = torch.Generator().manual_seed(zlib.crc32(module.encode()))
-            value.data.normal_(std=0.02, generator=chance)
+            value.data.copy_(torch.empty(value.shape).normal_(std=0.02, generator=chance))
     return sum(value.numel() for value in model.parameters() if value.requires_grad)
 
 
@@ -93,79 +119,104 @@ def status(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e9
 
 
-def serve(side: str, case: str, rows: int, length: int) -> None:
-    """Make the model; then do one step for every line that comes in, and answer with what it took."""
+def serve(side: str, case: str, rows: int, length: int, device: str) -> None:
+    """Make the model; then for every line that comes in do as many steps as it says, and answer with what one took."""
     import gc
 
     import torch
 
-    model = base_model(case)
-    batch = batch_of(model, case, rows, length)
-    model, before = (by_lorafx if side == "lorafx" else by_peft)(model, case)
-    model.train()
+    model = base_model(case, device)
+    batch = {name: value.to(device) for name, value in batch_of(model, case, rows, length).items()}
+    model, before = (by_lorafx if side.startswith("lorafx") else by_peft)(model, case)
+    model.to(device).train()
     if "checkpointing" in case:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainable = fill(model)
-    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=RATE)
+    weights = [value for value in model.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=RATE, fused=device == "cuda")
+    called = torch.compile(model, dynamic=False) if "compiled" in side else model
     gc.collect()
-    print(json.dumps({"trainable": trainable, "torch": torch.__version__}), flush=True)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-    for line in sys.stdin:
-        torch.manual_seed(int(line))  # the same dropout on both sides
-        wall, used = time.perf_counter(), time.process_time()
-        loss = model(**batch).loss
+    say({"trainable": trainable, "torch": torch.__version__})
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+
+    def step() -> torch.Tensor:
+        loss = called(**batch).loss
         loss.backward()
         before()
         optimizer.step()
-        if side == "lorafx":
+        if side.startswith("lorafx"):
             model.after_step()
         optimizer.zero_grad()
-        took = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - used}
-        print(json.dumps({**took, "peak": status("VmHWM"), "loss": loss.item()}), flush=True)
+        return loss.detach()
+
+    for number, steps in enumerate(questions()):
+        torch.manual_seed(number)  # the same dropout on both sides
+        wall, used = time.perf_counter(), time.process_time()
+        loss = 0.0
+        for _ in range(steps):
+            loss = step()
+        loss = float(loss)  # on a GPU this waits for all of them
+        took = {"wall": (time.perf_counter() - wall) / steps, "cpu": (time.process_time() - used) / steps}
+        peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else status("VmHWM")
+        say({**took, "peak": peak, "loss": loss})
 
 
-# ---- both sides, in turn
+# ---- all sides, in turn
 
 
-def measure(case: str, rounds: int, rows: int, length: int) -> dict[str, Any]:
-    """What ``rounds`` steps took on both sides, after one that is not counted."""
-    command = [sys.executable, "-m", "benchmarks.train", "--rows", str(rows), "--length", str(length)]
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    children = {side: subprocess.Popen([*command, "--serve", side, case], **pipes) for side in SIDES}
-    try:
-        found: dict[str, Any] = {side: {**_answer(child), "steps": []} for side, child in children.items()}
-        for number in range(rounds + 1):
-            for side in SIDES if number % 2 else reversed(SIDES):
-                stdin = children[side].stdin
-                assert stdin is not None
-                stdin.write(f"{number}\n")
-                stdin.flush()
-                found[side]["steps"].append(_answer(children[side]))
-    finally:
+@dataclasses.dataclass
+class Case:
+    """The processes of one case, begun together; and what they answered."""
+
+    name: str
+    children: dict[str, Turns]
+    found: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, name: str, device: str, sides: Sequence[str]) -> Case:
+        """Start the sides, and tell each to take its first step, which is not counted."""
+        size = [str(number) for number in CASES[device][name]]
+        command = [sys.executable, "-m", "benchmarks.train", "--device", device, "--serve"]
+        children = {side: Turns(f"{name}: {side}", [*command, side, name, *size]) for side in sides}
         for child in children.values():
-            child.kill()
-            child.wait()
-    return found
+            child.tell(1)
+        return cls(name, children)
+
+    def ready(self) -> None:
+        """Wait till every side has taken its first step."""
+        for side, child in self.children.items():
+            self.found[side] = {**child.answer(), "steps": [child.answer()]}
+
+    def measure(self, rounds: int, steps: int) -> dict[str, Any]:
+        """What ``rounds`` turns of ``steps`` steps took on every side, in turns of changing order."""
+        order = list(self.children)
+        for number in range(rounds):
+            for side in order if number % 2 else reversed(order):
+                self.found[side]["steps"].append(self.children[side].ask(steps))
+        return self.found
+
+    def end(self) -> None:
+        """Stop every side."""
+        for child in self.children.values():
+            child.end()
 
 
-def _answer(child: subprocess.Popen[str]) -> dict[str, Any]:
-    assert child.stdout is not None
-    line = child.stdout.readline()
-    if not line:
-        raise SystemExit("one side ended before its time; what it said is above")
-    return json.loads(line)
+def rows_of(case: str, found: dict[str, Any]) -> list[str]:
+    """Lines of the table, one for each side but the peer: medians of both, and the medians of the turns' ratios."""
+    return [_row(case, found, side) for side in found if side != PEER]
 
 
-def row(case: str, found: dict[str, Any]) -> str:
-    """One line of the table: medians of both sides, and the medians of the steps' ratios."""
-    ours, theirs = (found[side]["steps"][1:] for side in SIDES)
-    cells = [case, str(found["lorafx"]["trainable"] == found["peft"]["trainable"])]
+def _row(case: str, found: dict[str, Any], side: str) -> str:
+    ours, theirs = (found[who]["steps"][1:] for who in (side, PEER))
+    name = case if side == "lorafx" else f"{case}, {side.replace('peft', 'PEFT')}"
+    cells = [name, str(found[side]["trainable"] == found[PEER]["trainable"])]
     for key in ("wall", "cpu"):
         ratio = statistics.median(a[key] / b[key] for a, b in zip(ours, theirs, strict=True))
         medians = (statistics.median(step[key] for step in steps) for steps in (ours, theirs))
-        cells += [*(f"{value:.2f}" for value in medians), f"{ratio:.3f}"]
+        cells += [*(f"{value:.3g}" for value in medians), f"{ratio:.3f}"]
     peaks = [steps[-1]["peak"] for steps in (ours, theirs)]
-    apart = max(abs(a["loss"] - b["loss"]) for a, b in zip(*(found[side]["steps"] for side in SIDES), strict=True))
+    apart = max(abs(a["loss"] - b["loss"]) for a, b in zip(*(found[who]["steps"] for who in (side, PEER)), strict=True))
     cells += [*(f"{peak:.2f}" for peak in peaks), f"{peaks[0] / peaks[1]:.3f}", f"{apart:.1g}"]
     return "| " + " | ".join(cells) + " |"
 
@@ -175,29 +226,55 @@ HEAD = """\
 |---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"""
 
 
+def measure(names: Sequence[str], sides: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
+    """What the sides of these cases took. On a GPU all begin at once, on a CPU one case after another."""
+    found: dict[str, Any] = {}
+    for group in [names] if options.device == "cuda" else [[name] for name in names]:
+        begun = [Case.begin(name, options.device, sides) for name in group]
+        try:
+            for case in begun:
+                case.ready()
+            for case in begun:
+                found[case.name] = case.measure(options.rounds, options.steps)
+        finally:
+            for case in begun:
+                case.end()
+    return found
+
+
 def main() -> None:
     """Measure what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--rounds", type=int, default=7, help="steps of each side that count")
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--device", choices=list(CASES), default="cpu")
+    parser.add_argument("--cases", nargs="+", help="some cases of the device; all of them, if left out")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each side that count")
+    parser.add_argument("--steps", type=int, default=1, help="steps a turn; on a GPU, some tens")
     parser.add_argument("--out", type=Path, default=Path("out/train.json"), help="where measured cases are kept")
-    parser.add_argument("--serve", nargs=2, metavar=("SIDE", "CASE"), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=4, metavar=("SIDE", "CASE", "ROWS", "LENGTH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        side, case = options.serve
-        serve(side, case, options.rows, options.length)
+        side, case, rows, length = options.serve
+        serve(side, case, int(rows), int(length), options.device)
         return
+    names = options.cases or list(CASES[options.device])
+    unknown = [name for name in names if name not in CASES[options.device]]
+    if unknown:
+        parser.error(f"no case {unknown[0]!r} for {options.device}; there are {', '.join(CASES[options.device])}")
     kept: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
     print(HEAD)
-    for case in options.cases:
-        key = f"{case}, {options.rows} × {options.length}"
-        if len(kept.get(key, {}).get("lorafx", {}).get("steps", ())) <= options.rounds:
-            kept[key] = measure(case, options.rounds, options.rows, options.length)
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(kept, indent=1), encoding="utf-8")
-        print(row(key, kept[key]), flush=True)
+    for sides in SIDES[options.device]:
+        missing = [name for name in names if _key(name, sides) not in kept]
+        # Kept as soon as they are there: what compiles takes minutes, and a lent machine may not wait for it.
+        for name, found in measure(missing, sides, options).items() if missing else ():
+            kept[_key(name, sides)] = found
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+        for name in names:
+            print("\n".join(rows_of(name, kept[_key(name, sides)])), flush=True)
+
+
+def _key(name: str, sides: Sequence[str]) -> str:
+    return f"{name}: {' | '.join(sides)}"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Operators of an exported graph that ONNX Runtime computes faster apart than fused, or only apart."""
+"""Operators of an exported graph that ONNX Runtime computes faster apart than fused, or only apart, or not at all."""
 
 from __future__ import annotations
+
+import math
 
 import onnx_ir as ir
 
@@ -36,6 +38,61 @@ def unfuse_batch_transposes(model: ir.Model) -> int:
             if node.op_type == "FusedMatMul" and (len(ranks) > 1 or ranks <= {None, 1, 2}):
                 count += sum(_take_transpose_out(node, side) for side in (0, 1))
     return count
+
+
+def drop_idle_reshapes(model: ir.Model) -> int:
+    """Take out each ``Reshape`` that gives back the shape that a chain of them began with; in place.
+
+    Fusions take heads apart and put them together again around operators that want them together. Nothing is moved by
+    it, but every operator costs ONNX Runtime some microseconds, and a decoder's step consists of little else. Sizes are
+    the same where they are the same number, or the same symbol of the exporter. Returns how many went.
+    """
+    count = 0
+    for graph in model.graphs():
+        for node in list(graph):
+            if node.op_type == "Reshape" and node.domain == "" and not node.outputs[0].is_graph_output():
+                before = _same_shape_before(node)
+                if before is not None:
+                    node.outputs[0].replace_all_uses_with(before)
+                    graph.remove(node, safe=True)
+                    count += 1
+        for node in reversed(list(graph)):  # what led there and is read by nobody else
+            if node.op_type == "Reshape" and not any(out.uses() or out.is_graph_output() for out in node.outputs):
+                graph.remove(node, safe=True)
+                count += 1
+    return count
+
+
+def _same_shape_before(node: ir.Node) -> ir.Value | None:
+    """The value that a chain of reshapes to ``node`` reads, if its shape is what ``node`` gives; the earliest such."""
+    shape, found, value = _reshaped(node), None, node.inputs[0]
+    while shape is not None and value is not None:
+        if _known(value.shape) == shape:
+            found = value
+        above = value.producer()
+        value = above.inputs[0] if above is not None and above.op_type == "Reshape" and above.domain == "" else None
+    return found
+
+
+def _reshaped(node: ir.Node) -> tuple[int | str, ...] | None:
+    """The shape that a Reshape gives: as it is stated, or its input's first axes and one of all that is left."""
+    value, wanted = node.inputs[0], node.inputs[1]
+    stated, given = _known(node.outputs[0].shape), _known(value.shape) if value is not None else None
+    if stated is not None or given is None or wanted is None or wanted.const_value is None:
+        return stated
+    target = wanted.const_value.numpy().tolist()
+    kept, rest = given[: len(target) - 1], given[len(target) - 1 :]
+    if target != [0] * len(kept) + [-1] or node.attributes.get_int("allowzero", 0):
+        return None
+    sizes = [size for size in rest if isinstance(size, int)]
+    return (*kept, math.prod(sizes)) if rest and len(sizes) == len(rest) else None
+
+
+def _known(shape: ir.Shape | None) -> tuple[int | str, ...] | None:
+    """A shape whose sizes are all numbers or symbols of the exporter; None for others."""
+    sizes = [] if shape is None else [size if isinstance(size, int) else size.value for size in shape]
+    named = all(isinstance(size, int) or (size is not None and not size.startswith("unk_")) for size in sizes)
+    return tuple(size for size in sizes if size is not None) if shape is not None and named else None
 
 
 def _take_transpose_out(node: ir.Node, side: int) -> bool:

@@ -60,9 +60,13 @@ class Steering:
         return max(1, steps_of(self.ramp, self.state.planned_steps)) if self.ramp else 0
 
     def step(self, rate: float, *, restart: bool, floor: bool = True) -> None:
-        """Move the multiplier; with ``floor`` the gates that closed last stay open where too many did."""
-        ascend(self.state.shared["multiplier"], self.share() - self.allowed, rate, restart=restart)
-        if floor:
+        """Move the multiplier; with ``floor`` the gates that closed last stay open where too many did.
+
+        On a GPU this waits for the device once, to read the share, unless the floor is needed.
+        """
+        excess = self.share() - self.allowed
+        ascend(self.state.shared["multiplier"], excess, rate, restart=restart)
+        if floor and excess < 0:
             keep_open(self.gates, self.kind.is_open, self.share, self.allowed, self.kind.AJAR)
 
     @property

@@ -51,7 +51,8 @@ def state_of(model: RewrittenModel) -> dict[str, Tensor]:
     """
     shard_again(model)
     held = {name: get_tensor(model, name).detach() for name in model.program.learned()}
-    return {name: whole(value).to("cpu", copy=True).contiguous() for name, value in {**held, _CLOCK: model.clock}.items()}
+    held[_CLOCK] = model.clock
+    return {name: whole(value).to("cpu", copy=True).contiguous() for name, value in held.items()}
 
 
 def load_state(model: RewrittenModel, folder: str | PathLike[str]) -> None:

@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from lorafx.backends.onnx_kernels import unfuse_batch_transposes, unfuse_skip_norms
+from lorafx.backends.onnx_kernels import drop_idle_reshapes, unfuse_batch_transposes, unfuse_skip_norms
 
 WIDTH = 48
 GENERATOR = np.random.default_rng(0)
@@ -104,3 +104,54 @@ def test_operands_of_two_ranks_are_transposed_apart(side: str, ranks: tuple[int,
 
 def test_operands_of_one_rank_stay_fused() -> None:
     assert unfuse_batch_transposes(ir.from_proto(product("A", (3, 3)))) == 0
+
+
+def heads(first: str, sizes: list[int | str] | None, read_between: bool = False) -> onnx.ModelProto:
+    """``Sin`` of x reshaped to ``first`` and flattened again, between the two stated as ``sizes``."""
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "length", 12])
+    nodes = [
+        helper.make_node("Reshape", ["x", "apart"], ["taken_apart"]),
+        helper.make_node("Reshape", ["taken_apart", "together"], ["put_together"]),
+        helper.make_node("Sin", ["put_together"], ["y"]),
+    ]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "length", 12])]
+    if read_between:
+        nodes.append(helper.make_node("Cos", ["taken_apart"], ["z"]))
+        outputs.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, ["batch", "length", 3, 4]))
+    targets = {"apart": [int(size) for size in first.split()], "together": [0, 0, -1]}
+    values = [onnx.numpy_helper.from_array(np.array(target), name) for name, target in targets.items()]
+    between = [] if sizes is None else [helper.make_tensor_value_info("taken_apart", TensorProto.FLOAT, sizes)]
+    graph = helper.make_graph(nodes, "heads", [given], outputs, values, value_info=between)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+@pytest.mark.parametrize(("read_between", "gone"), [(False, 2), (True, 1)])
+def test_heads_taken_apart_and_put_together_go(read_between: bool, gone: int) -> None:
+    before = heads("0 0 3 4", ["batch", "length", 3, 4], read_between)
+    model = ir.from_proto(before)
+    assert drop_idle_reshapes(model) == gone
+    after = ir.to_proto(model)
+    onnx.checker.check_model(after)
+    x = GENERATOR.normal(size=(2, 5, 12)).astype(np.float32)
+    for ours, theirs in zip(_outputs(after, x), _outputs(before, x), strict=True):
+        assert ours.shape == theirs.shape
+        assert (ours == theirs).all()
+
+
+@pytest.mark.parametrize(
+    ("first", "sizes"),
+    [
+        ("0 0 3 4", None),  # nothing is known of the shape between
+        ("0 0 3 4", ["batch", "unk__0", 3, 4]),  # a symbol that says nothing
+        ("0 -1 3 2", ["batch", "twice", 3, 2]),  # twice as many tokens of half the size
+        ("-1 0 6 4", ["half", "length", 6, 4]),
+    ],
+)
+def test_other_reshapes_stay(first: str, sizes: list[int | str] | None) -> None:
+    model = ir.from_proto(heads(first, sizes))
+    assert drop_idle_reshapes(model) == 0
+
+
+def _outputs(model: onnx.ModelProto, x: Any) -> list[Any]:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return list(session.run(None, {"x": x}))

@@ -1,0 +1,399 @@
+"""Decoders that generate: milliseconds for the prompt and tokens a second after it, lorafx beside what else there is.
+
+    python -m benchmarks.generate export              # SmolLM2-135M, merged and with 70 % of it left
+    python -m benchmarks.generate time
+    python -m benchmarks.generate export --device cuda --weightless && python -m benchmarks.generate time --device cuda
+
+Every row is a process of its own; they take turns, prompt by prompt. Greedy, batches of 1 and 8, prompts of 128 random
+tokens, 64 new ones; prefill is the time of the first new token, the rest gives tokens a second. PyTorch runs what
+transformers' ``generate`` does; ONNX Runtime is driven by hand, the cache left where it is computed. ``--weightless``
+leaves the weights of the ONNX files behind for a machine that they do not reach: times do not depend on them, and
+``time`` draws new ones.
+``--genai`` names a Python with onnxruntime-genai: it then runs lorafx's folders too, and its own builder's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.turns import Turns, questions, say
+
+PROMPT, NEW, BATCHES = 128, 64, (1, 8)
+KEEP = 0.7
+#: Folders of models that `export` writes.
+THEIRS, MERGED, PRUNED, GENAI = "transformers-export", "lorafx-merged", "lorafx-70", "genai-builder"
+#: Rows that need no folder, by device.
+TORCH = {"cpu": ("transformers",), "cuda": ("transformers", "transformers, static cache, compiled")}
+_SMOLLM2: dict[str, Any] = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 8192,
+    "tie_word_embeddings": True, "pad_token_id": 2,
+}  # fmt: skip
+
+#: Generates for a batch: milliseconds of the prompt, tokens a second after it, and the tokens of the first text.
+Generate = Callable[[np.ndarray[Any, Any]], dict[str, Any]]
+
+
+# ---- what is measured
+
+
+def export(out: Path, device: str, weightless: bool, genai: str | None) -> None:
+    """Write the folders of all rows; what is there already is left."""
+    import torch
+
+    import lorafx
+    from examples import assets
+    from lorafx.passes.magnitude import Magnitude
+
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    options: dict[str, Any] = {"provider": device, "dtype": dtype, "generate": True}
+    base = lorafx.capture(assets.smollm2())
+    passes = {MERGED: [], PRUNED: [Magnitude(targets="all-linear", keep=KEEP)]}
+    for name, steps in passes.items():
+        if not (out / name).is_dir():
+            folded = lorafx.fold(lorafx.rewrite(base, steps), provider=device)
+            # What magnitude leaves untrained amplifies the rounding of fp16 beyond any tolerance; it is timed only.
+            lorafx.export(folded, out / name, **options, check=not (steps and device == "cuda"))
+    if not (out / THEIRS).is_dir():
+        their_export(assets.smollm2(), out / THEIRS, device, dtype)
+    if genai and not (out / GENAI).is_dir():
+        given = [
+            "-i",
+            str(assets.smollm2()),
+            "-o",
+            str(out / GENAI),
+            "-p",
+            "fp32",
+            "-e",
+            "cpu",
+            "-c",
+            str(out / "cache"),
+        ]
+        subprocess.run([genai, "-m", "onnxruntime_genai.models.builder", *given], check=True, stdout=sys.stderr)
+    if weightless:
+        for file in out.rglob("*.onnx"):
+            leave_weights_behind(file)
+
+
+def their_export(checkpoint: Path, folder: Path, device: str, dtype: Any) -> None:
+    """transformers' own graphs for a prompt and for one token after a past."""
+    from contextlib import redirect_stdout
+
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
+
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
+    ids = torch.randint(5, 1000, (2, 16))
+    with redirect_stdout(sys.stderr):
+        config = OnnxConfig(dynamic=True, ort_fusions=device)
+        exporter: Any = OnnxExporter()
+        made = exporter.export_for_generation(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, config)
+    made.save_pretrained(folder)
+
+
+def leave_weights_behind(file: Path) -> None:
+    """Delete an ONNX file's data; what is no large matrix of floats moves into the file."""
+    import onnx
+    from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+
+    model = onnx.load(file, load_external_data=False)
+    places = set()
+    for tensor in filter(uses_external_data, model.graph.initializer):
+        places.add(next(entry.value for entry in tensor.external_data if entry.key == "location"))
+        if int(np.prod(tensor.dims)) < 2**16 or tensor.data_type not in _FLOATS:
+            load_external_data_for_tensor(tensor, str(file.parent))
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            del tensor.external_data[:]
+    onnx.save(model, file)
+    for place in places:
+        (file.parent / place).unlink()
+
+
+#: ONNX's numbers of float32 and float16.
+_FLOATS: dict[int, Any] = {1: np.float32, 10: np.float16}
+
+
+def draw_weights(file: Path) -> None:
+    """Give an ONNX file without its data random weights of a usual size."""
+    import onnx
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+    chance = np.random.default_rng(0)
+    pool = (0.02 * chance.standard_normal(2**20)).astype(np.float32)
+    for tensor in filter(uses_external_data, onnx.load(file, load_external_data=False).graph.initializer):
+        info = ExternalDataInfo(tensor)
+        data = file.parent / info.location
+        data.touch()
+        values = np.resize(pool[chance.integers(2**19) :], int(np.prod(tensor.dims))).astype(_FLOATS[tensor.data_type])
+        with data.open("r+b") as written:
+            written.seek(info.offset or 0)
+            written.write(values.tobytes())
+
+
+# ---- one row, in a process of its own
+
+
+def by_transformers(device: str, compiled: bool) -> Generate:
+    """transformers' ``generate`` in PyTorch: of the checkpoint, or on a GPU of random weights."""
+    import torch
+    import transformers as hf
+
+    if device == "cuda":
+        model: Any = hf.LlamaForCausalLM(hf.LlamaConfig(**_SMOLLM2)).to(device, torch.float16).eval()
+    else:
+        from examples import assets
+
+        model = hf.AutoModelForCausalLM.from_pretrained(assets.smollm2()).eval()
+    cache: dict[str, Any] = {"cache_implementation": "static"} if compiled else {}
+
+    def run(ids: Any, new: int) -> tuple[float, Any]:
+        start = time.perf_counter()
+        count: dict[str, Any] = {"min_new_tokens": new, "max_new_tokens": new, "do_sample": False, "pad_token_id": 2}
+        said = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **count, **cache)
+        return time.perf_counter() - start, said[0, ids.shape[1] :].tolist()  # waits for the device
+
+    def generate(prompt: np.ndarray[Any, Any]) -> dict[str, Any]:
+        ids = torch.from_numpy(prompt).to(device)
+        first, (whole, tokens) = run(ids, 1)[0], run(ids, NEW)
+        return answer(first, whole - first, len(prompt), tokens)
+
+    return generate
+
+
+def answer(prefill: float, rest: float, batch: int, tokens: list[int]) -> dict[str, Any]:
+    """What a row says of one prompt."""
+    return {"prefill ms": 1e3 * prefill, "tokens/s": batch * (NEW - 1) / rest, "tokens": tokens}
+
+
+class Onnx:
+    """Generation in ONNX Runtime by hand, inputs and outputs bound where it computes.
+
+    Bindings are made before the clock runs, for one batch: each step reads the cache that the last one wrote and writes
+    the other of two.
+    """
+
+    def __init__(self, folder: Path, device: str):
+        import onnxruntime
+        import torch  # noqa: F401  (it brings the CUDA libraries that ONNX Runtime looks for)
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        settings: Any = [("CUDAExecutionProvider", {"use_tf32": "0"})] if device == "cuda" else ["CPUExecutionProvider"]
+        files = [folder / "prefill.onnx", folder / "decode.onnx"]
+        if not files[0].is_file():
+            files = [folder / "onnx" / "model.onnx"]
+        sessions = [onnxruntime.InferenceSession(file, options, providers=settings) for file in files]
+        if device == "cuda" and sessions[0].get_providers()[0] != "CUDAExecutionProvider":
+            raise SystemExit("ONNX Runtime cannot load its CUDA provider here")
+        self.device, self.sessions = device, (sessions[0], sessions[-1])
+        self.pasts = [entry for entry in sessions[-1].get_inputs() if len(entry.shape) == 4]
+        self.made: dict[tuple[int, int], Any] = {}
+
+    def bind(self, batch: int, length: int) -> Any:
+        """Bindings of every step, the tensors that hold the prompt and the next token, and the logits of all steps."""
+        import torch
+
+        wide = {"tensor(float16)": torch.float16, "tensor(float)": torch.float32}[self.pasts[0].type]
+        sizes = [(int(entry.shape[1]), int(entry.shape[3])) for entry in self.pasts]
+        place: dict[str, Any] = {"device": self.device}
+        caches = [
+            [torch.empty(batch * heads * (length + NEW) * size, dtype=wide, **place) for heads, size in sizes]
+            for _ in range(2)
+        ]
+        prompt, token = (
+            torch.zeros(batch, length, dtype=torch.long, **place),
+            torch.zeros(batch, 1, dtype=torch.long, **place),
+        )
+        vocabulary = self.sessions[0].get_outputs()[0].shape[-1]
+        ones = torch.ones(batch * (length + NEW), dtype=torch.long, **place)
+        positions = torch.arange(length + NEW, **place)
+        steps = []
+        for step in range(NEW):
+            ids, session = (token, self.sessions[1]) if step else (prompt, self.sessions[0])
+            past = length + step - 1 if step else 0
+            logits = torch.empty(batch, ids.shape[1], vocabulary, dtype=wide, **place)
+            where = positions[past : past + ids.shape[1]].expand(batch, -1).contiguous()
+            plain = {
+                "input_ids": ids,
+                "attention_mask": ones[: batch * (past + ids.shape[1])].view(batch, -1),
+                "position_ids": where,
+            }
+            binding = session.io_binding()
+            for entry in session.get_inputs():
+                if entry.name in plain:
+                    self._bind(binding.bind_input, entry.name, plain[entry.name], plain[entry.name].shape)
+            names = [entry.name for entry in session.get_outputs()]
+            self._bind(binding.bind_output, names[0], logits, logits.shape)
+            for number, (heads, size) in enumerate(sizes):
+                if len(session.get_inputs()) > len(sizes):
+                    self._bind(
+                        binding.bind_input,
+                        self.pasts[number].name,
+                        caches[step % 2][number],
+                        (batch, heads, past, size),
+                    )
+                written = (batch, heads, past + ids.shape[1], size)
+                self._bind(binding.bind_output, names[1 + number], caches[(step + 1) % 2][number], written)
+            steps.append((session, binding, logits, where))
+        return steps, prompt, token, (caches, ones)
+
+    def _bind(self, bind: Any, name: str, value: Any, shape: Any) -> None:
+        import torch
+
+        kind = {torch.int64: np.int64, torch.float16: np.float16, torch.float32: np.float32}[value.dtype]
+        bind(name, self.device, 0, kind, tuple(shape), value.data_ptr())
+
+    def __call__(self, given: np.ndarray[Any, Any]) -> dict[str, Any]:
+        import torch
+
+        if given.shape not in self.made:
+            self.made = {given.shape: self.bind(*given.shape)}  # one batch at a time is in memory
+        steps, prompt, token, _ = self.made[given.shape]
+        prompt.copy_(torch.from_numpy(given))
+        wait: Callable[[], None] = torch.cuda.synchronize if self.device == "cuda" else lambda: None
+        wait()
+        said, prefill, start = [], 0.0, time.perf_counter()
+        for number, (session, binding, logits, _) in enumerate(steps):
+            session.run_with_iobinding(binding)
+            token.copy_(logits[:, -1:].argmax(-1))
+            wait()
+            said.append(token[0, 0].clone())
+            if not number:
+                prefill = time.perf_counter() - start
+        return answer(prefill, time.perf_counter() - start - prefill, len(given), [int(one) for one in said])
+
+
+_GENAI = """
+import json, sys, time
+import numpy, onnxruntime_genai as og
+model, new = og.Model(sys.argv[1]), int(sys.argv[2])
+print(json.dumps("ready"), flush=True)
+for line in sys.stdin:
+    prompt = numpy.array(json.loads(line), dtype=numpy.int32)
+    parameters, end = og.GeneratorParams(model), prompt.shape[1] + new
+    parameters.set_search_options(max_length=end, min_length=end, do_sample=False, batch_size=len(prompt))
+    generator = og.Generator(model, parameters)
+    start = time.perf_counter()
+    generator.append_tokens(prompt)
+    generator.generate_next_token()
+    first = time.perf_counter() - start
+    for _ in range(new - 1):
+        generator.generate_next_token()
+    rest = time.perf_counter() - start - first
+    said = [int(token) for token in generator.get_sequence(0)][prompt.shape[1]:]
+    took = {"prefill ms": 1e3 * first, "tokens/s": len(prompt) * (new - 1) / rest}
+    print(json.dumps({**took, "tokens": said}), flush=True)
+"""
+
+
+def serve(row: str, out: Path, device: str) -> None:
+    """Answer each prompt, a list of texts, with what generating for it took."""
+    generate = by_transformers(device, "compiled" in row) if row in TORCH[device] else Onnx(out / row, device)
+    say("ready")
+    for prompt in questions():
+        say(generate(np.array(prompt)))
+
+
+# ---- all rows, in turns
+
+
+def measure(out: Path, device: str, rounds: int, genai: str | None) -> dict[str, Any]:
+    """What every row said, batch by batch, round by round; the first round is not counted."""
+    if device == "cuda":
+        for file in out.rglob("*.onnx"):
+            draw_weights(file)
+    chance = np.random.default_rng(1)
+    own = [sys.executable, "-m", "benchmarks.generate", "time", "--out", str(out), "--device", device, "--serve"]
+    folders = [name for name in (THEIRS, MERGED, PRUNED) if (out / name).is_dir()]
+    rows = {name: Turns(name, [*own, name]) for name in (*TORCH[device], *folders)}
+    if genai:
+        for name in (name for name in (GENAI, MERGED, PRUNED) if (out / name).is_dir()):
+            command = [genai, "-c", _GENAI, str(out / name), str(NEW)]
+            rows[f"{name}, onnxruntime-genai"] = Turns(name, command)
+    found: dict[str, Any] = {name: {str(batch): [] for batch in BATCHES} for name in rows}
+    try:
+        for child in rows.values():
+            child.answer()
+        for batch in BATCHES:
+            for number in range(rounds + 1):
+                prompt = chance.integers(5, 49000, (batch, PROMPT)).tolist()
+                order = list(rows) if number % 2 else list(rows)[::-1]
+                for name in order:
+                    found[name][str(batch)].append(rows[name].ask(prompt))
+    finally:
+        for child in rows.values():
+            child.end()
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """Medians of all rounds but the first, and how many of the first text's tokens are those of the first row."""
+    first, lines = next(iter(found)), []
+    for name, batches in found.items():
+        cells = [name]
+        for batch, answers in batches.items():
+            for key in ("prefill ms", "tokens/s"):
+                cells.append(f"{statistics.median(one[key] for one in answers[1:]):.1f}")
+            pairs = [
+                (own, theirs)
+                for one, other in zip(answers, found[first][batch], strict=True)
+                for own, theirs in zip(one["tokens"], other["tokens"], strict=True)
+            ]
+            cells.append(f"{sum(own == theirs for own, theirs in pairs)} of {len(pairs)}")
+        lines.append("| " + " | ".join(cells) + " |")
+    head = "".join(f" batch {batch}: prefill ms | tokens/s | same tokens |" for batch in BATCHES)
+    return "\n".join([f"| |{head}", "|---|" + "--:|" * 3 * len(BATCHES), *lines])
+
+
+def machine(device: str) -> str:
+    """What the times are of."""
+    import torch
+
+    versions = [torch.cuda.get_device_name()] if device == "cuda" else [f"{torch.get_num_threads()} threads"]
+    for package in ("torch", "transformers", "onnxruntime-gpu", "onnxruntime"):
+        try:
+            versions.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join([*versions, f"Python {platform.python_version()}", time.strftime("%F")])
+
+
+def main() -> None:
+    """Export, or time and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=("export", "time"))
+    parser.add_argument("--device", choices=list(TORCH), default="cpu")
+    parser.add_argument("--out", type=Path, help="folders of the models; out/generate-DEVICE, if left out")
+    parser.add_argument("--weightless", action="store_true", help="write ONNX files without their weights")
+    parser.add_argument("--genai", help="a Python with onnxruntime-genai")
+    parser.add_argument("--rounds", type=int, default=5, help="prompts that count")
+    parser.add_argument("--serve", metavar="ROW", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    out = options.out or Path("out") / f"generate-{options.device}"
+    if options.serve:
+        serve(options.serve, out, options.device)
+    elif options.what == "export":
+        export(out, options.device, options.weightless, options.genai)
+    else:
+        print(machine(options.device), flush=True)
+        found = measure(out, options.device, options.rounds, options.genai)
+        (out / "found.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+        print(table(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
