@@ -9,7 +9,8 @@ tokens, 64 new ones; prefill is the time of the first new token, the rest gives 
 transformers' ``generate`` does; ONNX Runtime is driven by hand, the cache left where it is computed. ``--weightless``
 leaves the weights of the ONNX files behind for a machine that they do not reach: times do not depend on them, and
 ``time`` draws new ones.
-``--genai`` names a Python with onnxruntime-genai: it then runs lorafx's folders too, and its own builder's.
+``--peers`` names a Python with onnxruntime-genai and mobius-onnx: their builders' models are written too, and
+onnxruntime-genai runs what has a config for it. Any other folder of the layout may be put beside the others.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from benchmarks.turns import Turns, questions, say
 PROMPT, NEW, BATCHES = 128, 64, (1, 8)
 KEEP = 0.7
 #: Folders of models that `export` writes.
-THEIRS, MERGED, PRUNED, GENAI = "transformers-export", "lorafx-merged", "lorafx-70", "genai-builder"
+THEIRS, MERGED, PRUNED = "transformers-export", "lorafx-merged", "lorafx-70"
+GENAI, MOBIUS = "genai-builder", "mobius-onnx"
 #: Rows that need no folder, by device.
 TORCH = {"cpu": ("transformers",), "cuda": ("transformers", "transformers, static cache, compiled")}
 _SMOLLM2: dict[str, Any] = {
@@ -49,7 +51,7 @@ Generate = Callable[[np.ndarray[Any, Any]], dict[str, Any]]
 # ---- what is measured
 
 
-def export(out: Path, device: str, weightless: bool, genai: str | None) -> None:
+def export(out: Path, device: str, weightless: bool, peers: str | None) -> None:
     """Write the folders of all rows; what is there already is left."""
     import torch
 
@@ -68,7 +70,7 @@ def export(out: Path, device: str, weightless: bool, genai: str | None) -> None:
             lorafx.export(folded, out / name, **options, check=not (steps and device == "cuda"))
     if not (out / THEIRS).is_dir():
         their_export(assets.smollm2(), out / THEIRS, device, dtype)
-    if genai and not (out / GENAI).is_dir():
+    if peers and not (out / GENAI).is_dir():
         given = [
             "-i",
             str(assets.smollm2()),
@@ -77,11 +79,14 @@ def export(out: Path, device: str, weightless: bool, genai: str | None) -> None:
             "-p",
             "fp32",
             "-e",
-            "cpu",
+            device,
             "-c",
             str(out / "cache"),
         ]
-        subprocess.run([genai, "-m", "onnxruntime_genai.models.builder", *given], check=True, stdout=sys.stderr)
+        subprocess.run([peers, "-m", "onnxruntime_genai.models.builder", *given], check=True, stdout=sys.stderr)
+    if peers and not (out / MOBIUS).is_dir():
+        given = [str(assets.smollm2()), device, str(out / MOBIUS)]
+        subprocess.run([peers, "-c", _MOBIUS, *given], check=True, stdout=sys.stderr)
     if weightless:
         for file in out.rglob("*.onnx"):
             leave_weights_behind(file)
@@ -194,8 +199,7 @@ class Onnx:
         options.log_severity_level = 3
         settings: Any = [("CUDAExecutionProvider", {"use_tf32": "0"})] if device == "cuda" else ["CPUExecutionProvider"]
         files = [folder / "prefill.onnx", folder / "decode.onnx"]
-        if not files[0].is_file():
-            files = [folder / "onnx" / "model.onnx"]
+        files = files if files[0].is_file() else list(folder.rglob("model.onnx"))
         sessions = [onnxruntime.InferenceSession(file, options, providers=settings) for file in files]
         if device == "cuda" and sessions[0].get_providers()[0] != "CUDAExecutionProvider":
             raise SystemExit("ONNX Runtime cannot load its CUDA provider here")
@@ -277,6 +281,11 @@ class Onnx:
         return answer(prefill, time.perf_counter() - start - prefill, len(given), [int(one) for one in said])
 
 
+_MOBIUS = """
+import sys, mobius
+made = mobius.build(sys.argv[1], execution_provider=sys.argv[2], dtype="f32" if sys.argv[2] == "cpu" else "f16")
+made.save(sys.argv[3])
+"""
 _GENAI = """
 import json, sys, time
 import numpy, onnxruntime_genai as og
@@ -311,19 +320,18 @@ def serve(row: str, out: Path, device: str) -> None:
 # ---- all rows, in turns
 
 
-def measure(out: Path, device: str, rounds: int, genai: str | None) -> dict[str, Any]:
+def measure(out: Path, device: str, rounds: int, peers: str | None) -> dict[str, Any]:
     """What every row said, batch by batch, round by round; the first round is not counted."""
     if device == "cuda":
         for file in out.rglob("*.onnx"):
             draw_weights(file)
     chance = np.random.default_rng(1)
     own = [sys.executable, "-m", "benchmarks.generate", "time", "--out", str(out), "--device", device, "--serve"]
-    folders = [name for name in (THEIRS, MERGED, PRUNED) if (out / name).is_dir()]
+    folders = sorted(folder.name for folder in out.iterdir() if any(folder.rglob("*.onnx")))
     rows = {name: Turns(name, [*own, name]) for name in (*TORCH[device], *folders)}
-    if genai:
-        for name in (name for name in (GENAI, MERGED, PRUNED) if (out / name).is_dir()):
-            command = [genai, "-c", _GENAI, str(out / name), str(NEW)]
-            rows[f"{name}, onnxruntime-genai"] = Turns(name, command)
+    for name in folders if peers else ():
+        if (out / name / "genai_config.json").is_file():
+            rows[f"{name}, onnxruntime-genai"] = Turns(name, [peers, "-c", _GENAI, str(out / name), str(NEW)])
     found: dict[str, Any] = {name: {str(batch): [] for batch in BATCHES} for name in rows}
     try:
         for child in rows.values():
@@ -379,7 +387,7 @@ def main() -> None:
     parser.add_argument("--device", choices=list(TORCH), default="cpu")
     parser.add_argument("--out", type=Path, help="folders of the models; out/generate-DEVICE, if left out")
     parser.add_argument("--weightless", action="store_true", help="write ONNX files without their weights")
-    parser.add_argument("--genai", help="a Python with onnxruntime-genai")
+    parser.add_argument("--peers", help="a Python with onnxruntime-genai and mobius-onnx")
     parser.add_argument("--rounds", type=int, default=5, help="prompts that count")
     parser.add_argument("--serve", metavar="ROW", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -387,10 +395,10 @@ def main() -> None:
     if options.serve:
         serve(options.serve, out, options.device)
     elif options.what == "export":
-        export(out, options.device, options.weightless, options.genai)
+        export(out, options.device, options.weightless, options.peers)
     else:
         print(machine(options.device), flush=True)
-        found = measure(out, options.device, options.rounds, options.genai)
+        found = measure(out, options.device, options.rounds, options.peers)
         (out / "found.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
         print(table(found), flush=True)
 
