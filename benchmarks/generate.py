@@ -66,8 +66,9 @@ def export(out: Path, device: str, weightless: bool, peers: str | None) -> None:
     for name, steps in passes.items():
         if not (out / name).is_dir():
             folded = lorafx.fold(lorafx.rewrite(base, steps), provider=device)
-            # What magnitude leaves untrained amplifies the rounding of fp16 beyond any tolerance; it is timed only.
-            lorafx.export(folded, out / name, **options, check=not (steps and device == "cuda"))
+            # What magnitude leaves untrained is up to 6e-5 of the scale from exact in fp32, by rounding alone: more
+            # than an export may be, so it is timed only.
+            lorafx.export(folded, out / name, **options, check=not steps)
     if not (out / THEIRS).is_dir():
         their_export(assets.smollm2(), out / THEIRS, device, dtype)
     if peers and not (out / GENAI).is_dir():
@@ -212,7 +213,9 @@ class Onnx:
         import torch
 
         wide = {"tensor(float16)": torch.float16, "tensor(float)": torch.float32}[self.pasts[0].type]
-        sizes = [(int(entry.shape[1]), int(entry.shape[3])) for entry in self.pasts]
+        # One builder calls the size of heads by a name.
+        widths = [size if isinstance(size, int) else _SMOLLM2["head_dim"] for *_, size in (e.shape for e in self.pasts)]
+        sizes = [(int(entry.shape[1]), width) for entry, width in zip(self.pasts, widths, strict=True)]
         place: dict[str, Any] = {"device": self.device}
         caches = [
             [torch.empty(batch * heads * (length + NEW) * size, dtype=wide, **place) for heads, size in sizes]

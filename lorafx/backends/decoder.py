@@ -28,7 +28,7 @@ from ..models.tokenizers import length_limit, pad_token
 from ..proof.decoder import DATA, GENAI, MODEL
 from ..public import Program
 from .cached import CachedOnnxExporter, decode_inputs, decode_shapes
-from .onnx_kernels import drop_idle_reshapes, unfuse_batch_transposes, unfuse_skip_norms
+from .onnx_kernels import drop_idle_reshapes, turn_tied_heads, unfuse_batch_transposes, unfuse_skip_norms
 from .onnx_statements import leave_out
 from .replay import exportable, with_model
 
@@ -103,6 +103,7 @@ def decoder(program: Program, provider: str, dtype: torch.dtype | None) -> Decod
     drop_idle_reshapes(graph)
     if provider == "cpu":
         unfuse_skip_norms(graph)
+        turn_tied_heads(graph)
     leave_out(graph)
     return Decoder(graph, program.config, fused, layers)
 

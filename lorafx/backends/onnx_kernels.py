@@ -63,6 +63,72 @@ def drop_idle_reshapes(model: ir.Model) -> int:
     return count
 
 
+def turn_tied_heads(model: ir.Model) -> int:
+    """Keep a table of embeddings that is also a last layer's weight as that layer multiplies by it; in place.
+
+    ONNX Runtime packs the factor of a product for the CPU when it loads it, but not one that is to be transposed, and
+    the largest product of a small decoder is slower then. So the table is stored transposed, and the few rows that are
+    looked up are columns of it. Returns how many tables were turned; one that anything else reads is left as it is.
+    """
+    count = 0
+    for table in list(model.graph.initializers.values()):
+        lookups, products = [], []
+        for use in table.uses():
+            if _looks_up(use.node, use.idx):
+                lookups.append(use.node)
+            elif _multiplies(use.node, use.idx):
+                products.append(use.node)
+        if lookups and products and len(lookups) + len(products) == len(table.uses()):
+            _turn(model.graph, table, lookups, products)
+            count += 1
+    return count
+
+
+def _looks_up(node: ir.Node, index: int) -> bool:
+    ids = node.inputs[1] if node.op_type == "Gather" else None
+    known = ids is not None and ids.shape is not None
+    return known and index == 0 and node.attributes.get_int("axis", 0) == 0
+
+
+def _multiplies(node: ir.Node, index: int) -> bool:
+    """Whether a node is a plain product with its second factor transposed."""
+    others = {name: node.attributes.get_int(name, 0) for name in ("transA", "transBatchA", "transBatchB")}
+    alone = not any(others.values()) and node.attributes.get_float("alpha", 1.0) == 1.0
+    return node.op_type == "FusedMatMul" and index == 1 and alone and node.attributes.get_int("transB", 0) == 1
+
+
+def _turn(graph: ir.Graph, table: ir.Value, lookups: list[ir.Node], products: list[ir.Node]) -> None:
+    held = table.const_value
+    assert held is not None
+    assert table.name is not None
+    turned = ir.Value(name=table.name, type=table.type, const_value=ir.tensor(held.numpy().T.copy(), name=table.name))
+    turned.shape = ir.Shape(reversed(held.shape.numpy()))
+    for node in products:
+        plain = ir.node("MatMul", [node.inputs[0], turned], name=node.name)
+        _put_instead(graph, node, [plain], plain.outputs[0])
+    for node in lookups:
+        ids, rank = node.inputs[1], _rank(node)
+        columns = ir.node("Gather", [turned, ids], {"axis": 1}, name=node.name)
+        columns.outputs[0].type = table.type
+        rows = ir.node("Transpose", [columns.outputs[0]], {"perm": [*range(1, rank), 0]})
+        _put_instead(graph, node, [columns, rows], rows.outputs[0])
+    graph.initializers.pop(table.name)
+    graph.register_initializer(turned)
+
+
+def _rank(lookup: ir.Node) -> int:
+    ids = lookup.inputs[1]
+    assert ids is not None
+    assert ids.shape is not None
+    return ids.shape.rank() + 1
+
+
+def _put_instead(graph: ir.Graph, node: ir.Node, nodes: list[ir.Node], result: ir.Value) -> None:
+    old = node.outputs[0]
+    result.type, result.shape = old.type, old.shape
+    ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [old], [result])
+
+
 def _same_shape_before(node: ir.Node) -> ir.Value | None:
     """The value that a chain of reshapes to ``node`` reads, if its shape is what ``node`` gives; the earliest such."""
     shape, found, value = _reshaped(node), None, node.inputs[0]

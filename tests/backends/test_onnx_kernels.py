@@ -13,7 +13,12 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from lorafx.backends.onnx_kernels import drop_idle_reshapes, unfuse_batch_transposes, unfuse_skip_norms
+from lorafx.backends.onnx_kernels import (
+    drop_idle_reshapes,
+    turn_tied_heads,
+    unfuse_batch_transposes,
+    unfuse_skip_norms,
+)
 
 WIDTH = 48
 GENERATOR = np.random.default_rng(0)
@@ -155,3 +160,44 @@ def test_other_reshapes_stay(first: str, sizes: list[int | str] | None) -> None:
 def _outputs(model: onnx.ModelProto, x: Any) -> list[Any]:
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return list(session.run(None, {"x": x}))
+
+
+def tied(read_too: bool = False, **fused: Any) -> onnx.ModelProto:
+    """Embeddings whose table is also the last layer's weight; ``read_too`` gives the table itself out as well."""
+    table = GENERATOR.normal(size=(7, 4)).astype(np.float32)
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["embedded"]),
+        helper.make_node("FusedMatMul", ["embedded", "table"], ["y"], domain="com.microsoft", transB=1, **fused),
+    ]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "length", 7])]
+    if read_too:
+        nodes.append(helper.make_node("Neg", ["table"], ["z"]))
+        outputs.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, [7, 4]))
+    given = [helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", "length"])]
+    values = [onnx.numpy_helper.from_array(table, "table")]
+    graph = helper.make_graph(nodes, "tied", given, outputs, values)
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def test_a_tied_head_is_stored_as_it_is_multiplied_by() -> None:
+    before = tied()
+    model = ir.from_proto(before)
+    assert turn_tied_heads(model) == 1
+    after = ir.to_proto(model)
+    onnx.checker.check_model(after)
+    assert {node.op_type for node in after.graph.node} == {"Gather", "Transpose", "MatMul"}
+    assert [list(value.dims) for value in after.graph.initializer] == [[4, 7]]
+    ids = np.array([[0, 6, 3], [2, 2, 5]])
+    (ours,), (theirs,) = (_tokens(one, ids) for one in (after, before))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)  # fp32, sums in another order
+
+
+@pytest.mark.parametrize("changes", [{"read_too": True}, {"alpha": 0.5}, {"transA": 1}])
+def test_other_tables_stay(changes: dict[str, Any]) -> None:
+    assert turn_tied_heads(ir.from_proto(tied(**changes))) == 0
+
+
+def _tokens(model: onnx.ModelProto, ids: Any) -> list[Any]:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return list(session.run(None, {"ids": ids}))
