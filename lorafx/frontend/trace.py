@@ -115,7 +115,7 @@ def trace_with(attempt: Callable[[Any], T], model: nn.Module, shapes: Any) -> T:
     Raises:
         CaptureError: both failed
     """
-    with cacheless(model):
+    with cacheless(model), lean():
         try:
             return attempt(shapes)
         except CaptureError:  # it says what it is about
@@ -137,8 +137,8 @@ def _left_to_tracer(axes: Any) -> Any:
 
 @contextmanager
 def lean() -> Iterator[None]:
-    """Trace without what nobody reads, a fifth of the time of a large model: searches for garbage among millions of
-    small objects that hold few cycles, and a stack trace for each node (errors have theirs)."""
+    """Trace without what nobody reads, a fifth of the time of a large model or an export: searches for garbage among
+    millions of small objects that hold few cycles, and a stack trace for each node (errors have theirs)."""
     # torch 2.11 does not read the switch: it traces all the same, in more time.
     collecting, quiet = gc.isenabled(), getattr(fx_config, "do_not_emit_stack_traces", False)
     gc.disable()
