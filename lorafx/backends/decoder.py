@@ -24,6 +24,7 @@ from transformers.exporters.utils import patch_attributes
 
 from ..errors import CaptureError, UsageError
 from ..frontend.trace import trace_with
+from ..models.layered import is_layered, own_configs
 from ..models.tokenizers import length_limit, pad_token
 from ..proof.decoder import DATA, GENAI, MODEL
 from ..public import Program
@@ -117,7 +118,8 @@ def write_decoder(made: Decoder, program: Program, folder: Path, record: Mapping
     for key, value in program.config_changes.items():
         setattr(config, key, value)
     setattr(config, "transformers.js_config", {"use_external_data_format": True})
-    config.save_pretrained(folder)
+    with own_configs(config):
+        config.save_pretrained(folder)
     genai = genai_config(made, getattr(program.source.model, "generation_config", None))
     (folder / GENAI).write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
 
@@ -125,6 +127,7 @@ def write_decoder(made: Decoder, program: Program, folder: Path, record: Mapping
 def genai_config(made: Decoder, generation: Any) -> dict[str, Any]:
     """What onnxruntime-genai reads of a decoder; it takes the heads of each layer from the graph's inputs."""
     text, inputs = made.config.get_text_config(), {value.name: value for value in made.graph.graph.inputs}
+    first = text.per_layer_config[0] if is_layered(text) else text
     shape: Any = inputs["past_key_values.0.key"].shape
     ends = getattr(generation, "eos_token_id", None)
     ends = ends if ends is not None else text.eos_token_id
@@ -140,7 +143,7 @@ def genai_config(made: Decoder, generation: Any) -> dict[str, Any]:
         "filename": MODEL,
         "head_size": int(shape[3]),
         "hidden_size": text.hidden_size,
-        "num_attention_heads": text.num_attention_heads,
+        "num_attention_heads": first.num_attention_heads,
         "num_hidden_layers": made.layers,
         "num_key_value_heads": int(shape[1]),
         "inputs": {**names, **past},

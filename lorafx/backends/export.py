@@ -31,6 +31,7 @@ from ..formats.run import VALUES, base_record, plain_tensor
 from ..formats.shards import write_checkpoint
 from ..graph.precision import coarsest
 from ..graph.tree import tensor_hash
+from ..models.layered import own_configs
 from ..models.tokenizers import length_limit
 from ..parity.comparison import Comparison
 from ..parity.runner import PROVIDERS, Runner
@@ -275,4 +276,5 @@ def _write_exported(program: Program, folder: Path, kind: str, provider: str, dt
     for key, value in program.config_changes.items():
         exported.config = copy.deepcopy(exported.config)
         setattr(exported.config, key, value)
-    exported.save_pretrained(folder)
+    with own_configs(exported.config):
+        exported.save_pretrained(folder)

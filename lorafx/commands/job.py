@@ -209,11 +209,11 @@ def _train(job: Job, folder: Path, inputs: Mapping[str, str]) -> None:
 
 def _fold(trained: Program, _provider: str, folder: Path, made_from: Mapping[str, str]) -> None:
     from ..backends.export import export
-    from ..formats.hf import fits_checkpoint
+    from ..formats.hf import folded_format
     from ..pipeline import fold
 
     folded = fold(trained, gather="never")
-    export(folded, folder, "hf" if fits_checkpoint(folded) else "pt2", overwrite=True, made_from=made_from)
+    export(folded, folder, folded_format(folded), overwrite=True, made_from=made_from)
 
 
 def _export(trained: Program, provider: Any, folder: Path, made_from: Mapping[str, str]) -> None:

@@ -142,7 +142,7 @@ def fold(run: Path, out: Path, double: bool, overwrite: bool, as_json: bool, **o
     RUN is a run folder, or a checkpoint with --adapter.
     """
     from ..backends.export import export as write
-    from ..formats.hf import fits_checkpoint
+    from ..formats.hf import folded_format
     from ..parity.promises import VerifyEach
     from ..pipeline import fold as merge
     from ..proof.exports import parity_record, unproven
@@ -156,8 +156,7 @@ def fold(run: Path, out: Path, double: bool, overwrite: bool, as_json: bool, **o
         observers = [VerifyEach(double=True)] if double and checked else []
         removal = removal_of("cpu", **widths(o))
         folded = merge(program, observers, removal=removal, gather="never", check=checked, stream=stream)
-        kind = "hf" if fits_checkpoint(folded) else "pt2"
-        result = write(folded, out, kind, check=check, overwrite=overwrite)
+        result = write(folded, out, folded_format(folded), check=check, overwrite=overwrite)
     report = folded.report.plus(parity=parity_record(result, unproven(checked)), output=str(out))
     emit(report.to_json(), report.text(), as_json)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
+import logging
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,12 +14,13 @@ from ..errors import UsageError, first_line
 from ..graph.facts import Gathered
 from ..graph.program import Program
 from ..graph.tree import named_tensors
+from .sizes import of_config, settings_for, with_settings
+
+_log = logging.getLogger(__name__)
 
 #: Where PEFT keeps the module that an adapter stands around, and one that it trained in full.
 _TRAINED = ".modules_to_save."
 _WRAPPER = re.compile(r"\.base_layer(?=\.)|\.original_module(?=\.)|\.modules_to_save\.[^.]+(?=\.)")
-#: More ways than this to explain the sizes are not tried.
-_TRIES = 256
 
 
 def hf_model(program: Program, dtype: torch.dtype | None = None) -> nn.Module:
@@ -67,20 +67,16 @@ def _model_of_shapes(program: Program, values: Mapping[str, torch.Tensor]) -> nn
     before = {name: slot.shape for name, slot in _unwrapped(dict(named_tensors(source)), program).items()}
     after = {name: value.shape for name, value in values.items()}
     misfit = ""
-    # Where no setting can be read from the sizes, the config as it is shows what does not fit.
-    for sizes in list(resized(program.config, before, after)) or [{}]:
-        config = copy.deepcopy(program.config)
+    for sizes in settings_for(type(source), program.config, before, after):
         try:
-            for key, value in {**sizes, **program.config_changes}.items():
-                setattr(config, key, value)
-            with torch.device("meta"):
-                model = type(source)(config)
+            model = of_config(type(source), with_settings(program.config, {**sizes, **program.config_changes}))
         except Exception as error:  # each architecture checks its sizes with errors of its own
             misfit = misfit or first_line(error)
             continue
-        misfit = _misfit(model, values) or _homeless(model, program)
-        if not misfit:
+        found = _misfit(model, values) or _homeless(model, program)
+        if not found:
             return model
+        misfit = misfit or found
     shrunk = any(after.get(name, shape) != shape for name, shape in before.items())
     # Of a model that something was built into, its class and its config say too little.
     remedy = "fold it with uniform widths (--uniform)" if shrunk else "merge what was built into it before capturing"
@@ -111,13 +107,15 @@ def _homeless(model: nn.Module, program: Program) -> str:
     return ""
 
 
-def fits_checkpoint(program: Program) -> bool:
-    """Whether an ordinary transformers checkpoint can hold the program."""
+def folded_format(program: Program) -> Literal["hf", "pt2"]:
+    """What a folded program is written as: an ordinary transformers checkpoint, or where none can hold it a ``.pt2``;
+    the log says why."""
     try:
         hf_model(program)
-    except UsageError:
-        return False
-    return True
+    except UsageError as error:
+        _log.warning("%s; written as a .pt2", error)
+        return "pt2"
+    return "hf"
 
 
 def _as_parameter(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -130,36 +128,3 @@ def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
     module = model.get_submodule(owner)
     table: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
     table[leaf] = value
-
-
-# ---- the config
-
-
-def resized(config: Any, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[dict[str, int]]:
-    """Settings that might turn the shapes ``before`` into ``after``, the likeliest first; the caller tries them.
-
-    A size is a setting of the config, twice one (gate and up in one tensor), or one times the width of a head. Which is
-    meant its value alone does not tell (a model may be as wide as its heads together), so every reading is offered.
-    Without changed sizes, or when a size changed in two ways, there is nothing to offer but the config as it is.
-    """
-    changed: dict[int, set[int]] = {}
-    for name, old in before.items():
-        for a, b in zip(old, after.get(name, old), strict=False):
-            if a != b:
-                changed.setdefault(a, set()).add(b)
-    if not changed or any(len(new) > 1 for new in changed.values()):
-        yield {}
-        return
-    readings = [list(_readings(config, old, next(iter(new)))) for old, new in sorted(changed.items())]
-    for chosen in itertools.islice(itertools.product(*readings), _TRIES):
-        yield {key: value for reading in chosen for key, value in reading.items()}
-
-
-def _readings(config: Any, old: int, new: int) -> Iterator[dict[str, int]]:
-    settings = {key: value for key, value in vars(config).items() if type(value) is int}
-    yield from ({key: new} for key, value in settings.items() if value == old)
-    if new % 2 == 0:
-        yield from ({key: new // 2} for key, value in settings.items() if value * 2 == old)
-    width = settings.get("head_dim")
-    if width and new % width == 0:
-        yield from ({key: new // width} for key, value in settings.items() if value * width == old and "head" in key)

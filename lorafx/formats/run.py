@@ -24,6 +24,7 @@ from ..graph.precision import dtype_name
 from ..graph.program import Program
 from ..graph.tree import ties
 from ..models.examples import example_inputs
+from ..models.layered import own_configs
 from ..recipes.recipe import Recipe
 from ..recipes.registry import in_recipes
 from ..reporting.report import Report, report_of
@@ -174,7 +175,8 @@ def _save_tensors(values: Mapping[str, Tensor], file: Path) -> None:
 def _write_config(program: Program, folder: Path) -> None:
     config = copy.deepcopy(program.config)
     config.architectures = [program.name]
-    config.save_pretrained(folder)
+    with own_configs(config):
+        config.save_pretrained(folder)
 
 
 def _write_json(file: Path, value: Any) -> None:

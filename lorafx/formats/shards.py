@@ -23,6 +23,7 @@ from transformers.utils.logging import tqdm
 
 from ..deferred.tensor import passing_tiles
 from ..files.folder import FileEntry, found
+from ..models.layered import own_configs
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -68,7 +69,8 @@ def write_checkpoint(model: Any, folder: Path, shard_size: int | str = "5GB") ->
         size and hash of every weight file
     """
     with TemporaryDirectory(dir=folder) as beside:  # transformers clears away the weight files it finds
-        model.save_pretrained(beside, state_dict={})  # everything but the weights
+        with own_configs(model.config):
+            model.save_pretrained(beside, state_dict={})  # everything but the weights
         for file in Path(beside).iterdir():
             file.replace(folder / file.name)
     state = _state(model)

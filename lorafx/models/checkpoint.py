@@ -17,6 +17,7 @@ from torch import nn
 
 from ..errors import ArtifactError, UsageError, did_you_mean, first_line
 from ..files.folder import LFS_START, MANIFEST, file_hash, find_manifest
+from .layered import own_configs
 
 _log = logging.getLogger(__name__)
 
@@ -175,9 +176,10 @@ def open_model(
             return _build_on_meta(cls, path, options), frozenset()
         if not weight_files(path, allow_pickle=allow_pickle):
             raise ArtifactError(f"{path}: no weights (*.safetensors); fetch the checkpoint, or capture with meta=True")
-        model, info = cls.from_pretrained(
-            path, output_loading_info=True, **{**options, "ignore_mismatched_sizes": True}
-        )
+        with own_configs():
+            model, info = cls.from_pretrained(
+                path, output_loading_info=True, **{**options, "ignore_mismatched_sizes": True}
+            )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         _check_trust(path, error)
         raise ArtifactError(f"{path}: transformers cannot open it: {first_line(error)}") from error
@@ -272,7 +274,8 @@ def open_tokenizer(path: str | PathLike[str], trust_remote_code: bool = False) -
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with own_configs():  # a tokenizer may look into the config
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError) as error:
         _check_trust(path, error)
         raise ArtifactError(f"{path}: its tokenizer cannot be opened: {first_line(error)}") from error
@@ -314,7 +317,8 @@ def _build_on_meta(cls: Any, path: Path, options: dict[str, Any]) -> nn.Module:
     from transformers.initialization import no_init_weights
 
     dtype = options.pop("dtype", None)
-    config, unknown = transformers.AutoConfig.from_pretrained(path, return_unused_kwargs=True, **options)
+    with own_configs():
+        config, unknown = transformers.AutoConfig.from_pretrained(path, return_unused_kwargs=True, **options)
     odd = next((name for name in unknown if name != "trust_remote_code"), None)
     if odd is not None:
         raise UsageError(f"{path}: transformers takes no {odd!r} for this model; leave that option out")
@@ -323,7 +327,7 @@ def _build_on_meta(cls: Any, path: Path, options: dict[str, Any]) -> nn.Module:
     previous = torch.get_default_dtype()
     torch.set_default_dtype(default or previous)
     try:
-        with torch.device("meta"), no_init_weights():
+        with own_configs(), torch.device("meta"), no_init_weights():
             trusted = {"trust_remote_code": options["trust_remote_code"]}
             model = cls.from_config(config, **trusted) if cls.__name__.startswith("Auto") else cls(config)
             model.tie_weights()  # left out with the initial values, which meta tensors have not

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import ArtifactError, UsageError, first_line
 from ..graph.precision import dtype_name
+from ..models.layered import own_configs
 from ..parity.inputs import InputSpec
 from ..parity.runner import PROVIDERS, Place, Runner
 
@@ -85,7 +86,8 @@ def open_decoder(folder: Path, place: Place, label: str, trusted: bool = False) 
     from .exported import session_options_for
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
+        with own_configs():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
         session: Any = onnxruntime.InferenceSession(folder / MODEL, **session_options_for(place))
     except Exception as error:  # ONNX Runtime raises classes of its own for a broken file
         raise ArtifactError(f"{folder}: the decoder cannot be opened: {first_line(error)}") from error

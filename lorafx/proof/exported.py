@@ -10,6 +10,7 @@ import torch
 
 from ..errors import ArtifactError, UsageError, first_line
 from ..graph.precision import coarsest, dtype_name
+from ..models.layered import own_configs
 from ..parity.inputs import InputSpec, specs_of
 from ..parity.runner import PROVIDERS, Place, Runner
 
@@ -28,7 +29,10 @@ def open_exported(folder: Path, place: Place, label: str, trusted: bool = False)
         )
     options: dict[str, Any] = session_options_for(place) if kind == "onnx" else {"device": place.device()}
     try:
-        exported = ExportedModel.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted, **options)
+        with own_configs():
+            exported = ExportedModel.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trusted, **options
+            )
         names = list(exported.components)
         if len(names) != 1:
             parts = " and ".join(names)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.backends.replay import only_values_differ, replay
 from lorafx.errors import CaptureError, UsageError
-from lorafx.formats.hf import fits_checkpoint, hf_model
+from lorafx.formats.hf import folded_format, hf_model
 from lorafx.graph.edit import Edit
 from lorafx.passes.lora import Lora
 from lorafx.passes.magnitude import Magnitude
@@ -47,12 +47,13 @@ def test_the_capture_is_no_part_of_the_program_that_is_rewritten() -> None:
     assert program.captured.graph is not program.graph
 
 
-def test_a_size_that_the_config_refuses_fits_no_checkpoint() -> None:
+def test_a_size_that_the_config_refuses_fits_no_checkpoint(caplog: pytest.LogCaptureFixture) -> None:
     """Of three heads two stay: no word of BERT's config says how wide a head is."""
     program = captured(bert, hidden_size=24, num_attention_heads=3)
     closed = lorafx.rewrite(program, [Magnitude(targets="attention.output.dense", keep=0.6)])
     folded = lorafx.fold(closed, gather="never")
-    assert not fits_checkpoint(folded)
+    assert folded_format(folded) == "pt2"
+    assert "of attention heads (3); fold it with uniform widths" in caplog.text
     with pytest.raises(UsageError, match=r"cannot hold this program: .*not a multiple"):
         hf_model(folded)
 

@@ -25,7 +25,14 @@ TRUE_OF_BOTH = {
 OF_THE_BASE = {
     *("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "model.onnx"),
     *("README.md", "all_results.json", "trainer_state.json", "training_args.bin", "optimizer.pt", ".gitattributes"),
-    *("adapter_config.json", "adapter_model.safetensors", "lorafx.json", "report.json", "blocks.svg"),
+    *(
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "lorafx.json",
+        "report.json",
+        "blocks.svg",
+        "certificate.json",
+    ),
     *("onnx/model.onnx", "onnx/tokenizer.json", "checkpoint-5/model.safetensors", "checkpoint-5/tokenizer.json"),
     *("original/consolidated.00.pth", "original/tokenizer.model", ".git/config", "run/lorafx.json", "run/vocab.txt"),
     "data/train.csv",
