@@ -46,6 +46,7 @@ from ..reporting.report import shrunk_blocks
 from ..reporting.sizes import chart
 from ..version import __version__
 from .plain_lora import as_lora
+from .quantized import check_quantized, quantized, said
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +63,9 @@ def export(
     adapters: Literal["merged", "separate"] = "merged",
     dtype: torch.dtype | None = None,
     generate: bool = False,
+    quantize: Literal["int8", "int4"] | None = None,
+    data: Any = None,
+    data_options: Mapping[str, Any] | None = None,
     check: bool | Check = True,
     overwrite: bool = False,
     made_from: Mapping[str, str] | None = None,
@@ -80,6 +84,10 @@ def export(
         dtype: convert weights and activations to this dtype; folding happens before, so weights round once
         generate: one graph with a cache, for causal language models, in the folder that onnxruntime-genai and
             transformers.js read (:mod:`lorafx.backends.decoder`); what it generates is compared, token for token
+        quantize: put a graph of fewer bits in the place of the one that was compared, by ONNX Runtime's own tools; the
+            report says what both score and weigh (:mod:`lorafx.backends.quantized`)
+        data: a table to score both on; their own examples when None
+        data_options: how to read it, by the names of training options (``text``, ``label``, ``max_length``, …)
         check: hold the passes of folding to their promises, and compare what was written with the trained program (the
             one ``program`` was folded from) on the same inputs before the folder gets its name. Of a checkpoint:
             ``tensors``, each weight with what its operators compute; ``blocks``, each of them on the values that reach
@@ -88,7 +96,8 @@ def export(
         made_from: what the manifest is to say of the inputs; see :func:`lorafx.commands.job.run_job`
 
     Returns:
-        the comparison; None without ``check``: the log and the folder's report say so
+        the comparison, of what a quantised graph was before; None without ``check``: the log and the folder's report
+        say so
 
     Raises:
         UsageError: an unknown format, a format that cannot hold this program, or values that are random because
@@ -96,6 +105,7 @@ def export(
         ParityError: the written model does not compute the program's function; nothing is left behind
     """
     _check(program, format, provider, dtype, generate)
+    check_quantized(quantize, data, format, provider, dtype, adapters)
     refuse_check(check, format, dtype)
     reference, reason = reference_of(program), unproven(bool(check))
     if check:
@@ -103,6 +113,8 @@ def export(
     final = _adapter(program) if format == "peft" else _final(program, adapters, format, provider, bool(check))
     final = final if format == "hf" else resident(final)  # only a checkpoint is written a tile at a time
     meta = {"base": base_record(final), "history": _history_record(final), "provider": provider, "adapters": adapters}
+    if quantize is not None:
+        meta["quantized"] = quantize
     if made_from is not None:
         meta["made_from"] = dict(made_from)
     hashed: dict[str, FileEntry] = {}
@@ -122,7 +134,11 @@ def export(
         if reason:
             _log.warning("%s: %s", path, reason)
         parity = parity_record(result, reason)
-        _write_report(final, folder, parity=parity, decoder=facts or None)
+        few = None if quantize is None else quantized(final, folder, quantize, data, data_options)
+        if few is not None:
+            was = {"ok_before": parity["ok"], "summary_before": parity["summary"]}
+            parity = {**parity, "ok": None, "summary": said(few), **was}
+        _write_report(final, folder, parity=parity, decoder=facts or None, quantized=few)
         if format != "peft":  # an adapter is not folded
             hashed.update(write_certificate(reference, final, folder, format, hashed, parity, proof))
         return result

@@ -170,6 +170,10 @@ def fold(run: Path, out: Path, double: bool, overwrite: bool, as_json: bool, **o
 @click.option("--adapters", "kept", type=click.Choice(["merged", "separate"]), default="merged", show_default=True)
 @adapter_option
 @click.option("--generate", is_flag=True, help="A decoder with its cache, for onnxruntime-genai and transformers.js.")
+@click.option("--quantize", type=click.Choice(["int8", "int4"]), help="Fewer bits, by ONNX Runtime; scored, not equal.")
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="A table to score a quantised graph on, before and after."
+)
 @check_options
 @width_options
 @stream_option
@@ -182,13 +186,16 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ke
     import torch
 
     from ..backends.export import export as write
+    from ..backends.quantized import check_quantized
     from ..pipeline import fold as merge
     from ..proof.checkpoint import refuse_check
+    from ..proof.exported import read_json
     from ..proof.exports import parity_record, unproven
 
     check, checked, generate = check_of(o), bool(check_of(o)), o["generate"]
     to = getattr(torch, dtype) if dtype else None
     refuse_check(check, kind, to)  # before the weights are read
+    check_quantized(o["quantize"], o["data"], kind, provider, to, kept)
     removal = removal_of(provider, **widths(o))
     if removal is not None and (kind == "peft" or kept == "separate"):
         raise UsageError("widths are those left by folding, and nothing is folded here; leave the width options out")
@@ -208,11 +215,27 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ke
             adapters=kept,
             dtype=to,
             generate=generate,
+            quantize=o["quantize"],
+            data=o["data"],
+            data_options=None if o["data"] is None else _trained_on(run),
             check=check,
             overwrite=o["overwrite"],
         )
-    report = program.report.plus(parity=parity_record(result, unproven(checked)), output=str(out))
+    found: dict[str, Any] = {"parity": parity_record(result, unproven(checked))}
+    if o["quantize"]:
+        sections = read_json(out / "report.json")["sections"]
+        found = {name: sections[name] for name in ("parity", "quantized")}
+    report = program.report.plus(**found, output=str(out))
     emit(report.to_json(), report.text(), o["as_json"])
+
+
+def _trained_on(run: Path) -> dict[str, Any]:
+    """How a run's tables were read; nothing of a checkpoint."""
+    from ..files.folder import find_manifest
+    from ..frontend.load import run_recipe
+
+    manifest = find_manifest(run)
+    return dict(run_recipe(run).train) if manifest is not None and manifest.kind == "run" else {}
 
 
 def _asked(given: dict[str, Any]) -> dict[str, Any]:

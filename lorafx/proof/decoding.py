@@ -133,18 +133,36 @@ def _steps(decoder: Any, ids: Tensor, mask: Tensor, parts: Sequence[int], label:
     return torch.cat(found, 1)
 
 
-def _greedy(reference: Runner, decoder: Any, prompt: Tensor, limit: int | None, cases: list[Case]) -> _Text:
-    """The prompt at once, then the tokens that the decoder chooses, one by one."""
+def spoken(written: Runner, tokenizer: Any = None, seed: int = 0) -> list[Tensor]:
+    """The prompts of a comparison, each with what a decoder says next: ids, ``[tokens]``."""
+    limit = length_limit(written.config)
+    prompts = _prompts(written, tokenizer, None, limit, seed)
+    return [_generated(written.decoder, prompt, *_room(prompt, limit))[0][0] for prompt in prompts]
+
+
+def _room(prompt: Tensor, limit: int | None) -> tuple[int, str]:
+    """How many tokens there are to be, and what to call that."""
     new = NEW if limit is None else min(NEW, limit - len(prompt))
-    label = f"{len(prompt)} tokens and {new} generated"
+    return new, f"{len(prompt)} tokens and {new} generated"
+
+
+def _generated(decoder: Any, prompt: Tensor, new: int, label: str) -> tuple[Tensor, Tensor]:
+    """The prompt at once, then the tokens that the decoder chooses, one by one: ids, and logits of all but the last."""
     ids, past, found, given = prompt[None], decoder.empty(1), [], prompt[None]
     for _ in range(new):
         logits, past = _step(decoder, given, torch.ones_like(ids), past, label)
         found.append(logits)
         given = logits[:, -1:].argmax(-1)
         ids = torch.cat((ids, given), 1)
+    return ids, torch.cat(found, 1)
+
+
+def _greedy(reference: Runner, decoder: Any, prompt: Tensor, limit: int | None, cases: list[Case]) -> _Text:
+    """What the decoder generates after a prompt, and the reference's logits for all of it."""
+    new, label = _room(prompt, limit)
+    ids, found = _generated(decoder, prompt, new, label)
     expected = _whole(reference, ids[0, :-1], label)
-    cases.append(difference(label, _LOGITS, expected[None], torch.cat(found, 1)))
+    cases.append(difference(label, _LOGITS, expected[None], found))
     return _Text(ids[0], len(prompt), expected)
 
 

@@ -60,17 +60,20 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return dict(named_tensors(open_model(folder, None, {})[0]))
 
 
+def decoder(kind: Any, config: Any) -> Program:
+    torch.manual_seed(0)
+    return lorafx.capture(kind(config).eval(), inputs=zoo.text(2, 7))
+
+
 def qwen2() -> Program:
     """Its config says no width of a head."""
     sizes = {key: value for key, value in zoo.DECODER.items() if key != "head_dim"}
-    torch.manual_seed(0)
-    return lorafx.capture(hf.Qwen2ForCausalLM(hf.Qwen2Config(**sizes)).eval(), inputs=zoo.text(2, 7))
+    return decoder(hf.Qwen2ForCausalLM, hf.Qwen2Config(**sizes))
 
 
 def phi3() -> Program:
     """Queries, keys and values are one tensor, and its attention asks its config again when it runs."""
-    torch.manual_seed(0)
-    return lorafx.capture(hf.Phi3ForCausalLM(hf.Phi3Config(**zoo.DECODER)).eval(), inputs=zoo.text(2, 7))
+    return decoder(hf.Phi3ForCausalLM, hf.Phi3Config(**zoo.DECODER))
 
 
 FAMILIES: dict[str, Any] = {
@@ -204,13 +207,15 @@ def test_transformers_opens_what_its_classes_read_by_layers(tmp_path: Path) -> N
 
 
 def test_classes_are_put_back() -> None:
-    config, places = hf.LlamaConfig(**zoo.DECODER), (hf.PreTrainedModel, hf.PreTrainedConfig, hf.LlamaConfig)
+    config: Any = hf.LlamaConfig(**zoo.DECODER)
+    places = (hf.PreTrainedModel, hf.PreTrainedConfig, hf.LlamaConfig)
     before = [dict(vars(place)) for place in places]
     config.per_layer_config = {0: {"intermediate_size": 7}}
 
     def build_and_fail() -> None:
         with own_configs(config):
-            assert hf.LlamaForCausalLM(config).model.layers[0].mlp.intermediate_size == 7
+            model: Any = hf.LlamaForCausalLM(config)
+            assert [layer.mlp.intermediate_size for layer in model.model.layers] == [7, 48]
             hf.LlamaConfig(**{**zoo.DECODER, "num_attention_heads": 5})
 
     # A config whose layers are alike is checked as ever.

@@ -1,0 +1,158 @@
+"""How good a model that computes another function on purpose still is: one figure for it, and one for the original.
+
+On a table of texts that is what training evaluates: accuracy or perplexity. Without one it is what the original says
+of its own examples: the perplexity of the texts that a decoder writes, or how often both answer alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from ..models.tokenizers import find_tokenizer, length_limit, pad_token
+from ..parity.inputs import SHAPES, Generator
+from ..parity.runner import Runner
+from ..public import Program
+from ..recipes.options import TrainOptions
+from ..recipes.recipe import parse_options
+from ..training.data import prepare
+from ..training.metrics import NEXT_PERPLEXITY, Metric, metric_of
+from .decoding import spoken
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What is asked of a model and of another that is to stand in for it.
+
+    Attributes:
+        metric: ``accuracy``, ``perplexity``, ``agreement`` (share of answers that are the model's) or ``similarity``
+            (mean cosine of outputs with the model's)
+        on: of what
+        before: what the model scores
+        ask: what another scores
+    """
+
+    metric: str
+    on: str
+    before: float
+    ask: Callable[[Runner], float]
+
+    def with_other(self, other: Runner) -> dict[str, Any]:
+        """Both scores, as a report has them; one that is no number is null."""
+        after = self.ask(other)
+        scores = {"before": self.before, "after": after}
+        return {"metric": self.metric, "on": self.on, **{key: _finite(value) for key, value in scores.items()}}
+
+
+def scores_of(program: Program, runner: Runner, data: Any, options: Mapping[str, Any]) -> Scores:
+    """What ``runner``, which was made of ``program``, scores on a table, or on its own examples when that is None.
+
+    Raises:
+        UsageError: the model does not learn from a table, or has no accuracy and no perplexity
+        ArtifactError: the table cannot be used
+    """
+    if data is not None:
+        return _on_table(program, runner, data, parse_options(TrainOptions, dict(options), "training options"))
+    if runner.decoder is not None:
+        return _on_own_texts(program, runner)
+    return _on_examples(program, runner)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _tokenizer(program: Program) -> Any:
+    folder = Path(program.source.path) if program.source.path is not None else None
+    return find_tokenizer(folder, trust_remote_code=bool(program.source.options.get("trust_remote_code")))
+
+
+# ---- a table
+
+
+def _on_table(program: Program, runner: Runner, data: Any, options: TrainOptions) -> Scores:
+    metric = metric_of(program)
+    if metric is None:
+        raise UsageError(f"{program.name} has no accuracy and no perplexity to score on data; leave data out")
+    prepared = prepare(data, program, _tokenizer(program), options)
+    rows = [prepared.rows[index] for index in range(len(prepared.rows))]
+    name = str(data) if isinstance(data, (str, PathLike)) else "data"
+
+    def ask(one: Runner) -> float:
+        # A decoder takes no padding after a text.
+        size = 1 if one.decoder is not None else options.eval_batch_size
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        return _score(metric, one, batches, prepared.collator)
+
+    return Scores(metric.name, f"{len(rows)} rows of {name}", ask(runner), ask)
+
+
+def _score(metric: Metric, runner: Runner, batches: Sequence[Any], collator: Any) -> float:
+    reduced, wanted = [], []
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)  # tokens to guess are masked by chance: the same ones for every model
+        for rows in batches:
+            batch = dict(collator(rows))
+            labels = batch.pop("labels")
+            found = metric.reduce(runner(batch)["logits"], labels)
+            alike = found.shape == labels.shape  # a class each: token by token or not
+            reduced.append((found.flatten() if alike else found).numpy())
+            wanted.append((labels.flatten() if alike else labels[:, 0]).numpy())
+    return metric.score(np.concatenate(reduced), np.concatenate(wanted))
+
+
+# ---- no table
+
+
+def _on_own_texts(program: Program, runner: Runner) -> Scores:
+    tokenizer = _tokenizer(program)
+    texts = [ids for ids in spoken(runner, tokenizer) if len(ids) > 1]
+    kind = "prompts" if tokenizer is not None else "made-up prompts"
+
+    def ask(one: Runner) -> float:
+        rows = []
+        for ids in texts:
+            logits = one({"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])})["logits"]
+            rows.append(NEXT_PERPLEXITY.reduce(logits, ids[None]).numpy())
+        return NEXT_PERPLEXITY.score(np.concatenate(rows), np.zeros(len(rows)))
+
+    on = f"{len(texts)} {kind} and what the graph wrote after them before (no data was given)"
+    return Scores("perplexity", on, ask(runner), ask)
+
+
+def _on_examples(program: Program, runner: Runner) -> Scores:
+    generator = Generator(runner.inputs, pad=pad_token(runner.config), limit=length_limit(runner.config))
+    batches = [batch.values for batch in generator.batches(SHAPES)]
+    expected = [_answer(runner, values) for values in batches]
+    classes = all(answer.dim() == 2 and answer.shape[1] > 1 for answer in expected) and metric_of(program) is not None
+    count = sum(len(answer) for answer in expected)
+
+    def ask(one: Runner) -> float:
+        pairs = [(first, _answer(one, values)) for first, values in zip(expected, batches, strict=True)]
+        found = [_alike(*pair) if classes else _cosine(*pair) for pair in pairs]
+        return float(torch.cat(found).double().mean())
+
+    return Scores("agreement" if classes else "similarity", f"{count} made-up inputs (no data was given)", 1.0, ask)
+
+
+def _answer(runner: Runner, values: Any) -> Tensor:
+    """The logits, or else the first output."""
+    outputs = runner(values)
+    return outputs.get("logits", next(iter(outputs.values())))
+
+
+def _alike(first: Tensor, second: Tensor) -> Tensor:
+    return (first.argmax(-1) == second.argmax(-1)).flatten()
+
+
+def _cosine(first: Tensor, second: Tensor) -> Tensor:
+    return torch.cosine_similarity(first.double().flatten(1), second.double().flatten(1))
