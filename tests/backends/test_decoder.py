@@ -199,25 +199,6 @@ def test_nothing_is_left_of_a_faulty_export(monkeypatch: pytest.MonkeyPatch, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- families
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt2", "gemma", "mistral", "mixtral", "qwen3"])
-def test_pruned_families_generate_as_their_programs(name: str, tmp_path: Path) -> None:
-    """Learned positions, one key-value head for each, a window that slides, experts, normed heads; widths not alike."""
-    from lorafx.passes.magnitude import Magnitude
-
-    shares = {0: 0.5, 1: 0.75}
-    closed = [Magnitude(targets="all-linear", blocks=block, keep=keep) for block, keep in shares.items()]
-    program = lorafx.rewrite(zoo.captured(name), closed)
-    result = lorafx.export(program, tmp_path / "onnx", generate=True)
-    assert result is not None
-    assert result.ok
-    report = json.loads((tmp_path / "onnx" / "report.json").read_text(encoding="utf-8"))
-    assert len(set(report["sections"]["decoder"]["key_value_heads"])) == 2
-
-
 # ---- refusals
 
 

@@ -107,7 +107,8 @@ def test_other_widths_in_every_layer_are_opened_again(name: str, tmp_path: Path)
 def folded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama that the command line folded: its layers have other heads and neurons each."""
     top = tmp_path_factory.mktemp("layered")
-    zoo.build("llama").save_pretrained(top / "base")
+    model: Any = zoo.build("llama")
+    model.save_pretrained(top / "base")
     words().save_pretrained(top / "base")
     closed = [Magnitude(targets="all-linear", blocks=block, keep=keep) for block, keep in SHARES.items()]
     lorafx.rewrite(lorafx.capture(top / "base"), closed).save(top / "run")
