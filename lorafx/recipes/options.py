@@ -60,6 +60,11 @@ class TrainOptions(Options):
     label: str | None = option(
         None, "column of the label, 'label' by default; of a causal model the text that follows, by default none"
     )
+    chat: bool = option(
+        False,
+        "learn what the assistant says in the column 'messages', or as label to a user's text, by the chat template",
+    )
+    packing: bool = option(False, "several texts of a causal model in a row of up to max_length tokens")
     end_of_text: bool = option(True, "end what a causal model learns to write with the end-of-text token")
     trainer: dict[str, str | int | float | bool | dict[str, str | int | float | bool]] = option(
         {}, "any other TrainingArguments, by their own names"

@@ -20,6 +20,7 @@ from ..errors import ArtifactError, UsageError, did_you_mean
 from ..files.table import Table, short, table_of
 from ..models.tasks import loss_type
 from ..models.tokenizers import TOKEN_TYPES, length_limit
+from .chats import chats_of, encode_chats, packed
 from .collating import dataset_collator, text_collator
 from .tokens import Cuts, Texts
 
@@ -233,7 +234,10 @@ def _rows(
     table, label = texts.table, options.label or "label"
     if kind == "next-token":
         inputs, labels = _continuations(texts, options)
-        return inputs, labels, None
+        return *(packed(inputs, labels, texts.cuts.limit) if options.packing else (inputs, labels)), None
+    asked = next((name for name in ("chat", "packing") if getattr(options, name)), None)
+    if asked is not None:
+        raise UsageError(f"{program.name} learns no next tokens: leave {asked} out")
     inputs = dataclasses.replace(texts, end=None).encode(options.text, options.text_pair)
     if kind == "class":
         return inputs, *class_ids(table, label, program.config, like)
@@ -247,8 +251,11 @@ def _rows(
 
 
 def _continuations(texts: Texts, options: TrainOptions) -> tuple[Mapping[str, Any], list[Any]]:
-    """What a causal model learns: all of a text, or what follows a prompt."""
+    """What a causal model learns: all of a text, what follows a prompt, or what an assistant says."""
     table = texts.table
+    if options.chat:
+        chats = chats_of(table, options.text, options.label or "label")
+        return encode_chats(table, chats, texts.tokenizer, texts.cuts)
     if options.label:
         if options.text_pair is not None:
             raise UsageError("a causal model learns what follows one text: leave text_pair out, or label")
