@@ -234,7 +234,9 @@ def _rows(
     table, label = texts.table, options.label or "label"
     if kind == "next-token":
         inputs, labels = _continuations(texts, options)
-        return *(packed(inputs, labels, texts.cuts.limit) if options.packing else (inputs, labels)), None
+        if options.packing:
+            inputs, labels = packed(inputs, labels, texts.cuts.limit)
+        return inputs, labels, None
     asked = next((name for name in ("chat", "packing") if getattr(options, name)), None)
     if asked is not None:
         raise UsageError(f"{program.name} learns no next tokens: leave {asked} out")

@@ -35,10 +35,11 @@ from ..models.tokenizers import find_tokenizer
 from ..recipes.options import TrainOptions
 from ..recipes.recipe import parse_options
 from .collating import Collator
-from .data import Prepared, prepare
+from .data import Prepared, kind_of, prepare
 from .interrupt import saving_at_interrupt
 from .metrics import Metric, metric_of
 from .module import RewrittenModel, build_module
+from .samples import samples_of
 from .trainer import (
     Progress,
     Trainer,
@@ -63,6 +64,7 @@ class TrainResult:
         best_step: the optimiser step whose weights were kept, when ``keep_best`` chose them; None as well when no
             evaluation came after the schedules of the methods: the weights are then those of the last step
         is_main: whether this process is the one that writes results (the first one under ``torchrun``)
+        samples: for some evaluation rows of a causal model the ``prompt``, what was ``wanted`` and what was ``written``
         rows_cut: how many training rows were longer than ``max_length`` and lost their end
     """
 
@@ -72,10 +74,11 @@ class TrainResult:
     best_step: int | None = None
     is_main: bool = True
     rows_cut: int = 0
+    samples: tuple[dict[str, str], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON values."""
-        return {**dataclasses.asdict(self), "history": list(self.history)}
+        return {**dataclasses.asdict(self), "history": list(self.history), "samples": list(self.samples)}
 
 
 def train(
@@ -115,6 +118,10 @@ def train(
     settings = parse_options(TrainOptions, options, "training options")
     _check(program, settings, eval_data, output_dir, resume)
     tokenizer = _tokenizer_of(program) if tokenizer is None else tokenizer
+    if settings.samples and tokenizer is None:
+        raise UsageError(
+            f"{program.name} was captured without a tokenizer beside it; pass tokenizer=, or leave samples out"
+        )
     rows = prepare(data, program, tokenizer, settings, collator=collator)
     held_out = None
     if eval_data is not None:
@@ -125,7 +132,11 @@ def train(
         arguments = training_arguments(settings, folder, held_out is not None, metric, progress)
         trainer = _trainer(program, arguments, rows, held_out, metric, settings, callbacks)
         with nullcontext() if output_dir is None else saving_at_interrupt(trainer):
-            return dataclasses.replace(_run(program, trainer, checkpoint), rows_cut=rows.cut)
+            result = _run(program, trainer, checkpoint)
+        samples: list[dict[str, str]] = []
+        if held_out is not None and settings.samples and result.is_main:
+            samples = samples_of(program, held_out, tokenizer, settings.samples)
+        return dataclasses.replace(result, rows_cut=rows.cut, samples=tuple(samples))
 
 
 def _check(program: Program, settings: TrainOptions, eval_data: Any, output_dir: Any, resume: Any) -> None:
@@ -137,6 +148,10 @@ def _check(program: Program, settings: TrainOptions, eval_data: Any, output_dir:
         raise UsageError(f"{program.name} has nothing to train; rewrite it with a method, such as lora")
     if settings.keep_best and (eval_data is None or not settings.evaluate):
         raise UsageError("keep_best needs evaluation data to choose by; give eval_data (--eval) and leave evaluate on")
+    if settings.samples and (eval_data is None or kind_of(program) != "next-token"):
+        raise UsageError(
+            "samples are what a causal model makes of evaluation data; give eval_data (--eval), or leave it"
+        )
     if output_dir is None and resume is True:
         raise UsageError("resume needs output_dir, the folder of the checkpoints")
     if output_dir is None and _saves(settings) and int(os.environ.get("WORLD_SIZE", "1")) > 1:

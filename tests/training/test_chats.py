@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from lorafx.cli import main
@@ -141,10 +142,25 @@ def test_packed_chats_are_trained_on() -> None:
     columns = {"messages": [chat(f"w{n}", f"w{n + 1}") for n in range(8)]}
     result = train(
         program, columns, eval_data=columns, tokenizer=chatting(), chat=True, packing=True,
-        max_length=24, max_steps=2, batch_size=1, progress=False,
+        max_length=24, max_steps=2, batch_size=1, samples=2, progress=False,
     )  # fmt: skip
     assert result.metrics["steps"] == 2
     assert 1 < result.metrics["eval_perplexity"] < 2 * len(WORDS)
+    first, second = result.samples
+    assert (first["prompt"], first["wanted"], second["prompt"]) == ("w0", "w1", "w4")  # three chats are in a row
+    ids = torch.tensor([[CLS, word(0), SEP, MASK]])
+    for _ in range(32 - 4):  # GPT-2 has 32 positions here, and the tokenizer no end-of-text token
+        with torch.no_grad():
+            logits = program.module().eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        ids = torch.cat((ids, logits[:, -1:].argmax(-1)), 1)
+    assert first["written"] == chatting().decode(ids[0, 4:], skip_special_tokens=True)
+
+
+def test_samples_need_evaluation_data_and_a_model_that_writes() -> None:
+    for model, data in ((captured(gpt2), None), (captured(bert), {"text": ["w1"], "label": [0]})):
+        program = rewrite(model, [Lora(rank=2, targets="all-linear")])
+        with pytest.raises(UsageError, match="samples are what a causal model makes of evaluation data"):
+            train(program, {"text": ["w1"], "label": [0]}, eval_data=data, tokenizer=words(), samples=1)
 
 
 def test_flags_say_so(tmp_path: Path) -> None:
