@@ -132,7 +132,11 @@ def _int4(file: Path, made: Path) -> None:
 
 
 def _has_weight(node: ir.Node) -> bool:
+    """Whether the second factor of a product is a weight: as it is, or turned (a large table that is also the last
+    layer's weight is turned where it is used, and the tools look for weights as they are)."""
     factor = node.inputs[1]
+    while factor is not None and (maker := factor.producer()) is not None and maker.op_type in ("Transpose", "Cast"):
+        factor = maker.inputs[0]
     return factor is not None and factor.is_initializer()
 
 

@@ -153,6 +153,20 @@ def test_each_weight_is_within_a_step_of_what_it_was(bits: Any, steps: int, tmp_
     assert 0 < np.abs(found - weight).max() < 2.2 * np.abs(weight).max() / steps  # both factors are rounded
 
 
+def test_a_weight_that_is_turned_where_it_is_used_is_counted_as_left(tmp_path: Path) -> None:
+    file = product(tmp_path, np.random.default_rng(0).standard_normal((36, 36)).astype(np.float32))
+    model = ir.load(file)
+    (first,) = model.graph
+    turned = ir.node("Transpose", [model.graph.initializers["w"]], {"perm": [1, 0]})
+    last = ir.node("MatMul", [first.outputs[0], turned.outputs[0]])
+    last.outputs[0].name, last.outputs[0].dtype = "z", ir.DataType.FLOAT
+    last.outputs[0].shape = first.outputs[0].shape
+    model.graph.extend([turned, last])
+    model.graph.outputs[:] = [last.outputs[0]]
+    ir.save(model, file)
+    assert quantize(file, "int4") == (1, 1)
+
+
 def test_a_graph_without_a_weight_to_multiply_by_is_refused(tmp_path: Path) -> None:
     file = product(tmp_path, np.ones((4, 4), dtype=np.float32))
     model = ir.load(file)
