@@ -140,9 +140,13 @@ def test_widths_are_left_as_asked(tiny_checkpoint: Path, tmp_path: Path) -> None
         assert made.exit_code == 0, made.output
     plain, rounded = tmp_path / "plain", tmp_path / "rounded"
     assert widths(call("fold", plain, "-o", tmp_path / "0", "--json")) == [20, 39]
-    assert call("verify", plain, tmp_path / "0").exit_code == 2  # a .pt2 runs code when it is opened
-    assert call("verify", plain, tmp_path / "0", "--trust-remote-code").exit_code == 0
-    assert call("bench", tmp_path / "0", "--trust-remote-code", "--shape", "1x8", "--repeats", 3).exit_code == 0
+    sizes = json.loads((tmp_path / "0" / "config.json").read_text())["per_layer_config"]
+    assert sizes == {"0": {"intermediate_size": 20}, "1": {"intermediate_size": 39}}
+    assert call("verify", plain, tmp_path / "0").exit_code == 0
+    assert call("export", plain, "-o", tmp_path / "pt2", "--format", "pt2").exit_code == 0
+    assert call("verify", plain, tmp_path / "pt2").exit_code == 2  # a .pt2 runs code when it is opened
+    assert call("verify", plain, tmp_path / "pt2", "--trust-remote-code").exit_code == 0
+    assert call("bench", tmp_path / "pt2", "--trust-remote-code", "--shape", "1x8", "--repeats", 3).exit_code == 0
     assert widths(call("fold", rounded, "-o", tmp_path / "1", "--json")) == [32, 48]
     assert widths(call("fold", rounded, "-o", tmp_path / "2", "--round-to", 8, "--json")) == [24, 40]
     assert widths(call("fold", plain, "-o", tmp_path / "3", "--uniform", "--json")) == [39, 39]
