@@ -46,7 +46,7 @@ from ..reporting.report import shrunk_blocks
 from ..reporting.sizes import chart
 from ..version import __version__
 from .plain_lora import as_lora
-from .quantized import check_quantized, quantized, said
+from .quantized import approximate, check_quantized, quantized
 
 _log = logging.getLogger(__name__)
 
@@ -112,11 +112,14 @@ def export(
         refuse_untrained(reference)
     final = _adapter(program) if format == "peft" else _final(program, adapters, format, provider, bool(check))
     final = final if format == "hf" else resident(final)  # only a checkpoint is written a tile at a time
-    meta = {"base": base_record(final), "history": _history_record(final), "provider": provider, "adapters": adapters}
-    if quantize is not None:
-        meta["quantized"] = quantize
-    if made_from is not None:
-        meta["made_from"] = dict(made_from)
+    meta: dict[str, Any] = {
+        "base": base_record(final),
+        "history": _history_record(final),
+        "provider": provider,
+        "adapters": adapters,
+    }
+    meta |= {} if quantize is None else {"quantized": quantize}
+    meta |= {} if made_from is None else {"made_from": dict(made_from)}
     hashed: dict[str, FileEntry] = {}
     facts: Mapping[str, Any] = {}
     resume = _digest(meta, reference, dtype) if is_deferring(final) else ""
@@ -133,11 +136,8 @@ def export(
             result = dataclasses.replace(result, b=str(path), notes=notes)
         if reason:
             _log.warning("%s: %s", path, reason)
-        parity = parity_record(result, reason)
         few = None if quantize is None else quantized(final, folder, quantize, data, data_options)
-        if few is not None:
-            was = {"ok_before": parity["ok"], "summary_before": parity["summary"]}
-            parity = {**parity, "ok": None, "summary": said(few), **was}
+        parity = approximate(parity_record(result, reason), few)
         _write_report(final, folder, parity=parity, decoder=facts or None, quantized=few)
         if format != "peft":  # an adapter is not folded
             hashed.update(write_certificate(reference, final, folder, format, hashed, parity, proof))

@@ -86,8 +86,15 @@ def quantized(
     }
 
 
-def said(facts: dict[str, Any]) -> str:
-    """One line about a quantised graph."""
+def approximate(parity: dict[str, Any], facts: dict[str, Any] | None) -> dict[str, Any]:
+    """What a report says of parity: of a quantised graph that it is approximate, and what it was before."""
+    if facts is None:
+        return parity
+    was = {"ok_before": parity["ok"], "summary_before": parity["summary"]}
+    return {**parity, "ok": None, "summary": _said(facts), **was}
+
+
+def _said(facts: dict[str, Any]) -> str:
     sizes = f"{facts['bytes_before']:,} to {facts['bytes_after']:,} bytes"
     return (
         f"approximate, {facts['bits']}: {facts['metric']} {facts['before']:.4g} before, {facts['after']:.4g} after, "
@@ -126,7 +133,7 @@ def _int4(file: Path, made: Path) -> None:
     model = ONNXModel(onnx.load(file))
     model.replace_gemm_with_matmul()  # as quantize_dynamic does
     # Level 4: what a block is multiplied by is rounded to 8 bits, which is what onnxruntime-genai's builder asks for.
-    quantizer = MatMulNBitsQuantizer(model.model, bits=4, block_size=32, accuracy_level=4)
+    quantizer: Any = MatMulNBitsQuantizer(model.model, bits=4, block_size=32, accuracy_level=4)
     quantizer.process()
     quantizer.model.save_model_to_file(str(made), use_external_data_format=True)
 

@@ -189,7 +189,6 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ke
     from ..backends.quantized import check_quantized
     from ..pipeline import fold as merge
     from ..proof.checkpoint import refuse_check
-    from ..proof.exported import read_json
     from ..proof.exports import parity_record, unproven
 
     check, checked, generate = check_of(o), bool(check_of(o)), o["generate"]
@@ -215,18 +214,22 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ke
             adapters=kept,
             dtype=to,
             generate=generate,
-            quantize=o["quantize"],
-            data=o["data"],
-            data_options=None if o["data"] is None else _trained_on(run),
             check=check,
-            overwrite=o["overwrite"],
+            data_options=None if o["data"] is None else _trained_on(run),
+            **{name: o[name] for name in ("quantize", "data", "overwrite")},
         )
-    found: dict[str, Any] = {"parity": parity_record(result, unproven(checked))}
-    if o["quantize"]:
-        sections = read_json(out / "report.json")["sections"]
-        found = {name: sections[name] for name in ("parity", "quantized")}
+    parity = parity_record(result, unproven(checked))
+    found = _quantized(out) if o["quantize"] else {"parity": parity}
     report = program.report.plus(**found, output=str(out))
     emit(report.to_json(), report.text(), o["as_json"])
+
+
+def _quantized(out: Path) -> dict[str, Any]:
+    """What the report of a quantised graph says of it."""
+    from ..proof.exported import read_json
+
+    sections = read_json(out / "report.json")["sections"]
+    return {name: sections[name] for name in ("parity", "quantized")}
 
 
 def _trained_on(run: Path) -> dict[str, Any]:
