@@ -25,10 +25,11 @@ import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from benchmarks.train import SMOLLM2
 from benchmarks.turns import Turns, questions, say
 
 PROMPT, NEW, BATCHES = 128, 64, (1, 8)
@@ -38,12 +39,7 @@ THEIRS, MERGED, PRUNED = "transformers-export", "lorafx-merged", "lorafx-70"
 GENAI, MOBIUS = "genai-builder", "mobius-onnx"
 #: Rows that need no folder, by device.
 TORCH = {"cpu": ("transformers",), "cuda": ("transformers", "transformers, static cache, compiled")}
-_SMOLLM2: dict[str, Any] = {
-    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 8192,
-    "tie_word_embeddings": True, "pad_token_id": 2,
-}  # fmt: skip
-
+Device = Literal["cpu", "cuda"]
 #: Generates for a batch: milliseconds of the prompt, tokens a second after it, and the tokens of the first text.
 Generate = Callable[[np.ndarray[Any, Any]], dict[str, Any]]
 
@@ -51,7 +47,7 @@ Generate = Callable[[np.ndarray[Any, Any]], dict[str, Any]]
 # ---- what is measured
 
 
-def export(out: Path, device: str, weightless: bool, peers: str | None) -> None:
+def export(out: Path, device: Device, weightless: bool, peers: str | None) -> None:
     """Write the folders of all rows; what is there already is left."""
     import torch
 
@@ -93,7 +89,7 @@ def export(out: Path, device: str, weightless: bool, peers: str | None) -> None:
             leave_weights_behind(file)
 
 
-def their_export(checkpoint: Path, folder: Path, device: str, dtype: Any) -> None:
+def their_export(checkpoint: Path, folder: Path, device: Device, dtype: Any) -> None:
     """transformers' own graphs for a prompt and for one token after a past."""
     from contextlib import redirect_stdout
 
@@ -159,7 +155,8 @@ def by_transformers(device: str, compiled: bool) -> Generate:
     import transformers as hf
 
     if device == "cuda":
-        model: Any = hf.LlamaForCausalLM(hf.LlamaConfig(**_SMOLLM2)).to(device, torch.float16).eval()
+        model: Any = hf.LlamaForCausalLM(hf.LlamaConfig(**SMOLLM2))
+        model = model.to(device, torch.float16).eval()
     else:
         from examples import assets
 
@@ -214,7 +211,7 @@ class Onnx:
 
         wide = {"tensor(float16)": torch.float16, "tensor(float)": torch.float32}[self.pasts[0].type]
         # One builder calls the size of heads by a name.
-        widths = [size if isinstance(size, int) else _SMOLLM2["head_dim"] for *_, size in (e.shape for e in self.pasts)]
+        widths = [size if isinstance(size, int) else SMOLLM2["head_dim"] for *_, size in (e.shape for e in self.pasts)]
         sizes = [(int(entry.shape[1]), width) for entry, width in zip(self.pasts, widths, strict=True)]
         place: dict[str, Any] = {"device": self.device}
         caches = [
@@ -332,8 +329,8 @@ def measure(out: Path, device: str, rounds: int, peers: str | None) -> dict[str,
     own = [sys.executable, "-m", "benchmarks.generate", "time", "--out", str(out), "--device", device, "--serve"]
     folders = sorted(folder.name for folder in out.iterdir() if any(folder.rglob("*.onnx")))
     rows = {name: Turns(name, [*own, name]) for name in (*TORCH[device], *folders)}
-    for name in folders if peers else ():
-        if (out / name / "genai_config.json").is_file():
+    for name in folders:
+        if peers and (out / name / "genai_config.json").is_file():
             rows[f"{name}, onnxruntime-genai"] = Turns(name, [peers, "-c", _GENAI, str(out / name), str(NEW)])
     found: dict[str, Any] = {name: {str(batch): [] for batch in BATCHES} for name in rows}
     try:

@@ -47,8 +47,13 @@ PEER = "peft"
 
 
 #: Configs for the cases whose weights are random: their real sizes, no download.
-_MINILM = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12}
-_SMOLLM2: dict[str, Any] = {
+_MINILM: dict[str, Any] = {
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+}
+SMOLLM2: dict[str, Any] = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
     "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 8192,
     "tie_word_embeddings": True, "pad_token_id": 2,
@@ -66,9 +71,11 @@ def base_model(case: str, device: str) -> Any:
         return hf.AutoModelForCausalLM.from_pretrained(assets.smollm2())
     torch.manual_seed(0)
     if case.startswith("smollm2"):
-        return hf.LlamaForCausalLM(hf.LlamaConfig(**_SMOLLM2)).to(torch.bfloat16)
+        model: Any = hf.LlamaForCausalLM(hf.LlamaConfig(**SMOLLM2))
+        return model.to(torch.bfloat16)
     if case.startswith("minilm"):
-        return hf.BertForSequenceClassification(hf.BertConfig(**_MINILM)).to(torch.bfloat16)
+        model = hf.BertForSequenceClassification(hf.BertConfig(**_MINILM))
+        return model.to(torch.bfloat16)
     return hf.BertForSequenceClassification(hf.BertConfig())  # of two labels
 
 

@@ -64,7 +64,9 @@ class TrainOptions(Options):
         False,
         "learn what the assistant says in the column 'messages', or as label to a user's text, by the chat template",
     )
-    packing: bool = option(False, "several texts of a causal model in a row of up to max_length tokens")
+    packing: bool = option(
+        False, "several texts of a causal model in a row of up to max_length tokens; each sees those before it there"
+    )
     samples: int = option(0, "evaluation rows that a causal model goes on with at the end, for you to read", least=0)
     end_of_text: bool = option(True, "end what a causal model learns to write with the end-of-text token")
     trainer: dict[str, str | int | float | bool | dict[str, str | int | float | bool]] = option(
