@@ -54,13 +54,22 @@ def drop_idle_reshapes(model: ir.Model) -> int:
                 before = _same_shape_before(node)
                 if before is not None:
                     node.outputs[0].replace_all_uses_with(before)
-                    graph.remove(node, safe=True)
+                    _remove(graph, node)
                     count += 1
         for node in reversed(list(graph)):  # what led there and is read by nobody else
             if node.op_type == "Reshape" and not any(out.uses() or out.is_graph_output() for out in node.outputs):
-                graph.remove(node, safe=True)
+                _remove(graph, node)
                 count += 1
     return count
+
+
+def _remove(graph: ir.Graph, node: ir.Node) -> None:
+    """Take out a node that nobody reads, and the constants that only it read."""
+    read = [value for value in node.inputs if value is not None]
+    graph.remove(node, safe=True)
+    for value in read:
+        if value.is_initializer() and not value.uses() and value.name in graph.initializers:
+            del graph.initializers[value.name]
 
 
 def turn_tied_heads(model: ir.Model) -> int:
