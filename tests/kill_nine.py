@@ -6,17 +6,19 @@ import contextlib
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from lorafx.errors import ArtifactError
-from lorafx.files.folder import find_manifest, new_folder, read_manifest
+from lorafx.files.folder import FileEntry, find_manifest, new_folder, read_manifest
+from lorafx.files.progress import noted_whole
 
 #: A module-level function with its arguments.
 Work = Callable[[], object]
@@ -24,7 +26,12 @@ Work = Callable[[], object]
 #: Each piece of work is a process forked from one that has imported everything: imports take longer than most of what
 #: is killed here, and nothing is written during them.
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["tests.kill_nine", "lorafx.cli", "lorafx.frontend.load", "lorafx.backends.export"])
+_SERVER.set_forkserver_preload(
+    [
+        *("tests.kill_nine", "lorafx.cli", "lorafx.frontend.load", "lorafx.backends.export"),
+        *("lorafx.formats.shards", "transformers.models.bert.modeling_bert"),
+    ]
+)
 
 
 # ---- what is killed
@@ -56,6 +63,29 @@ def write_files(out: Path) -> None:
     with new_folder(out, "run", {}, overwrite=True) as folder:
         for number in range(50):
             (folder / str(number)).write_bytes(bytes(1000))
+
+
+def write_shards(out: Path) -> None:
+    """Write a random encoder whose matrices are composed as they are written, as many small files that a writer after
+    this one goes on with."""
+    import torch
+    from torch import nn
+    from transformers import BertConfig, BertModel
+
+    from lorafx.deferred.tensor import deferred
+    from lorafx.formats.shards import write_checkpoint
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 8}
+    model = BertModel(BertConfig(**sizes, vocab_size=61, max_position_embeddings=32)).eval()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            b, a = torch.randn(module.out_features, 4), torch.randn(4, module.in_features)
+            folded = deferred(module.weight.detach().double()) + deferred(b.double()) @ deferred(a.double())
+            module.weight = nn.Parameter(folded.float(), requires_grad=False)
+    known: dict[str, FileEntry] = {}
+    with new_folder(out, "hf", {}, overwrite=True, known=known, resume="made-from-this") as folder:
+        known.update(write_checkpoint(model, folder, "20KB"))
 
 
 # ---- the killing
@@ -97,6 +127,60 @@ def kill_nine(work: Work, out: Path, tries: int, seed: int = 0) -> Kills:
     left = [entry.name for entry in _beside(out)]
     assert not left, f"the work left {left}"
     return Kills(killed, whole)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """How often work that is gone on with was killed, how often it came to its end, and in between how many files were
+    found whole after a kill, and never written again."""
+
+    killed: int
+    ended: int
+    kept: int
+
+
+def kill_and_resume(work: Work, out: Path, tries: int, seed: int = 0) -> Resumed:
+    """Do ``work``, which writes ``out``, again and again until ``tries`` of it were killed at a random moment; each
+    goes on where the one before was killed. Where it ended, what it wrote is removed and it begins anew.
+
+    Raises AssertionError when ``out``, or any folder left beside it, passes for whole and is not; when a file noted as
+    whole is written again; or when an end is not, byte by byte, what undisturbed work leaves.
+    """
+    chance = random.Random(seed)
+    _run(work, out)  # the first one starts the server and compiles what it imports
+    expected = _bytes(out)
+    shutil.rmtree(out)
+    total, writing = _run(work, out)
+    assert _bytes(out) == expected, f"two times {work} are not one folder"
+    shutil.rmtree(out)
+    killed = ended = kept = 0
+    whole: dict[str, tuple[int, int]] = {}
+    while killed < tries:
+        wait = chance.random() < 0.5
+        killed += _kill(work, out, wait, chance.uniform(0, writing if wait else total))
+        done = _check(out)
+        part = [entry for entry in _beside(out) if not done]
+        now = _written(out, expected) if done else _written(part[0], noted_whole(part[0])) if part else {}
+        assert {name: now.get(name) for name in whole} == whole, "what was whole was written again"
+        kept, whole = kept + len(whole), now
+        if done:
+            assert _bytes(out) == expected, "what was gone on with is another folder"
+            ended, whole = ended + 1, {}
+            shutil.rmtree(out)
+    _run(work, out)
+    assert _bytes(out) == expected
+    assert not _beside(out)
+    return Resumed(killed, ended, kept)
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def _written(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Which file it is that has a name, and when it was last written to."""
+    found = {name: (folder / name).stat() for name in names}
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in found.items()}
 
 
 def _start(work: Work) -> ForkServerProcess:

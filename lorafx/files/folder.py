@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import ArtifactError, UsageError
+from .progress import PROGRESS, end_progress, keep_whole
 
 try:
     import fcntl
@@ -172,8 +173,9 @@ def new_folder(
         meta: what to record, JSON values
         overwrite: replace a folder that lorafx wrote; any other existing path is refused
         known: files that were hashed as they were written, by then: they are not read again
-        resume: what the folder is made from, as a short digest. If the process is killed or interrupted, what it wrote
-            stays, and the next one that makes ``path`` from the same is given it to go on with
+        resume: what the folder is made from, as a short digest. If the process is killed or interrupted, the files that
+            it noted as whole (:mod:`.progress`) stay, and the next one that makes ``path`` from the same goes on with
+            them
 
     Raises:
         UsageError: ``path`` exists
@@ -189,6 +191,7 @@ def new_folder(
         _sweep(target, temporary)
         temporary.mkdir(exist_ok=bool(resume))
         with _locked(temporary):
+            keep_whole(temporary)
             yield temporary
             _seal(temporary, kind, meta, known)
             _publish(temporary, target, overwrite)
@@ -238,7 +241,8 @@ def _seal(folder: Path, kind: str, meta: Mapping[str, Any], known: Mapping[str, 
     """Write the manifest, and bring everything to the disk before the folder gets its name."""
     from ..version import __version__
 
-    names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    found_here = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    names = sorted(name for name in found_here if name != PROGRESS)
     files = {name: known.get(name) or found(folder / name) for name in names}
     record = Manifest(folder, kind, __version__, meta, files).to_json()
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
@@ -269,6 +273,7 @@ def _publish(temporary: Path, target: Path, overwrite: bool) -> None:
     if target.exists():
         target.rename(aside)
     try:
+        end_progress(temporary)  # at the last moment: until then a killed writer is gone on with
         temporary.rename(target)
     except OSError:
         if aside.exists():

@@ -10,7 +10,7 @@ import hashlib
 import json
 import struct
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +23,7 @@ from transformers.utils.logging import tqdm
 
 from ..deferred.tensor import passing_tiles
 from ..files.folder import FileEntry, found
+from ..files.progress import note_whole, noted_whole
 from ..models.layered import own_configs
 
 if TYPE_CHECKING:
@@ -47,8 +48,6 @@ _DTYPES = {
     torch.bool: "BOOL",
 }
 _NAME, _INDEX = "model{suffix}.safetensors", "model.safetensors.index.json"
-#: Which weight files are whole, while others are still to be written.
-_DONE = "written.json"
 #: Tiles that wait to be written.
 _WAITING = 4
 #: Bytes that take long enough to be watched.
@@ -58,7 +57,7 @@ _LONG = 1 << 28
 def write_checkpoint(model: Any, folder: Path, shard_size: int | str = "5GB") -> dict[str, FileEntry]:
     """Write a transformers model whose parameters may be deferred as ``save_pretrained`` would.
 
-    Weight files that an interrupted run left whole in ``folder`` are kept.
+    Weight files that an interrupted run left whole in ``folder`` are kept, if it is a ``new_folder``'s to go on with.
 
     Args:
         model: in evaluation form; parameters and buffers may be of any dtype
@@ -77,16 +76,14 @@ def write_checkpoint(model: Any, folder: Path, shard_size: int | str = "5GB") ->
     plan = split_torch_state_dict_into_shards(
         {name: _like(value) for name, value in state.items()}, filename_pattern=_NAME, max_shard_size=shard_size
     )
-    entries = _whole(folder)
+    entries = _whole(folder, plan.filename_to_tensors)
     size = sum(value.numel() * value.dtype.itemsize for value in state.values())
     with tqdm(total=size, unit="B", unit_scale=True, desc="Writing weights", disable=size < _LONG) as bar:
         bar.update(sum(entry.size for entry in entries.values()))
         for name, keys in plan.filename_to_tensors.items():
             if name not in entries:
                 entries[name] = write_file(folder / name, {key: state[key] for key in keys}, bar.update)
-                _note(folder, entries)
-    for left in (_DONE, f"{_DONE}.new"):
-        (folder / left).unlink(missing_ok=True)
+                note_whole(folder, {name: (entry.size, entry.sha256) for name, entry in entries.items()})
     if plan.is_sharded:
         parameters = model.num_parameters()
         index = {"metadata": {"total_parameters": parameters, **plan.metadata}, "weight_map": plan.tensor_to_filename}
@@ -94,21 +91,17 @@ def write_checkpoint(model: Any, folder: Path, shard_size: int | str = "5GB") ->
     return entries
 
 
-def _whole(folder: Path) -> dict[str, FileEntry]:
-    """The files that an interrupted run finished, by its own account and found to be what it says."""
-    try:
-        noted = json.loads((folder / _DONE).read_text(encoding="utf-8"))
-        known = {name: FileEntry(int(size), str(digest)) for name, (size, digest) in noted.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
-    return {name: entry for name, entry in known.items() if (folder / name).is_file() and found(folder / name) == entry}
-
-
-def _note(folder: Path, entries: Mapping[str, FileEntry]) -> None:
-    """Write down which files are whole, in one step: a killed process leaves the old account or the new one."""
-    text = json.dumps({name: (entry.size, entry.sha256) for name, entry in entries.items()})
-    (folder / f"{_DONE}.new").write_text(text, encoding="utf-8")
-    (folder / f"{_DONE}.new").replace(folder / _DONE)
+def _whole(folder: Path, wanted: Iterable[str]) -> dict[str, FileEntry]:
+    """The files ``wanted`` that an interrupted run finished, by its own account and found to be what it says; others
+    that it noted are removed."""
+    entries = {}
+    for name, noted in noted_whole(folder).items():
+        file, entry = folder / name, FileEntry(*noted)
+        if name not in wanted:
+            file.unlink(missing_ok=True)
+        elif file.is_file() and found(file) == entry:
+            entries[name] = entry
+    return entries
 
 
 def _state(model: Any) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from lorafx.deferred import tiles
 from lorafx.deferred.tensor import deferred
 from lorafx.errors import UsageError
 from lorafx.files.folder import FileEntry, file_hash, new_folder, read_manifest
+from lorafx.files.progress import end_progress
 from lorafx.formats import shards
 from lorafx.formats.shards import write_checkpoint, write_file
 
@@ -62,6 +63,7 @@ def test_the_folder_is_the_one_transformers_writes(
     model.save_pretrained(tmp_path / "theirs", max_shard_size=size)  # type: ignore[operator]
     (tmp_path / "ours").mkdir()
     entries = write_checkpoint(put_off(model), tmp_path / "ours", size)
+    end_progress(tmp_path / "ours")
     ours, theirs = (tensors(tmp_path / side) for side in ("ours", "theirs"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -163,6 +165,38 @@ def test_a_file_that_changed_meanwhile_is_written_again(tmp_path: Path, monkeypa
     first.write_bytes(first.read_bytes()[:-1] + b"x")
     assert first.name in went_on(model, tmp_path / "out", monkeypatch)
     read_manifest(tmp_path / "out", hashes=True)
+
+
+def test_what_a_killed_writer_left_beside_whole_files_is_cleared_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = put_off(models()["tied"].eval())
+    interrupted(model, tmp_path / "out", 3, monkeypatch)
+    (part,) = hidden(tmp_path)
+    (part / "lorafx.json").write_text("{}", encoding="utf-8")  # killed when all but the renaming was done
+    (part / "tmp123").mkdir()
+    (part / "tmp123" / "config.json").write_text("{}", encoding="utf-8")
+    again = went_on(model, tmp_path / "out", monkeypatch)
+    manifest = read_manifest(tmp_path / "out", hashes=True)
+    assert again == went_on(model, tmp_path / "whole", monkeypatch)[2:]
+    assert sorted(manifest.files) == sorted(read_manifest(tmp_path / "whole").files)
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {*manifest.files, "lorafx.json"}
+
+
+def test_a_writer_stopped_after_its_last_file_writes_none_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = put_off(models()["tied"].eval())
+
+    def stopped() -> None:
+        with new_folder(tmp_path / "out", "hf", {}, resume="abc") as part:
+            write_checkpoint(model, part, "20KB")
+            raise KeyboardInterrupt  # while what was written is compared, say
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert went_on(model, tmp_path / "out", monkeypatch) == []
+    assert hidden(tmp_path / "out") == []
 
 
 def test_what_was_made_from_something_else_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Fold and export, killed at random moments: what is left is whole or refused.
+"""Fold and export, killed at random moments: what is left is whole or refused, and gone on with where that is meant.
 
 ``LORAFX_KILLS`` sets the number of tries of each command (the release check uses 50).
 """
@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from lorafx.cli import main
-from tests.kill_nine import command, kill_nine
+from tests.kill_nine import command, kill_and_resume, kill_nine, write_shards
 
 TRIES = int(os.environ.get("LORAFX_KILLS", "4"))
 
@@ -37,5 +38,14 @@ def test_a_killed_command_leaves_nothing_that_passes_for_whole(words: str, run: 
     if words != "export":  # gone on with after a kill or not, streamed or not, it is the same checkpoint
         fold = ["fold", str(run), "-o", str(tmp_path / "undisturbed")]
         assert CliRunner().invoke(main, fold).exit_code == 0
-        ours, theirs = (tmp_path / side / "model.safetensors" for side in ("killed", "undisturbed"))
-        assert ours.read_bytes() == theirs.read_bytes()
+        ours, theirs = (tmp_path / side for side in ("killed", "undisturbed"))
+        assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+        assert {file.name for file in ours.iterdir()} == {file.name for file in theirs.iterdir()}
+
+
+@pytest.mark.slow
+def test_killed_streaming_goes_on_at_the_last_whole_file(tmp_path: Path) -> None:
+    tries = max(TRIES, 10)
+    found = kill_and_resume(partial(write_shards, tmp_path / "out"), tmp_path / "out", tries)
+    assert found.killed == tries
+    assert found.kept > 0

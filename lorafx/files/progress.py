@@ -1,0 +1,46 @@
+"""How far a folder is that is being written: which of its files are whole, noted down in the folder itself.
+
+A writer that goes on where a killed one stopped keeps those and nothing else: half a file, or a folder that was meant
+to be there for a moment, must not pass for a part of the result.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+#: Hidden, and gone before the folder gets its name.
+PROGRESS = ".written.json"
+_NEW = f"{PROGRESS}.new"
+
+
+def note_whole(folder: Path, files: Mapping[str, tuple[int, str]]) -> None:
+    """Write down the files that are whole: size in bytes and sha256, by name. A killed process leaves the old account
+    or the new one."""
+    (folder / _NEW).write_text(json.dumps(files), encoding="utf-8")
+    (folder / _NEW).replace(folder / PROGRESS)
+
+
+def noted_whole(folder: Path) -> dict[str, tuple[int, str]]:
+    """What :func:`note_whole` wrote down last; nothing where there is no account that can be read."""
+    try:
+        noted = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        return {str(name): (int(size), str(digest)) for name, (size, digest) in noted.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def keep_whole(folder: Path) -> None:
+    """Remove everything from a folder but the files that are noted as whole, and the account of them."""
+    known = {PROGRESS, *noted_whole(folder)}
+    for entry in folder.iterdir():
+        if entry.name not in known:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def end_progress(folder: Path) -> None:
+    """Remove the account: the folder is whole."""
+    for name in (PROGRESS, _NEW):
+        (folder / name).unlink(missing_ok=True)
