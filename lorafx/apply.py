@@ -59,10 +59,11 @@ def _apply(program: Program, step: Pass) -> None:
     if isinstance(step, Method) and program.stage == "eval":
         why = program.untrainable or "the program was made ready for evaluation; insert methods before that"
         raise RecipeError(f"{step.pass_name()}: {why}")
-    first = selection = step.sites(program)
+    selection = step.sites(program)
     if isinstance(step, Method) and not any(isinstance(applied.step, Method) for applied in program.history):
         edit.freeze()  # once: what an earlier method trains goes on training
     taken: list[str] = []
+    missed = list(selection.missed)
     idle = 0
     while selection.taken:
         before = _operators(program)
@@ -75,10 +76,11 @@ def _apply(program: Program, step: Pass) -> None:
         if idle == _ROUNDS:
             raise LorafxError(f"{step.pass_name()} did not come to rest after {idle} rounds; please report this model")
         selection = step.sites(program)
+        missed += [miss for miss in selection.missed if miss not in missed]
     step.finish(edit)
     program.graph.lint()
     seconds = time.perf_counter() - started
-    program.history += (Applied(step, edit.inserted, tuple(taken), first.missed, seconds, edit.facts),)
+    program.history += (Applied(step, edit.inserted, tuple(taken), tuple(missed), seconds, edit.facts),)
 
 
 def _operators(program: Program) -> int:

@@ -43,14 +43,14 @@ class DeadChannels(Pass):
     keep_at_least: int = option(1, "never fewer channels than this", least=1)
     uniform: bool = option(False, "the same widths in every block, so that an ordinary config can say them")
 
-    def sites(self, program: Program) -> Selection[Plan]:
+    def sites(self, program: Program) -> Selection[Plan | str]:
         if program.stage != "eval" or program.device.type == "meta":
             return Selection(())
         # Told before anything is analysed; experts may each have zeros of their own, which no row of all of them shows.
         if is_deferring(program) and not has_zeros(program) and not any(map(is_grouped, program.graph.nodes)):
             return Selection(())
         plan = proven(program, self, Widths(self.round_to, self.keep_at_least, self.uniform))
-        return Selection((plan,) if plan.cut else ())
+        return Selection((plan,) if plan.cut else (), plan.missed)
 
     def rewrite(self, edit: Edit, site: Plan) -> None:
         site.on(edit.program).carry_out(edit)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import logging
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +14,13 @@ from torch import Tensor, fx, nn
 
 from ..base import Pass
 from ..deferred.programs import is_deferring
-from ..deferred.running import alike_by_block
+from ..deferred.running import difference_by_block
 from ..deferred.tensor import value as values_of
-from ..errors import OperatorError
+from ..errors import OperatorError, first_line
 from ..graph.constants import Constants
 from ..graph.edit import Edit
 from ..graph.program import Program
+from ..graph.selection import Miss
 from ..graph.site import WEIGHT_OPS, module_path
 from .axes import Axes
 from .axis import axis_of
@@ -43,6 +45,7 @@ class Plan:
         removal: which channels stay
         orders: what experts put in another order before that
         cut: for each tensor that shrinks, the indices that stay along each of its dimensions
+        missed: what was argued and did not hold when it was tried: operators whose channels stay, or all tensors
     """
 
     axes: Axes
@@ -50,6 +53,7 @@ class Plan:
     removal: Removal
     orders: list[Order]
     cut: dict[str, list[Tensor]]
+    missed: tuple[Miss[str], ...] = ()
 
     def __str__(self) -> str:
         return f"{len(self.cut)} tensors"
@@ -84,20 +88,25 @@ class Plan:
 def proven(program: Program, step: Pass, widths: Widths) -> Plan:
     """What ``step`` can remove from ``program``, tried on its example inputs before it is believed.
 
-    An operator that then does not do what its rule says keeps all it touches, with a warning: the rule is a bug. Of
-    weights that are computed later each block is tried on what reaches it; where one differs nothing is removed.
+    An operator that then does not do what its rule says keeps all it touches: the rule is a bug. Of weights that are
+    computed later each block is tried on what reaches it; where one differs nothing is removed. Either is a miss of the
+    plan's, and a warning.
     """
     distrusted: dict[str, str] = {}
     while True:
         plan = argued(program, widths, distrusted)
-        broken = _broken(program, step, plan) if plan.cut else None
-        if broken is None:
-            return plan
-        if broken == "" or broken in distrusted:
-            _log.warning("the removal of channels does not hold on the example inputs: nothing is removed")
-            return dataclasses.replace(plan, cut={})
-        _log.warning("%s does not do what its rule says: its channels stay; please report this model", broken)
-        distrusted[broken] = "its rule did not hold on the example inputs"
+        flaw = _flaw(program, step, plan) if plan.cut else None
+        missed = tuple(
+            Miss(name, f"{why}: its channels stay; please report this model") for name, why in distrusted.items()
+        )
+        if flaw is None:
+            return dataclasses.replace(plan, missed=missed)
+        if not flaw.operator or flaw.operator in distrusted:
+            why = f"the removal of channels does not hold: {flaw.why}; nothing is removed"
+            _log.warning("%s", why)
+            return dataclasses.replace(plan, cut={}, missed=(*missed, *(Miss(name, why) for name in plan.cut)))
+        _log.warning("%s does not do what its rule says: its channels stay; please report this model", flaw.operator)
+        distrusted[flaw.operator] = "its rule did not hold on the example inputs"
 
 
 def argued(program: Program, widths: Widths, distrusted: dict[str, str] | None = None) -> Plan:
@@ -126,23 +135,31 @@ def argued(program: Program, widths: Widths, distrusted: dict[str, str] | None =
     return Plan(axes, facts, removal, orders, cut)
 
 
-def _broken(program: Program, step: Pass, plan: Plan) -> str | None:
-    """The name of an operator that does not give what it gave once the plan is carried out.
+class _Flaw(NamedTuple):
+    """What did not hold when a plan was tried, and the operator that is to blame, if one is."""
 
-    None when all do; empty when the outputs differ and no operator is to blame.
-    """
+    operator: str
+    why: str
+
+
+def _flaw(program: Program, step: Pass, plan: Plan) -> _Flaw | None:
+    """What is wrong with the program once the plan is carried out; None when it gives what it gave."""
     trial = program.copy()
+    why = "the outputs differ on the example inputs"
     try:
         plan.on(trial).carry_out(Edit(trial, step))
         if is_deferring(program):
-            return None if alike_by_block(program, trial, equal) else ""
+            place = difference_by_block(program, trial, equal)
+            return _Flaw("", f"{place} is another on the example inputs") if place else None
         if alike(program, trial):
             return None
     except OperatorError as error:
-        return error.node
+        return _Flaw(error.node, str(error))
     except Exception as error:
-        _log.warning("a plan of removal cannot be carried out: %s: %s", type(error).__name__, error)
-    return first_difference(program, trial, plan.axes, plan.removal) or ""
+        why = f"it cannot be carried out ({type(error).__name__}: {first_line(error)})"
+        if is_deferring(program):  # whose operators cannot be run one by one: all weights would be in memory
+            return _Flaw("", why)
+    return _Flaw(first_difference(program, trial, plan.axes, plan.removal) or "", why)
 
 
 def _cut(value: Tensor, kept: list[Tensor]) -> nn.Parameter:

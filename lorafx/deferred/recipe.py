@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ class Recipe:
 
     def operands(self) -> list[Recipe]:
         """The recipes it is made of, in order."""
+        return self._operands
+
+    @cached_property
+    def _operands(self) -> list[Recipe]:
+        # Asked for by every part of every tensor, and slow to find.
         leaves = pytree.tree_leaves((self.args, dict(self.kwargs or {})), is_leaf=is_recipe)
         return [leaf for leaf in leaves if isinstance(leaf, Recipe)]
 

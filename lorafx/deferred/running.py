@@ -13,7 +13,8 @@ from ..graph.call import flatten
 from ..graph.program import Program
 from ..graph.segments import CompiledGraph, Segment, compile_graph
 from ..graph.tree import get_tensor, has_tensor, persistent, put_tensor
-from .tensor import forget, is_deferred, value
+from .recipe import Recipe
+from .tensor import chosen_or_computed, forget, is_deferred, value
 
 
 def run_by_block(graph: CompiledGraph, root: nn.Module, inputs: list[Any]) -> tuple[Any, ...]:
@@ -24,14 +25,16 @@ def run_by_block(graph: CompiledGraph, root: nn.Module, inputs: list[Any]) -> tu
     return graph.by_segment(inputs, partial(run_segment, root))
 
 
-def run_segment(root: nn.Module, segment: Segment, taken: list[Any]) -> tuple[Any, ...]:
+def run_segment(
+    root: nn.Module, segment: Segment, taken: list[Any], compute: Callable[[Tensor], Tensor] = value
+) -> tuple[Any, ...]:
     """What one segment gives of the values it takes; ``root`` has its tensors as they were afterwards."""
     held = {name: get_tensor(root, name) for name in segment.tensors if has_tensor(root, name)}
     made: dict[int, Tensor] = {}
     try:
         for name, tensor in held.items():
             if is_deferred(tensor):
-                there = made[id(tensor)] if id(tensor) in made else made.setdefault(id(tensor), value(tensor))
+                there = made[id(tensor)] if id(tensor) in made else made.setdefault(id(tensor), compute(tensor))
                 _put(root, name, there)
         return segment.function(root, *taken)
     finally:
@@ -70,14 +73,57 @@ def alike(a: Any, b: Any) -> bool:
     return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape
 
 
-def alike_by_block(program: Program, other: Program, equal: Callable[[Any, Any], bool]) -> bool:
-    """Whether each block of ``other`` gives what that of ``program`` gives, on the example and on what ``program``
-    hands to it; both in evaluation form. What has another shape goes on within ``other`` and is not compared."""
-    expected, _ = handed_on(program, program.example)
-    given, _ = handed_on(other, program.example, expected)
-    ends = {node.name for node in other.graph.output_node().all_input_nodes if node.op == "call_function"}
-    shared = [name for name, value in given.items() if alike(value, expected.get(name))]
-    return ends <= {*shared} and all(equal(expected[name], given[name]) for name in shared)
+def difference_by_block(program: Program, other: Program, equal: Callable[[Any, Any], bool]) -> str | None:
+    """The first value that a block of ``other`` hands on and that is not what ``program`` has under its name, with the
+    block; None when all are equal. Both are in evaluation form.
+
+    Runs on the example. Blocks of ``other`` are given what those of ``program`` hand on; what has another shape goes on
+    within ``other`` and is not compared. The two take turns, and a weight that was chosen from one of ``program``'s is
+    taken from that: each is computed once.
+    """
+    expected = _Steps(program)
+    given = _Steps(other, expected.values)
+    compared = set[str]()
+    with torch.no_grad():
+        for segment in given.segments:
+            expected.go_on({*segment.gives})
+            given.step(segment, expected.made)
+            for name in segment.gives:
+                if alike(given.values[name], expected.values.get(name)):
+                    compared.add(name)
+                    if not equal(expected.values[name], given.values[name]):
+                        return f"{segment.block or 'outside blocks'}: {name}"
+    ends = (node.name for node in other.graph.output_node().all_input_nodes if node.op == "call_function")
+    return next((f"the output {name}" for name in ends if name not in compared), None)
+
+
+class _Steps:
+    """A program that runs a block at a time on its example, with the values ``instead`` where they fit."""
+
+    def __init__(self, program: Program, instead: Mapping[str, Any] | None = None):
+        graph = compile_graph(program.graph)
+        names = [node.name for node in program.graph.find_nodes(op="placeholder")]
+        self.segments = graph.segments
+        self.values: dict[str, Any] = dict(zip(names, flatten(program, program.example), strict=True))
+        #: The weights of the block that ran last, by how they are made.
+        self.made: dict[Recipe, Tensor] = {}
+        self._root = program.root
+        self._instead = instead or {}
+        self._left = iter(self.segments)
+        self._given = {name for segment in self.segments for name in segment.gives}
+
+    def go_on(self, names: set[str]) -> None:
+        """Run until the values ``names`` are there that there are."""
+        while names & self._given - self.values.keys():
+            self.made = {}
+            self.step(next(self._left), self.made)
+
+    def step(self, segment: Segment, made: dict[Recipe, Tensor]) -> None:
+        """Run one segment. Its weights are chosen from those ``made``, or computed and added to them."""
+        own = ((name, self.values[name], self._instead.get(name)) for name in segment.takes)
+        taken = [other if alike(value, other) else value for _, value, other in own]
+        given = run_segment(self._root, segment, taken, partial(chosen_or_computed, made))
+        self.values.update(zip(segment.gives, given, strict=True))
 
 
 def _put(root: nn.Module, name: str, tensor: Tensor) -> None:

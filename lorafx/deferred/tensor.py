@@ -7,7 +7,7 @@ time, when it is written. What a program asks of a value at once (is it zero? wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -142,8 +142,28 @@ def forget(tensor: Tensor) -> None:
 def chosen_from(tensor: Tensor, shape: torch.Size) -> dict[int, Tensor] | None:
     """Which positions of a tensor of ``shape`` are left, along each dimension that lost some, in one that was made of
     it by choosing positions; None for any other."""
+    found = _chosen(tensor, lambda recipe: recipe.shape == shape)
+    return found[1] if found is not None else None
+
+
+def chosen_or_computed(made: dict[Recipe, Tensor], tensor: Tensor) -> Tensor:
+    """The values of a tensor: positions of one that is ``made``, if it was made by choosing them; else they are
+    computed, and added to those made."""
+    found = _chosen(tensor, made.__contains__)
+    if found is None:
+        return made.setdefault(recipe_of(tensor), value(tensor))
+    recipe, kept = found
+    held = made[recipe]
+    for dim, index in kept.items():
+        held = held.index_select(dim, index)
+    return held
+
+
+def _chosen(tensor: Tensor, wanted: Callable[[Recipe], bool]) -> tuple[Recipe, dict[int, Tensor]] | None:
+    """The ``wanted`` recipe that a tensor was made of by choosing positions, and those left along each dimension that
+    lost some; None when it was made in another way."""
     recipe, kept = recipe_of(tensor), dict[int, Tensor]()
-    while recipe.shape != shape:
+    while not wanted(recipe):
         if recipe.op is not aten.index_select.default:
             if recipe.op not in (aten.detach.default, aten.alias.default, aten.clone.default):
                 return None
@@ -153,4 +173,4 @@ def chosen_from(tensor: Tensor, shape: torch.Size) -> dict[int, Tensor] | None:
                 return None
             kept[dim] = index[kept[dim]] if dim in kept else index
         recipe = recipe.operands()[0]
-    return kept
+    return recipe, kept

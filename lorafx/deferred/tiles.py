@@ -181,9 +181,10 @@ def _unsqueezed(recipe: Recipe, part: Part) -> _Way | None:
 
 
 def _viewed(recipe: Recipe, part: Part) -> _Way | None:
-    """A view that leaves the first dimension alone."""
+    """A view that leaves the first dimension alone, or all of them."""
     (old,) = recipe.operands()
-    return [part] if part.dim == 0 and old.shape[:1] == recipe.shape[:1] else None
+    same = recipe.shape if old.shape == recipe.shape else recipe.shape[:1]
+    return [part] if part.dim < len(same) and old.shape[: len(same)] == same else None
 
 
 def _sliced(recipe: Recipe, part: Part) -> _Way | None:

@@ -473,6 +473,12 @@ def test_a_rule_that_is_wrong_is_found_out_and_the_rest_still_goes(
     assert program.tensor("a.weight").shape == (12, 8)
     assert program.tensor("o.weight").shape == (4, 12)
     assert "does not do what its rule says" in caplog.text
+    (step,) = (step for step in program.report.passes if step.missed)
+    assert step.name == "dead-channels"
+    (reason,) = step.missed
+    assert reason.startswith("its rule did not hold on the example inputs: its channels stay")
+    assert step.missed[reason] == ("cumsum",)
+    assert "not taken: its rule did not hold" in program.report.text()
 
 
 # ---- heads that keep different channels, and what puts the channels in front

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -90,6 +92,25 @@ def test_a_full_matrix_shows_itself_in_its_first_numbers(monkeypatch: pytest.Mon
     gates[[3, 17]] = 0.0
     assert (~nonzero(asked * gates, 1)).nonzero().flatten().tolist() == [3, 17]
     assert len(read) == 1, "how it is made tells which columns are zero"
+
+
+def test_no_more_is_computed_for_them_than_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a weight as folding composes it, which is viewed in the shape that it has."""
+    made: list[int] = []
+    plain = tiles._called
+
+    def watched(*args: Any) -> Tensor:
+        made.append(plain(*args).numel())
+        return plain(*args)
+
+    monkeypatch.setattr(tiles, "_called", watched)
+    base, a, b = (torch.randn(*shape, generator=CHANCE) for shape in ((40, 30), (2, 30), (40, 2)))
+    composed = (deferred(base).double() + deferred(b).double() @ deferred(a).double()).view(40, 30)
+    for dim in (0, 1):
+        assert nonzero(composed, dim).all()
+        assert uniform(composed, dim).isnan().all()
+    assert made
+    assert max(made) <= 2 * 40
 
 
 def test_chosen_rows_and_columns_are_zero_where_all_of_them_are() -> None:

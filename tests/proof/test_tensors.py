@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import lorafx
 from lorafx.backends import export
 from lorafx.base import Pass
 from lorafx.channels import plan
-from lorafx.deferred import programs, running, slices, tiles
+from lorafx.deferred import programs, running, slices, tensor, tiles
 from lorafx.deferred.programs import is_deferring
 from lorafx.errors import ParityError
 from lorafx.passes.finegates import Finegates
@@ -183,6 +184,56 @@ def test_what_does_not_hold_block_by_block_is_not_removed(
     monkeypatch.setattr(plan, "resize", wrong)
     folded = lorafx.fold(program, stream=True, gather="never")
     assert folded.tensor("model.layers.0.mlp.up_proj.weight").shape[0] == 48
+    (step,) = (step for step in folded.report.passes if step.name == "dead-channels")
+    (reason,) = step.missed
+    held = r"model.layers.0: \w+ is another on the example inputs; nothing is removed"
+    assert re.fullmatch(f"the removal of channels does not hold: {held}", reason)
+    assert {f"model.layers.{n}.mlp.{m}_proj.weight" for n in (0, 1) for m in ("gate", "up", "down")} <= {
+        *step.missed[reason]
+    }
+    assert f"not taken: {reason}" in " ".join(folded.report.text(400).split())
+
+
+def test_a_removal_that_cannot_be_carried_out_is_a_miss(
+    base: Callable[[torch.dtype], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = gated(base(torch.float32))
+
+    def fails(*_: Any) -> None:
+        raise KeyError("mine")
+
+    monkeypatch.setattr(plan, "resize", fails)
+    for stream in (False, True):
+        folded = lorafx.fold(program, stream=stream, gather="never")
+        reasons = [reason for step in folded.report.passes if step.name == "dead-channels" for reason in step.missed]
+        assert len(reasons) == 1
+        assert "it cannot be carried out (KeyError: 'mine'); nothing is removed" in reasons[0]
+
+
+def test_the_trial_of_a_removal_computes_each_weight_once(
+    base: Callable[[torch.dtype], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = gated(base(torch.float32), Lora(rank=2, targets=("up_proj", "down_proj")))
+    computed: list[torch.Size] = []
+    plain = tensor.value
+
+    def counted(one: torch.Tensor) -> torch.Tensor:
+        computed.append(one.shape)
+        return plain(one)
+
+    def trial(*given: Any) -> str | None:
+        with monkeypatch.context() as patch:
+            patch.setattr(tensor, "value", counted)
+            return running.difference_by_block(*given)
+
+    monkeypatch.setattr(plan, "difference_by_block", trial)
+    folded = lorafx.fold(program, stream=True, gather="never", check=False)
+    width = folded.tensor("model.layers.0.mlp.up_proj.weight").shape[0]
+    assert width < 48
+    assert width not in SIZES.values()
+    assert computed.count(torch.Size([48, 32])) == 4, "gate and up of two layers"
+    assert computed.count(torch.Size([32, 48])) == 2
+    assert not any(width in shape for shape in computed), "what was cut is taken from them"
 
 
 def test_a_program_that_streams_computes_when_it_is_called(base: Callable[[torch.dtype], Path]) -> None:
