@@ -1,13 +1,17 @@
 """Patches on checkpoint folders: put on, taken off and made tensor by tensor, so memory holds one tensor at a time.
 
-Weight files are copied and the changed tensors written over in place: header, order and padding stay, so that a folder
-patched and reverted has the very files it had before.
+Weight files are copied byte by byte but for the changed tensors, each where it was: header, order and padding stay, so
+that a folder patched and reverted has the very files it had before. What is written is hashed on its way, and a killed
+writer is gone on with at the last whole file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,11 +20,15 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, UsageError
-from ..files.folder import MANIFEST, find_manifest, new_folder
+from ..files.folder import MANIFEST, FileEntry, find_manifest, new_folder
 from ..formats.companions import copy_entry, inner_companions, is_weights
+from ..formats.shards import write_pieces, write_weights
 from ..models.checkpoint import check_safetensors, read_config, weight_files
+from ..version import __version__
 from .patch import Change, Patch, make
 
+#: Bytes that are copied at once.
+_PART = 1 << 22
 #: What safetensors calls the dtypes weights come in.
 _DTYPES = {
     "F64": torch.float64,
@@ -52,15 +60,10 @@ class Slot:
         """The tensor."""
         with self.file.open("rb") as stream:
             stream.seek(self.start)
-            data = bytearray(stream.read(self.end - self.start))
+            data = bytearray(self.end - self.start)
+            stream.readinto(data)
         flat = torch.frombuffer(data, dtype=self.dtype) if data else torch.empty(0, dtype=self.dtype)
         return flat.reshape(self.shape)
-
-    def write(self, folder: Path, value: Tensor) -> None:
-        """Put ``value`` in its place in the copy of the file that lies in ``folder``."""
-        with (folder / self.file.name).open("r+b") as stream:
-            stream.seek(self.start)
-            stream.write(value.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def apply(checkpoint: str | PathLike[str], patch: Patch, out: str | PathLike[str], *, overwrite: bool = False) -> None:
@@ -133,11 +136,56 @@ def _exchange(checkpoint: Any, patch: Patch, out: Any, *, undo: bool, overwrite:
     for change, slot in pairs:  # all before the first byte is copied: a wrong base is seen at once
         change.check(slot.read(), str(folder), undo=undo)
     meta = {"checkpoint": str(folder.absolute()), "patch": "reverted" if undo else "applied", "changed": patch.changed}
-    with new_folder(out, "hf", meta, overwrite) as target:
+    files = {slot.file for slot in held.values()}
+    size = sum(file.stat().st_size for file in files)
+    writers = {file.name: partial(_write_patched, file, _of(pairs, file), undo) for file in sorted(files)}
+    known: dict[str, FileEntry] = {}
+    with new_folder(out, "hf", meta, overwrite, known, _digest(patch, files, undo)) as target:
         for name in (*_top_files(folder), *inner_companions(folder)):
-            copy_entry(folder / name, target / name)
+            if name not in writers:
+                copy_entry(folder / name, target / name)
+        known.update(write_weights(target, writers, size))
+
+
+_Pairs = list[tuple[Change, Slot]]
+
+
+def _of(pairs: _Pairs, file: Path) -> _Pairs:
+    """What changes in one file, in the order of its bytes."""
+    return sorted((pair for pair in pairs if pair[1].file == file), key=lambda pair: pair[1].start)
+
+
+def _write_patched(file: Path, pairs: _Pairs, undo: bool, target: Path, progress: Callable[[int], object]) -> FileEntry:
+    """Write ``file`` again as ``target``, with the tensors in ``pairs`` exchanged."""
+
+    def pieces() -> Iterator[Iterable[memoryview]]:
+        place = 0
         for change, slot in pairs:
-            slot.write(target, change.exchanged(slot.read(), undo=undo))
+            yield _copied(file, place, slot.start)
+            yield _parts(change.exchanged(slot.read(), undo=undo))
+            place = slot.end
+        yield _copied(file, place, file.stat().st_size)
+
+    return write_pieces(target, pieces(), progress)
+
+
+def _copied(file: Path, start: int, end: int) -> Iterator[memoryview]:
+    with file.open("rb") as stream:
+        stream.seek(start)
+        for place in range(start, end, _PART):
+            yield memoryview(stream.read(min(_PART, end - place)))
+
+
+def _parts(value: Tensor) -> Iterator[memoryview]:
+    data = value.reshape(-1).view(torch.uint8).numpy().data
+    yield from (data[place : place + _PART] for place in range(0, len(data), _PART))
+
+
+def _digest(patch: Patch, files: Iterable[Path], undo: bool) -> str:
+    """What a patched folder is made from: the patch, and the files as they lie on the disk."""
+    changes = [(change.names, change.before, change.after) for change in patch.changes]
+    stats = {str(file.absolute()): (file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)}
+    return hashlib.sha256(json.dumps([__version__, undo, changes, stats]).encode()).hexdigest()[:16]
 
 
 def _top_files(folder: Path) -> list[str]:

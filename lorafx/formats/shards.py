@@ -12,6 +12,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -76,18 +77,40 @@ def write_checkpoint(model: Any, folder: Path, shard_size: int | str = "5GB") ->
     plan = split_torch_state_dict_into_shards(
         {name: _like(value) for name, value in state.items()}, filename_pattern=_NAME, max_shard_size=shard_size
     )
-    entries = _whole(folder, plan.filename_to_tensors)
+
+    def writer(keys: list[str]) -> Writer:
+        return lambda file, progress: write_file(file, {key: state[key] for key in keys}, progress)
+
     size = sum(value.numel() * value.dtype.itemsize for value in state.values())
-    with tqdm(total=size, unit="B", unit_scale=True, desc="Writing weights", disable=size < _LONG) as bar:
-        bar.update(sum(entry.size for entry in entries.values()))
-        for name, keys in plan.filename_to_tensors.items():
-            if name not in entries:
-                entries[name] = write_file(folder / name, {key: state[key] for key in keys}, bar.update)
-                note_whole(folder, {name: (entry.size, entry.sha256) for name, entry in entries.items()})
+    entries = write_weights(folder, {name: writer(keys) for name, keys in plan.filename_to_tensors.items()}, size)
     if plan.is_sharded:
         parameters = model.num_parameters()
         index = {"metadata": {"total_parameters": parameters, **plan.metadata}, "weight_map": plan.tensor_to_filename}
         (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return entries
+
+
+#: Writes one file, telling of bytes as they are written.
+Writer = Callable[[Path, Callable[[int], object]], FileEntry]
+
+
+def write_weights(folder: Path, writers: Mapping[str, Writer], size: int) -> dict[str, FileEntry]:
+    """Write the weight files of a ``new_folder``, each noted when it is whole; those noted before are kept.
+
+    Args:
+        writers: what writes each file, by its name
+        size: bytes of all of them, about; many are shown on their way
+
+    Returns:
+        size and hash of every file
+    """
+    entries = _whole(folder, writers)
+    with tqdm(total=size, unit="B", unit_scale=True, desc="Writing weights", disable=size < _LONG) as bar:
+        bar.update(sum(entry.size for entry in entries.values()))
+        for name, write in writers.items():
+            if name not in entries:
+                entries[name] = write(folder / name, bar.update)
+                note_whole(folder, {name: (entry.size, entry.sha256) for name, entry in entries.items()})
     return entries
 
 
@@ -135,15 +158,21 @@ def write_file(file: Path, tensors: Mapping[str, Tensor], progress: Callable[[in
         header[name] = {"dtype": _DTYPES[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    head: list[Buffer] = [struct.pack("<Q", len(text)), text]
+    return write_pieces(file, chain([head], (_bytes(tensors[name]) for name in names)), progress)
+
+
+def write_pieces(file: Path, pieces: Iterable[Iterable[Buffer]], progress: Callable[[int], object] = int) -> FileEntry:
+    """Write a file of pieces, one after another, each in parts; its size and sha256, taken on the way.
+
+    A few parts wait to be written while the next is made; what a piece holds is not needed when the next one begins.
+    ``progress`` is told of bytes as they are written.
+    """
+    size = 0
     with file.open("wb") as stream, _Writer(stream) as out:
-        for part in (struct.pack("<Q", len(text)), text):
-            out.put(part)
-        for name in names:
-            for part in _bytes(tensors[name]):
-                out.put(part)
-                progress(len(part))
-            out.wait()
-    return FileEntry(8 + len(text) + end, out.digest.hexdigest())
+        for piece in pieces:
+            size += out.put_all(piece, progress)
+    return FileEntry(size, out.digest.hexdigest())
 
 
 class _Writer:
@@ -160,6 +189,16 @@ class _Writer:
         while len(self._waiting) >= _WAITING:
             self._waiting.popleft().result()
         self._waiting.append(self._pool.submit(self._write, part))
+
+    def put_all(self, parts: Iterable[Buffer], progress: Callable[[int], object]) -> int:
+        """Write ``parts``, and wait until they are written; their bytes."""
+        size = 0
+        for part in parts:
+            self.put(part)
+            size += memoryview(part).nbytes
+            progress(memoryview(part).nbytes)
+        self.wait()
+        return size
 
     def wait(self) -> None:
         """Until all is written; raises what went wrong."""

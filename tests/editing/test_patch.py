@@ -19,6 +19,7 @@ from torch import Tensor
 
 import lorafx
 from lorafx.commands.edit import patch as patch_group
+from lorafx.editing import patch_folder
 from lorafx.editing.patch import PATCH, Patch, make, tensor_hash
 from lorafx.editing.patch_folder import apply, between, revert, slots
 from lorafx.errors import ArtifactError, LorafxError, UsageError
@@ -293,6 +294,39 @@ def test_a_reverted_folder_has_the_very_files_of_the_base(
         assert equal_bits(old[name].read(), new[name].read()) != (name in patched)
     revert(tmp_path / "edited", patch, tmp_path / "back")
     assert hashes(tmp_path / "back") == before
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["same base", "another base"])
+def test_an_interrupted_folder_is_gone_on_with_if_it_is_of_the_same_files(
+    changed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = checkpoint(tmp_path / "base", max_shard_size="20KB")
+    patch = edited_weights(base)
+    names = sorted(file.name for file in base.glob("*.safetensors"))
+    plain, stop, written = patch_folder.write_pieces, names[-1], list[str]()
+
+    def noted(target: Path, *rest: Any) -> Any:
+        if target.name == stop:
+            raise KeyboardInterrupt
+        written.append(target.name)
+        return plain(target, *rest)
+
+    monkeypatch.setattr(patch_folder, "write_pieces", noted)
+    with pytest.raises(KeyboardInterrupt):
+        apply(base, patch, tmp_path / "out")
+    assert written == names[:-1]
+    if changed:  # a weight that the patch does not reach
+        held = load_file(base / names[0])
+        untouched = next(name for name in held if name not in {name for c in patch.changes for name in c.names})
+        held[untouched] += 1.0
+        save_file(held, base / names[0], metadata={"format": "pt"})
+    stop = ""
+    written.clear()
+    apply(base, patch, tmp_path / "out")
+    assert written == (names if changed else names[-1:])
+    apply(base, patch, tmp_path / "whole")
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+    assert not list(tmp_path.glob(".out.*"))
 
 
 def test_transformers_opens_a_patched_folder_and_ties_its_head(tmp_path: Path) -> None:

@@ -13,6 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 from lorafx.cli import main
+from lorafx.editing.patch import make
+from lorafx.editing.patch_folder import slots
+from tests import small
 from tests.kill_nine import command, kill_and_resume, kill_nine, write_shards
 
 TRIES = int(os.environ.get("LORAFX_KILLS", "4"))
@@ -48,4 +51,16 @@ def test_killed_streaming_goes_on_at_the_last_whole_file(tmp_path: Path) -> None
     tries = max(TRIES, 10)
     found = kill_and_resume(partial(write_shards, tmp_path / "out"), tmp_path / "out", tries)
     assert found.killed == tries
+    assert found.kept > 0
+
+
+@pytest.mark.slow
+def test_a_killed_patch_goes_on_at_the_last_whole_file(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    model = small.llama(num_hidden_layers=6)
+    model.save_pretrained(base, max_shard_size="20KB")
+    held = {name: slot.read() for name, slot in slots(base).items() if name.endswith("proj.weight")}
+    make(held, {name: value * 1.5 for name, value in held.items()}).save(tmp_path / "patch.safetensors")
+    apply = command("patch", "apply", base, tmp_path / "patch.safetensors", "-o", tmp_path / "out", "--overwrite")
+    found = kill_and_resume(apply, tmp_path / "out", max(TRIES, 10))
     assert found.kept > 0
