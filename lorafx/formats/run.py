@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..base import passes_of
 from ..errors import LorafxError, UsageError
-from ..files.folder import file_hash, new_folder
+from ..files.folder import FileEntry, file_hash, new_folder
 from ..graph.precision import dtype_name
 from ..graph.program import Program
 from ..graph.tree import ties
@@ -30,6 +29,7 @@ from ..recipes.registry import in_recipes
 from ..reporting.report import Report, report_of
 from .companions import copy_companions
 from .peft import adapter_config, adapter_keys
+from .shards import write_file
 
 VALUES = "adapter_model.safetensors"
 RECIPE = "recipe.toml"
@@ -73,7 +73,7 @@ def save_run(
     _refuse_foreign(program)
     inputs, capturing = _capture_record(program)
     keys = adapter_keys(program)
-    values = {keys[name]: plain_tensor(value) for name, value in program.learned().items() if not value.is_meta}
+    values = {keys[name]: value.detach() for name, value in program.learned().items() if not value.is_meta}
     peft, reason = adapter_config(program)
     tied = ties(program.root)
     meta = {
@@ -84,13 +84,15 @@ def save_run(
         "peft": reason or "adapter_config.json",
         **({"made_from": dict(made_from)} if made_from is not None else {}),
     }
-    with new_folder(path, "run", meta, overwrite) as folder:
+    known: dict[str, FileEntry] = {}
+    with new_folder(path, "run", meta, overwrite, known) as folder:
         _write_config(program, folder)
         (folder / RECIPE).write_text(recipe_of(program, train or {}).to_toml(), encoding="utf-8")
         _write_json(folder / REPORT, (report or report_of(program)).to_json())
-        _save_tensors(values, folder / VALUES)
+        # Not a copy of them all, nor read again to be hashed: they may be a gigabyte.
+        known[VALUES] = write_file(folder / VALUES, values)
         if inputs:
-            _save_tensors(inputs, folder / INPUTS)
+            known[INPUTS] = write_file(folder / INPUTS, inputs)
         if peft is not None:
             _write_json(folder / "adapter_config.json", peft)
         copy_companions(program, folder)
@@ -144,7 +146,7 @@ def _capture_record(program: Program) -> tuple[dict[str, Tensor], dict[str, Any]
     odd = [name for name, value in program.example.items() if not isinstance(value, Tensor) or value.is_meta]
     if odd:
         raise UsageError(f"the example input {odd[0]!r} is no tensor with values, so the run cannot keep it")
-    inputs = {name: plain_tensor(value) for name, value in program.example.items()}
+    inputs = {name: value.detach() for name, value in program.example.items()}
     return inputs, {**record, "inputs": list(inputs)}
 
 
@@ -166,10 +168,6 @@ def _option(name: str, value: Any) -> Any:
 def plain_tensor(value: Tensor) -> Tensor:
     """A tensor as safetensors wants it: on the CPU, contiguous, sharing storage with no other."""
     return value.detach().to("cpu", copy=True).contiguous()
-
-
-def _save_tensors(values: Mapping[str, Tensor], file: Path) -> None:
-    save_file(dict(values), file, metadata={"format": "pt"})
 
 
 def _write_config(program: Program, folder: Path) -> None:

@@ -223,4 +223,4 @@ class _Writer:
 def _bytes(tensor: Tensor) -> Iterator[memoryview]:
     for tile in passing_tiles(tensor if tensor.dim() else tensor.reshape(1)):
         if tile.numel():
-            yield tile.contiguous().reshape(-1).view(torch.uint8).numpy().data
+            yield tile.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

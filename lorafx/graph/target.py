@@ -23,8 +23,10 @@ starts with ``re:`` is one item, commas and all.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Protocol
 
 from ..errors import UsageError, did_you_mean
@@ -97,11 +99,16 @@ class Item:
         if self.kind == ALL_LINEAR:
             return candidate.kind in _LINEAR_KINDS and candidate.role != "head"
         if self.pattern is None:
-            # A module that uses several weights stands for all of them, and each has a name of its own.
-            names = (candidate.module, *getattr(candidate, "names", ()))
-            return any(name == self.body or name.endswith("." + self.body) for name in names)
+            return self.body in _endings(candidate)
         subject = candidate.role if self.kind == "role" else candidate.module
         return self.pattern.fullmatch(subject) is not None
+
+
+def _endings(candidate: Candidate) -> set[str]:
+    """The names that are a candidate's: the dotted endings of its path."""
+    # A module that uses several weights stands for all of them, and each has a name of its own.
+    paths = [path.split(".") for path in (candidate.module, *getattr(candidate, "names", ()))]
+    return {".".join(parts[start:]) for parts in paths for start in range(len(parts))}
 
 
 @dataclass(frozen=True)
@@ -119,10 +126,10 @@ class Target:
         strings = [spec] if isinstance(spec, str) else spec
         if not isinstance(strings, Sequence) or not all(isinstance(text, str) for text in strings):
             raise UsageError(f"target {spec!r}: give a string or a list of strings")
-        items = [_item(source) for text in strings for source in _split(text)]
+        items = _items(tuple(strings))
         if not items:
             raise UsageError(f"target {spec!r}: names nothing; use 'all-linear' for every linear layer")
-        return cls(tuple(dict.fromkeys(items)))
+        return cls(items)
 
     @property
     def spec(self) -> tuple[str, ...]:
@@ -134,12 +141,30 @@ class Target:
 
     def match(self, candidate: Candidate) -> Item | None:
         """The first item that names ``candidate``, or None."""
-        return next((item for item in self.items if item.matches(candidate)), None)
+        first = min(self._matching(candidate), default=None)
+        return None if first is None else self.items[first]
 
     def hits(self, candidates: Iterable[Candidate]) -> dict[str, int]:
         """How many candidates each item names, by the item's text: a misspelt one shows up as 0."""
-        found = list(candidates)
-        return {item.text: sum(item.matches(candidate) for candidate in found) for item in self.items}
+        found = Counter(place for candidate in candidates for place in self._matching(candidate))
+        return {item.text: found[place] for place, item in enumerate(self.items)}
+
+    def _matching(self, candidate: Candidate) -> set[int]:
+        """The places of all items that name ``candidate``; names, of which there may be a thousand, are looked up."""
+        named = {place for ending in _endings(candidate) for place in self._names.get(ending, ())}
+        return named | {place for place in self._others if self.items[place].matches(candidate)}
+
+    @cached_property
+    def _names(self) -> dict[str, list[int]]:
+        places: dict[str, list[int]] = {}
+        for place, item in enumerate(self.items):
+            if item.kind == "name":
+                places.setdefault(item.body, []).append(place)
+        return places
+
+    @cached_property
+    def _others(self) -> list[int]:
+        return [place for place, item in enumerate(self.items) if item.kind != "name"]
 
     def why_not(self, candidate: Candidate) -> str:
         """Why no item names ``candidate``, as short text."""
@@ -216,6 +241,12 @@ def _misspelt(item: Item, paths: list[str]) -> str:
     words = re.findall(r"[A-Za-z_]\w*", re.sub(r"\\.", ".", item.body))
     known = dict.fromkeys(part for path in paths for part in path.split("."))
     return next((close for word in words if word not in known and (close := did_you_mean(word, known))), "")
+
+
+@lru_cache
+def _items(strings: tuple[str, ...]) -> tuple[Item, ...]:
+    # Kept: every site of a pass asks for what the pass is given, which may be a name for each of a thousand modules.
+    return tuple(dict.fromkeys(_item(source) for text in strings for source in _split(text)))
 
 
 def _split(text: str) -> Iterator[_Source]:
