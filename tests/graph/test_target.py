@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorafx.errors import UsageError
 from lorafx.graph.blocks import Blocks
-from lorafx.graph.target import Selector, Target, nearest, role_of
+from lorafx.graph.target import Candidate, Item, Selector, Target, nearest, role_of
 from lorafx.models.roles import ROLES
 
 
@@ -403,6 +403,26 @@ def test_blocks(spec: str | int | list[int], inside: set[int], text: str) -> Non
 def test_blocks_errors(spec: str, message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         Blocks.parse(spec)
+
+
+def test_names_are_looked_up_and_count_as_if_they_were_gone_through() -> None:
+    paths = [f"layers.{n}.{m}" for n in range(12) for m in ("attn.query", "attn.key", "ffn.query")]
+    uses = [Use(path) for path in paths]
+    spec = [*paths[:20], "query", "name:query", "ffn.query", "*.attn.*", "re:.*key", "role:ffn.*", "y", "layers.1"]
+    target = Target.parse(spec)
+    assert target.hits(uses) == {item.text: sum(map(item.matches, uses)) for item in target.items}
+    for use in uses:
+        assert target.match(use) == next((item for item in target.items if item.matches(use)), None)
+    asked: list[str] = []
+
+    class Counted(Item):
+        def matches(self, candidate: Candidate) -> bool:
+            asked.append(self.text)
+            return super().matches(candidate)
+
+    counted = Target(tuple(Counted(item.text, item.kind, item.body, item.pattern) for item in target.items))
+    assert counted.hits(uses) == target.hits(uses)
+    assert {*asked} == {"*.attn.*", "re:.*key", "role:ffn.*"}, "of names none is asked"
 
 
 def test_hits_count_every_item_before_exclude_and_blocks() -> None:
