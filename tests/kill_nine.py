@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 from lorafx.errors import ArtifactError
 from lorafx.files.folder import FileEntry, find_manifest, new_folder, read_manifest
@@ -76,8 +77,8 @@ def write_shards(out: Path) -> None:
     from lorafx.formats.shards import write_checkpoint
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 8}
-    model = BertModel(BertConfig(**sizes, vocab_size=61, max_position_embeddings=32)).eval()
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8}
+    model = BertModel(BertConfig(**sizes, num_attention_heads=4, vocab_size=61, max_position_embeddings=32)).eval()
     for module in model.modules():
         if isinstance(module, nn.Linear):
             b, a = torch.randn(module.out_features, 4), torch.randn(4, module.in_features)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -57,7 +58,7 @@ def test_killed_streaming_goes_on_at_the_last_whole_file(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_a_killed_patch_goes_on_at_the_last_whole_file(tmp_path: Path) -> None:
     base = tmp_path / "base"
-    model = small.llama(num_hidden_layers=6)
+    model: Any = small.llama(num_hidden_layers=6)
     model.save_pretrained(base, max_shard_size="20KB")
     held = {name: slot.read() for name, slot in slots(base).items() if name.endswith("proj.weight")}
     make(held, {name: value * 1.5 for name, value in held.items()}).save(tmp_path / "patch.safetensors")
