@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..affine.regions import Region
+from ..affine.rules import groups_of
+from ..affine.values import diagonal_blocks
 from ..affine.worth import Group, bias_of, weight_of, worth_folding
 from ..base import Pass, Promise
 from ..graph.edit import Edit
 from ..graph.program import Program
 from ..graph.selection import Selection
-from ..graph.site import WEIGHT_OPS, WeightOp, is_tensor_node, module_path
+from ..graph.site import WEIGHT_OPS, is_tensor_node, module_path
 from ..graph.tree import has_tensor
 
 
@@ -53,8 +55,9 @@ class FoldAffine(Pass):
                 _name(edit, bias, own, replace=old)
 
 
-def _pack(use: WeightOp, matrix: Tensor, like: Tensor) -> Tensor:
-    stored = use.stored(matrix, like.shape).to(like.dtype)
+def _pack(carrier: fx.Node, matrix: Tensor, like: Tensor) -> Tensor:
+    blocks = diagonal_blocks(matrix, groups_of(carrier))
+    stored = WEIGHT_OPS[carrier.target].stored(blocks, like.shape).to(like.dtype)
     # A weight that did not change keeps its bits: -0.0 + 0 is +0.0.
     return torch.where(stored == like, like.detach(), stored).contiguous()
 
@@ -66,7 +69,7 @@ def _store(edit: Edit, region: Region) -> tuple[str, str | None]:
     old, role = edit.program.tensor(name), edit.program.roles.get(name, "base")
     matrix, offset = region.evaluate()
     assert matrix is not None, "a carrier's map is written out"
-    weight = _pack(WEIGHT_OPS[region.carrier.target], matrix, old)
+    weight = _pack(region.carrier, matrix, old)
     bias = None if offset is None else edit.add_tensor(f"{name}_folded_bias", offset.to(old.dtype), role)
     return edit.add_tensor(f"{name}_folded", weight, role), bias
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -10,10 +11,12 @@ from typing import ClassVar
 import torch
 from torch import fx, nn
 
+from ..affine.spread_rules import SPLITS
 from ..affine.worth import added
 from ..base import Pass, Promise
 from ..graph.constants import Constants
 from ..graph.edit import Edit
+from ..graph.operands import node_at
 from ..graph.program import Program
 from ..graph.selection import Selection
 from ..graph.site import INSERTED_BY
@@ -79,8 +82,11 @@ class FoldConstants(Pass):
 def _last_inserted(node: fx.Node) -> fx.Node:
     """``node`` without the base's own operators at its end, if a pass inserted what is before them.
 
-    Where the base transposes a weight before it uses it, a changed weight is stored as the base stores it.
+    Where the base transposes a weight before it uses it, a changed weight is stored as the base stores it; where it
+    cuts one into several (query, key and value), as one.
     """
+    if node.target is operator.getitem and node_at(node, 0).target in SPLITS:
+        node = node_at(node_at(node, 0), 0)
     last = node
     while INSERTED_BY not in last.meta and len(last.all_input_nodes) == 1:
         last = last.all_input_nodes[0]

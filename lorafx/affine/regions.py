@@ -49,6 +49,7 @@ class Region:
         parts: the regions that this one is made of
         compose: computes the map from those of its parts
         shifts: whether the map has an offset
+        groups: into how many equal blocks on its diagonal the matrix falls at least; 0 for a diagonal: into any number
     """
 
     root: fx.Node
@@ -62,6 +63,7 @@ class Region:
     parts: tuple[Region, ...]
     compose: Callable[..., Value]
     shifts: bool = False
+    groups: int = 0
 
     def identities(self) -> Iterator[tuple[fx.Node, fx.Node]]:
         """What has to become an identity, and what stays in its place, inner first; looked up when it is asked for, as

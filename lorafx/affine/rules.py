@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -10,14 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..graph.operands import rank_of
+from ..graph.operands import rank_of, same_size
 from ..graph.site import WEIGHT_OPS, WeightOp, is_tensor_node
-from .regions import AffineAnalysis, Bypass, Operand, Region, Rule, origin
+from .regions import AffineAnalysis, Bypass, Operand, Origin, Region, Rule, origin
 from .spread import spread
 from .spread_rules import LAYOUTS, VIEWS
-from .values import Value, added, applied, scaled, shifted
+from .values import Value, added, applied, block_diagonal, repeated, scaled, shifted
 
 aten = torch.ops.aten
+
+#: Operators that give their operand another dtype; that give what they are given; products with a factor.
+CASTS = (aten.to.dtype, aten._to_copy.default)
+SAME = (*CASTS, aten.clone.default, aten.contiguous.default, aten.alias.default)
+MULTIPLIED = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 
 
 def _extend(region: Region, node: fx.Node, operand: Operand | None, compose: Callable[[Value], Value]) -> Region:
@@ -66,17 +72,18 @@ def _weight(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
         return
     if isinstance(bias, fx.Node) and tuple(bias.meta["val"].shape) != (_features(node, _axis(use.kind)),):
         return  # an addmm may add a matrix, too
-    geometry = tuple(node.args[3:]) if use.kind.startswith("conv") else ()
+    geometry, groups = _geometry(node, weight), groups_of(node)
     if use.kind == "embedding":
         origins = iter([origin(value, "onehot", -1)])
-    elif use.kind.startswith("conv"):
-        origins = _patches(analysis, value, weight, geometry)
+    elif geometry:
+        origins = _patches(analysis, value, geometry, groups)
     else:
         origins = analysis.inputs(value, -1)
-    own = partial(_matrix, use, read.value, shift and shift.value)
+    own = partial(_matrix, use, groups, read.value, shift and shift.value)
     for inner in origins:
         # It must stand where the map begins: what comes before it has to go, and no other kind of weight fits there.
-        first = inner.carrier is None and inner.bypass is not None and (inner.origin.kind == "value" or not inner.nodes)
+        fits = not inner.nodes or (inner.origin.kind != "onehot" and inner.origin.geometry == geometry)
+        first = inner.carrier is None and inner.bypass is not None and fits
         takes_over = first and is_tensor_node(weight)  # only a weight that is one tensor can become another
         yield Region(
             node,
@@ -86,10 +93,11 @@ def _weight(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
             inner.reads | read.reads | (shift.reads if shift else frozenset()),
             node if takes_over else inner.carrier,
             inner.bypass if takes_over else _passed(inner.bypass, node, value),
-            (use.kind, read.key, shift and shift.key, geometry, inner.key),
+            (use.kind, read.key, shift and shift.key, geometry, groups, inner.key),
             (inner,),
             partial(applied, own),
             inner.shifts or bias is not None,
+            math.gcd(groups, inner.groups),
         )
 
 
@@ -103,40 +111,78 @@ def _product(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
     read = analysis.constant(matrix)
     if read is None or not isinstance(value, fx.Node) or rank_of(matrix) != 2:
         return
-    own = partial(_matrix, WEIGHT_OPS[aten.addmm.default], read.value, None)
+    own = partial(_matrix, WEIGHT_OPS[aten.addmm.default], 1, read.value, None)
     for inner in analysis.inputs(value, -1):
-        yield _extend(inner, node, read, partial(applied, own))
+        yield replace(_extend(inner, node, read, partial(applied, own)), groups=1)
 
 
-def _patches(analysis: AffineAnalysis, value: fx.Node, weight: Any, geometry: tuple[Any, ...]) -> Iterator[Region]:
+def groups_of(node: fx.Node) -> int:
+    """Into how many equal blocks a weight operator's matrix falls: a convolution's groups."""
+    last = node.args[6] if WEIGHT_OPS[node.target].kind.startswith("conv") and len(node.args) > 6 else 1
+    return last if isinstance(last, int) else 1
+
+
+def _geometry(node: fx.Node, weight: Any) -> tuple[tuple[int, ...], ...]:
+    """Which patches a convolution sees: kernel, stride, padding and dilation along each axis; () of other operators."""
+    if not WEIGHT_OPS[node.target].kind.startswith("conv"):
+        return ()
     kernel = tuple(weight.meta["val"].shape[2:])
-    stride, padding, dilation, groups = (*geometry, *(1, 0, 1, 1)[len(geometry) :])
-    if groups != 1:
-        return
-    spans = [part if isinstance(part, (list, tuple)) else [part] * len(kernel) for part in (stride, padding, dilation)]
-    yield origin(value, "patches", 1, (kernel, *map(tuple, spans)))
-    if {*kernel, *spans[0]} == {1} and {*spans[1]} == {0}:
+    given = (*node.args[3:6], *(1, 0, 1)[max(len(node.args) - 3, 0) :])
+    spans = (part if isinstance(part, (list, tuple)) else [part] for part in given)
+    return kernel, *(tuple(part) * (len(kernel) if len(part) == 1 else 1) for part in spans)
+
+
+def _patches(
+    analysis: AffineAnalysis, value: fx.Node, geometry: tuple[tuple[int, ...], ...], groups: int
+) -> Iterator[Region]:
+    """The patches of a value; of what it is a factor a channel of; and a value itself, if that is all a patch sees."""
+    kernel, stride, padding, _ = geometry
+    if rank_of(value) != len(kernel) + 2:
+        return  # an image without a batch has its channels elsewhere
+    for inner in _channels(analysis, value):
+        seen = partial(repeated, math.prod(kernel))
+        patches = Origin("patches", inner.origin.node, geometry)
+        yield replace(inner, origin=patches, key=("patches", inner.key), parts=(inner,), compose=seen)
+    if {*kernel, *stride} == {1} and {*padding} == {0}:
         yield from (region for region in analysis.regions(value) if region.axis == 1)
 
 
+def _channels(analysis: AffineAnalysis, value: fx.Node) -> Iterator[Region]:
+    """``value`` by itself, then as a factor a channel of what it was before operators multiplied it."""
+    yield origin(value, "value", 1)
+    if value.target in MULTIPLIED:
+        for before, read, factor in _factors(analysis, value):
+            if _per_feature(value, read, 1):
+                for inner in _channels(analysis, before):
+                    yield _extend(inner, value, factor, partial(scaled, factor.value, _features(value, 1)))
+    elif value.target in SAME and isinstance(value.args[0], fx.Node) and _same_shape(value, value.args[0]):
+        for inner in _channels(analysis, value.args[0]):
+            yield _extend(inner, value, None, lambda same: same)
+
+
 def _matrix(
-    use: WeightOp, weight: Callable[[], Tensor], bias: Callable[[], Tensor] | None
+    use: WeightOp, groups: int, weight: Callable[[], Tensor], bias: Callable[[], Tensor] | None
 ) -> tuple[Tensor, Tensor | None]:
-    return use.matrix(weight()), bias() if bias is not None else None
+    matrix = use.matrix(weight())
+    return block_diagonal(matrix, groups), bias() if bias is not None else None
 
 
-def _multiply(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
+def _factors(analysis: AffineAnalysis, node: fx.Node) -> Iterator[tuple[fx.Node, object, Operand]]:
+    """What a product multiplies, by which operand, and the factor that this is."""
     first, second = node.args[:2]
     commutes = node.target in (aten.mul.Tensor, aten.mul.Scalar)
     for value, operand in ((first, second), (second, first)) if commutes else ((first, second),):
         read = analysis.constant(operand)
-        if read is None or not isinstance(value, fx.Node) or not _same_shape(node, value):
-            continue
-        factor = read.value if commutes else partial(_reciprocal, read.value)
+        if read is not None and isinstance(value, fx.Node) and _same_shape(node, value):
+            yield value, operand, read if commutes else replace(read, value=partial(_reciprocal, read.value))
+
+
+def _multiply(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
+    for value, operand, factor in _factors(analysis, node):
         for axis in (-1, 1):
             if _per_feature(node, operand, axis):
                 for region in analysis.inputs(value, axis):
-                    yield _extend(region, node, read, partial(scaled, factor, _features(node, axis)))
+                    yield _extend(region, node, factor, partial(scaled, factor.value, _features(node, axis)))
 
 
 def _reciprocal(read: Callable[[], Tensor]) -> Tensor:
@@ -152,7 +198,7 @@ def _same_shape(a: fx.Node, b: fx.Node) -> bool:
     left, right = a.meta.get("val"), b.meta.get("val")
     if not isinstance(left, Tensor) or not isinstance(right, Tensor):
         return False
-    return str(tuple(left.shape)) == str(tuple(right.shape))
+    return left.dim() == right.dim() and all(map(same_size, left.shape, right.shape))
 
 
 def _add(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
@@ -186,17 +232,23 @@ def _sums(analysis: AffineAnalysis, node: fx.Node, first: Any, second: Any, sign
     for left in analysis.regions(first):
         for right in analysis.regions(second):
             if left.origin == right.origin and left.axis == right.axis:
-                yield _sum(analysis, node, left, right, sign)
+                for way in _ways(left, right, _features(node, left.axis), sign):
+                    yield _sum(analysis, node, left, right, sign, way)
 
 
-def _sum(analysis: AffineAnalysis, node: fx.Node, left: Region, right: Region, sign: float) -> Region:
-    # The carrier is the operand that applies its weight in one step; a low-rank branch's first factor is no carrier.
-    size = _features(node, left.axis)
+def _ways(left: Region, right: Region, size: int, sign: float) -> list[Region | None]:
+    """The operands that may carry a sum: those that apply a weight in one step, where a low-rank branch's first factor
+    does not; which of two is the base's this analysis does not know. Without one, what follows may take over, if it
+    comes past one side."""
     sides = [r for r in (left, right) if r.carrier is not None and carrier_features(r.carrier) == size]
     sides = [r for r in sides if sign > 0 or r is not right]
-    sides.sort(key=lambda r: len(r.nodes))
-    # Without one, what follows may take over, if it comes past one side.
-    way = sides[0] if sides else next((r for r in (left, right) if r.carrier is None), None)
+    return [*sides] or [next((r for r in (left, right) if r.carrier is None), None)]
+
+
+def _sum(
+    analysis: AffineAnalysis, node: fx.Node, left: Region, right: Region, sign: float, way: Region | None
+) -> Region:
+    size = _features(node, left.axis)
     return Region(
         node,
         left.origin,
@@ -209,6 +261,7 @@ def _sum(analysis: AffineAnalysis, node: fx.Node, left: Region, right: Region, s
         (left, right),
         partial(added, size, sign, analysis.device),
         left.shifts or right.shifts,
+        math.gcd(left.groups, right.groups),
     )
 
 
@@ -247,17 +300,14 @@ def _view(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
     yield from spread(analysis, node)
 
 
-#: Operators that give their operand another dtype.
-CASTS = (aten.to.dtype, aten._to_copy.default)
-
 #: What the analysis knows of operators. Anything else ends a region.
 RULES: dict[Any, Rule] = {
     **dict.fromkeys(LAYOUTS, spread),
     **dict.fromkeys(VIEWS, _view),
-    **{op: _weight for op, use in WEIGHT_OPS.items() if use.kind in ("linear", "addmm", "embedding", "conv2d")},
-    **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar), _multiply),
+    **dict.fromkeys(WEIGHT_OPS, _weight),
+    **dict.fromkeys(MULTIPLIED, _multiply),
     **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor), _add),
     **dict.fromkeys((aten.matmul.default, aten.mm.default), _product),
-    **dict.fromkeys((*CASTS, aten.clone.default, aten.contiguous.default, aten.alias.default), _transparent),
+    **dict.fromkeys(SAME, _transparent),
     aten.zeros_like.default: _zeros,
 }

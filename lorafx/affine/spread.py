@@ -19,8 +19,11 @@ from torch import Tensor, fx
 from ..graph.constants import computed
 from ..graph.operands import operator_of
 from .regions import AffineAnalysis, Region
-from .spread_rules import LAYOUTS, PLAIN, VIEWS, alike, fixed, occurrences, shape_of
+from .spread_rules import LAYOUTS, PLAIN, SPLITS, VIEWS, alike, fixed, occurrences, shape_of
 from .values import Value, dense
+
+#: How many entries of a value are followed, each an operator further back: blocks, casts and a reordering take a dozen.
+_DEPTH = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +92,7 @@ def spread(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
                     key=("spread", found.key, inner.key),
                     parts=(inner,),
                     compose=partial(_mapped, found, analysis.device),
+                    groups=1,
                 )
 
 
@@ -119,12 +123,13 @@ def _spreads(analysis: AffineAnalysis, node: fx.Node) -> list[Spread]:
             waiting.pop()
             if last not in known:
                 found = [*_entry(last), *_continued(analysis, last, operands)]
-                known[last] = found[: analysis.depth]
+                known[last] = found[:_DEPTH]
     return known[node]
 
 
 def _activations(analysis: AffineAnalysis, node: fx.Node) -> list[fx.Node]:
-    return [n for n in node.all_input_nodes if shape_of(n) is not None and analysis.constants.reads(n) is None]
+    found = [n for n in node.all_input_nodes if shape_of(n) is not None or n.target in SPLITS]
+    return [n for n in found if analysis.constants.reads(n) is None]
 
 
 def _entry(node: fx.Node) -> Iterator[Spread]:
@@ -134,14 +139,15 @@ def _entry(node: fx.Node) -> Iterator[Spread]:
 
 
 def _continued(analysis: AffineAnalysis, node: fx.Node, operands: list[fx.Node]) -> Iterator[Spread]:
-    for first in analysis.spreads[operands[0]] if operands and shape_of(node) else ():
+    whole = shape_of(node) or node.target in SPLITS
+    for first in analysis.spreads[operands[0]] if operands and whole else ():
         parts = [first, *(_fellow(first, analysis.spreads[operand]) for operand in operands[1:])]
-        whole = [part for part in parts if part is not None]
-        if len(whole) == len(parts):
-            found = _viewed(node, first) if node.target in VIEWS else _computed(analysis, node, tuple(whole))
+        fellows = [part for part in parts if part is not None]
+        if len(fellows) == len(parts):
+            found = _viewed(node, first) if node.target in VIEWS else _computed(analysis, node, tuple(fellows))
             if found is not None:
-                nodes = frozenset([node]).union(*(part.nodes for part in whole))
-                reads = found.reads.union(*(part.reads for part in whole))
+                nodes = frozenset([node]).union(*(part.nodes for part in fellows))
+                reads = found.reads.union(*(part.reads for part in fellows))
                 yield replace(found, nodes=nodes, reads=reads, key=analysis.constants.short(found.key))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx
 
-from ..graph.operands import argument
+from ..graph.operands import argument, dimension
 
 aten = torch.ops.aten
 
@@ -81,6 +82,19 @@ def _sliced(node: fx.Node, values: list[fx.Node], rows: Rows) -> Rows | None:
     if not all(bound is None or isinstance(bound, int) for bound in (start, end, step)):
         return None
     return rows if whole or _axis(node, 1, len(shape_of(node))) not in rows else None
+
+
+def _split(node: fx.Node, values: list[fx.Node], rows: Rows) -> Rows | None:
+    return None if dimension(node, len(shape_of(values[0]))) in rows else rows
+
+
+def _part(node: fx.Node, values: list[fx.Node], rows: Rows) -> Rows | None:
+    return rows if values[0].target in SPLITS else None
+
+
+def _turned(node: fx.Node, values: list[fx.Node], rows: Rows) -> Rows | None:
+    last = len(shape_of(values[0])) - 1
+    return tuple(last - row for row in rows)
 
 
 def _summed(node: fx.Node, values: list[fx.Node], rows: Rows) -> Rows | None:
@@ -197,6 +211,9 @@ VIEWS = (
     *(aten.flatten.using_ints, aten.unflatten.int),
 )
 
+#: Operators that cut a value into several; what they give are its parts.
+SPLITS = (aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default)
+
 #: What is known of operators. Anything else ends a spread.
 LAYOUTS: dict[Any, Layout] = {
     **dict.fromkeys(VIEWS, _kept),
@@ -210,6 +227,9 @@ LAYOUTS: dict[Any, Layout] = {
     **dict.fromkeys((aten.sum.dim_IntList, aten.mean.dim), _summed),
     **dict.fromkeys((aten.fft_fft.default, aten.fft_ifft.default), _transformed),
     **dict.fromkeys((aten.fft_rfft.default, aten.fft_irfft.default), _transformed),
+    **dict.fromkeys(SPLITS, _split),
+    operator.getitem: _part,
+    aten.t.default: _turned,
     aten.select.int: _selected,
     aten.slice.Tensor: _sliced,
     aten.unsqueeze.default: _unsqueezed,

@@ -56,3 +56,21 @@ def added(size: int, sign: float, device: torch.device, left: Value, right: Valu
     if c2 is None:
         return matrix, c1
     return matrix, sign * c2 if c1 is None else c1 + sign * c2
+
+
+def repeated(times: int, inner: Value) -> Value:
+    """A factor a channel, of the channels' patches: each has so many numbers. It has no offset."""
+    m, _ = inner
+    return None if m is None else m.repeat_interleave(times), None
+
+
+def block_diagonal(blocks: Tensor, count: int) -> Tensor:
+    """The matrix with ``count`` blocks on its diagonal, given one below the other."""
+    return blocks if count == 1 else torch.block_diag(*blocks.chunk(count))
+
+
+def diagonal_blocks(matrix: Tensor, count: int) -> Tensor:
+    """The blocks on the diagonal of a matrix that is zero elsewhere, one below the other."""
+    if count == 1:
+        return matrix
+    return torch.cat([row.chunk(count, 1)[index] for index, row in enumerate(matrix.chunk(count))])

@@ -15,7 +15,7 @@ from ..graph.program import Program
 from ..graph.site import WEIGHT_OPS, is_tensor_node
 from ..graph.tree import has_tensor
 from .regions import AffineAnalysis, Region
-from .rules import CASTS, RULES, carrier_features
+from .rules import CASTS, RULES, carrier_features, groups_of
 
 LEARNED = ("adapter", "gate", "statistic")
 
@@ -123,7 +123,7 @@ def _can_take_over(region: Region) -> bool:
     carrier, root = region.carrier, region.root
     if carrier is None or not region.bypass or root.meta["val"].dtype != carrier.meta["val"].dtype:
         return False
-    if region.shifts and WEIGHT_OPS[carrier.target].bias is None:
+    if (region.shifts and WEIGHT_OPS[carrier.target].bias is None) or region.groups % groups_of(carrier):
         return False
 
     def width(node: fx.Node) -> object:

@@ -31,12 +31,13 @@ from ..models.tokenizers import find_tokenizer, pad_token
 from ..pipeline import to_eval
 from ..public import Program
 from .adapters import Adapters, adapted, added_record, read_adapters, resize, weighted, with_peft
+from .built import build
 from .gradients import functions_laid_open, same_gradients
 from .judged import judged, unjudged
 from .masks import check_unpadded
 from .normal import normalise
 from .trace import export_graph, lean
-from .tuners import adapter_tensors
+from .tuners import adapter_tensors, unwrapped
 
 _log = logging.getLogger(__name__)
 
@@ -58,12 +59,14 @@ def capture(
     """Capture a model as a Program.
 
     Args:
-        source: a checkpoint folder, a ``PreTrainedModel``, or any ``nn.Module`` (then give ``inputs``)
+        source: a checkpoint folder, a ``PreTrainedModel``, or any ``nn.Module`` (then give ``inputs``); one that PEFT
+            wrapped is captured with its adapters, under the names of its own
         task: opens a folder for a task (``text-classification``, …), so that a bare encoder gets a head
         num_labels: size of that head
         inputs: example keyword inputs, batch ≥ 2; made up when None
         meta: capture on the meta device from the config alone, in seconds and within 1 GB for any size
-        dynamic: batch and sequence length stay free; else the shapes of ``inputs`` are fixed
+        dynamic: batch and sequence length stay free (of a module without a config, lengths where its code allows);
+            else the shapes of ``inputs`` are fixed
         check: compare the graph with the model, which runs it a few times; without, a comparison later has to catch
             what a graph cannot follow (an export's does)
         adapter: the folder of a PEFT adapter to put on the model, several, or several with weights
@@ -80,7 +83,7 @@ def capture(
         given = [name for name, value in given.items() if value is not None]
         if given:
             raise UsageError(f"{given[0]} is for opening a folder; a model in memory is captured as it is")
-        origin = Source(source, task=task)
+        origin = Source(unwrapped(source), task=task)
         checkpoint = None
     else:
         options = {**options, **({"num_labels": num_labels} if num_labels is not None else {})}
@@ -153,7 +156,8 @@ def _judged(origin: Source, example: dict[str, Any], shapes: Any, *, check: bool
     failure = None
     for training in (True, False):
         try:
-            with functions_laid_open() as functions:
+            # The program is made of the model's tensors, not of what a forward put in their place while it was traced.
+            with functions_laid_open() as functions, intact(origin.model):
                 exported = export_graph(origin.model, example, shapes, training=training)
             program = program_from(exported, origin, example, shapes=shapes)
             program = judged(program) if check else unjudged(program)
@@ -222,6 +226,7 @@ def program_of(
     graph.output(result)
     normalise(graph)
     _adopt(root, graph, unlifted, names or {})
+    build(root, graph, [name for name, _ in named_tensors(root) if name not in tensors])
     # By identity: a tied tensor is read under one of its names only.
     held = dict(named_tensors(root))
     read = {id(held[str(node.target)]) for node in graph.nodes if node.op == "get_attr" and str(node.target) in held}

@@ -28,6 +28,7 @@ from ..graph.domain import FLAGS, input_nodes, is_axes, leaves_of
 from ..graph.evaluation import RULES
 from ..graph.site import module_path
 from ..models.eager import cacheless
+from .stand_ins import StandIns
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -159,15 +160,20 @@ def _trace(model: nn.Module, example: Mapping[str, Any], shapes: Any) -> Exporte
             # What a model assigns to itself while it is traced is taken out again (lorafx.models.intact).
             warnings.filterwarnings("ignore", message="(?s).*assigned during export", category=UserWarning)
             exported = _exported(model, example, shapes)
+            fixed = {} if hasattr(model, "config") else _fixed(exported, shapes)
+            if fixed:  # that a model without a config takes texts, of any length, was a guess
+                shapes = _without(shapes, fixed)
+                exported = _exported(model, example, shapes)
     finally:
         _log.debug("%s", said.getvalue())
-    _check_free(exported, shapes)
+    _check_free(exported, shapes, example)
     return exported
 
 
 def _exported(model: nn.Module, example: Mapping[str, Any], shapes: Any) -> ExportedProgram:
     if not hasattr(model, "config"):
-        return torch.export.export(model, (), dict(example), dynamic_shapes=shapes)
+        with StandIns():
+            return torch.export.export(model, (), dict(example), dynamic_shapes=shapes)
     from transformers.exporters.configs import DynamoConfig
     from transformers.exporters.exporter_dynamo import DynamoExporter
 
@@ -215,15 +221,35 @@ def gradients_on(wanted: bool) -> Iterator[None]:
         torch.export.export = export
 
 
-def _check_free(exported: ExportedProgram, shapes: Any) -> None:
-    """Refuse a trace in which a dimension that was to stay free got the size of the example."""
+def _fixed(exported: ExportedProgram, shapes: Any) -> dict[str, set[int]]:
+    """The axes that were to stay free and got the size of the example, of each input that has any."""
     wanted = {name: axes for name, axes in (shapes or {}).items() if name not in FLAGS}
+    found: dict[str, set[int]] = {}
     for (name, axes), node in zip(leaves_of(wanted, is_axes).items(), input_nodes(exported), strict=False):
         value = node.meta.get("val")
-        for axis in axes or ():
-            size: Any = value.shape[axis] if isinstance(value, Tensor) else None
-            if size is not None and is_concrete_int(size):
-                raise RuntimeError(f"the model's code fixes dimension {axis} of input {name!r} to {size}")
+        for axis in axes or () if isinstance(value, Tensor) else ():
+            if is_concrete_int(value.shape[axis]):
+                found.setdefault(name, set()).add(axis)
+    return found
+
+
+def _check_free(exported: ExportedProgram, shapes: Any, example: Mapping[str, Any]) -> None:
+    """Refuse a trace in which a dimension that was to stay free got the size of the example."""
+    leaves = leaves_of(example)
+    for name, axes in _fixed(exported, shapes).items():
+        axis = min(axes)
+        size = leaves[name].shape[axis]
+        raise RuntimeError(f"the model's code fixes dimension {axis} of input {name!r} to {size}")
+
+
+def _without(shapes: Any, fixed: Mapping[str, set[int]]) -> Any:
+    """``shapes`` where no axis of ``fixed`` is free but a batch."""
+    leaves = leaves_of(shapes, is_axes)
+    free = [
+        axes and {axis: dim for axis, dim in axes.items() if axis == 0 or axis not in fixed.get(name, ())}
+        for name, axes in leaves.items()
+    ]
+    return pytree.tree_unflatten(free, pytree.tree_structure(dict(shapes), is_leaf=is_axes))
 
 
 def _capture_error(model: nn.Module, error: Exception) -> CaptureError:

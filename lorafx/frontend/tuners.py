@@ -1,4 +1,4 @@
-"""Another library's adapters inside a captured model: which of its tensors are theirs."""
+"""Another library's adapters inside a captured model: where the model is, and which of its tensors are theirs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,19 @@ from ..graph.tree import named_tensors
 _BASE = "base_layer"
 #: Layers that stand in for it, rather than beside it: what they compute is the base model's, with other weights.
 _INSTEAD = ("ln_tuning_layers",)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside PEFT's wrapper, under the names it has without PEFT; the wrapper where it does more than call
+    it (prompts, mixtures of adapters, adapters that start at a token)."""
+    library: Any = sys.modules.get("peft")
+    if library is None or not isinstance(model, (library.PeftModel, library.PeftMixedModel)):
+        return model
+    held: Any = model
+    tuner, configs = held.base_model, held.peft_config.values()
+    calls = (library.tuners.tuners_utils.BaseTuner.forward, library.AdaLoraModel.forward)
+    from_a_token = any(getattr(config, "alora_invocation_tokens", None) for config in configs)
+    return tuner.model if getattr(type(tuner), "forward", None) in calls and not from_a_token else model
 
 
 def adapter_tensors(model: nn.Module) -> frozenset[str]:

@@ -33,7 +33,7 @@ def written(graph: fx.Graph) -> frozenset[fx.Node]:
         shared.add_node(node)
         if node.op == "get_attr":
             shared.add_edge(node, by_name.setdefault(str(node.target), node))
-        shared.add_edges_from((node, operand) for operand in _sharing(node))
+        shared.add_edges_from((node, operand) for operand in sharing(node))
     parts: dict[fx.Node, int] = {}
     for number, part in enumerate(nx.connected_components(shared)):
         parts.update(dict.fromkeys(part, number))
@@ -43,7 +43,7 @@ def written(graph: fx.Graph) -> frozenset[fx.Node]:
 
 def is_view(node: fx.Node) -> bool:
     """Whether the node's value may lie in an operand's memory."""
-    return bool(_sharing(node))
+    return bool(sharing(node))
 
 
 def _writes(node: fx.Node) -> list[fx.Node]:
@@ -54,7 +54,7 @@ def _writes(node: fx.Node) -> list[fx.Node]:
     return _operands(node, lambda alias: alias.is_write)
 
 
-def _sharing(node: fx.Node) -> list[fx.Node]:
+def sharing(node: fx.Node) -> list[fx.Node]:
     """The operands whose memory the node's result may be."""
     if node.target in _SHARING:
         return list(node.all_input_nodes[:1])

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 def value_of(node: object) -> Tensor:
@@ -15,6 +16,11 @@ def value_of(node: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{node} gives no tensor")
     return value
+
+
+def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are known to be the same: written alike, or by what the trace asserts."""
+    return str(a) == str(b) or statically_known_true(a == b)
 
 
 def rank_of(node: object) -> int:

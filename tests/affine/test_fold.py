@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -98,6 +99,64 @@ def test_convolutions():
     assert_same(program, folded)
     assert operators(folded) == ["conv2d.default", "relu.default", "conv2d.default", "relu.default", "conv2d.default"]
     assert folded.roles == base.roles
+
+
+class Adapted(nn.Module):
+    """A convolution between factors a channel, with a low-rank update in as many groups."""
+
+    def __init__(self, dims: int, groups: int, ungrouped: bool = False):
+        super().__init__()
+        layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+        options: dict[str, Any] = {"padding": 1, "stride": 2, "bias": False}
+        self.base = layer(4, 6, 3, padding=1, stride=2, groups=groups)
+        self.lora_down = layer(4, 2, 3, groups=groups, **options)
+        self.lora_up = layer(2, 6, 1, groups=1 if ungrouped else groups, bias=False)
+        shape = [1] * dims
+        self.lora_in = nn.Parameter(torch.ones(1, 4, *shape))
+        self.lora_out = nn.Parameter(torch.ones(1, 6, *shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.lora_in
+        return (self.base(x) + 0.5 * self.lora_up(self.lora_down(x))) * self.lora_out
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_convolutions_of_any_kind(dims: int, groups: int):
+    program = program_of(Adapted(dims, groups), 3, 4, *[5] * dims)
+    program.roles.update({name: "adapter" for name in program.roles if name.startswith("lora")})
+    folded = lorafx.fold(program)
+    assert_same(program, folded, tolerance=1e-10)
+    assert operators(folded) == [f"conv{dims}d.default"]
+    assert set(folded.roles) == {"base.weight", "base.bias"}
+    assert folded.tensor("base.weight").shape == program.tensor("base.weight").shape
+
+
+def test_a_grouped_convolution_takes_no_update_across_its_groups():
+    program = program_of(Adapted(2, 2, ungrouped=True), 3, 4, 5, 5)
+    program.roles.update({name: "adapter" for name in program.roles if name.startswith("lora_")})
+    folded = lorafx.fold(program)
+    assert_same(program, folded, tolerance=1e-10)
+    assert operators(folded).count("conv2d.default") > 1
+
+
+def test_an_image_without_a_batch_has_its_channels_first():
+    class Single(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base, self.lora = nn.Conv2d(4, 4, 1), nn.Parameter(torch.ones(4, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x * self.lora)  # a factor a row, not a channel
+
+    program = lorafx.capture(Single().double(), inputs={"x": torch.randn(4, 4, 4).double()}, dynamic=False)
+    program.roles["lora"] = "adapter"
+    with torch.no_grad():
+        program.tensor("lora").copy_(torch.arange(4.0)[:, None])
+    folded = lorafx.fold(program)
+    assert zoo.distance(zoo.run(program, program.example), zoo.run(folded, program.example)) < 1e-12
+    assert operators(folded)[-1] == "conv2d.default"
+    assert len(operators(folded)) == 2
 
 
 class Embedding(nn.Module):
@@ -229,6 +288,27 @@ def test_a_mask_on_a_weight():
 # ---- what stays
 
 
+def test_an_adapter_of_one_factor_leaves_the_weight_to_the_base():
+    """Both sides of the sum apply a weight of the result's size; the base's takes it, wherever it stands."""
+
+    class Full(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base, self.lora = nn.Linear(6, 4), nn.Linear(6, 4, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lora(x) + self.base(x).clone()
+
+    program = program_of(Full(), 2, 6)
+    program.roles["lora.weight"] = "adapter"
+    program = dataclasses.replace(
+        program, source=dataclasses.replace(program.source, adapters=frozenset(["lora.weight"]))
+    )
+    folded = lorafx.fold(program)
+    assert_same(program, folded)
+    assert set(folded.roles) == {"base.weight", "base.bias"}
+
+
 def test_an_adapter_whose_inner_value_is_read_elsewhere_stays():
     class Read(nn.Module):
         def __init__(self):
@@ -302,7 +382,7 @@ def test_values_written_in_place_meanwhile_are_not_folded():
         def forward(self, x: Tensor) -> Tensor:
             x = x.tanh()
             first = self.base(x)
-            x.add_(1.0)
+            x[:, :2].add_(1.0)
             return first + self.up(self.down(x))
 
     program = program_of(Written(), 2, 6)

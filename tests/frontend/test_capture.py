@@ -166,7 +166,7 @@ def test_running_statistics_belong_to_one_program():
     assert before.keys() <= lorafx.fold(program).roles.keys(), "counters nobody reads stay in the checkpoint"
 
 
-def test_values_overwritten_by_their_only_reader_are_made_anew():
+def test_values_of_the_graph_s_own_that_are_overwritten_are_made_anew():
     class InPlace(nn.Module):
         def __init__(self):
             super().__init__()
@@ -176,21 +176,123 @@ def test_values_overwritten_by_their_only_reader_are_made_anew():
             y = self.layer(x)
             y += 1.0
             z = y.tanh()
-            y.mul_(2.0)
-            return z.add_(y)
+            y.detach().mul_(2.0)  # under another name
+            rows = (y * 1.5).view(-1, 2, 2)  # a view of what nobody else sees
+            rows += 3.0
+            part = z[:, :2]
+            part.mul_(4.0)  # a part stays what it is: the whole has it, too
+            return z.add_(y) + rows.flatten(1)
 
     program = check(InPlace().eval(), {"x": torch.randn(2, 4, generator=torch.Generator().manual_seed(0))})
-    # The multiplication stays in place, because tanh reads the same value.
     assert operators(program) == [
         "aten.linear.default",
         "aten.add.Tensor",
         "aten.tanh.default",
+        "aten.detach.default",
+        "aten.mul.Tensor",
+        "aten.mul.Tensor",
+        "aten.view.default",
+        "aten.add.Tensor",
+        "aten.slice.Tensor",
+        "aten.slice.Tensor",
         "aten.mul_.Tensor",
+        "aten.add_.Tensor",
+        "aten.flatten.using_ints",
         "aten.add.Tensor",
     ]
 
 
-# ---- what cannot be captured
+class Sparse(nn.Module):
+    """A sparse update of a weight, and the weight's data."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.update = nn.Linear(4, 3), nn.Parameter(torch.randn(3))
+        self.places = torch.tensor([[0, 1, 1], [3, 2, 2]])  # one place twice: the sum
+
+    def forward(self, x: Tensor) -> Tensor:
+        sparse = torch.sparse_coo_tensor(self.places, self.update, (3, 4)).coalesce()
+        product = torch.sparse.mm(sparse, x.t()).t()
+        return x @ (self.layer.weight.data + sparse.to_dense()).t() + product
+
+
+def test_sparse_tensors_and_data_are_computed_densely():
+    model = Sparse().eval()
+    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    program = lorafx.capture(model, inputs={"x": x})
+    expected = {"": model(torch.cat([x, x])).detach()}
+    assert zoo.distance(zoo.run(program, {"x": torch.cat([x, x])}), expected) < 1e-6
+    module = program.module().train()
+    module(x=x).sum().backward()
+    assert program.tensor("update").grad is not None
+    assert program.tensor("layer.weight").grad is None, "nothing flows through a parameter's data"
+
+
+class Building(nn.Module):
+    """Constants built in place: of numbers alone, or of a parameter."""
+
+    def __init__(self, trained: bool):
+        super().__init__()
+        self.layer, self.trained = nn.Linear(4, 4), nn.Parameter(torch.randn(4)) if trained else None
+        self.places = {"default": torch.tensor([[0, 3, 9], [1, 2, 9]])}  # no buffer
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = self.places["default"].clone()
+        places[0] += 1
+        places = places[:, places[0] < 9]  # as many as the values say
+        mask = torch.zeros(5, 4)
+        mask[places[0], places[1]] = 2.0
+        if self.trained is not None:
+            mask[0] += self.trained
+        return self.layer(x) * mask.sum(0)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_constants_built_in_place(trained: bool):
+    model = Building(trained).eval()
+    program = check(model, {"x": torch.randn(2, 4, generator=torch.Generator().manual_seed(0))})
+    built = [name for name in program.roles if "built_tensor" in name]
+    assert built
+    assert "aten.copy_.default" not in operators(program) or trained
+    if trained:  # what trains is none of them
+        with torch.no_grad():
+            program.tensor("trained").add_(1.0)
+            model.trained.add_(1.0)  # type: ignore[union-attr]
+        assert zoo.distance(zoo.run(program, program.example), zoo.eager(model, dict(program.example))) == 0
+
+
+def test_a_constant_that_an_input_is_written_into_is_none():
+    class Buffered(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            table = torch.zeros(4)
+            table[1:] += 1.0
+            table[:1].copy_(x[0, :1])
+            return x + table
+
+    check(Buffered().eval(), {"x": torch.randn(2, 4, generator=torch.Generator().manual_seed(0))})
+
+
+def test_what_a_forward_puts_in_a_parameter_s_place_is_not_captured():
+    class Swapping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.update = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.layer.weight
+            del self.layer.weight
+            self.layer.weight = weight + self.update  # type: ignore[assignment]
+            result = self.layer(x)
+            del self.layer.weight
+            self.layer.register_parameter("weight", nn.Parameter(weight.data))
+            return result
+
+    model = Swapping().eval()
+    before = model.layer.weight
+    program = lorafx.capture(model, inputs={"x": torch.randn(2, 4, generator=torch.Generator().manual_seed(0))})
+    assert model.layer.weight is before
+    assert torch.equal(program.tensor("layer.weight"), before)
+    assert zoo.distance(zoo.run(program, program.example), zoo.eager(model, dict(program.example))) == 0
 
 
 class Branching(nn.Module):
@@ -222,6 +324,24 @@ def test_a_fixed_dimension_is_refused_by_name():
         lorafx.capture(Counting(), inputs={"x": torch.ones(2, 4)})
     program = lorafx.capture(Counting(), inputs={"x": torch.ones(2, 4)}, dynamic=False)
     assert operators(program).count("aten.linear.default") == 2
+
+
+def test_a_width_of_whole_numbers_is_no_length():
+    """Of a model without a config, what was taken for texts: its code takes one width."""
+
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+
+        def forward(self, counts: Tensor) -> Tensor:
+            return self.layer(counts.to(torch.float32))
+
+    counts = torch.arange(10).reshape(2, 5)
+    program = check(Counts().eval(), {"counts": counts})
+    assert all(isinstance(size, int) for size in program.graph.find_nodes(op="placeholder")[0].meta["val"].shape[1:])
+    with pytest.raises(UsageError, match="counts"):
+        program.module().eval()(counts=counts[:, :4])
 
 
 # ---- example inputs that a config does not name
