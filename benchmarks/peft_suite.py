@@ -15,6 +15,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -113,8 +114,13 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     others = [row for row in rows if row["verdict"] != "exact"]
     if others:
         lines += ["", "| case | verdict | why |", "|---|---|---|"]
-        lines += [f"| {r['kind']}: {r['title']} | {r['verdict']} | {r['reason'].replace('|', '/')} |" for r in others]
+        lines += [f"| {row['kind']}: {row['title']} | {row['verdict']} | {_cell(row['reason'])} |" for row in others]
     return "\n".join(lines) + "\n"
+
+
+def _cell(reason: str) -> str:
+    # Where packages lie here is nobody's business.
+    return re.sub(r"/\S*site-packages/", "", reason).replace("|", "/")
 
 
 def known(file: Path | None) -> dict[str, dict[str, Any]]:

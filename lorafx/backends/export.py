@@ -11,7 +11,8 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -50,7 +51,7 @@ from .quantized import approximate, check_quantized, quantized
 
 _log = logging.getLogger(__name__)
 
-Format = Literal["onnx", "hf", "pt2", "peft"]
+Format = Literal["onnx", "hf", "pt2", "peft", "onnx-adapter"]
 FORMATS = get_args(Format)
 
 
@@ -60,7 +61,9 @@ def export(
     format: Format = "onnx",  # noqa: A002 - the word users expect
     *,
     provider: Literal["cpu", "cuda"] = "cpu",
-    adapters: Literal["merged", "separate"] = "merged",
+    adapters: Literal["merged", "separate", "slots"] = "merged",
+    targets: str | Sequence[str] = "all-linear",
+    slots: str | PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
     generate: bool = False,
     quantize: Literal["int8", "int4"] | None = None,
@@ -77,10 +80,14 @@ def export(
         path: the folder to make; refused if it exists, unless ``overwrite``
         format: ``onnx`` (opens with ``ExportedModel.from_pretrained``), ``hf`` (an ordinary checkpoint),
             ``pt2`` (``ExportedModel`` over ``torch.export``), ``peft`` (a LoRA adapter for PEFT, of a program that is
-            not folded: gates and tied scalings become part of A and B, closed ranks are left out)
+            not folded: gates and tied scalings become part of A and B, closed ranks are left out), ``onnx-adapter``
+            (the same update as a file that ONNX Runtime puts into the slots of its base at run time)
         provider: the ONNX Runtime provider whose fused operators are used, and for which a program is folded that is
             not folded yet
-        adapters: ``merged`` into the base weights, or ``separate`` operators as they were trained
+        adapters: ``merged`` into the base weights, ``separate`` operators as they were trained, or ``slots``: the base
+            in ONNX with inputs that take any adapter at run time, of rank 0 unless given (:mod:`lorafx.backends.slots`)
+        targets: of ``slots``, the weights that have one; a classification head has one anyway
+        slots: of an ``onnx-adapter``, the folder with the base that has the slots
         dtype: convert weights and activations to this dtype; folding happens before, so weights round once
         generate: one graph with a cache, for causal language models, in the folder that onnxruntime-genai and
             transformers.js read (:mod:`lorafx.backends.decoder`); what it generates is compared, token for token
@@ -106,11 +113,12 @@ def export(
     """
     _check(program, format, provider, dtype, generate)
     check_quantized(quantize, data, format, provider, dtype, adapters)
+    _check_slots(program, format, adapters, slots)
     refuse_check(check, format, dtype)
     reference, reason = reference_of(program), unproven(bool(check))
-    if check:
+    if check and adapters != "slots":  # a head that no file holds is a slot without values
         refuse_untrained(reference)
-    final = _adapter(program) if format == "peft" else _final(program, adapters, format, provider, bool(check))
+    final = _unfolded(program, format) or _final(program, adapters, format, provider, bool(check))
     final = final if format == "hf" else resident(final)  # only a checkpoint is written a tile at a time
     meta: dict[str, Any] = {
         "base": base_record(final),
@@ -127,9 +135,13 @@ def export(
         if format == "hf":
             hashed.update(_write_hf(final, folder, dtype))
         else:
-            facts = _write_other(final, folder, format, provider, dtype, generate)
-        copy_companions(final, folder)
-        result, proof = (None, None) if reason else _compared(reference, final, folder, format, dtype, check)
+            slotted = targets if adapters == "slots" else None
+            facts = _write_other(final, folder, format, provider, dtype, generate, slots or slotted)
+        if format != "onnx-adapter":
+            copy_companions(final, folder)
+        filled = slots or (folder if adapters == "slots" else None)
+        written = partial(_written, final if filled is None else reference, folder, format, dtype, filled)
+        result, proof = (None, None) if reason else _compared(reference, final, folder, format, dtype, check, written)
         if result is not None:
             notes = (*result.notes, *(f"attention: {facts[key]}" for key in facts if key == "attention"))
             # Not the folder it is written into until it is whole.
@@ -139,21 +151,32 @@ def export(
         few = None if quantize is None else quantized(final, folder, quantize, data, data_options)
         parity = approximate(parity_record(result, reason), few)
         _write_report(final, folder, parity=parity, decoder=facts or None, quantized=few)
-        if format != "peft":  # an adapter is not folded
+        if format not in ("peft", "onnx-adapter"):  # an adapter is not folded
             hashed.update(write_certificate(reference, final, folder, format, hashed, parity, proof))
         return result
 
 
 def _write_other(
-    program: Program, folder: Path, kind: str, provider: str, dtype: torch.dtype | None, generate: bool
+    program: Program,
+    folder: Path,
+    kind: str,
+    provider: str,
+    dtype: torch.dtype | None,
+    generate: bool,
+    slots: Any,
 ) -> Mapping[str, Any]:
-    """Write anything but a checkpoint; what there is to say of a decoder."""
+    """Write anything but a checkpoint; what there is to say of a decoder. ``slots`` are the targets that get some, or
+    the folder of those that an adapter is for."""
     if generate:
-        return _write_decoder(program, folder, provider, dtype)
+        return _write_decoder(program, folder, provider, dtype, slots)
     if kind == "peft":
         _write_adapter(program, folder, dtype)
+    elif kind == "onnx-adapter":
+        from .slots import write_adapter
+
+        write_adapter(program, Path(slots), folder)
     else:
-        _write_exported(program, folder, kind, provider, dtype)
+        _write_exported(program, folder, kind, provider, dtype, slots)
     return {}
 
 
@@ -169,8 +192,29 @@ def _check(program: Program, kind: str, provider: str, dtype: torch.dtype | None
         check_generates(program, kind, dtype)
 
 
+def _check_slots(program: Program, kind: str, adapters: str, slots: str | PathLike[str] | None) -> None:
+    """UsageError when slots, or a file that fills them, cannot be written so."""
+    if (kind == "onnx-adapter") != (slots is not None):
+        raise UsageError("an onnx-adapter is for one base: give its folder with slots; nothing else takes one")
+    if adapters != "slots":
+        return
+    if kind != "onnx":
+        raise UsageError(f"slots are inputs of an ONNX model; {kind} has none")
+    inserted = program.names("adapter", "gate") or sorted(program.source.adapters)
+    if inserted:
+        raise UsageError(
+            f"slots are for the base, and this has {inserted[0]}; export the base, then this as onnx-adapter"
+        )
+
+
 def _compared(
-    reference: Program, final: Program, folder: Path, kind: str, dtype: torch.dtype | None, check: bool | Check
+    reference: Program,
+    final: Program,
+    folder: Path,
+    kind: str,
+    dtype: torch.dtype | None,
+    check: bool | Check,
+    written: Callable[[], Runner],
 ) -> tuple[Comparison, TensorProof | None]:
     """What was written, held against the trained program, and what is known of each tensor of a checkpoint.
 
@@ -181,7 +225,7 @@ def _compared(
         level = "blocks" if isinstance(check, bool) else check
         result, proof = hold_checkpoint(reference, final, folder, level, dtype, trust_remote_code=trusted)
     else:
-        result = held_against(reference, _written(final, folder, kind, dtype), trust_remote_code=trusted)
+        result = held_against(reference, written(), trust_remote_code=trusted)
     if not result.ok:
         raise ParityError(f"{kind} export differs from the program: {result.summary}")
     if proof is None and kind == "hf" and dtype is None:
@@ -189,8 +233,18 @@ def _compared(
     return result, proof
 
 
-def _written(program: Program, folder: Path, kind: str, dtype: torch.dtype | None) -> Runner:
-    """What was written, as others read it."""
+def _written(
+    program: Program, folder: Path, kind: str, dtype: torch.dtype | None, slots: str | PathLike[str] | None
+) -> Runner:
+    """What was written, as others read it. ``slots`` is the folder that has the slots of it, or of its adapter."""
+    if slots is not None:
+        from ..formats.slots import read_slots
+        from ..proof.slots import load_adapter, open_filled
+        from .slots import slot_values
+
+        if kind == "onnx-adapter":
+            return open_filled(Path(slots), load_adapter(folder, Path(slots)))
+        return open_filled(folder, values=slot_values(program, read_slots(folder), folder))
     if kind == "peft":
         runner = open_runner(opened_adapter(program, folder))
         # PEFT computes in the base's dtype, with values that were rounded to this one.
@@ -206,16 +260,20 @@ def _digest(meta: Mapping[str, Any], reference: Program, dtype: torch.dtype | No
     return hashlib.sha256(made_from.encode()).hexdigest()[:16]
 
 
-def _adapter(program: Program) -> Program:
-    """The program as plain LoRA: itself, if it is that."""
+def _unfolded(program: Program, kind: str) -> Program | None:
+    """The program that an adapter is written of: for PEFT one of plain LoRA, itself if it is that."""
+    if kind != "peft":
+        return program if kind == "onnx-adapter" else None
     return program if program.origin is None and adapter_config(program)[0] is not None else as_lora(program)
 
 
 def _final(program: Program, adapters: str, kind: str, provider: Literal["cpu", "cuda"], check: bool) -> Program:
-    if adapters == "separate":
+    from .slots import marked
+
+    if adapters in ("separate", "slots"):
         if program.origin is not None:
             raise UsageError("this program is folded: its adapters are merged; export the program before fold()")
-        return to_eval(program)
+        return to_eval(program) if adapters == "separate" else marked(to_eval(program))
     # A checkpoint's architecture has no gathers.
     gather = "never" if kind == "hf" else "auto"
     folded = program if program.origin is not None else fold(program, provider=provider, gather=gather, check=check)
@@ -258,11 +316,16 @@ def _write_adapter(program: Program, folder: Path, dtype: torch.dtype | None) ->
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_decoder(program: Program, folder: Path, provider: str, dtype: torch.dtype | None) -> dict[str, Any]:
+def _write_decoder(
+    program: Program, folder: Path, provider: str, dtype: torch.dtype | None, slots: Any
+) -> dict[str, Any]:
     """Write a decoder with its cache; what the report says of it."""
     from .decoder import decoder, write_decoder
+    from .slots import add_slots
 
     made = decoder(program, provider, dtype)
+    if slots is not None:
+        add_slots(made.graph, program, slots, shared_names=True)
     write_decoder(made, program, folder, _record(program))
     return made.facts()
 
@@ -273,12 +336,15 @@ def _record(program: Program) -> dict[str, str]:
     return {**record, "lorafx_base": json.dumps(base_record(program))}
 
 
-def _write_exported(program: Program, folder: Path, kind: str, provider: str, dtype: torch.dtype | None) -> None:
+def _write_exported(
+    program: Program, folder: Path, kind: str, provider: str, dtype: torch.dtype | None, slots: Any
+) -> None:
     # Not imported for a checkpoint: the converters of ONNX are most of what is waited for when a small one is written.
     from .onnx_kernels import unfuse_batch_transposes, unfuse_skip_norms
     from .onnx_ranges import hold_ranges
     from .onnx_statements import leave_out
     from .replay import converted
+    from .slots import add_slots
 
     exported = converted(program, kind, provider, dtype)
     if kind == "onnx":
@@ -289,6 +355,8 @@ def _write_exported(program: Program, folder: Path, kind: str, provider: str, dt
             if provider == "cpu":
                 unfuse_skip_norms(component.program)
             leave_out(component.program)
+            if slots is not None:
+                add_slots(component.program, program, slots, shared_names=False)
     for key, value in program.config_changes.items():
         exported.config = copy.deepcopy(exported.config)
         setattr(exported.config, key, value)

@@ -36,6 +36,8 @@ from .shared import (
     widths,
 )
 
+_FORMATS = ["onnx", "hf", "pt2", "peft", "onnx-adapter"]
+_KEPT = ["merged", "separate", "slots"]
 _FLAGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 
@@ -164,10 +166,14 @@ def fold(run: Path, out: Path, double: bool, overwrite: bool, as_json: bool, **o
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @out_option
-@click.option("--format", "kind", type=click.Choice(["onnx", "hf", "pt2", "peft"]), default="onnx", show_default=True)
+@click.option("--format", "kind", type=click.Choice(_FORMATS), default="onnx", show_default=True)
 @click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Convert to this dtype.")
-@click.option("--adapters", "kept", type=click.Choice(["merged", "separate"]), default="merged", show_default=True)
+@click.option("--adapters", "kept", type=click.Choice(_KEPT), default="merged", show_default=True)
+@click.option("--targets", default="all-linear", help="With --adapters slots: which weights have one.")
+@click.option(
+    "--slots", type=click.Path(path_type=Path), help="With --format onnx-adapter: the base that has the slots."
+)
 @adapter_option
 @click.option("--generate", is_flag=True, help="A decoder with its cache, for onnxruntime-genai and transformers.js.")
 @click.option("--quantize", type=click.Choice(["int8", "int4"]), help="Fewer bits, by ONNX Runtime; scored, not equal.")
@@ -196,7 +202,7 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ke
     refuse_check(check, kind, to)  # before the weights are read
     check_quantized(o["quantize"], o["data"], kind, provider, to, kept)
     removal = removal_of(provider, **widths(o))
-    if removal is not None and (kind == "peft" or kept == "separate"):
+    if removal is not None and (kind in ("peft", "onnx-adapter") or kept != "merged"):
         raise UsageError("widths are those left by folding, and nothing is folded here; leave the width options out")
     if o["stream"] and kind != "hf":
         raise UsageError(f"only a checkpoint is written a tile at a time, not {kind}: give --format hf, or no --stream")
@@ -212,6 +218,8 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ke
             kind,
             provider=provider,
             adapters=kept,
+            targets=[part.strip() for part in o["targets"].split(",")],
+            slots=o["slots"],
             dtype=to,
             generate=generate,
             check=check,

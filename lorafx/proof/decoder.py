@@ -5,7 +5,7 @@ The layout is what onnxruntime-genai and transformers.js read; :mod:`lorafx.back
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,15 +102,21 @@ def open_decoder(folder: Path, place: Place, label: str, trusted: bool = False) 
     if place.dtype not in (None, dtype):
         raise UsageError(f"{folder}: exported in {dtype_name(dtype)}; it cannot be computed in another dtype")
     decoder = CachedDecoder(session, pasts, dtype)
-
-    def call(values: dict[str, Any]) -> Any:
-        ids = values["input_ids"]
-        return {"logits": decoder.step(ids, values["attention_mask"], decoder.empty(len(ids)))[0]}
-
     specs = (
         InputSpec("input_ids", torch.int64, (None, None), 0, config.get_text_config().vocab_size),
         InputSpec("attention_mask", torch.int64, (None, None)),
     )
     used, asked = session.get_providers()[0], PROVIDERS[place.provider]
     note = "" if used == asked else f"{asked} was asked for but cannot be loaded here; {used} ran it"
+    call = from_nothing(decoder)
     return Runner(label, "decoder", used, place.threads, dtype, specs, call, config, folder, note=note, decoder=decoder)
+
+
+def from_nothing(decoder: CachedDecoder) -> Callable[[dict[str, Any]], Any]:
+    """What gives whole texts to an empty cache."""
+
+    def call(values: dict[str, Any]) -> Any:
+        ids = values["input_ids"]
+        return {"logits": decoder.step(ids, values["attention_mask"], decoder.empty(len(ids)))[0]}
+
+    return call

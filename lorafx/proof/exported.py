@@ -74,7 +74,8 @@ def session_options(threads: int) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only
+    options.log_severity_level = 3  # errors only, also while the file is read: a slot is a warning there
+    onnxruntime.set_default_logger_severity(3)
     # By default a session takes every core of the machine, and its threads go on spinning when it is done, which slows
     # down whoever runs next.
     options.intra_op_num_threads = threads
