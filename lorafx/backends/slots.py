@@ -208,18 +208,14 @@ def slot_values(program: Program, slots: Slots, folder: Path) -> dict[str, np.nd
     Raises:
         UsageError: something was learned that no slot takes
     """
-    if program.origin is not None or program.captured is None:
-        raise UsageError("a folded program has no adapter left; give the run before fold()")
-    if program.source.adapters:
-        raise UsageError("this adapter is no low-rank update of linear weights; fold it (lorafx fold)")
     found: dict[str, np.ndarray] = {}
-    for update in factors(program) if program.names("adapter") else ():
+    for update in factors(program) if program.names("adapter", "gate") else ():
         pair = slots.pairs.get(update.module)
         if pair is None:
             raise UsageError(f"{folder}: has no slot at {update.module}; export the base with --targets that name it")
         if update.rank:
             found |= {pair.a: update.a.t().numpy(), pair.b: update.b.t().numpy()}
-    base = program.captured
+    base = program.captured or program
     for name in base.roles:
         if name in slots.tensors:
             value = program.tensor(name).detach()
@@ -237,6 +233,12 @@ def write_adapter(program: Program, slots_folder: Path, folder: Path) -> Slots:
     """
     import onnxruntime
 
+    if program.origin is not None:
+        raise UsageError("a folded program has no adapter left; give the run before fold()")
+    if program.source.adapters:
+        raise UsageError(
+            "its adapter came inside the model: give LoRA as --adapter FOLDER, and fold any other (lorafx fold)"
+        )
     slots = read_slots(slots_folder)
     if fingerprint(program) != slots.base:
         raise UsageError(
