@@ -75,9 +75,9 @@ def heads(program: Program) -> list[str]:
 
 
 def marked(program: Program) -> Program:
-    """``program`` whose head, where no file holds it, has numbers to be found by: a bias of zeros would be left out."""
+    """``program`` whose head has numbers to be found by: a bias of zeros would be left out by the conversion."""
     result, generator = program.copy(), torch.Generator().manual_seed(0)
-    for name in set(heads(program)) & program.source.drawn.keys():
+    for name in heads(program):
         old = program.tensor(name)
         values = torch.randn(old.shape, generator=generator, dtype=torch.float32).to(old.dtype)
         put_tensor(result.root, name, nn.Parameter(values, requires_grad=False))
@@ -181,7 +181,8 @@ def _input(graph: ir.Graph, name: str, shape: tuple[Any, ...], default: np.ndarr
 
 def _open(graph: ir.Graph, program: Program, name: str, dtype: np.dtype[Any]) -> bool:
     """Make a tensor of the base an input that has its values unless given (NaN where no file holds any); whether the
-    graph has it transposed. UsageError when it is not found, or stands for others, too."""
+    graph has it transposed. ``program`` is :func:`marked`. UsageError when it is not found, or stands for others, too.
+    """
     tensor = program.tensor(name).detach()
     forms = {_known(tensor, dtype): False}
     if tensor.dim() == 2:
@@ -190,13 +191,17 @@ def _open(graph: ir.Graph, program: Program, name: str, dtype: np.dtype[Any]) ->
     same = [(value, array) for value, array in held if value.uses() and _digest(array) in forms]
     named = [(value, array) for value, array in same if value.name == name] or same
     if len(named) != 1 or len(named[0][0].uses()) != 1:
-        raise UsageError(f"{name}: not found once in the converted model, so no slot fits; give it trained weights")
+        raise UsageError(f"{name}: not found once in the converted model, so no slot fits")
     old, array = named[0]
-    default = np.full_like(array, np.nan) if name in program.source.drawn else array.copy()
+    turned = forms[_digest(array)]
+    base = (program.captured or program).tensor(name).detach().numpy()
+    default = np.ascontiguousarray(base.T if turned else base, dtype=array.dtype)
+    if name in program.source.drawn:
+        default = np.full_like(default, np.nan)
     (use,) = old.uses()
     graph.initializers.pop(old.name or "")
     use.node.replace_input_with(use.idx, _input(graph, name, array.shape, default))
-    return forms[_digest(array)]
+    return turned
 
 
 # ---- what fills them
@@ -215,12 +220,13 @@ def slot_values(program: Program, slots: Slots, folder: Path) -> dict[str, np.nd
             raise UsageError(f"{folder}: has no slot at {update.module}; export the base with --targets that name it")
         if update.rank:
             found |= {pair.a: update.a.t().numpy(), pair.b: update.b.t().numpy()}
-    base = program.captured or program
+    # Where a method froze the base, what trains of it was trained, whether it shows yet or not.
+    base, trained = program.captured or program, program.learned() if program.names("adapter", "gate") else {}
     for name in base.roles:
         if name in slots.tensors:
             value = program.tensor(name).detach()
             found[slots.tensors[name]] = (value.t() if name in slots.transposed else value).numpy()
-        elif tensor_hash(program.tensor(name)) != tensor_hash(base.tensor(name)):
+        elif name in trained or tensor_hash(program.tensor(name)) != tensor_hash(base.tensor(name)):
             raise UsageError(f"{folder}: has no slot for {name}, which was trained in full")
     return {name: np.ascontiguousarray(value, dtype=slots.dtype) for name, value in found.items()}
 

@@ -32,6 +32,7 @@ from lorafx.proof.slots import Filled, load_adapter, open_filled
 from lorafx.public import Program
 from tests import zoo
 from tests.captures import of_folder
+from tests.small import own
 
 #: Three methods of several ranks at different weights; heads train with all of them.
 METHODS: dict[str, Any] = {
@@ -46,9 +47,9 @@ def trained(base: Program, step: Any, seed: int) -> Program:
     program = zoo.randomised(lorafx.rewrite(base, [step]))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for value in program.learned().values():
-            if value.is_floating_point():
-                value.add_(0.1 * torch.randn(value.shape, generator=generator))
+        for name in (name for name, value in program.learned().items() if value.is_floating_point()):
+            value = own(program.root, name)
+            value.add_(0.1 * torch.randn(value.shape, generator=generator))
     return program
 
 
@@ -227,6 +228,7 @@ def test_the_command_line(tmp_path: Path) -> None:
 
     call("export", tmp_path / "base", "--adapters", "slots", "--targets", "query,value", "-o", tmp_path / "slots")
     assert len(read_slots(tmp_path / "slots").pairs) == 4
+    assert not torch.isnan(open_filled(tmp_path / "slots")(text(4))["logits"]).any(), "a head that a file holds"
     model: Any = hf.BertForSequenceClassification.from_pretrained(tmp_path / "base")
     options = {"r": 3, "target_modules": ["query"], "init_lora_weights": False}
     peft.get_peft_model(model, peft.LoraConfig(**options)).save_pretrained(tmp_path / "adapter")
