@@ -122,7 +122,7 @@ def groups_of(node: fx.Node) -> int:
     return last if isinstance(last, int) else 1
 
 
-def _geometry(node: fx.Node, weight: Any) -> tuple[tuple[int, ...], ...]:
+def _geometry(node: fx.Node, weight: Any) -> tuple[Any, ...]:
     """Which patches a convolution sees: kernel, stride, padding and dilation along each axis; () of other operators."""
     if not WEIGHT_OPS[node.target].kind.startswith("conv"):
         return ()

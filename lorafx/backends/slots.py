@@ -252,7 +252,7 @@ def write_adapter(program: Program, slots_folder: Path, folder: Path) -> Slots:
         )
     values = slot_values(program, slots, slots_folder)
     kept = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in values.items()}
-    adapter = onnxruntime.AdapterFormat()
+    adapter: Any = onnxruntime.AdapterFormat()  # which takes paths as text, whatever it declares
     adapter.set_adapter_version(1)
     adapter.set_model_version(slots.number)
     adapter.set_parameters(kept)

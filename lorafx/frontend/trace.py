@@ -227,8 +227,9 @@ def _fixed(exported: ExportedProgram, shapes: Any) -> dict[str, set[int]]:
     found: dict[str, set[int]] = {}
     for (name, axes), node in zip(leaves_of(wanted, is_axes).items(), input_nodes(exported), strict=False):
         value = node.meta.get("val")
-        for axis in axes or () if isinstance(value, Tensor) else ():
-            if is_concrete_int(value.shape[axis]):
+        sizes: Any = value.shape if isinstance(value, Tensor) else ()
+        for axis in axes or ():
+            if sizes and is_concrete_int(sizes[axis]):
                 found.setdefault(name, set()).add(axis)
     return found
 

@@ -51,8 +51,9 @@ def load_adapter(folder: Path, slots: Path) -> Any:
     import onnxruntime
 
     file, known = folder / ADAPTER, read_slots(slots)
+    adapters: Any = onnxruntime.AdapterFormat  # it takes paths as text, whatever it declares
     try:
-        version = onnxruntime.AdapterFormat.read_adapter(str(file)).get_model_version()
+        version = adapters.read_adapter(str(file)).get_model_version()
         adapter = onnxruntime.LoraAdapter()
         adapter.Load(str(file))
     except Exception as error:  # ONNX Runtime raises classes of its own

@@ -131,7 +131,8 @@ def test_an_adapter_s_file_is_its_numbers(place: Path, programs: dict[str, Progr
         size = (place / name / ADAPTER).stat().st_size
         # A name and a shape beside each tensor.
         assert size < sum(value.nbytes for value in values.values()) + 256 * len(values) + 256
-        found = onnxruntime.AdapterFormat.read_adapter(str(place / name / ADAPTER))
+        formats: Any = onnxruntime.AdapterFormat
+        found = formats.read_adapter(str(place / name / ADAPTER))
         assert found.get_model_version() == slots.number
         meta = read_manifest(place / name).meta
         assert meta["base"]["hashes"], "the base that it is for"
@@ -231,7 +232,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert not torch.isnan(open_filled(tmp_path / "slots")(text(4))["logits"]).any(), "a head that a file holds"
     model: Any = hf.BertForSequenceClassification.from_pretrained(tmp_path / "base")
     options = {"r": 3, "target_modules": ["query"], "init_lora_weights": False}
-    peft.get_peft_model(model, peft.LoraConfig(**options)).save_pretrained(tmp_path / "adapter")
+    peft.get_peft_model(model, peft.LoraConfig(**options)).save_pretrained(str(tmp_path / "adapter"))
     call(
         *("export", tmp_path / "base", "--adapter", tmp_path / "adapter", "--format", "onnx-adapter"),
         *("--slots", tmp_path / "slots", "-o", tmp_path / "filled"),
