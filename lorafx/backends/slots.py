@@ -97,7 +97,8 @@ def _digest(matrix: np.ndarray) -> str:
 
 
 def _dtype(graph: ir.Graph) -> np.dtype[Any]:
-    half = any(value.dtype is ir.DataType.FLOAT16 for value in graph.initializers.values())
+    arrays = (value.const_value for value in graph.initializers.values())
+    half = any(array is not None and array.dtype is ir.DataType.FLOAT16 for array in arrays)
     return np.dtype(np.float16 if half else np.float32)
 
 

@@ -219,6 +219,15 @@ def test_decoders(model: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_half_precision(base: Program, programs: dict[str, Program], tmp_path: Path) -> None:
+    lorafx.export(base, tmp_path / "base", adapters="slots", dtype=torch.float16)
+    assert read_slots(tmp_path / "base").dtype == "float16"
+    result = lorafx.export(programs["lora"], tmp_path / "adapter", "onnx-adapter", slots=tmp_path / "base")
+    assert result is not None
+    assert result.ok
+
+
+@pytest.mark.slow
 def test_the_command_line(tmp_path: Path) -> None:
     hf.BertForSequenceClassification(zoo.build("bert").config).save_pretrained(tmp_path / "base")  # type: ignore
 
