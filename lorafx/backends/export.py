@@ -113,7 +113,10 @@ def export(
     """
     _check(program, format, provider, dtype, generate)
     check_quantized(quantize, data, format, provider, dtype, adapters)
-    _check_slots(program, format, adapters, slots)
+    if adapters == "slots" or slots is not None or format == "onnx-adapter":
+        from .slots import check_slots
+
+        check_slots(program, format, adapters, slots)
     refuse_check(check, format, dtype)
     reference, reason = reference_of(program), unproven(bool(check))
     if check and adapters != "slots":  # a head that no file holds is a slot without values
@@ -165,8 +168,7 @@ def _write_other(
     generate: bool,
     slots: Any,
 ) -> Mapping[str, Any]:
-    """Write anything but a checkpoint; what there is to say of a decoder. ``slots`` are the targets that get some, or
-    the folder of those that an adapter is for."""
+    """Write anything but a checkpoint, with slots at targets or an adapter for a folder's; facts of a decoder."""
     if generate:
         return _write_decoder(program, folder, provider, dtype, slots)
     if kind == "peft":
@@ -190,21 +192,6 @@ def _check(program: Program, kind: str, provider: str, dtype: torch.dtype | None
         from .decoder import check_generates
 
         check_generates(program, kind, dtype)
-
-
-def _check_slots(program: Program, kind: str, adapters: str, slots: str | PathLike[str] | None) -> None:
-    """UsageError when slots, or a file that fills them, cannot be written so."""
-    if (kind == "onnx-adapter") != (slots is not None):
-        raise UsageError("an onnx-adapter is for one base: give its folder with slots; nothing else takes one")
-    if adapters != "slots":
-        return
-    if kind != "onnx":
-        raise UsageError(f"slots are inputs of an ONNX model; {kind} has none")
-    inserted = program.names("adapter", "gate") or sorted(program.source.adapters)
-    if inserted:
-        raise UsageError(
-            f"slots are for the base, and this has {inserted[0]}; export the base, then this as onnx-adapter"
-        )
 
 
 def _compared(
@@ -268,12 +255,14 @@ def _unfolded(program: Program, kind: str) -> Program | None:
 
 
 def _final(program: Program, adapters: str, kind: str, provider: Literal["cpu", "cuda"], check: bool) -> Program:
-    from .slots import marked
-
     if adapters in ("separate", "slots"):
         if program.origin is not None:
             raise UsageError("this program is folded: its adapters are merged; export the program before fold()")
-        return to_eval(program) if adapters == "separate" else marked(to_eval(program))
+        if adapters == "separate":
+            return to_eval(program)
+        from .slots import marked
+
+        return marked(to_eval(program))
     # A checkpoint's architecture has no gathers.
     gather = "never" if kind == "hf" else "auto"
     folded = program if program.origin is not None else fold(program, provider=provider, gather=gather, check=check)

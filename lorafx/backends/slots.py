@@ -11,6 +11,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,21 @@ def heads(program: Program) -> list[str]:
     """The tensors that train in full unless told otherwise, which have slots of their own."""
     paths = program.default_trainable()
     return sorted(f"{path}.{name}" for path in paths for name, _ in program.root.get_submodule(path).named_parameters())
+
+
+def check_slots(program: Program, kind: str, adapters: str, slots: str | PathLike[str] | None) -> None:
+    """UsageError when slots, or a file that fills them, cannot be written so."""
+    if (kind == "onnx-adapter") != (slots is not None):
+        raise UsageError("an onnx-adapter is for one base: give its folder with slots; nothing else takes one")
+    if adapters != "slots":
+        return
+    if kind != "onnx":
+        raise UsageError(f"slots are inputs of an ONNX model; {kind} has none")
+    inserted = program.names("adapter", "gate") or sorted(program.source.adapters)
+    if inserted:
+        raise UsageError(
+            f"slots are for the base, and this has {inserted[0]}; export the base, then this as onnx-adapter"
+        )
 
 
 def marked(program: Program) -> Program:
