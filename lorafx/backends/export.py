@@ -6,7 +6,6 @@ Conversion belongs to `transformers.exporters`, between whose capture and conver
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -18,22 +17,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import save_file
 
-from ..base import passes_of
 from ..deferred.programs import is_deferring, resident
 from ..errors import ParityError, UsageError
 from ..files.folder import FileEntry, new_folder
 from ..formats.companions import copy_companions
-from ..formats.hf import hf_model
-from ..formats.peft import adapter_config, adapter_keys
+from ..formats.peft import adapter_config
 from ..formats.peft_reader import opened_adapter
-from ..formats.run import VALUES, base_record, plain_tensor
-from ..formats.shards import write_checkpoint
+from ..formats.run import base_record
 from ..graph.precision import coarsest
 from ..graph.tree import tensor_hash
-from ..models.layered import own_configs
-from ..models.tokenizers import length_limit
 from ..parity.comparison import Comparison
 from ..parity.runner import PROVIDERS, Runner
 from ..pipeline import fold, to_eval
@@ -48,6 +41,7 @@ from ..reporting.sizes import chart
 from ..version import __version__
 from .plain_lora import as_lora
 from .quantized import approximate, check_quantized, quantized
+from .writing import history_record, write_hf, write_other
 
 _log = logging.getLogger(__name__)
 
@@ -125,7 +119,7 @@ def export(
     final = final if format == "hf" else resident(final)  # only a checkpoint is written a tile at a time
     meta: dict[str, Any] = {
         "base": base_record(final),
-        "history": _history_record(final),
+        "history": history_record(final),
         "provider": provider,
         "adapters": adapters,
     }
@@ -136,10 +130,10 @@ def export(
     resume = _digest(meta, reference, dtype) if is_deferring(final) else ""
     with new_folder(path, kind=format, meta=meta, overwrite=overwrite, known=hashed, resume=resume) as folder:
         if format == "hf":
-            hashed.update(_write_hf(final, folder, dtype))
+            hashed.update(write_hf(final, folder, dtype))
         else:
             slotted = targets if adapters == "slots" else None
-            facts = _write_other(final, folder, format, provider, dtype, generate, slots or slotted)
+            facts = write_other(final, folder, format, provider, dtype, generate, slots or slotted)
         if format != "onnx-adapter":
             copy_companions(final, folder)
         filled = slots or (folder if adapters == "slots" else None)
@@ -157,29 +151,6 @@ def export(
         if format not in ("peft", "onnx-adapter"):  # an adapter is not folded
             hashed.update(write_certificate(reference, final, folder, format, hashed, parity, proof))
         return result
-
-
-def _write_other(
-    program: Program,
-    folder: Path,
-    kind: str,
-    provider: str,
-    dtype: torch.dtype | None,
-    generate: bool,
-    slots: Any,
-) -> Mapping[str, Any]:
-    """Write anything but a checkpoint, with slots at targets or an adapter for a folder's; facts of a decoder."""
-    if generate:
-        return _write_decoder(program, folder, provider, dtype, slots)
-    if kind == "peft":
-        _write_adapter(program, folder, dtype)
-    elif kind == "onnx-adapter":
-        from .slots import write_adapter
-
-        write_adapter(program, Path(slots), folder)
-    else:
-        _write_exported(program, folder, kind, provider, dtype, slots)
-    return {}
 
 
 def _check(program: Program, kind: str, provider: str, dtype: torch.dtype | None, generate: bool) -> None:
@@ -279,75 +250,3 @@ def _write_report(program: Program, folder: Path, **sections: Mapping[str, Any] 
     rows = shrunk_blocks(program)
     if rows:
         (folder / "blocks.svg").write_text(chart(rows), encoding="utf-8")
-
-
-def _history_record(program: Program) -> list[dict[str, Any]]:
-    from ..recipes.recipe import pass_dict
-
-    return [pass_dict(step) for step in passes_of(program)]
-
-
-# ---- what each format writes
-
-
-def _write_hf(program: Program, folder: Path, dtype: torch.dtype | None) -> dict[str, FileEntry]:
-    return write_checkpoint(hf_model(program, dtype), folder)
-
-
-def _write_adapter(program: Program, folder: Path, dtype: torch.dtype | None) -> None:
-    """The two files of a PEFT adapter; UsageError when PEFT cannot compute this program's function."""
-    config, reason = adapter_config(program)
-    if config is None:
-        raise UsageError(f"PEFT cannot hold this program: {reason}")
-    keys = adapter_keys(program)
-    values = {keys[name]: plain_tensor(value.to(dtype or value.dtype)) for name, value in program.learned().items()}
-    save_file(values, folder / VALUES, metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_decoder(
-    program: Program, folder: Path, provider: str, dtype: torch.dtype | None, slots: Any
-) -> dict[str, Any]:
-    """Write a decoder with its cache; what the report says of it."""
-    from .decoder import decoder, write_decoder
-    from .slots import add_slots
-
-    made = decoder(program, provider, dtype)
-    if slots is not None:
-        add_slots(made.graph, program, slots, shared_names=True)
-    write_decoder(made, program, folder, _record(program))
-    return made.facts()
-
-
-def _record(program: Program) -> dict[str, str]:
-    """What an ONNX file says of how it was made."""
-    record = {"lorafx_version": __version__, "lorafx_history": json.dumps(_history_record(program))}
-    return {**record, "lorafx_base": json.dumps(base_record(program))}
-
-
-def _write_exported(
-    program: Program, folder: Path, kind: str, provider: str, dtype: torch.dtype | None, slots: Any
-) -> None:
-    # Not imported for a checkpoint: the converters of ONNX are most of what is waited for when a small one is written.
-    from .onnx_kernels import unfuse_batch_transposes, unfuse_skip_norms
-    from .onnx_ranges import hold_ranges
-    from .onnx_statements import leave_out
-    from .replay import converted
-    from .slots import add_slots
-
-    exported = converted(program, kind, provider, dtype)
-    if kind == "onnx":
-        for component in exported.components.values():
-            component.program.metadata_props.update(_record(program))
-            unfuse_batch_transposes(component.program)
-            hold_ranges(component.program, program.signature.domain, length_limit(program.config))
-            if provider == "cpu":
-                unfuse_skip_norms(component.program)
-            leave_out(component.program)
-            if slots is not None:
-                add_slots(component.program, program, slots, shared_names=False)
-    for key, value in program.config_changes.items():
-        exported.config = copy.deepcopy(exported.config)
-        setattr(exported.config, key, value)
-    with own_configs(exported.config):
-        exported.save_pretrained(folder)

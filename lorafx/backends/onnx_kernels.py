@@ -68,8 +68,8 @@ def _remove(graph: ir.Graph, node: ir.Node) -> None:
     read = [value for value in node.inputs if value is not None]
     graph.remove(node, safe=True)
     for value in read:
-        if value.is_initializer() and not value.uses() and value.name in graph.initializers:
-            del graph.initializers[value.name]
+        if value.is_initializer() and not value.uses():
+            graph.initializers.pop(value.name or "", None)
 
 
 def turn_tied_heads(model: ir.Model) -> int:

@@ -239,7 +239,10 @@ def _taken(model: nn.Module, given: dict[str, Tensor]) -> bool:
 
 
 def _allowed(program: Program, given: dict[str, Tensor]) -> bool:
-    return program.signature.domain.allows(program.signature.domain.sizes(given))
+    """Whether the graph takes the input: its free sizes in their ranges, and those that the code fixed as they are."""
+    domain = program.signature.domain
+    pairs = zip(given["x"].shape, domain.shapes["x"], strict=True)
+    return all(size == held for size, held in pairs if isinstance(held, int)) and domain.allows(domain.sizes(given))
 
 
 def _fold(program: Program) -> Program:
