@@ -14,6 +14,8 @@ from pathlib import Path
 #: Hidden, and gone before the folder gets its name.
 PROGRESS = ".written.json"
 _NEW = f"{PROGRESS}.new"
+#: What is in a folder while it is written, and no part of it.
+PASSING = frozenset((PROGRESS, _NEW))
 
 
 def note_whole(folder: Path, files: Mapping[str, tuple[int, str]]) -> None:
@@ -42,5 +44,5 @@ def keep_whole(folder: Path) -> None:
 
 def end_progress(folder: Path) -> None:
     """Remove the account: the folder is whole."""
-    for name in (PROGRESS, _NEW):
+    for name in PASSING:
         (folder / name).unlink(missing_ok=True)

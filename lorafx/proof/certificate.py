@@ -16,6 +16,7 @@ import torch
 
 from ..errors import ArtifactError, UsageError
 from ..files.folder import FileEntry, find_manifest, found
+from ..files.progress import PASSING
 from ..formats.adapter import read_adapter
 from ..formats.run import base_record
 from ..frontend.adapters import learned_digest
@@ -54,6 +55,7 @@ def write_certificate(
     import transformers
 
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    names = [name for name in names if name not in PASSING]
     entries = {name: files.get(name) or found(folder / name) for name in names}
     record = {
         "format": _FORMAT,

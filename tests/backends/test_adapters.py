@@ -151,8 +151,8 @@ def test_a_tied_weight_stays_one(model: str, embedding: str, tmp_path: Path) -> 
 
 def test_what_is_written_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = learned(lorafx.rewrite(zoo.captured("bert"), [Lora(rank=2)]))
-    export = import_module("lorafx.backends.export")
-    monkeypatch.setattr(export, "plain_tensor", lambda value: value.detach().clone() * 1.01)
+    writing = import_module("lorafx.backends.writing")
+    monkeypatch.setattr(writing, "plain_tensor", lambda value: value.detach().clone() * 1.01)
     with pytest.raises(ParityError, match="peft export differs from the program: logits"):
         lorafx.export(program, tmp_path / "adapter", "peft")
     assert not list(tmp_path.iterdir())

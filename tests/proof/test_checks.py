@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import lorafx
-from lorafx.backends import export
+from lorafx.backends import writing
 from lorafx.cli import main
 from lorafx.commands.shared import check_of
 from lorafx.errors import ParityError, UsageError
@@ -59,7 +59,7 @@ def test_weights_that_stream_are_compared_in_blocks_unless_told_otherwise(folded
 def test_every_check_finds_two_rows_that_changed_places(
     folded: Program, check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = export.write_checkpoint
+    plain = writing.write_checkpoint
 
     def spoiled(model: Any, folder: Path) -> dict[str, Any]:
         plain(model, folder)
@@ -68,7 +68,7 @@ def test_every_check_finds_two_rows_that_changed_places(
         save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
         return {}
 
-    monkeypatch.setattr(export, "write_checkpoint", spoiled)
+    monkeypatch.setattr(writing, "write_checkpoint", spoiled)
     with pytest.raises(ParityError, match="logits" if check == "full" else WEIGHT):
         lorafx.export(folded, tmp_path / "out", "hf", check=check)
     assert not (tmp_path / "out").exists()

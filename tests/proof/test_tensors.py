@@ -13,7 +13,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import lorafx
-from lorafx.backends import export
+from lorafx.backends import export, writing
 from lorafx.base import Pass
 from lorafx.channels import plan
 from lorafx.deferred import programs, running, slices, tensor, tiles
@@ -157,14 +157,14 @@ def test_a_wrong_number_in_a_weight_that_was_cut_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     program = gated(base(torch.float32), Lora(rank=2, targets=("up_proj", "down_proj")))
-    plain = export.write_checkpoint
+    plain = writing.write_checkpoint
 
     def spoiled(model: Any, folder: Path) -> dict[str, Any]:
         plain(model, folder)
         spoil(f"model.layers.0.mlp.{name}_proj.weight", change)(folder)
         return {}
 
-    monkeypatch.setattr(export, "write_checkpoint", spoiled)
+    monkeypatch.setattr(writing, "write_checkpoint", spoiled)
     with pytest.raises(ParityError, match=rf"{name}_proj.weight: a folded weight is \S+ units of the last place"):
         lorafx.export(lorafx.fold(program, stream=True, gather="never"), tmp_path / "out", "hf", check="tensors")
 
@@ -255,7 +255,7 @@ def test_a_wrong_number_in_a_folded_weight_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     program = stirred(lorafx.rewrite(lorafx.capture(base(torch.bfloat16)), METHODS["lora"]), closed=False)
-    plain = export.write_checkpoint
+    plain = writing.write_checkpoint
     ruin = spoil("model.layers.1.mlp.down_proj.weight", change)
 
     def spoiled(model: Any, folder: Path, *rest: Any) -> Any:
@@ -263,7 +263,7 @@ def test_a_wrong_number_in_a_folded_weight_is_found(
         ruin(folder)
         return {}
 
-    monkeypatch.setattr(export, "write_checkpoint", spoiled)
+    monkeypatch.setattr(writing, "write_checkpoint", spoiled)
     # What the comparison of whole models allows in bf16 would let one number pass.
     monkeypatch.setattr(export, "held_against", lambda *_, **__: _Equal())
     with pytest.raises(ParityError, match=r"down_proj.weight: a folded weight is \S+ units of the last place"):
