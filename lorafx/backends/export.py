@@ -117,14 +117,9 @@ def export(
         refuse_untrained(reference)
     final = _unfolded(program, format) or _final(program, adapters, format, provider, bool(check))
     final = final if format == "hf" else resident(final)  # only a checkpoint is written a tile at a time
-    meta: dict[str, Any] = {
-        "base": base_record(final),
-        "history": history_record(final),
-        "provider": provider,
-        "adapters": adapters,
-    }
-    meta |= {} if quantize is None else {"quantized": quantize}
-    meta |= {} if made_from is None else {"made_from": dict(made_from)}
+    said = {"quantized": quantize, "made_from": made_from and dict(made_from)}
+    meta: dict[str, Any] = {"base": base_record(final), "history": history_record(final)}
+    meta |= {"provider": provider, "adapters": adapters, **{key: value for key, value in said.items() if value}}
     hashed: dict[str, FileEntry] = {}
     facts: Mapping[str, Any] = {}
     resume = _digest(meta, reference, dtype) if is_deferring(final) else ""
@@ -139,12 +134,12 @@ def export(
         filled = slots or (folder if adapters == "slots" else None)
         written = partial(_written, final if filled is None else reference, folder, format, dtype, filled)
         result, proof = (None, None) if reason else _compared(reference, final, folder, format, dtype, check, written)
-        if result is not None:
-            notes = (*result.notes, *(f"attention: {facts[key]}" for key in facts if key == "attention"))
-            # Not the folder it is written into until it is whole.
-            result = dataclasses.replace(result, b=str(path), notes=notes)
-        if reason:
+        if result is None:
             _log.warning("%s: %s", path, reason)
+        else:
+            notes = [f"attention: {facts['attention']}"] if "attention" in facts else []
+            # Not the folder it is written into until it is whole.
+            result = dataclasses.replace(result, b=str(path), notes=(*result.notes, *notes))
         few = None if quantize is None else quantized(final, folder, quantize, data, data_options)
         parity = approximate(parity_record(result, reason), few)
         _write_report(final, folder, parity=parity, decoder=facts or None, quantized=few)

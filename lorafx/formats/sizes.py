@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ import torch
 
 from ..graph.tree import named_tensors
 from ..models.layered import layers_of, own_configs
+
+_log = logging.getLogger(__name__)
 
 #: More ways than this to explain the sizes are not tried.
 _TRIES = 256
@@ -193,5 +196,6 @@ def _tried(kind: Any, config: Any, settings: Mapping[str, Any] | None = None) ->
     """A model without values; None where the class makes none of such a config, by whatever error of its own."""
     try:
         return of_config(kind, with_settings(config, settings or {}))
-    except Exception:
+    except Exception as error:  # a class's own of any kind; what is found is tried on the tensors before it is believed
+        _log.debug("%s is not built with %s: %s", kind.__name__, settings, error)
         return None

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 def _laid_out(indices: Tensor, values: Tensor, size: Sequence[int] | None = None, **options: Any) -> Tensor:
     """The dense tensor of a sparse one; of numbers in the same place the sum, as there."""
-    if size is None:  # then the size is read from the indices' values
+    if size is None:  # read from the indices' values, which a trace does not have; capture refuses the model with this
         raise NotImplementedError("a sparse tensor whose size depends on its indices")
     wide = torch.zeros([*size], dtype=options.get("dtype") or values.dtype, device=values.device)
     return wide.index_put(tuple(indices.unbind(0)), values.to(wide.dtype), accumulate=True)
