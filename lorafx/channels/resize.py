@@ -19,12 +19,16 @@ from .removal import Removal
 aten = torch.ops.aten
 
 _SHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
+#: What asks for strides as well as numbers.
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
 _CUTS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 
 
 def resize(edit: Edit, axes: Axes, removal: Removal) -> None:
     """Rewrite sizes, slices, splits and scales that the removal changed, and compute the values' shapes anew."""
     for node in list(edit.program.graph.nodes):
+        if node.target in _VIEWS:  # a narrower value may lie in memory in another way, far from where it was cut too
+            node.target = aten.reshape.default
         if node.op != "call_function" or not _loses(node, axes, removal):
             continue
         if node.target in _SHAPES:

@@ -520,3 +520,17 @@ def test_channels_in_groups_are_shuffled_together(caplog: pytest.LogCaptureFixtu
         o=linear(12, 4),
     )
     folded(model, tokens()[:, 0], caplog)
+
+
+def test_a_view_need_not_stay_one_when_heads_become_one_channel_wide(caplog: pytest.LogCaptureFixture) -> None:
+    # What flattens a copy of narrow heads may lie in memory as the heads do, and as no view of the next shape can.
+    torch.manual_seed(0)
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        repeated = heads(s.a(x))[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2)
+        return s.o(joined(repeated).view(x.shape[0], -1).view(x.shape[0], 5, 16))
+
+    model = Model(forward, a=linear(8, 8, zero=[1, 2, 3, 5, 6, 7], bias=False), o=linear(16, 3))
+    program = folded(model, tokens(), caplog)
+    assert program.tensor("a.weight").shape == (2, 8)
+    assert program.tensor("o.weight").shape == (3, 4)
