@@ -82,6 +82,12 @@ def _spoken(table: Table, row: int, chat: list[dict[str, Any]], tokenizer: Any) 
             raise table.error(row, f"its chat template refuses the chat: {first_line(error)}") from None
 
     whole, spans = text_of(chat), []
+    for at, said in enumerate(chat):
+        content = said.get("content")
+        # A template for texts writes parts as Python spells them, and a model would learn the brackets.
+        if content and not isinstance(content, str) and str(content) in whole:
+            what = f"its chat template takes the content of message {at + 1} for text, and it is {short(content)}"
+            raise table.error(row, f"{what}; give it as one text")
     for at in (at for at, said in enumerate(chat) if said["role"] == _SPEAKER):
         told, answered = text_of(chat[:at], add_generation_prompt=True), text_of(chat[: at + 1])
         if not answered.startswith(told) or not whole.startswith(answered.rstrip()):

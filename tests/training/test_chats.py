@@ -38,7 +38,7 @@ def chatting(template: str | None = TEMPLATE) -> Any:
     return tokenizer
 
 
-def chat(*said: str) -> list[dict[str, str]]:
+def chat(*said: Any) -> list[dict[str, Any]]:
     """A user and an assistant in turn."""
     return [{"role": ("user", "assistant")[at % 2], "content": content} for at, content in enumerate(said)]
 
@@ -86,6 +86,8 @@ def test_what_is_no_chat_is_refused_with_its_row() -> None:
     refused(ArtifactError, "row 1: 'messages' is .*, not a list", {"messages": [[{"content": "w1"}]]})
     refused(ArtifactError, "row 2: 'messages' holds nothing that an assistant says", {"messages": [good, chat("w1")]})
     refused(ArtifactError, "row 1: nothing that the assistant says is within 4 tok", {"messages": [good]}, max_length=4)
+    parts = chat([{"type": "text", "text": "w1"}], "w2")
+    refused(ArtifactError, "row 1: its chat template takes the content of message 1 for text", {"messages": [parts]})
     refused(ArtifactError, "no column 'label'", {"text": ["w1"]})
     refused(UsageError, "no chat template", {"messages": [good]}, chatting(None))
     raising = "{{ raise_exception('roles must alternate') }}"
