@@ -168,7 +168,9 @@ def _groups(program: Program, regions: list[Region]) -> list[Group]:
     while True:
         used = {node for region in regions for node in region.nodes}
         consumers = _consumers(program.graph, constants, used)
-        free = {str(n.target) for n in nodes} - {str(n.target) for n in nodes if consumers[n] - used}
+        # What the graph writes into is no constant, and is not freed.
+        read = {str(n.target) for n in nodes if n not in consumers or consumers[n] - used}
+        free = {str(n.target) for n in nodes} - read
         groups: dict[str, list[Region]] = defaultdict(list)
         for region in regions:
             assert region.carrier is not None

@@ -32,7 +32,7 @@ from ..pipeline import to_eval
 from ..public import Program
 from .adapters import Adapters, adapted, added_record, read_adapters, resize, weighted, with_peft
 from .built import build
-from .gradients import functions_laid_open, same_gradients
+from .gradients import functions_laid_open, module_hooks, same_gradients
 from .judged import judged, unjudged
 from .masks import check_unpadded
 from .normal import normalise
@@ -165,15 +165,17 @@ def _judged(origin: Source, example: dict[str, Any], shapes: Any, *, check: bool
             failure = failure or error
             continue
         if not training:
-            _log.warning("%s can be captured in evaluation mode only: it trains without dropout", program.name)
-        return trainable(program, functions, check=check)
+            how = "as it evaluates, without dropout or whatever else its code does in training alone"
+            _log.warning("%s can be captured in evaluation mode only: it trains %s", program.name, how)
+        return trainable(program, {*functions, *module_hooks(origin.model)}, check=check)
     assert failure is not None
     raise failure
 
 
 def trainable(program: Program, functions: Iterable[str], *, check: bool) -> Program:
-    """``program``, or its evaluation form when autograd functions of the model's give it gradients that a graph does
-    not have. They often only save time or memory; what they do is found by comparing (not on the meta device).
+    """``program``, or its evaluation form when autograd functions or hooks of the model's give it gradients that a
+    graph does not have. They often only save time or memory, or look; what they do is found by comparing (not on the
+    meta device).
     CaptureError when it is right for padded texts alone."""
     if check:
         check_unpadded(program)

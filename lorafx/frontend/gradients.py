@@ -1,7 +1,9 @@
 """Gradients of a model's own: a graph holds what a forward computes, so its gradients are those of what it computes.
 
 A ``torch.autograd.Function`` may say otherwise (a straight-through estimator, a sampled forward with an expected
-backward). Where one was traced, the gradients of graph and eager model are compared.
+backward), and so may a hook on the gradient of a value or of a module. Where one was traced, the gradients of graph and
+eager model are compared. A hook on a weight's gradient matters where that weight trains: see
+:func:`lorafx.methods.low_rank.train_in_full`.
 """
 
 from __future__ import annotations
@@ -38,10 +40,17 @@ class _Context:
 @contextmanager
 def functions_laid_open() -> Iterator[set[str]]:
     """Autograd functions compute as if they were plain code, so that a trace sees what they do and what flows through
-    them; a function's own forward runs without gradients, which would cut it off. Gives the names of those that ran."""
+    them; a function's own forward runs without gradients, which would cut it off. Gives the names of those that ran,
+    and says whether a hook was put on the gradient of a value."""
     used: set[str] = set()
     function: Any = torch.autograd.Function
     original = vars(function)["apply"]
+    tensor: Any = Tensor
+    hook = tensor.register_hook
+
+    def register_hook(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        used.add("a hook on a value")
+        return hook(self, *args, **kwargs)
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if cls.__module__.startswith("torch."):  # an operator's, which the graph holds whole
@@ -50,11 +59,17 @@ def functions_laid_open() -> Iterator[set[str]]:
         separate = cls.setup_context is not function.setup_context
         return cls.forward(*(() if separate else (_Context(),)), *args, **kwargs)
 
-    function.apply = classmethod(apply)
+    function.apply, tensor.register_hook = classmethod(apply), register_hook
     try:
         yield used
     finally:
-        function.apply = original
+        function.apply, tensor.register_hook = original, hook
+
+
+def module_hooks(model: nn.Module) -> set[str]:
+    """The modules whose gradients pass a hook, as an error names them."""
+    hooked = (path for path, part in model.named_modules() if part._backward_hooks or part._backward_pre_hooks)
+    return {f"a hook on {path}" if path else "a hook on the model" for path in hooked}
 
 
 def same_gradients(program: Program) -> bool:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..graph.domain import Domain, leaves_of
+from ..graph.effects import written
 from ..models.eager import answers, outcome, same
 from ..models.intact import intact
 from ..training.module import build_module
@@ -31,7 +32,8 @@ def judged(program: Program) -> Program:
     tells apart from all others, is in the domain if they agree there.
 
     Raises:
-        CaptureError: they differ on the example, or at sizes that the trace says it is right for
+        CaptureError: they differ on the example, or at sizes that the trace says it is right for; or what they compute
+            changes from one evaluation to the next
     """
     domain, model = program.signature.domain, program.source.model
     graph = build_module(unjudged(program)).eval()
@@ -44,6 +46,12 @@ def judged(program: Program) -> Program:
                     f"{program.name} computes something else as a graph{_at(domain, sizes)}; its code may read sizes "
                     "or values in a way a graph cannot follow: try dynamic=False, or example inputs of your own"
                 )
+        moved = _moved(program, graph)
+        if moved:
+            raise CaptureError(
+                f"{program.name} changes {moved} whenever it evaluates, and then answers otherwise: no graph is that "
+                f"function; change {moved} in training mode alone, or take it as an input"
+            )
         lows = _lows(
             domain, usual, lambda sizes: _differ(model, graph, _resized(program.example, domain, sizes)) is False
         )
@@ -108,6 +116,28 @@ def _cut(value: Tensor, shape: tuple[int, ...]) -> Tensor:
             index = torch.arange(size, device=value.device) % value.shape[axis]
             value = value.index_select(axis, index)
     return value
+
+
+def _moved(program: Program, graph: nn.Module) -> str:
+    """The first buffer that evaluating the graph twice leaves with other values than evaluating it once, if any."""
+    names = {str(node.target) for node in written(program.graph) if node.op == "get_attr"}
+    watched = {name: value for name, value in graph.named_buffers() if name in names}
+    if not watched:
+        return ""
+    first = {name: value.clone() for name, value in watched.items()}
+    try:
+        once = [_after(graph, program.example, watched) for _ in range(2)]
+    finally:
+        for name, value in watched.items():
+            value.copy_(first[name])
+    return next((name for name in watched if not torch.equal(once[0][name], once[1][name])), "")
+
+
+def _after(graph: nn.Module, inputs: Mapping[str, Any], watched: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        graph(**inputs)
+    return {name: value.clone() for name, value in watched.items()}
 
 
 def _differ(model: nn.Module, graph: nn.Module, inputs: Mapping[str, Any]) -> bool | None:

@@ -34,6 +34,11 @@ def get_tensor(root: nn.Module, name: str) -> Tensor:
     return value
 
 
+def hooks_gradient(value: Tensor) -> bool:
+    """Whether something is called with the gradient of ``value``: it may change it, or take a step of its own."""
+    return bool(value._backward_hooks or getattr(value, "_post_accumulate_grad_hooks", None))
+
+
 def put_tensor(root: nn.Module, name: str, value: Tensor, persistent: bool = True) -> None:
     """Register ``value`` under ``name``: a Parameter as a parameter, any other tensor as a buffer."""
     module, leaf = _owner(root, name, create=True)

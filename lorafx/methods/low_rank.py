@@ -21,6 +21,7 @@ from ..graph.edit import Edit
 from ..graph.program import Program
 from ..graph.site import Site
 from ..graph.target import ALL_LINEAR, Target
+from ..graph.tree import get_tensor, has_tensor, hooks_gradient
 
 aten = torch.ops.aten
 
@@ -139,7 +140,11 @@ def train_in_full(edit: Edit, trainable: tuple[str, ...]) -> None:
     for name in trainable:
         if name != "auto" and not edit.train(edit.program.modules_named(name)):
             raise UsageError(f"{edit.step.pass_name()}: trainable module {name!r} has no parameters in this model")
-    edit.train(modules_in_full(edit.program, trainable))
+    taken, model = edit.train(modules_in_full(edit.program, trainable)), edit.program.source.model
+    hooked = next((name for name in taken if has_tensor(model, name) and hooks_gradient(get_tensor(model, name))), None)
+    if hooked is not None:
+        why = f"the model has a hook on the gradient of {hooked}, which a graph does not run"
+        raise UsageError(f"{edit.step.pass_name()}: {why}; remove the hook, or leave {hooked} out of trainable")
 
 
 def train_biases(edit: Edit, sites: Iterable[Site]) -> None:

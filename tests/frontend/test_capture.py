@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -458,3 +459,45 @@ def test_recurrent_layers_have_an_evaluation_form(caplog: pytest.LogCaptureFixtu
 
     check(Recurrent().eval(), {"x": torch.randn(2, 5, 4)})
     assert "captured without" not in caplog.text
+
+
+class Remembering(nn.Module):
+    """Subtracts a running mean, which it updates when it likes."""
+
+    def __init__(self, when: Callable[[nn.Module], bool], decay: float = 0.9):
+        super().__init__()
+        self.layer, self.when, self.decay = nn.Linear(4, 4), when, decay
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layer(x)
+        mean: Any = self.mean
+        if self.when(self):
+            mean.mul_(self.decay).add_(hidden.detach().mean(0), alpha=1 - self.decay)
+        return hidden - mean
+
+
+def test_what_remembers_while_it_evaluates_is_no_graph():
+    model = Remembering(lambda module: True)
+    with pytest.raises(CaptureError, match="Remembering changes mean whenever it evaluates") as raised:
+        lorafx.capture(model, inputs={"x": torch.randn(2, 4)})
+    assert "\n" not in str(raised.value)
+    assert not model.mean.any(), "the model is as it was"  # type: ignore[operator, union-attr]
+
+
+def test_what_remembers_while_it_trains_evaluates_as_the_model(caplog: pytest.LogCaptureFixture):
+    model = Remembering(lambda module: module.training)
+    model.mean.fill_(2.0)  # type: ignore[operator, union-attr]
+    x = torch.randn(2, 4)
+    program = lorafx.capture(model, inputs={"x": x})
+    assert "it trains as it evaluates" in caplog.text
+    graph = program.module().eval()
+    assert all(torch.equal(graph(x=x), model.eval()(x)) for _ in range(2))
+
+
+def test_a_buffer_that_is_written_the_same_each_time_is_captured():
+    model = Remembering(lambda module: True, decay=1.0)
+    x = torch.randn(2, 4)
+    program = lorafx.capture(model, inputs={"x": x})
+    for kept in (program, lorafx.fold(program)):
+        assert torch.equal(kept.module().eval()(x=x), model.eval()(x))

@@ -133,6 +133,64 @@ def test_a_backward_of_the_models_own_evaluates_and_does_not_train():
     assert torch.equal(lorafx.fold(program).module().eval()(x=rows(1)), model(rows(1)))
 
 
+def tripled(gradient: Tensor) -> Tensor:
+    return 3 * gradient
+
+
+class Hooked(nn.Module):
+    """Two linear layers, and a hook on the gradient of what is between them."""
+
+    def __init__(self, hook: Any):
+        super().__init__()
+        self.first, self.second, self.hook = nn.Linear(4, 4), nn.Linear(4, 2), hook
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        if self.hook is not None and hidden.requires_grad:
+            hidden.register_hook(self.hook)
+        return self.second(hidden)
+
+
+def test_a_hook_that_changes_the_gradient_of_a_value_does_not_train():
+    model = Hooked(tripled)
+    program = lorafx.capture(model, inputs={"x": rows(batch=2)})
+    assert torch.equal(program.module().eval()(x=rows(1)), model(rows(1)))
+    with pytest.raises(LorafxError, match=r"Hooked has gradients of its own \(a hook on a value\)"):
+        lorafx.rewrite(program, [Lora(rank=1)])
+    assert "register_hook" in vars(Tensor)
+    assert Tensor.register_hook.__module__ == "torch._tensor", "torch is as it was"
+
+
+def test_a_hook_that_changes_the_gradients_of_a_module_does_not_train():
+    model = Hooked(None)
+    model.second.register_full_backward_hook(lambda module, ins, outs: tuple(3 * value for value in ins))
+    program = lorafx.capture(model, inputs={"x": rows(batch=2)})
+    with pytest.raises(LorafxError, match=r"Hooked has gradients of its own \(a hook on second\)"):
+        lorafx.rewrite(program, [Lora(rank=1)])
+
+
+def test_hooks_that_only_look_train():
+    seen: list[Tensor] = []
+    model = Hooked(seen.append)
+    model.second.register_full_backward_hook(lambda module, ins, outs: None)
+    program = lorafx.capture(model, inputs={"x": rows(batch=2)})
+    assert not program.untrainable
+    graph = lorafx.rewrite(program, [Lora(rank=1, trainable=("first",))]).module().train()
+    expected, found = gradients(model, model(rows(1))), gradients(graph, graph(x=rows(1)))
+    assert torch.allclose(found["first.weight"], expected["first.weight"], rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_weight_whose_gradient_is_hooked_is_not_trained_in_full(register: str):
+    """As in training some rows of an embedding by masking its gradient."""
+    model = Hooked(None)
+    getattr(model.first.weight, register)(lambda gradient: None)
+    program = lorafx.capture(model, inputs={"x": rows(batch=2)})
+    with pytest.raises(LorafxError, match=r"lora: the model has a hook on the gradient of first\.weight"):
+        lorafx.rewrite(program, [Lora(rank=1, targets="second", trainable=("first",))])
+    lorafx.rewrite(program, [Lora(rank=1)])  # an adapter has a gradient of its own
+
+
 class WrittenOut(nn.Module):
     """A linear layer as some write it, ``x @ W.T + b``."""
 
