@@ -45,7 +45,7 @@ from .writing import history_record, write_hf, write_other
 
 _log = logging.getLogger(__name__)
 
-Format = Literal["onnx", "hf", "pt2", "peft", "onnx-adapter"]
+Format = Literal["onnx", "hf", "layered", "pt2", "peft", "onnx-adapter"]
 FORMATS = get_args(Format)
 
 
@@ -72,10 +72,12 @@ def export(
     Args:
         program: rewritten or folded; merged adapters are folded here if they are not yet
         path: the folder to make; refused if it exists, unless ``overwrite``
-        format: ``onnx`` (opens with ``ExportedModel.from_pretrained``), ``hf`` (an ordinary checkpoint),
-            ``pt2`` (``ExportedModel`` over ``torch.export``), ``peft`` (a LoRA adapter for PEFT, of a program that is
-            not folded: gates and tied scalings become part of A and B, closed ranks are left out), ``onnx-adapter``
-            (the same update as a file that ONNX Runtime puts into the slots of its base at run time)
+        format: ``onnx`` (opens with ``ExportedModel.from_pretrained``), ``hf`` (an ordinary checkpoint), ``layered``
+            (one whose config says widths by layer, ``per_layer_config``: lorafx opens it, transformers does once the
+            model's class reads that), ``pt2`` (``ExportedModel`` over ``torch.export``), ``peft`` (a LoRA adapter for
+            PEFT, of a program that is not folded: gates and tied scalings become part of A and B, closed ranks are
+            left out), ``onnx-adapter`` (the same update as a file that ONNX Runtime puts into the slots of its base at
+            run time)
         provider: the ONNX Runtime provider whose fused operators are used, and for which a program is folded that is
             not folded yet
         adapters: ``merged`` into the base weights, ``separate`` operators as they were trained, or ``slots``: the base
@@ -106,6 +108,9 @@ def export(
         ParityError: the written model does not compute the program's function; nothing is left behind
     """
     _check(program, format, provider, dtype, generate)
+    layered = format == "layered"
+    if layered:  # else it is a checkpoint like any other
+        format = "hf"  # noqa: A001
     check_quantized(quantize, data, format, provider, dtype, adapters)
     if adapters == "slots" or slots is not None or format == "onnx-adapter":
         from .slots import check_slots
@@ -125,7 +130,7 @@ def export(
     resume = _digest(meta, reference, dtype) if is_deferring(final) else ""
     with new_folder(path, kind=format, meta=meta, overwrite=overwrite, known=hashed, resume=resume) as folder:
         if format == "hf":
-            hashed.update(write_hf(final, folder, dtype))
+            hashed.update(write_hf(final, folder, dtype, layered=layered))
         else:
             slotted = targets if adapters == "slots" else None
             facts = write_other(final, folder, format, provider, dtype, generate, slots or slotted)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from ..base import passes_of
 from ..errors import UsageError
 from ..files.folder import FileEntry
-from ..formats.hf import hf_model
+from ..formats.hf import hf_model, refuse_unread
 from ..formats.peft import adapter_config, adapter_keys
 from ..formats.run import VALUES, base_record, plain_tensor
 from ..formats.shards import write_checkpoint
@@ -47,9 +47,13 @@ def write_other(
     return {}
 
 
-def write_hf(program: Program, folder: Path, dtype: torch.dtype | None) -> dict[str, FileEntry]:
-    """Write a checkpoint; its files with what is known of them."""
-    return write_checkpoint(hf_model(program, dtype), folder)
+def write_hf(program: Program, folder: Path, dtype: torch.dtype | None, *, layered: bool) -> dict[str, FileEntry]:
+    """Write a checkpoint; its files with what is known of them. UsageError when transformers would not open it, unless
+    it is to be a ``layered`` one."""
+    model = hf_model(program, dtype)
+    if not layered:
+        refuse_unread(model)
+    return write_checkpoint(model, folder)
 
 
 def _write_adapter(program: Program, folder: Path, dtype: torch.dtype | None) -> None:

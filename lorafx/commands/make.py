@@ -36,7 +36,7 @@ from .shared import (
     widths,
 )
 
-_FORMATS = ["onnx", "hf", "pt2", "peft", "onnx-adapter"]
+_FORMATS = ["onnx", "hf", "layered", "pt2", "peft", "onnx-adapter"]
 _KEPT = ["merged", "separate", "slots"]
 _FLAGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 
@@ -139,7 +139,8 @@ def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, resum
 @overwrite_option
 @as_json_option
 def fold(run: Path, out: Path, double: bool, overwrite: bool, as_json: bool, **o: Any) -> None:
-    """Fold everything RUN learned into its base and write an ordinary checkpoint (or a .pt2 where none can hold it).
+    """Fold everything RUN learned into its base and write an ordinary checkpoint: where its layers have other widths
+    each and transformers does not read them yet, one that lorafx opens; where no config can say them, a .pt2.
 
     RUN is a run folder, or a checkpoint with --adapter.
     """
@@ -170,7 +171,13 @@ def fold(run: Path, out: Path, double: bool, overwrite: bool, as_json: bool, **o
 @click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Convert to this dtype.")
 @click.option("--adapters", "kept", type=click.Choice(_KEPT), default="merged", show_default=True)
-@click.option("--targets", default="all-linear", help="With --adapters slots: which weights have one.")
+@click.option(
+    "--targets",
+    multiple=True,
+    default=("all-linear",),
+    show_default=True,
+    help="With --adapters slots: which weights have one (repeat, or separate by commas).",
+)
 @click.option(
     "--slots", type=click.Path(path_type=Path), help="With --format onnx-adapter: the base that has the slots."
 )
@@ -199,18 +206,19 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ke
 
     check, checked, generate = check_of(o), bool(check_of(o)), o["generate"]
     to = getattr(torch, dtype) if dtype else None
-    refuse_check(check, kind, to)  # before the weights are read
+    checkpoint = kind in ("hf", "layered")
+    refuse_check(check, "hf" if checkpoint else kind, to)  # before the weights are read
     check_quantized(o["quantize"], o["data"], kind, provider, to, kept)
     removal = removal_of(provider, **widths(o))
     if removal is not None and (kind in ("peft", "onnx-adapter") or kept != "merged"):
         raise UsageError("widths are those left by folding, and nothing is folded here; leave the width options out")
-    if o["stream"] and kind != "hf":
+    if o["stream"] and not checkpoint:
         raise UsageError(f"only a checkpoint is written a tile at a time, not {kind}: give --format hf, or no --stream")
-    stream = kind == "hf" and streams(run, o["base"], o["stream"])
+    stream = checkpoint and streams(run, o["base"], o["stream"])
     with quiet():
         program = open_program(run, check=checked and not stream, **_asked(o))
         if removal is not None or stream:
-            gather = "never" if kind == "hf" else "auto"
+            gather = "never" if checkpoint else "auto"
             program = merge(program, provider=provider, removal=removal, gather=gather, check=checked, stream=stream)
         result = write(
             program,
@@ -218,7 +226,7 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ke
             kind,
             provider=provider,
             adapters=kept,
-            targets=[part.strip() for part in o["targets"].split(",")],
+            targets=[part.strip() for given in o["targets"] for part in given.split(",")],
             slots=o["slots"],
             dtype=to,
             generate=generate,

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+import transformers
 from torch import nn
 
 from ..errors import UsageError, first_line
 from ..graph.facts import Gathered
 from ..graph.program import Program
 from ..graph.tree import named_tensors
+from ..models.layered import is_layered, own_configs
 from .sizes import of_config, settings_for, with_settings
 
 _log = logging.getLogger(__name__)
@@ -107,15 +109,41 @@ def _homeless(model: nn.Module, program: Program) -> str:
     return ""
 
 
-def folded_format(program: Program) -> Literal["hf", "pt2"]:
-    """What a folded program is written as: an ordinary transformers checkpoint, or where none can hold it a ``.pt2``;
-    the log says why."""
+def folded_format(program: Program) -> Literal["hf", "layered", "pt2"]:
+    """What a folded program is written as: an ordinary transformers checkpoint; one that says the widths of each layer,
+    where the model's class does not read them yet; or where none can hold it a ``.pt2``. The log says why."""
     try:
-        hf_model(program)
+        model = hf_model(program)
     except UsageError as error:
         _log.warning("%s; written as a .pt2", error)
         return "pt2"
+    try:
+        refuse_unread(model)
+    except UsageError as error:
+        _log.warning("%s", error)
+        return "layered"
     return "hf"
+
+
+def refuse_unread(model: Any) -> None:
+    """UsageError when transformers by itself would not build ``model`` from its config: the widths of its layers differ
+    and its class does not read them layer by layer."""
+    if not is_layered(model.config):
+        return
+    kind, config = type(model), type(model.config)
+    with own_configs(model.config):
+        said = model.config.to_dict()
+    try:
+        with torch.device("meta"):
+            misfit = _misfit(kind(config.from_dict(said)), dict(named_tensors(model)))
+    except Exception as error:  # each class asks its config in its own way
+        misfit = first_line(error)
+    if misfit:
+        raise UsageError(
+            f"the layers of this {kind.__name__} have widths of their own, which its class in transformers "
+            f"{transformers.__version__} does not read ({misfit.partition('. ')[0]}): fold it with uniform widths "
+            "(--uniform), or write it as layered, which lorafx opens"
+        )
 
 
 def _as_parameter(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

@@ -305,10 +305,9 @@ def check_kind(path: Path) -> None:
             base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
         except (ValueError, AttributeError):
             base = None
-        merge = "PeftModel.from_pretrained(base_model, folder).merge_and_unload().save_pretrained(merged)"
         raise ArtifactError(
-            f"{path}: a PEFT adapter{f' of {base}' if base else ''}, not a checkpoint; merge it first "
-            f"({merge}) and give the merged folder"
+            f"{path}: a PEFT adapter{f' of {base}' if base else ''}, not a checkpoint; give its base and "
+            f"--adapter {path} (adapter=… in Python), or merge it first (lorafx fold BASE --adapter {path} -o MERGED)"
         )
 
 

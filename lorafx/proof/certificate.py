@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import ArtifactError, UsageError
-from ..files.folder import FileEntry, find_manifest, found
+from ..files.folder import MANIFEST, FileEntry, find_manifest, found
 from ..files.progress import PASSING
 from ..formats.adapter import read_adapter
 from ..formats.run import base_record
@@ -30,6 +30,9 @@ from .tensors import COLUMNS, TensorProof
 CERTIFICATE = "certificate.json"
 #: Certificates of another format are not read.
 _FORMAT = 1
+#: Files that are read by who opens a folder, whatever they are called: weights, code, configs and vocabularies.
+_READ = {".bin", ".data", ".gguf", ".h5", ".jinja", ".json", ".model", ".msgpack", ".onnx", ".onnx_data", ".pt", ".pt2"}
+_READ |= {".pth", ".py", ".safetensors", ".txt"}
 
 
 def write_certificate(
@@ -147,6 +150,7 @@ def check_folder(path: Path, base: Path | None = None) -> Found:
     holds: list[str] = []
     unseen: list[str] = []
     broken = list(_changed(path, {name: entry["sha256"] for name, entry in record["result"].items()}))
+    broken += _added(path, record["result"])
     holds += [] if broken else [f"{len(record['result'])} files of {path} are those that were written"]
     sources = [(base or _place(record["base"]["path"]), record["base"]["hashes"], "base")]
     sources += [(_place(one["path"]), one["files"], "adapter") for one in record["adapters"]]
@@ -193,6 +197,15 @@ def _changed(folder: Path, files: Mapping[str, str]) -> Iterator[str]:
             yield f"{folder / name} is gone"
         elif not has_identity(folder / name, known):
             yield f"{folder / name} is another file (its sha256 differs)"
+
+
+def _added(folder: Path, files: Mapping[str, Any]) -> Iterator[str]:
+    """Files that were put beside those that were written and may change what opening the folder gives, as an adapter
+    does that transformers finds there."""
+    for file in sorted(file for file in folder.rglob("*") if file.suffix in _READ and file.is_file()):
+        name = file.relative_to(folder).as_posix()
+        if name not in files and name not in (CERTIFICATE, MANIFEST) and not name.startswith("."):
+            yield f"{file} was put there later, and is read by who opens the folder"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -236,7 +236,8 @@ def test_the_command_line(tmp_path: Path) -> None:
         assert result.exit_code == 0, result.output
         return result
 
-    call("export", tmp_path / "base", "--adapters", "slots", "--targets", "query,value", "-o", tmp_path / "slots")
+    targets = ("--targets", "query", "--targets", "value")
+    call("export", tmp_path / "base", "--adapters", "slots", *targets, "-o", tmp_path / "slots")
     assert len(read_slots(tmp_path / "slots").pairs) == 4
     assert not torch.isnan(open_filled(tmp_path / "slots")(text(4))["logits"]).any(), "a head that a file holds"
     model: Any = hf.BertForSequenceClassification.from_pretrained(tmp_path / "base")

@@ -189,7 +189,7 @@ def test_an_adapter_is_named_with_what_to_do(
     places = {"x": folder, "out": tmp_path / "out", "recipe": tmp_path / "r.toml", "table": tiny_table}
     result = call(command, *(word.format(**places) for word in PLACES[command]))
     assert result.exit_code == 5, result.output
-    assert "a PEFT adapter of somewhere/base, not a checkpoint; merge it first" in result.stderr
+    assert "a PEFT adapter of somewhere/base, not a checkpoint; give its base and --adapter" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

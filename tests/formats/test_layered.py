@@ -17,7 +17,7 @@ from transformers.models.step3p7.modeling_step3p7 import Step3p7TextModel
 
 import lorafx
 from lorafx.cli import main
-from lorafx.errors import ArtifactError
+from lorafx.errors import ArtifactError, UsageError
 from lorafx.graph.tree import named_tensors
 from lorafx.models.checkpoint import open_model
 from lorafx.models.layered import own_configs
@@ -91,7 +91,7 @@ FAMILIES: dict[str, Any] = {
 def test_other_widths_in_every_layer_are_opened_again(name: str, tmp_path: Path) -> None:
     build, targets = FAMILIES[name]
     folded = narrowed(build(), targets)
-    result = lorafx.export(folded, tmp_path / "folded", "hf")
+    result = lorafx.export(folded, tmp_path / "folded", "layered")
     assert result is not None
     assert result.ok
     assert said(tmp_path / "folded")
@@ -132,10 +132,23 @@ def test_transformers_knows_that_no_size_is_that_of_all_layers(folded: Path) -> 
         hf.AutoModelForCausalLM.from_pretrained(folded)
 
 
+def test_what_transformers_would_not_open_is_no_checkpoint_of_its_own(folded: Path, tmp_path: Path) -> None:
+    program = lorafx.capture(folded)
+    why = r"the layers of this LlamaForCausalLM have widths of their own, which its class .* does not read .*--uniform"
+    with pytest.raises(UsageError, match=why) as raised:
+        lorafx.export(program, tmp_path / "plain", "hf")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "plain").exists()
+    arguments = ["export", str(folded), "-o", str(tmp_path / "layered"), "--format", "layered"]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    assert said(tmp_path / "layered") == said(folded)
+    assert distance(program, tmp_path / "layered") < 1e-12
+
+
 def test_what_was_folded_can_be_folded_again(folded: Path, tmp_path: Path) -> None:
     program = lorafx.capture(folded)
     again = narrowed(program, FEED_FORWARD, {1: 0.5})
-    lorafx.export(again, tmp_path / "again", "hf")
+    lorafx.export(again, tmp_path / "again", "layered")
     assert said(tmp_path / "again")["0"] == said(folded)["0"]
     assert said(tmp_path / "again")["1"] == {"intermediate_size": 18}
     assert distance(again, tmp_path / "again") < 1e-12

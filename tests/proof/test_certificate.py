@@ -80,6 +80,21 @@ def test_a_file_that_changed(what: str, place: Path, tmp_path: Path) -> None:
     assert f"{file} is another file" in result.stdout
 
 
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "modeling_other.py", "weights/more.safetensors", ".hidden/a.json"]
+)
+def test_a_file_that_was_put_there_later(name: str, place: Path, tmp_path: Path) -> None:
+    """transformers puts an adapter that it finds in a folder on the model, for one."""
+    shutil.copytree(place / "out", tmp_path / "out")
+    (tmp_path / "out" / "README.md").write_text("A card.")
+    assert check_folder(tmp_path / "out").ok
+    (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "out" / name).write_text("{}")
+    found = check_folder(tmp_path / "out")
+    assert found.ok == name.startswith(".")
+    assert found.ok or f"{name} was put there later" in found.broken[0]
+
+
 def test_files_that_are_right_and_tensors_that_are_not(place: Path, tmp_path: Path) -> None:
     """A certificate written for other weights: its hashes hold, and its tensors are composed anew."""
     shutil.copytree(place / "out", tmp_path / "out")
