@@ -56,12 +56,13 @@ def hugging_face_export(
     from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
 
+    from lorafx.frontend.notices import without_notices
     from lorafx.models.examples import dynamic_shapes, example_inputs
 
     model = AutoModelForSequenceClassification.from_pretrained(checkpoint, dtype=dtype).eval()
     inputs = example_inputs(model, checkpoint)
     config = OnnxConfig(dynamic=True, dynamic_shapes=dynamic_shapes(model, inputs), ort_fusions=provider)
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr), without_notices():
         OnnxExporter().export(model, inputs, config).save_pretrained(folder)
     return folder
 

@@ -28,6 +28,7 @@ from ..graph.domain import FLAGS, input_nodes, is_axes, leaves_of
 from ..graph.evaluation import RULES
 from ..graph.site import module_path
 from ..models.eager import cacheless
+from .notices import without_notices
 from .stand_ins import StandIns
 
 T = TypeVar("T")
@@ -116,7 +117,7 @@ def trace_with(attempt: Callable[[Any], T], model: nn.Module, shapes: Any) -> T:
     Raises:
         CaptureError: both failed
     """
-    with cacheless(model), lean():
+    with cacheless(model), lean(), without_notices():
         try:
             return attempt(shapes)
         except CaptureError:  # it says what it is about
