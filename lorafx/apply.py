@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .base import Method, Pass
+from .base import Method, Pass, Promise
 from .errors import LorafxError, RecipeError
 from .graph.edit import Edit
 from .graph.program import Applied, P, Program
@@ -80,6 +80,8 @@ def _apply(program: Program, step: Pass) -> None:
     step.finish(edit)
     program.graph.lint()
     seconds = time.perf_counter() - started
+    if isinstance(step, Method) or step.promise not in (Promise.EXACT, Promise.CLOSE):
+        program.trained = None  # what was measured is not true of this function, or of all that trains now
     program.history += (Applied(step, edit.inserted, tuple(taken), tuple(missed), seconds, edit.facts),)
 
 

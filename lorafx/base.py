@@ -45,14 +45,15 @@ def option(
     most: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    group: str = "",
 ) -> Any:
-    """Declare one option: its default, its help line, and the range of its numbers.
+    """Declare one option: its default, its help line, the range of its numbers, and the group that it begins in a help.
 
     ``least`` and ``most`` are allowed themselves, ``above`` and ``below`` are not; numbers are finite. The range is
     checked when the options are made (:class:`Options`), so that TOML, flags and Python agree. Mappings are copied, so
     that passes never share one.
     """
-    metadata: dict[str, Any] = {"help": about}
+    metadata: dict[str, Any] = {"help": about, "group": group}
     allowed = Range(least, most, above, below, whole=type(default) is int)
     if str(allowed) or type(default) in (int, float):
         metadata["range"] = allowed

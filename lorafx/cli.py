@@ -13,7 +13,7 @@ import click
 
 from .commands.check import check, check_merge
 from .commands.edit import edit, patch
-from .commands.look import bench, generate, inspect, latency, passes, verify
+from .commands.look import bench, generate, inspect, latency, passes, report, verify
 from .commands.make import export, fold, rewrite, run, train
 from .errors import ArtifactError, LorafxError, first_line
 from .version import __version__
@@ -22,7 +22,7 @@ from .version import __version__
 _COMMANDS = (
     *(rewrite, train, fold, export, run),
     *(verify, check, check_merge, bench, generate),
-    *(inspect, latency, passes, edit, patch),
+    *(inspect, report, latency, passes, edit, patch),
 )
 
 
@@ -55,7 +55,7 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-@click.group(cls=_Group)
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="lorafx")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 @click.option("--verbose", "-v", is_flag=True, help="Show the libraries' own logs.")

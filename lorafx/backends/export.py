@@ -36,8 +36,7 @@ from ..proof.exports import held_against, parity_record, reference_of, refuse_un
 from ..proof.open import open_runner
 from ..proof.tensors import TensorProof
 from ..public import Program
-from ..reporting.report import shrunk_blocks
-from ..reporting.sizes import chart
+from ..reporting.report import write_report
 from ..version import __version__
 from .plain_lora import as_lora
 from .quantized import approximate, check_quantized, quantized
@@ -147,7 +146,7 @@ def export(
             result = dataclasses.replace(result, b=str(path), notes=(*result.notes, *notes))
         few = None if quantize is None else quantized(final, folder, quantize, data, data_options)
         parity = approximate(parity_record(result, reason), few)
-        _write_report(final, folder, parity=parity, decoder=facts or None, quantized=few)
+        write_report(final.report.plus(parity=parity, decoder=facts or None, quantized=few), folder)
         if format not in ("peft", "onnx-adapter"):  # an adapter is not folded
             hashed.update(write_certificate(reference, final, folder, format, hashed, parity, proof))
         return result
@@ -241,12 +240,3 @@ def _final(program: Program, adapters: str, kind: str, provider: Literal["cpu", 
     if left:
         raise UsageError(f"{left[0]} cannot be merged into the base; export with adapters='separate'")
     return folded
-
-
-def _write_report(program: Program, folder: Path, **sections: Mapping[str, Any] | None) -> None:
-    """What happened, beside the model; with a chart when channels were removed."""
-    report = program.report.plus(**sections)
-    (folder / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-    rows = shrunk_blocks(program)
-    if rows:
-        (folder / "blocks.svg").write_text(chart(rows), encoding="utf-8")

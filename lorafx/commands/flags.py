@@ -62,27 +62,94 @@ def _pass_option(name: str, option: str, text: str) -> Any:
 
 
 def _value(flag: str, text: str, hint: Any) -> Any:
-    from ..recipes.recipe import parse_text, type_name
+    from ..recipes.recipe import coerce, parse_text, type_name
 
     try:
-        return parse_text(text, hint)
+        return coerce(_pairs(text), hint) if typing.get_origin(hint) is dict else parse_text(text, hint)
     except TypeError:
         raise UsageError(f"{flag}: {text!r} is not {type_name(hint)}") from None
 
 
+class GroupedOption(click.Option):
+    """An option that stands under a title of its own in the help of a :class:`GroupedCommand`."""
+
+    def __init__(self, *args: Any, group: str = "", **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+class GroupedCommand(click.Command):
+    """A command whose help lists options by their groups, after those that have none."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options into the help."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                groups.setdefault(getattr(parameter, "group", ""), []).append(record)
+        for title, rows in groups.items():
+            with formatter.section(title or "Options"):
+                formatter.write_dl(rows)
+
+
+def _pairs(text: str) -> dict[str, Any]:
+    """``optim=adafactor,adam_beta2=0.98`` as a table, and one in TOML (``{optim = "adafactor"}``) as it is.
+
+    TypeError when it is neither.
+    """
+    import tomllib
+
+    def read(value: str) -> Any:
+        try:
+            return tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            return value
+
+    if text.strip().startswith("{"):
+        return read(text)
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(name.strip() and equals for name, equals, _ in pairs):
+        raise TypeError(text)
+    return {name.strip(): read(value.strip()) for name, _, value in pairs}
+
+
 def option_flags(cls: type) -> Any:
     """A decorator that gives a command one flag for each field of the options class ``cls``."""
+    hints, groups, group = typing.get_type_hints(cls), [], ""
+    for entry in dataclasses.fields(cls):
+        group = entry.metadata["group"] or group
+        groups.append((entry, group))
 
     def decorate(function: Any) -> Any:
-        for entry in reversed(dataclasses.fields(cls)):
-            flag, about = "--" + entry.name.replace("_", "-"), entry.metadata["help"]
-            held = str(range_of(entry) or "")
-            about = f"{about} ({held})" if held else about
-            declared = f"{flag}/--no-{flag[2:]}" if entry.type == "bool" else flag
-            function = click.option(declared, default=None, help=about)(function)
+        for entry, title in reversed(groups):
+            flag, switch = "--" + entry.name.replace("_", "-"), hints[entry.name] is bool
+            function = click.option(
+                f"{flag}/--no-{flag[2:]}" if switch else flag,
+                cls=GroupedOption,
+                group=title,
+                default=None,
+                metavar=None if switch else _metavar(hints[entry.name]),
+                help=_described(entry),
+            )(function)
         return function
 
     return decorate
+
+
+def _described(entry: dataclasses.Field[Any]) -> str:
+    """What an option does, the range of its numbers, and its default, if it has one that says anything."""
+    held, default = str(range_of(entry) or ""), entry.default
+    about = f"{entry.metadata['help']} ({held})" if held else entry.metadata["help"]
+    if isinstance(default, bool):
+        default = "on" if default else "off"
+    return f"{about}  [default: {default}]" if isinstance(default, (int, float, str)) else about
+
+
+def _metavar(hint: Any) -> str:
+    """What stands for an option's value in a help."""
+    kinds = {int: "INTEGER", float: "NUMBER"}
+    return "NAME=VALUE,…" if typing.get_origin(hint) is dict else kinds.get(hint, "TEXT")
 
 
 def option_values(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:

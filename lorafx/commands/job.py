@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ArtifactError, UsageError
 from ..files.folder import MANIFEST, check_free, file_hash, is_free, manifest_of, read_manifest
 from ..recipes.recipe import Recipe
-from ..reporting.report import Report
+from ..reporting.report import PAGE, REPORT, Report, read_report, write_report
 from ..training.folder import check_training_folder, differences, training_folder
 
 if TYPE_CHECKING:
+    from ..proof.bench import BenchResult
     from ..public import Program
 
 #: Where training keeps what it resumes from.
@@ -84,7 +85,9 @@ def checkpoint_of(recipe: Recipe, given: Path | None) -> Path:
 
 
 def run_job(job: Job, say: Callable[[str], None]) -> Report:
-    """Do what is not done yet and return the report of the run. ``say`` gets one line a stage.
+    """Do what is not done yet, and return what came of it all: the report of the ONNX folder, with its speed.
+
+    That is written into ``out`` too, as a page as well. ``say`` gets one line a stage.
 
     Raises:
         UsageError: something stands in the way that ``lorafx run`` did not write, or a run trained from other inputs;
@@ -103,7 +106,7 @@ def run_job(job: Job, say: Callable[[str], None]) -> Report:
         say(f"{name}: done before" if done else f"{name}: working")
         if not done:
             stage(opened(), job.provider, job.out / name, wanted)
-    return Report.from_json(json.loads((run / "report.json").read_text(encoding="utf-8")))
+    return _told(job, opened, say)
 
 
 # ---- what is there
@@ -127,6 +130,8 @@ def _checked(job: Job, inputs: Mapping[str, str]) -> bool:
         read_manifest(job.out / "run")
     for name in ("folded", "onnx"):
         check_free(job.out / name, overwrite=True)
+    if any((job.out / name).exists() for name in (REPORT, PAGE)) and _told_of(job.out) is None:
+        raise UsageError(f"{job.out / REPORT}: `lorafx run` did not write this; choose another -o, or move it away")
     return trained is not None
 
 
@@ -202,9 +207,8 @@ def _train(job: Job, folder: Path, inputs: Mapping[str, str]) -> None:
     program = rewrite(base, job.recipe)
     with training_folder(job.out / CHECKPOINTS, inputs) as checkpoints:
         resume = last_checkpoint(checkpoints) is not None
-        result = train(program, job.data, eval_data=job.eval_data, output_dir=checkpoints, resume=resume, **job.train)
-        report = program.report.plus(training=result.to_json())
-        save_run(program, folder, train=job.train, report=report, made_from=inputs)
+        train(program, job.data, eval_data=job.eval_data, output_dir=checkpoints, resume=resume, **job.train)
+        save_run(program, folder, train=job.train, made_from=inputs)
 
 
 def _fold(trained: Program, _provider: str, folder: Path, made_from: Mapping[str, str]) -> None:
@@ -220,6 +224,44 @@ def _export(trained: Program, provider: Any, folder: Path, made_from: Mapping[st
     from ..backends.export import export
 
     export(trained, folder, "onnx", provider=provider, overwrite=True, made_from=made_from)
+
+
+#: Under this name the report of a job says which ONNX folder it tells of.
+_TOLD = "made from"
+#: A single short text and a small batch, and seconds to spend on both: an impression, not a benchmark.
+_SHAPES, _SECONDS = ((1, 64), (8, 64)), 20.0
+
+
+def _told_of(out: Path) -> str | None:
+    """The digest of the ONNX folder that the report in ``out`` tells of; None without a report that a job wrote."""
+    try:
+        return str(dict(read_report(out).sections[_TOLD])["onnx"])
+    except (ArtifactError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _told(job: Job, opened: Callable[[], Program], say: Callable[[str], None]) -> Report:
+    """What came of a job, from its report if that is still true: else timed beside the base, and written."""
+    onnx = job.out / "onnx"
+    digest = file_hash(onnx / MANIFEST)
+    if _told_of(job.out) == digest:
+        return read_report(job.out)
+    say("report: working")
+    report = read_report(onnx).plus(benchmark=_timed(job, opened(), say), **{_TOLD: {"onnx": digest}})
+    write_report(report, job.out, "onnx/")
+    return report
+
+
+def _timed(job: Job, trained: Program, say: Callable[[str], None]) -> BenchResult | None:
+    """The ONNX model beside the base in PyTorch; None, said aloud, where inputs cannot be made."""
+    from ..proof.bench import bench
+
+    candidates = ("the base in PyTorch", trained.source.model), ("lorafx, ONNX", job.out / "onnx")
+    try:
+        return bench(*candidates, shapes=_SHAPES, seconds=_SECONDS, provider=job.provider, memory=False)
+    except UsageError as error:
+        say(f"not timed: {error}")
+        return None
 
 
 def _opened(job: Job, run: Path) -> Program:

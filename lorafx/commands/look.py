@@ -1,30 +1,36 @@
-"""The commands that change nothing: verify, generate, bench, inspect, latency, passes.
+"""The commands that change nothing: verify, generate, bench, inspect, report, latency, passes.
 
 Imports inside the functions keep ``lorafx --help`` fast: torch and transformers load when a command needs them.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import UsageError
+from ..errors import ArtifactError, UsageError
 from .flags import parse_shape
 from .shared import (
     adapter_option,
     adapters_of,
     as_json_option,
+    complete_passes,
+    details_option,
     emit,
     open_program,
     opening,
     opening_options,
+    overwrite_option,
     quiet,
     read_lines,
     task_options,
+    tell,
 )
+
+if TYPE_CHECKING:
+    from ..files.folder import Manifest
 
 
 @click.command()
@@ -106,15 +112,16 @@ def bench(folders: tuple[Path, ...], shapes: tuple[str, ...], as_json: bool, **o
 @task_options
 @opening_options
 @click.option("--axes", is_flag=True, help="List which channels of which tensors can be removed together, and why not.")
+@details_option
 @as_json_option
-def inspect(folder: Path, axes: bool, as_json: bool, **o: Any) -> None:
-    """Show what a folder holds: its sites, tensors by role and history."""
+def inspect(folder: Path, axes: bool, details: bool, as_json: bool, **o: Any) -> None:
+    """Show what a folder holds: what came of it, tensors by role and history; with --details, its sites."""
     from ..files.folder import find_manifest
 
     with quiet():
         manifest = find_manifest(folder)
-        if manifest is not None and manifest.kind in ("onnx", "pt2"):
-            emit(manifest.to_json(), json.dumps(manifest.to_json(), indent=2), as_json)
+        if manifest is not None and manifest.kind not in ("run", "hf"):
+            emit(manifest.to_json(), _of_files(manifest, details), as_json)
             return
         program = open_program(folder, **o)
     if axes:
@@ -125,9 +132,54 @@ def inspect(folder: Path, axes: bool, as_json: bool, **o: Any) -> None:
         return
     sites = program.sites()
     rows = [{"site": site.module, "kind": site.kind, "role": site.role, "block": site.block} for site in sites]
-    report = program.report
-    text = "\n".join([report.text(), "", *map(str, sites)])
-    emit({**report.to_json(), "weight_uses": rows}, text, as_json)
+    shown = program.report
+    following = "--details for every site and miss; --axes for what can be removed"
+    text = shown.text(details=details, next_step=following, overview=True, folder=folder)
+    emit({**shown.to_json(), "weight_uses": rows}, "\n".join([text, "", *map(str, sites if details else ())]), as_json)
+
+
+def _of_files(manifest: Manifest, details: bool) -> str:
+    """A folder that is no program any more, in words: its report, and its files."""
+    from ..reporting.contents import Contents, megabytes
+    from ..reporting.report import REPORT, read_report
+
+    lines = [f"{manifest.path}: {manifest.kind}, written by lorafx {manifest.version}"]
+    if manifest.kind != "edit" and REPORT in manifest.files:
+        lines.append(read_report(manifest.path).text(details=details, overview=True))
+    files = Contents.of(manifest.path).files
+    return "\n".join([*lines, "", *(f"{megabytes(size):>12}  {name}" for name, size in files)])
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="Draw the page anew into this file.")
+@click.option("--open", "opens", is_flag=True, help="Open the page in a browser.")
+@overwrite_option
+@details_option
+@as_json_option
+def report(folder: Path, out: Path | None, opens: bool, overwrite: bool, **o: Any) -> None:
+    """Tell what came of FOLDER (a run, what was folded or exported, or all that `lorafx run` made), and where its page
+    is: report.html, a file that needs no other."""
+    from ..files.folder import MANIFEST
+    from ..reporting.report import PAGE, read_report
+
+    found, page = read_report(folder), out or folder / PAGE
+    whole = folder / "onnx" if (folder / "onnx" / MANIFEST).is_file() else folder
+    if out is not None:
+        if out.exists() and not overwrite:
+            raise UsageError(f"{out} exists; choose another -o, or add --overwrite")
+        try:
+            out.write_text(found.html(), encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"{out}: cannot be written: {error.strerror}; choose another -o") from None
+    elif not page.is_file():
+        raise ArtifactError(f"{folder}: no {PAGE}, an earlier lorafx wrote it; give -o FILE to draw one")
+    tell(found, o, f"open {page}" if not opens else f"{page} is open", whole)
+    if opens:
+        import webbrowser
+
+        if not webbrowser.open(page.resolve().as_uri()):
+            raise UsageError(f"no browser was found; open {page} yourself")
 
 
 @click.command()
@@ -148,7 +200,7 @@ def latency(folder: Path, shape: str, threads: int | None, as_json: bool, **o: A
 
 
 @click.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_passes)
 @as_json_option
 def passes(name: str | None, as_json: bool) -> None:
     """List the passes, or show one with its options."""

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ..errors import UsageError
-from .flags import read_recipe, train_flags, train_options
+from .flags import GroupedCommand, read_recipe, train_flags, train_options
 from .shared import (
     adapter_option,
     adapters_of,
@@ -20,18 +20,20 @@ from .shared import (
     check_option,
     check_options,
     checkpoint_options,
-    emit,
+    details_option,
     open_program,
     opening,
     opening_options,
     out_option,
     overwrite_option,
+    provider_option,
     quiet,
     recipe_options,
     removal_of,
     stream_option,
     streams,
     task_options,
+    tell,
     width_options,
     widths,
 )
@@ -55,6 +57,7 @@ _FLAGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 @click.option("--dump", type=click.Path(path_type=Path), help="Write the graph after every pass into this folder.")
 @click.option("--seed", type=int, default=None, help="Seed of the initial adapter values.")
 @overwrite_option
+@details_option
 @as_json_option
 @click.pass_context
 def rewrite(ctx: click.Context, checkpoint: Path, recipe: Path | None, passes: tuple[str, ...], **o: Any) -> None:
@@ -83,8 +86,10 @@ def rewrite(ctx: click.Context, checkpoint: Path, recipe: Path | None, passes: t
         program = apply(program, steps, observers, check=o["check"])
         if o["out"] is not None and not o["dry_run"]:
             save_run(program, o["out"], o["overwrite"], train=steps.train, seed=seed)
-    report = program.report
-    emit(report.to_json(), report.text(), o["as_json"])
+    if o["dry_run"]:
+        tell(program.report, {**o, "details": True}, "give -o FOLDER instead of --dry-run to write the run")
+    else:
+        tell(program.report, o, f"lorafx train {o['out']} --data TABLE", o["out"])
 
 
 def _seed(seed: int) -> None:
@@ -93,7 +98,7 @@ def _seed(seed: int) -> None:
     set_seed(seed)
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Training table: csv, jsonl or parquet.")
 @click.option("--eval", "eval_data", type=click.Path(path_type=Path), help="Evaluation table.")
@@ -102,6 +107,7 @@ def _seed(seed: int) -> None:
 @train_flags
 @opening_options
 @overwrite_option
+@details_option
 @as_json_option
 def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, resume: bool, **o: Any) -> None:
     """Train the run folder RUN on a table, with HF Trainer."""
@@ -120,9 +126,8 @@ def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, resum
             result = fit(program, data, eval_data=eval_data, output_dir=checkpoints, resume=resume, **options)
             if not result.is_main:
                 return
-            report = program.report.plus(training=result.to_json())
-            save_run(program, target, overwrite, train=options, report=report)
-    emit(report.to_json(), report.text(), o["as_json"])
+            save_run(program, target, overwrite, train=options)
+    tell(program.report, o, f"lorafx export {target} -o {target.with_name('onnx')}", target)
 
 
 @click.command()
@@ -137,8 +142,9 @@ def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, resum
 @task_options
 @opening_options
 @overwrite_option
+@details_option
 @as_json_option
-def fold(run: Path, out: Path, double: bool, overwrite: bool, as_json: bool, **o: Any) -> None:
+def fold(run: Path, out: Path, double: bool, overwrite: bool, **o: Any) -> None:
     """Fold everything RUN learned into its base and write an ordinary checkpoint: where its layers have other widths
     each and transformers does not read them yet, one that lorafx opens; where no config can say them, a .pt2.
 
@@ -161,16 +167,32 @@ def fold(run: Path, out: Path, double: bool, overwrite: bool, as_json: bool, **o
         folded = merge(program, observers, removal=removal, gather="never", check=checked, stream=stream)
         result = write(folded, out, folded_format(folded), check=check, overwrite=overwrite)
     report = folded.report.plus(parity=parity_record(result, unproven(checked)), output=str(out))
-    emit(report.to_json(), report.text(), as_json)
+    tell(report, o, _opened_by(out, folded_format(folded)), out)
 
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @out_option
-@click.option("--format", "kind", type=click.Choice(_FORMATS), default="onnx", show_default=True)
-@click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(_FORMATS),
+    default="onnx",
+    show_default=True,
+    help="onnx: for ONNX Runtime; hf: an ordinary transformers checkpoint; pt2: torch.export's; peft: a LoRA adapter "
+    "for PEFT; onnx-adapter: a file that a base with slots takes at run time (--slots).",
+)
+@provider_option
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Convert to this dtype.")
-@click.option("--adapters", "kept", type=click.Choice(_KEPT), default="merged", show_default=True)
+@click.option(
+    "--adapters",
+    "kept",
+    type=click.Choice(_KEPT),
+    default="merged",
+    show_default=True,
+    help="merged: into the base's weights; separate: operators of their own, as they were trained; slots: the base "
+    "with inputs that take any adapter at run time.",
+)
 @click.option(
     "--targets",
     multiple=True,
@@ -193,6 +215,7 @@ def fold(run: Path, out: Path, double: bool, overwrite: bool, as_json: bool, **o
 @task_options
 @opening_options
 @overwrite_option
+@details_option
 @as_json_option
 def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, kept: Any, **o: Any) -> None:
     """Export a run, a folded folder or a checkpoint: ONNX by default, verified before the folder gets its name."""
@@ -203,6 +226,7 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ke
     from ..pipeline import fold as merge
     from ..proof.checkpoint import refuse_check
     from ..proof.exports import parity_record, unproven
+    from ..reporting.report import read_report
 
     check, checked, generate = check_of(o), bool(check_of(o)), o["generate"]
     to = getattr(torch, dtype) if dtype else None
@@ -236,8 +260,20 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ke
         )
     parity = parity_record(result, unproven(checked))
     found = _quantized(out) if o["quantize"] else {"parity": parity}
-    report = program.report.plus(**found, output=str(out))
-    emit(report.to_json(), report.text(), o["as_json"])
+    # As it was written: of what was folded on the way.
+    report = read_report(out).plus(**found, output=str(out))
+    following = f"lorafx bench {run} {out}" if kind == "onnx" and kept != "slots" else _opened_by(out, kind)
+    tell(report, o, following, out)
+
+
+def _opened_by(out: Path, kind: str) -> str:
+    """How others open what was written."""
+    return {
+        "hf": f"AutoModel.from_pretrained({str(out)!r}) and its kin, in transformers",
+        "peft": f"PeftModel.from_pretrained(base, {str(out)!r}), in PEFT",
+        "onnx": f"lorafx export RUN --format onnx-adapter --slots {out} -o ADAPTER",
+        "onnx-adapter": f"LoraAdapter of ONNX Runtime, over its base; the files are in {out}",
+    }.get(kind, f"ExportedModel.from_pretrained({str(out)!r}), in transformers")
 
 
 def _quantized(out: Path) -> dict[str, Any]:
@@ -263,15 +299,16 @@ def _asked(given: dict[str, Any]) -> dict[str, Any]:
     return {**asked, **opening(given)}
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="The base folder (default: the recipe's).")
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Training table: csv, jsonl or parquet.")
 @click.option("--eval", "eval_data", type=click.Path(path_type=Path), help="Evaluation table.")
 @out_option
-@click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@provider_option
 @train_flags
 @checkpoint_options
+@details_option
 @as_json_option
 def run(recipe: Path, checkpoint: Path | None, data: Path, eval_data: Path | None, out: Path, **o: Any) -> None:
     """Do all of RECIPE: rewrite, train, fold, export. Run again after an interruption, it goes on where it was."""
@@ -284,4 +321,4 @@ def run(recipe: Path, checkpoint: Path | None, data: Path, eval_data: Path | Non
     job = Job(steps, base, data, eval_data, out, options, o["provider"], *opened)
     with quiet():
         report = run_job(job, lambda line: click.echo(line, err=True))
-    emit(report.to_json(), report.text(), o["as_json"])
+    tell(report, o, f"lorafx report {out} --open", out / "onnx")

@@ -17,6 +17,7 @@ from ..errors import UsageError
 if TYPE_CHECKING:
     from ..base import Pass
     from ..public import Program
+    from ..reporting.report import Report
 
 
 def _together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -47,8 +48,31 @@ check_options = _together(
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 out_option = click.option("--out", "-o", required=True, type=click.Path(path_type=Path), help="The folder to make.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")
+provider_option = click.option(
+    "--provider",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where ONNX Runtime is to be fast: its fused operators are used, and on cuda widths are multiples of 8.",
+)
+details_option = click.option("--details", is_flag=True, help="Print every table, and every site and miss.")
+
+
+def _tasks(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    from ..models.checkpoint import TASKS
+
+    return [name for name in TASKS if name.startswith(incomplete)]
+
+
+def complete_passes(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """The names of passes, for the completion of shells."""
+    from ..recipes.registry import known
+
+    return [name for name in known() if name.startswith(incomplete)]
+
+
 task_options = _together(
-    click.option("--task", help="Open the checkpoint for a task, e.g. text-classification."),
+    click.option("--task", help="Open the checkpoint for a task, e.g. text-classification.", shell_complete=_tasks),
     click.option("--num-labels", type=int, help="Size of the classification head."),
 )
 trust_option = click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a folder.")
@@ -79,7 +103,13 @@ width_options = _together(
 )
 recipe_options = _together(
     click.option("--recipe", type=click.Path(path_type=Path), help="A TOML recipe."),
-    click.option("--pass", "passes", multiple=True, help="Append a pass; its options are --NAME.OPTION VALUE."),
+    click.option(
+        "--pass",
+        "passes",
+        multiple=True,
+        help="Append a pass; its options are --NAME.OPTION VALUE.",
+        shell_complete=complete_passes,
+    ),
 )
 
 
@@ -97,6 +127,15 @@ def quiet() -> Iterator[None]:
 def emit(value: Any, text: str, as_json: bool) -> None:
     """Print a result: ``value`` as JSON when asked for, else ``text``."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False) if as_json else text)
+
+
+def tell(report: Report, given: dict[str, Any], next_step: str, folder: Path | None = None) -> None:
+    """Print a report: the answer and what to do next, or all of it (``--details``), or JSON (``--json``).
+
+    ``folder`` is what was written.
+    """
+    text = report.text(details=given["details"], next_step=next_step, folder=folder)
+    emit(report.to_json(), text, given["as_json"])
 
 
 def widths(given: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError, UsageError, first_line
 from ..files.folder import MANIFEST
+from ..reporting.report import PAGE, REPORT
 
 if TYPE_CHECKING:
     from ..graph.program import Program
@@ -34,7 +35,7 @@ _WEIGHTS = (
 _OF_THE_BASE = (
     *("README*", "*results.json", "trainer_state.json", "training_args*", "events.out.*", "*.log"),
     *("adapter_config.json", "quant*_config.json", "hf_quant_config.json"),
-    *(MANIFEST, "certificate.json", "recipe.toml", "report.json", "blocks.svg", "export.json", "genai_config.json"),
+    *(MANIFEST, "certificate.json", "recipe.toml", REPORT, PAGE, "blocks.svg", "export.json", "genai_config.json"),
 )
 #: What sentence-transformers says of the model that the folder names: another head is another model.
 _OF_THE_ENCODER = (MODULES, "sentence_*_config.json", "config_sentence_transformers.json")

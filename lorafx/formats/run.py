@@ -26,14 +26,13 @@ from ..models.examples import example_inputs
 from ..models.layered import own_configs
 from ..recipes.recipe import Recipe
 from ..recipes.registry import in_recipes
-from ..reporting.report import Report, report_of
+from ..reporting.report import Report, report_of, write_report
 from .companions import copy_companions
 from .peft import adapter_config, adapter_keys
 from .shards import write_file
 
 VALUES = "adapter_model.safetensors"
 RECIPE = "recipe.toml"
-REPORT = "report.json"
 INPUTS = "example_inputs.safetensors"
 
 
@@ -88,7 +87,6 @@ def save_run(
     with new_folder(path, "run", meta, overwrite, known) as folder:
         _write_config(program, folder)
         (folder / RECIPE).write_text(recipe_of(program, train or {}).to_toml(), encoding="utf-8")
-        _write_json(folder / REPORT, (report or report_of(program)).to_json())
         # Not a copy of them all, nor read again to be hashed: they may be a gigabyte.
         known[VALUES] = write_file(folder / VALUES, values)
         if inputs:
@@ -96,6 +94,7 @@ def save_run(
         if peft is not None:
             _write_json(folder / "adapter_config.json", peft)
         copy_companions(program, folder)
+        write_report(report or report_of(program), folder)
 
 
 def _refuse_foreign(program: Program) -> None:

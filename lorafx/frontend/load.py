@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -22,6 +23,7 @@ from ..models.checkpoint import check_safetensors, has_identity, read_config
 from ..pipeline import rewrite
 from ..public import Program
 from ..recipes.recipe import Recipe
+from ..reporting.report import REPORT
 from .adapters import Adapters
 from .capture import capture
 
@@ -80,6 +82,7 @@ def load(
         program = rewrite(_recapture(run, Path(base or run.base), meta, allowed), run.path / RECIPE, check=check)
     _load_values(program, run)
     _name_classes(program, run)
+    program.trained = _training(run.path / REPORT)
     return program
 
 
@@ -180,6 +183,14 @@ def _load_values(program: Program, run: _Run) -> None:
         program.load({names[key]: value for key, value in stored.items()})
     except ValueError as error:
         raise ArtifactError(f"{file}: {error}; write the run again") from None
+
+
+def _training(file: Path) -> Mapping[str, Any] | None:
+    """What the training gave, as the run's report tells it."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["sections"].get("training")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ArtifactError(f"{file}: broken report; write the run again") from None
 
 
 def _name_classes(program: Program, run: _Run) -> None:

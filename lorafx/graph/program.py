@@ -99,7 +99,7 @@ class Applied:
     """One entry of a program's history: a pass, what it inserted where, what it missed, and the time it took (s).
 
     ``facts`` are what it has to say for the report: titles and JSON values. ``proof`` says how the pass was held to its
-    promise, or why it was not.
+    promise, or why it was not; ``difference`` is the largest that was found, as a share of the outputs' scale.
     """
 
     step: Step
@@ -109,6 +109,7 @@ class Applied:
     seconds: float = 0.0
     facts: Mapping[str, Any] = field(default_factory=dict)
     proof: str = ""
+    difference: float | None = None
 
 
 @dataclass
@@ -130,6 +131,8 @@ class Program:
         origin: the program this one was folded from, or None
         captured: the program before any pass, or None when it was not kept
         untrainable: why it cannot train, if so; it is in evaluation form then
+        trained: what its last training gave, as JSON values; None when it was not trained, or when what a pass did
+            since is another function
     """
 
     graph: fx.Graph
@@ -144,6 +147,7 @@ class Program:
     origin: Self | None = None
     captured: Self | None = None
     untrainable: str = ""
+    trained: Mapping[str, Any] | None = None
     #: Changes the config needs to describe the program, e.g. an output layer that is no longer tied.
     config_changes: dict[str, Any] = field(default_factory=dict)
 

@@ -96,7 +96,7 @@ class VerifyEach(Observer):
         else:
             assert self._last is not None  # before() saw to it
             if not program.history[-1].taken and _form(program) == self._form:
-                note_proof(program, "it changed nothing")
+                note_proof(program, "it changed nothing", 0.0)
                 return
             first, second = self._last[1], _answers(program, "the program")
             self._last = (program, second)
@@ -108,7 +108,10 @@ class VerifyEach(Observer):
                 f"pass {step.pass_name()!r} promised {step.promise.value} outputs, but {_broken(result, promise)};"
                 " please report this model (check=False, --no-check goes on all the same)"
             )
-        note_proof(program, result.summary if step.promise is not Promise.SHAPES else "the outputs have their shapes")
+        if step.promise is Promise.SHAPES:
+            note_proof(program, "the outputs have their shapes")
+        else:
+            note_proof(program, result.summary, result.max_rel)
 
 
 def _compared(first: Answers, second: Answers, promise: Promise) -> Comparison:
@@ -203,10 +206,10 @@ def _broken(result: Comparison, promise: Promise) -> str:
     return result.summary if case is None else result.describe(case)
 
 
-def note_proof(program: Program, text: str) -> None:
-    """Write how the last pass was held to its promise into the program's history."""
+def note_proof(program: Program, text: str, difference: float | None = None) -> None:
+    """Write how the last pass was held to its promise, and what was found, into the program's history."""
     *earlier, last = program.history
-    program.history = (*earlier, dataclasses.replace(last, proof=text))
+    program.history = (*earlier, dataclasses.replace(last, proof=text, difference=difference))
 
 
 def _in_double(previous: Program, step: Pass) -> tuple[Program, Program]:

@@ -35,31 +35,22 @@ class TrainOptions(Options):
         if self.epochs == 0 and self.max_steps < 1:
             raise RecipeError("training options: epochs = 0 trains nothing; give epochs or max_steps")
 
-    epochs: float = option(3.0, "passes over the training data", least=0)
+    epochs: float = option(3.0, "passes over the training data", least=0, group="Length")
     max_steps: int = option(-1, "stop after this many optimiser steps (-1: by epochs)", least=-1)
     batch_size: int = option(32, "rows per device and micro-batch", least=1)
-    eval_batch_size: int = option(64, "rows per device at evaluation", least=1)
     accumulate: int = option(1, "micro-batches per optimiser step", least=1)
-    learning_rate: float = option(1e-3, "peak learning rate", least=0)
+    seed: int = option(0, "seed of shuffling, dropout and noise", least=0, below=2**32)
+    learning_rate: float = option(1e-3, "peak learning rate", least=0, group="Optimiser")
     schedule: str = option("linear", "learning-rate schedule, by transformers' names")
     warmup: float = option(0.0, "share of the steps spent warming up", least=0, below=1)
     weight_decay: float = option(0.0, "AdamW weight decay", least=0)
     max_grad_norm: float = option(1.0, "gradient clipping", least=0)
-    max_length: int = option(128, "tokens kept of a text", least=1)
-    seed: int = option(0, "seed of shuffling, dropout and noise", least=0, below=2**32)
-    bf16: bool = option(False, "autocast to bfloat16")
-    checkpointing: bool = option(False, "recompute activations block by block to save memory")
-    evaluate: bool = option(True, "evaluate at the end of every epoch, when there is evaluation data")
-    keep_best: bool = option(False, "end with the best epoch's weights, of those after the methods' schedules")
-    save_steps: int = option(
-        0, "save a resumable checkpoint every so many steps (0: every epoch when keep_best, else never)", least=0
-    )
-    log_steps: int = option(50, "steps between log lines", least=1)
-    text: str = option("text", "column of the text")
+    text: str = option("text", "column of the text", group="Data")
     text_pair: str | None = option(None, "column of a second text")
     label: str | None = option(
         None, "column of the label, 'label' by default; of a causal model the text that follows, by default none"
     )
+    max_length: int = option(128, "tokens kept of a text", least=1)
     chat: bool = option(
         False,
         "learn what the assistant says in the column 'messages', or as label to a user's text, by the chat template",
@@ -67,8 +58,19 @@ class TrainOptions(Options):
     packing: bool = option(
         False, "several texts of a causal model in a row of up to max_length tokens; each sees those before it there"
     )
-    samples: int = option(0, "evaluation rows that a causal model goes on with at the end, for you to read", least=0)
     end_of_text: bool = option(True, "end what a causal model learns to write with the end-of-text token")
+    evaluate: bool = option(
+        True, "evaluate before the first step and after every epoch, when there is evaluation data", group="Evaluation"
+    )
+    eval_batch_size: int = option(64, "rows per device at evaluation", least=1)
+    keep_best: bool = option(False, "end with the best epoch's weights, of those after the methods' schedules")
+    samples: int = option(0, "evaluation rows that a causal model goes on with at the end, for you to read", least=0)
+    bf16: bool = option(False, "autocast to bfloat16", group="Machine")
+    checkpointing: bool = option(False, "recompute activations block by block to save memory")
+    save_steps: int = option(
+        0, "save a resumable checkpoint every so many steps (0: every epoch when keep_best, else never)", least=0
+    )
+    log_steps: int = option(50, "steps between log lines", least=1)
     trainer: dict[str, str | int | float | bool | dict[str, str | int | float | bool]] = option(
         {}, "any other TrainingArguments, by their own names"
     )

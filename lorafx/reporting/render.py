@@ -1,12 +1,10 @@
-"""For people: sections of rows and columns, drawn as plain text or as one HTML page."""
+"""For people: sections of rows and columns, and those drawn as plain text."""
 
 from __future__ import annotations
 
-import html
 import io
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +20,31 @@ class Section:
 
 def section_of(title: str, value: Any) -> Section:
     """Any JSON value as a section: a list of objects has a column for each key, an object a row for each."""
-    if isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
+    if _is_rows(value):
         columns = tuple(dict.fromkeys(key for row in value for key in row))
         return Section(title, columns, tuple(tuple(cell(row.get(name)) for name in columns) for row in value))
     if isinstance(value, Mapping):
         return Section(title, ("what", "value"), tuple((key, cell(inner)) for key, inner in value.items()))
     lines = value if isinstance(value, list) else [value]
     return Section(title, ("value",), tuple((cell(line),) for line in lines))
+
+
+def sections_of(title: str, value: Any) -> Iterator[Section]:
+    """Any JSON value as sections: what an object holds that is an object or rows itself has a section of its own."""
+    if not isinstance(value, Mapping):
+        yield section_of(title, value)
+        return
+    inner = {key: part for key, part in value.items() if isinstance(part, Mapping) or _is_rows(part)}
+    plain = {key: part for key, part in value.items() if key not in inner and part not in ([], {}, None)}
+    if plain:
+        yield section_of(title, plain)
+    for key, part in inner.items():
+        if part:
+            yield from sections_of(f"{title}: {key}", part)
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, Mapping) for row in value)
 
 
 def cell(value: Any) -> str:
@@ -41,7 +57,9 @@ def cell(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, int):
         return f"{value:,}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {cell(inner)}" for key, inner in value.items())
+    return ", ".join(map(cell, value)) if isinstance(value, list) else str(value)
 
 
 def draw_text(lines: Iterable[str], sections: Iterable[Section], width: int) -> str:
@@ -57,7 +75,7 @@ def draw_text(lines: Iterable[str], sections: Iterable[Section], width: int) -> 
     for section in sections:
         drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=len(section.columns) > 1)
         for index, name in enumerate(section.columns):
-            numbers = all(_is_number(row[index]) for row in section.rows)
+            numbers = all(is_number(row[index]) for row in section.rows)
             drawn.add_column(name, justify="right" if numbers else "left", overflow="fold")
         for row in section.rows:
             drawn.add_row(*map(Text, row))
@@ -66,22 +84,8 @@ def draw_text(lines: Iterable[str], sections: Iterable[Section], width: int) -> 
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
 
-def draw_html(title: str, lines: Iterable[str], sections: Iterable[Section]) -> str:
-    """Sentences and sections as one HTML page that needs no other file."""
-    parts = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{html.escape(line)}</p>" for line in lines)]
-    for section in sections:
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in section.columns)
-        body = "".join(f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in section.rows)
-        parts.append(f"<h2>{html.escape(section.title)}</h2><table><tr>{head}</tr>{body}</table>")
-    return _PAGE.format(title=html.escape(title), body="\n".join(parts))
-
-
-def _html_cell(text: str) -> str:
-    kind = ' class="number"' if text and _is_number(text) else ""
-    return f"<td{kind}>{html.escape(text)}</td>"
-
-
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Whether a cell is a figure, which is set flush right."""
     return re.fullmatch(r"[-+]?[\d,]*\.?\d*(e[-+]?\d+)?[x%]?", text) is not None
 
 
@@ -107,19 +111,3 @@ def _numbers(numbers: Sequence[int]) -> str:
             runs.append([number])
     parts = [f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
     return parts[0] if len(numbers) == 1 else "{" + ",".join(parts) + "}"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em; }}
-table {{ border-collapse: collapse; margin: .5em 0 1.5em; }}
-th, td {{ text-align: left; vertical-align: top; padding: .2em .8em .2em 0; border-bottom: 1px solid #8884; }}
-td {{ overflow-wrap: anywhere; }}
-.number {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }}
-@media (prefers-color-scheme: dark) {{ body {{ background: #111; color: #ddd; }} }}
-</style></head><body>
-{body}
-</body></html>
-"""

@@ -1,17 +1,24 @@
-"""What happened to a program, as one value: JSON for programs, text and HTML for people."""
+"""What happened to a program, as the value people hold: :mod:`.facts`, and the doors to text and pages."""
 
 from __future__ import annotations
 
-import dataclasses
-import enum
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ArtifactError
 from ..graph.facts import Gathered, ZeroButKept
 from ..models.checkpoint import by_header
-from .render import Section, braced, cell, draw_html, draw_text, section_of
+from .answer import sentence
+from .contents import Contents
+from .facts import Facts, PassReport, RoleReport, json_value
+from .page import draw_page
+from .render import draw_text
+from .tables import history, role_section, sections_of_facts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,128 +26,62 @@ if TYPE_CHECKING:
     from ..graph.program import Applied, Program
     from ..graph.selection import Miss
 
-#: Titles of the sections that :meth:`Report.plus` is commonly given; any other section's name is its title.
-_TITLES = {"parity": "Parity", "training": "Training", "benchmark": "Benchmark", "sizes": "Sizes in bytes"}
+
+#: The files that a report is, in every folder that lorafx writes a model into.
+REPORT, PAGE = "report.json", "report.html"
 
 
 @dataclass(frozen=True)
-class PassReport:
-    """One pass of the history.
+class Report(Facts):
+    """What happened to a program: its data is that of :class:`lorafx.reporting.facts.Facts`."""
 
-    Attributes:
-        name: its name in recipes
-        options: those that differ from their defaults
-        promise: what it promises about the outputs
-        taken: the sites it rewrote
-        missed: the modules it passed over, by reason
-        tensors: how many tensors it inserted
-        parameters: how many numbers those hold now (0 once they are folded away)
-        seconds: how long it took
-        proof: how it was held to its promise, or why it was not
-    """
+    def text(
+        self,
+        width: int = 100,
+        *,
+        details: bool = True,
+        overview: bool = False,
+        next_step: str = "",
+        folder: str | PathLike[str] | None = None,
+    ) -> str:
+        """The report as plain text no wider than ``width`` columns: what came of it in one sentence, then the rest.
 
-    name: str
-    options: Mapping[str, Any]
-    promise: str
-    taken: tuple[str, ...]
-    missed: Mapping[str, tuple[str, ...]]
-    tensors: int
-    parameters: int
-    seconds: float
-    proof: str = ""
+        Args:
+            details: with every table
+            overview: with two of them at least, passes and tensors by role
+            next_step: what to do next, one line
+            folder: what was written, which is named with its size
+        """
+        lead = f"{folder}: " if folder is not None else ""
+        lines = [lead + sentence(self, Contents.of(folder)), *([f"Next: {next_step}"] if next_step else [])]
+        if details:
+            return draw_text([*lines, *self.notes], sections_of_facts(self), width)
+        return draw_text(lines, [*history(self.passes), role_section(self)], width) if overview else "\n".join(lines)
 
-
-@dataclass(frozen=True)
-class RoleReport:
-    """The tensors of one role, each counted once however many names it has.
-
-    Attributes:
-        tensors: parameters and buffers
-        parameters: how many numbers the parameters hold
-        trainable: how many of them train
-        size: bytes, of buffers too
-    """
-
-    tensors: int
-    parameters: int
-    trainable: int
-    size: int
+    def html(self, folder: str | PathLike[str] | None = None, model: str = "") -> str:
+        """The report as one HTML page that needs no other file; with links to what lies in ``folder``, of which the
+        model itself is what lies below ``model``."""
+        return draw_page(self, Contents.of(folder, model))
 
 
-@dataclass(frozen=True)
-class Report:
-    """What happened to a program.
+def write_report(report: Report, folder: Path, model: str = "") -> None:
+    """Write a report into the folder it is about, as it then is: for programs, and as a page for people."""
+    text = json.dumps(report.to_json(), indent=2, ensure_ascii=False)
+    for name, content in ((PAGE, report.html(folder, model)), (REPORT, text + "\n")):
+        beside = folder / f".{name}.{os.getpid()}"
+        beside.write_text(content, encoding="utf-8")
+        beside.replace(folder / name)
 
-    Attributes:
-        model: class, checkpoint, task, stage, dtype, and whether it is folded
-        passes: the history, oldest first
-        roles: tensors by role
-        notes: plain sentences: what the passes buy, what to know
-        sections: what methods learned, and what was measured (``parity``, ``training``, ``benchmark``, …), JSON values
-    """
 
-    model: Mapping[str, Any]
-    passes: tuple[PassReport, ...] = ()
-    roles: Mapping[str, RoleReport] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    sections: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def parameters(self) -> int:
-        """How many numbers the parameters hold."""
-        return sum(role.parameters for role in self.roles.values())
-
-    @property
-    def trainable(self) -> int:
-        """How many of them train."""
-        return sum(role.trainable for role in self.roles.values())
-
-    def plus(self, **sections: Any) -> Report:
-        """A new report with further sections: objects, lists of rows, dataclasses, plain values; None adds nothing."""
-        added = {name: json_value(value) for name, value in sections.items() if value is not None}
-        return dataclasses.replace(self, sections={**self.sections, **added})
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as JSON values. Keys keep their meaning from version to version; new ones may join."""
-        own = {entry.name: json_value(getattr(self, entry.name)) for entry in dataclasses.fields(self)}
-        return {**own, "parameters": self.parameters, "trainable": self.trainable}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Report:
-        """The report that :meth:`to_json` gave ``value``; KeyError or TypeError when it gave another."""
-        passes = tuple(
-            PassReport(
-                **{
-                    **step,
-                    "taken": tuple(step["taken"]),
-                    "missed": {reason: tuple(modules) for reason, modules in step["missed"].items()},
-                }
-            )
-            for step in value["passes"]
-        )
-        roles = {role: RoleReport(**counts) for role, counts in value["roles"].items()}
-        return cls(value["model"], passes, roles, tuple(value["notes"]), value["sections"])
-
-    def text(self, width: int = 100) -> str:
-        """The report as plain text no wider than ``width`` columns."""
-        return draw_text((self._headline(), *self.notes), self.shown(), width)
-
-    def html(self) -> str:
-        """The report as one HTML page that needs no other file."""
-        return draw_html(f"lorafx: {self.model['class']}", (self._headline(), *self.notes), self.shown())
-
-    def shown(self) -> list[Section]:
-        """The report as it is shown to people."""
-        own = [*_pass_sections(self.passes), _role_section(self)]
-        return own + [section_of(_TITLES.get(name, name), value) for name, value in self.sections.items()]
-
-    def _headline(self) -> str:
-        place = f" from {self.model['checkpoint']}" if self.model["checkpoint"] else ""
-        share = self.trainable / self.parameters if self.parameters else 0.0
-        return (
-            f"{self.model['class']}{place}: {self.parameters:,} parameters, {self.trainable:,} trainable ({share:.2%}),"
-            f" {self.model['stage']} graph"
-        )
+def read_report(folder: Path) -> Report:
+    """The report in a folder. ArtifactError when there is none, or it is not one of a program."""
+    file = folder / REPORT
+    if not file.is_file():
+        raise ArtifactError(f"{folder}: no {REPORT}; give a folder that lorafx wrote")
+    try:
+        return Report.from_json(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ArtifactError(f"{file}: no report of a program; give a run, or what was folded or exported") from None
 
 
 # ---- making one
@@ -148,6 +89,8 @@ class Report:
 
 def report_of(program: Program) -> Report:
     """The report of a program: its history, what it holds now, and what that buys."""
+    from ..graph.program import parameter_count
+
     source = program.source
     model = {
         "class": program.name,
@@ -156,10 +99,13 @@ def report_of(program: Program) -> Report:
         "stage": program.stage,
         "dtype": str(getattr(program.config, "dtype", None) or "").removeprefix("torch."),
         "folded": program.origin is not None,
+        "base parameters": parameter_count(source.model.parameters()),
     }
-    passes = tuple(_pass_report(program, applied) for applied in program.history)
+    last = len(program.origin.history if program.origin is not None else program.history)
+    passes = tuple(_pass_report(program, applied, place >= last) for place, applied in enumerate(program.history))
     roles = _roles(program)
-    return Report(model, passes, roles, tuple(_notes(program, roles)), _learned(program))
+    learned = {"training": json_value(program.trained)} if program.trained is not None else {}
+    return Report(model, passes, roles, tuple(_notes(program, roles)), {**learned, **_learned(program)})
 
 
 def shrunk_blocks(program: Program) -> list[dict[str, Any]]:
@@ -204,7 +150,7 @@ def _settled(kept: ZeroButKept | None, gathered: Iterable[Gathered]) -> bool:
     return kept.zero <= gone.get((kept.weight, kept.dimension), 0)
 
 
-def _pass_report(program: Program, applied: Applied) -> PassReport:
+def _pass_report(program: Program, applied: Applied, folding: bool) -> PassReport:
     from ..base import Pass
     from ..graph.tree import has_tensor
     from ..recipes.recipe import pass_dict
@@ -225,6 +171,8 @@ def _pass_report(program: Program, applied: Applied) -> PassReport:
         parameters=sum(program.tensor(name).numel() for name in names if has_tensor(program.root, name)),
         seconds=applied.seconds,
         proof=applied.proof,
+        difference=applied.difference,
+        folding=folding,
     )
 
 
@@ -288,63 +236,3 @@ def _folding_note(program: Program) -> str:
     if after == before:
         return f"Folded: {after:,} parameters, as many as the base; it is as large and as fast as the base."
     return f"Folded: {after:,} parameters where the base has {before:,} ({(after - before) / before:+.1%})."
-
-
-def json_value(value: Any) -> Any:
-    """``value`` in terms of JSON: dataclasses and mappings as objects, sequences as lists, all else as text."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)  # JSON has no infinity, and a comparison may find one
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, enum.Enum):
-        return json_value(value.value)
-    if hasattr(value, "to_json"):
-        return json_value(value.to_json())
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {entry.name: json_value(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): json_value(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [json_value(inner) for inner in value]
-    return str(value)
-
-
-# ---- for people
-
-
-def _pass_sections(passes: Sequence[PassReport]) -> list[Section]:
-    if not passes:
-        return []
-    rows = tuple(
-        (
-            step.name,
-            ", ".join(f"{key} = {cell(value)}" for key, value in step.options.items()) or "defaults",
-            str(len(step.taken)),
-            str(sum(map(len, step.missed.values()))),
-            f"{step.parameters:,}",
-            f"{step.seconds:.2f}",
-        )
-        for step in passes
-    )
-    summary = Section("Passes", ("pass", "options", "sites", "missed", "parameters", "seconds"), rows)
-    return [summary, *(section for step in passes for section in _site_sections(step))]
-
-
-def _site_sections(step: PassReport) -> Iterator[Section]:
-    for outcome, modules in (("taken", _modules(step.taken)), *step.missed.items()):
-        if modules:
-            title = f"{step.name}, {len(modules)} {'taken' if outcome == 'taken' else f'not taken: {outcome}'}"
-            yield Section(title, ("weights",), tuple((where,) for where in braced(modules)))
-
-
-def _modules(taken: Iterable[str]) -> tuple[str, ...]:
-    """The weights among what a pass took, ``path (kind …)`` or ``path: …``; operators are only counted."""
-    return tuple(site.partition(" (")[0].partition(": ")[0] for site in taken if " (" in site or ": " in site)
-
-
-def _role_section(report: Report) -> Section:
-    rows = (
-        (name, str(role.tensors), f"{role.parameters:,}", f"{role.trainable:,}", f"{role.size / 1e6:,.2f}")
-        for name, role in report.roles.items()
-    )
-    return Section("Tensors by role", ("role", "tensors", "parameters", "trainable", "MB"), tuple(rows))

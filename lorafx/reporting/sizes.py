@@ -66,24 +66,3 @@ def block_rows(before: Program, after: Program) -> list[dict[str, Any]]:
 def _block(name: str) -> str:
     number = block_of(name)
     return f"{stack_of(name)}.{number}" if number is not None else ""
-
-
-def chart(rows: list[dict[str, Any]], title: str = "Parameters left by block") -> str:
-    """Block rows as an SVG bar chart: a bar a block, its filled part what is left."""
-    height, width, left = 22, 640, 190
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{(len(rows) + 2) * height}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<text x="8" y="16" font-weight="bold">{title}</text>',
-    ]
-    most = max((row["parameters before"] for row in rows), default=1) or 1
-    for place, row in enumerate(rows, 1):
-        y = place * height + 6
-        full, kept = ((width - left - 70) * row[key] / most for key in ("parameters before", "parameters after"))
-        lines += [
-            f'<text x="8" y="{y + 12}">{row["block"]}</text>',
-            f'<rect x="{left}" y="{y}" width="{full:.1f}" height="{height - 6}" fill="#dddddd"/>',
-            f'<rect x="{left}" y="{y}" width="{kept:.1f}" height="{height - 6}" fill="#3b6ea5"/>',
-            f'<text x="{left + full + 6:.1f}" y="{y + 12}">{row["left"]:.0%}</text>',
-        ]
-    return "\n".join([*lines, "</svg>", ""])

@@ -102,7 +102,7 @@ def train(
 
     Args:
         data: a csv, tsv, jsonl, json or parquet file, a mapping of columns, rows, or a dataset of model inputs
-        eval_data: the same, evaluated after every epoch
+        eval_data: the same, evaluated before the first step and after every epoch
         tokenizer: read from the checkpoint folder when None
         collator: makes batches of a dataset of model inputs; without, a tokenizer pads them, labels of tokens with -100
         output_dir: where resumable checkpoints go, one more when training is interrupted; a temporary folder when None
@@ -130,13 +130,16 @@ def train(
     with _folder(output_dir) as folder:
         checkpoint = _checkpoint(folder, resume)
         arguments = training_arguments(settings, folder, held_out is not None, metric, progress)
+        arguments.eval_on_start = arguments.eval_on_start and checkpoint is None
         trainer = _trainer(program, arguments, rows, held_out, metric, settings, callbacks)
         with nullcontext() if output_dir is None else saving_at_interrupt(trainer):
             result = _run(program, trainer, checkpoint)
         samples: list[dict[str, str]] = []
         if held_out is not None and settings.samples and result.is_main:
             samples = samples_of(program, held_out, tokenizer, settings.samples)
-        return dataclasses.replace(result, rows_cut=rows.cut, samples=tuple(samples))
+        result = dataclasses.replace(result, rows_cut=rows.cut, samples=tuple(samples))
+        program.trained = result.to_json()
+        return result
 
 
 def _check(program: Program, settings: TrainOptions, eval_data: Any, output_dir: Any, resume: Any) -> None:
@@ -239,6 +242,7 @@ def training_arguments(
         output_dir=str(folder),
         eval_strategy=("no" if not (evaluates and settings.evaluate) else moment if settings.keep_best else "epoch"),
         eval_steps=settings.save_steps or None,
+        eval_on_start=evaluates and settings.evaluate,
         save_strategy=moment if _saves(settings) else "no",
         save_steps=settings.save_steps or 500,
         save_total_limit=2,

@@ -211,6 +211,14 @@ class MethodTrainerMixin(_TrainerBase):
         steps = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
         return 1 / steps if scaled else 1.0
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """An evaluation while training; the one before the first step takes no random numbers from training."""
+        if self.state.global_step:
+            return super()._evaluate(*args, **kwargs)
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices=devices):
+            return super()._evaluate(*args, **kwargs)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the penalty beside the loss that contains it."""
         if "loss" in logs and self._last_penalty is not None:

@@ -1,0 +1,184 @@
+"""The few figures people ask of a report, before anything else: what it was, what training did, how small and how fast
+it is, and whether it is the same function. Each is there only where it was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from .contents import Contents, megabytes
+from .facts import Facts
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One of them: what it is of, the figure, and what to know about it; ``said`` is how a sentence has it."""
+
+    label: str
+    value: str
+    detail: str = ""
+    said: str = ""
+
+    @property
+    def clause(self) -> str:
+        """The figure as part of a sentence."""
+        return self.said or f"{self.label} {self.value}"
+
+
+@dataclass(frozen=True)
+class Score:
+    """What training did: one measure, before (None when it was not taken) and after, and what on."""
+
+    name: str
+    before: float | None
+    after: float
+    on: str
+
+    @property
+    def value(self) -> str:
+        """The two, or the one there is."""
+        form = ".3f" if self.name == "accuracy" else ".3g"
+        return " → ".join(format(figure, form) for figure in (self.before, self.after) if figure is not None)
+
+
+def subject(facts: Facts) -> str:
+    """What the report is about: the model, and the checkpoint it came from."""
+    checkpoint = facts.model.get("checkpoint")
+    return f"{facts.model['class']} from {PurePath(checkpoint).name}" if checkpoint else str(facts.model["class"])
+
+
+def methods(facts: Facts) -> str:
+    """What was put on the model and where: ``lora on 36 weights, finegates on 12``."""
+    steps = [step for step in facts.passes if not step.folding and step.taken]
+    counts = [f"{step.name} on {len(step.taken)}" for step in steps]
+    counts[:1] = [f"{counts[0]} weight{'s' if len(steps[0].taken) > 1 else ''}"] if counts else []
+    return ", ".join(counts)
+
+
+def score_of(facts: Facts) -> Score | None:
+    """How the trained model did: on evaluation data where there was some, else its loss; None when nothing trained."""
+    training = facts.sections.get("training")
+    metrics = training.get("metrics") if isinstance(training, Mapping) else None
+    if not isinstance(metrics, Mapping):
+        return None
+    for key, name in (("eval_accuracy", "accuracy"), ("eval_perplexity", "perplexity"), ("eval_loss", "loss")):
+        if isinstance(metrics.get(key), (int, float)):
+            return Score(name, _before(training, key), float(metrics[key]), "on the evaluation data")
+    loss = metrics.get("train_loss")
+    return Score("training loss", None, float(loss), "on the training data") if isinstance(loss, (int, float)) else None
+
+
+def _before(training: Any, key: str) -> float | None:
+    """What an evaluation gave before the first step."""
+    history = training.get("history") or ()
+    return next((float(entry[key]) for entry in history if entry.get("step") == 0 and key in entry), None)
+
+
+def figures(facts: Facts, contents: Contents) -> list[Figure]:
+    """All that there are of a report, and of the folder it was written for."""
+    found = (_training(facts), _trainable(facts), _size(facts, contents), _speed(facts), _same(facts))
+    return [figure for figure in found if figure is not None]
+
+
+def sentence(facts: Facts, contents: Contents) -> str:
+    """The answer in one sentence."""
+    clauses = [methods(facts), *(figure.clause for figure in figures(facts, contents))]
+    return f"{subject(facts)}: {'; '.join(clause for clause in clauses if clause)}"
+
+
+def _training(facts: Facts) -> Figure | None:
+    score, training = score_of(facts), facts.sections.get("training")
+    if score is None or training is None:
+        return None
+    steps, seconds = training["metrics"].get("steps"), training.get("seconds")
+    after = f", after {steps:,.0f} steps" if isinstance(steps, (int, float)) else ""
+    took = f" in {duration(seconds)}" if isinstance(seconds, (int, float)) else ""
+    return Figure(score.name, score.value, f"{score.on}{after}{took}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    whole = round(seconds)
+    if whole < 100:
+        return f"{seconds:.0f} s"
+    return f"{whole // 60} min" if whole < 6000 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _trainable(facts: Facts) -> Figure | None:
+    if facts.model.get("folded") or not facts.trainable:
+        return None
+    share, of = facts.trainable / facts.parameters, f"{facts.parameters:,} parameters"
+    return Figure(
+        "trained" if "training" in facts.sections else "to train",
+        f"{share:.2%}",
+        f"{facts.trainable:,} of {of}",
+        f"{facts.trainable:,} of {of} trainable ({share:.2%})",
+    )
+
+
+def _size(facts: Facts, contents: Contents) -> Figure | None:
+    size = contents.size
+    if not facts.model.get("folded"):
+        return None if size is None else Figure("on disk", megabytes(size), "without the base", f"{megabytes(size)}")
+    before, after = facts.model.get("base parameters"), facts.parameters
+    change = f"{after:,} parameters"
+    if before and after != before:
+        change = f"{abs(after - before) / before:.1%} {'fewer' if after < before else 'more'} parameters than the base"
+    elif before:
+        change = f"{after:,} parameters, as many as the base"
+    if size is None:
+        return Figure("size", f"{after:,}", change, change)
+    return Figure("size", megabytes(size), change, f"{megabytes(size)}, {change}")
+
+
+def _speed(facts: Facts) -> Figure | None:
+    timed = timings(facts)
+    if not timed:
+        return None
+    shapes = list(dict.fromkeys((row["batch"], row["length"]) for row in timed))
+    shape = shapes[len(shapes) // 2]
+    rows = [row for row in timed if (row["batch"], row["length"]) == shape]
+    first, last = rows[0], rows[-1]
+    if first is last:
+        return Figure("speed", f"{last['median'] * 1e3:.1f} ms", f"at {shaped(last)}")
+    figure, than = f"{last['ratio']:.2f} times", f"as fast as {first['candidate']}"
+    took = f"{last['median'] * 1e3:.1f} ms where it takes {first['median'] * 1e3:.1f}, {shaped(last)}"
+    return Figure("speed", figure, f"{than}: {took}", f"{figure} {than} ({took})")
+
+
+def timings(facts: Facts) -> list[Mapping[str, Any]]:
+    """What was timed, if it was: a row a candidate and shape; the first candidate is what the others are held against,
+    the last is what was made."""
+    for name in ("benchmark", "bench"):
+        section = facts.sections.get(name)
+        if isinstance(section, Mapping) and section.get("timings"):
+            return list(section["timings"])
+    return []
+
+
+def shaped(row: Mapping[str, Any]) -> str:
+    """The inputs of a timing, for people."""
+    texts = f"{row['batch']} text{'s' if row['batch'] > 1 else ''}"
+    return f"{texts} of {row['length']} tokens" if row["length"] else f"a batch of {row['batch']}"
+
+
+def _same(facts: Facts) -> Figure | None:
+    parity = facts.sections.get("parity")
+    if not isinstance(parity, Mapping) or "ok" not in parity:
+        unproven = [step.name for step in facts.passes if step.proof.startswith("not checked")]
+        if not unproven:
+            return None
+        reason = next(step.proof for step in facts.passes if step.proof.startswith("not checked"))
+        return Figure("same function", "not checked", reason, f"{', '.join(unproven)} {reason}")
+    summary = str(parity.get("summary", ""))
+    if parity["ok"] is None:
+        value = "approximate" if "quantized" in facts.sections else "not compared"
+        return Figure("same function", value, summary, summary)
+    found = parity.get("max_rel")
+    if not parity["ok"] or not isinstance(found, (int, float)):
+        return Figure("same function", "no", summary, summary)
+    value = "no difference" if found == 0 else f"equal to {found:.1e}"
+    what = {"tensors": "tensors", "blocks": "blocks"}.get(str(parity.get("checked")), "the trained model's outputs")
+    return Figure("same function", value, f"of the scale of {what}", f"{value} of the scale of {what}")

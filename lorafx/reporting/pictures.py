@@ -1,0 +1,158 @@
+"""Which pictures a report has: each from numbers that are in it, by their form alone, so that any pass may have one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..graph.site import block_of, stack_of
+from .answer import shaped, timings
+from .charts import Bars, Chart, Grid, Lines, shortened
+from .facts import Facts
+from .render import Section, section_of
+
+#: What training logs that is worth a curve, by what people call it.
+_CURVES = {
+    "loss": "training loss",
+    "eval_loss": "loss on the evaluation data",
+    "eval_accuracy": "accuracy on the evaluation data",
+    "eval_perplexity": "perplexity on the evaluation data",
+}
+_OF = re.compile(r"(\d+) of (\d+)")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture: what it shows, what to know, the chart, and the numbers it is drawn from."""
+
+    title: str
+    note: str
+    chart: Chart
+    table: Section
+
+
+def pictures(facts: Facts) -> list[Picture]:
+    """All that a report has numbers for."""
+    found = [*_training(facts), *_latency(facts), *_removed(facts)]
+    for name, rows in facts.sections.items():
+        if isinstance(rows, list) and rows and all(isinstance(row, Mapping) and "module" in row for row in rows):
+            found += _by_block(name, rows)
+    return found
+
+
+def _training(facts: Facts) -> Iterator[Picture]:
+    training = facts.sections.get("training")
+    history = training.get("history") if isinstance(training, Mapping) else None
+    curves = []
+    for key, label in _CURVES.items():
+        points = tuple((float(row["step"]), float(row[key])) for row in history or () if _is_point(row, key))
+        if len(points) > 1:
+            penalised = key == "loss" and any("penalty" in row for row in history or ())
+            curves.append((f"{label}, what the methods add included" if penalised else label, points))
+    if curves:
+        steps = sorted({step for _, points in curves for step, _ in points})
+        known = [dict(points) for _, points in curves]
+        rows = tuple((f"{step:,.0f}", *(_shown(points.get(step)) for points in known)) for step in steps)
+        table = Section("Training", ("step", *(label for label, _ in curves)), rows)
+        yield Picture("Training", "What training logged as it went.", Lines(tuple(curves)), table)
+
+
+def _is_point(row: Any, key: str) -> bool:
+    return isinstance(row, Mapping) and all(isinstance(row.get(name), (int, float)) for name in ("step", key))
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _latency(facts: Facts) -> Iterator[Picture]:
+    rows = timings(facts)
+    if not rows:
+        return
+    names = list(dict.fromkeys(row["candidate"] for row in rows))
+    shapes = list(dict.fromkeys((row["batch"], row["length"]) for row in rows))
+    found = {(row["candidate"], row["batch"], row["length"]): row for row in rows}
+    timed = [[found[name, *shape] for shape in shapes] for name in names]
+    first = {shape: found[names[0], *shape]["median"] for shape in shapes}
+    chart = Bars(
+        tuple(shaped(found[names[0], *shape]).replace(" of ", "\nof ") for shape in shapes),
+        tuple((name, tuple(row["median"] / first[shape] * 100 for row, shape in zip(part, shapes, strict=True)))
+              for name, part in zip(names, timed, strict=True)),
+        f"time, % of {names[0]}" if len(names[0]) < 40 else "time, % of the first",
+        tuple(tuple((row["p10"] / first[shape] * 100, row["p90"] / first[shape] * 100)
+                    for row, shape in zip(part, shapes, strict=True)) for part in timed),
+        tuple(tuple(f"{row['median'] * 1e3:.3g} ms" for row in part) for part in timed),
+    )  # fmt: skip
+    columns = ("inputs", "what", "median ms", "p10 ms", "p90 ms", "times as fast")
+    cells = tuple(
+        (shaped(row), row["candidate"], *(f"{row[key] * 1e3:.3g}" for key in ("median", "p10", "p90")),
+         f"{row['ratio']:.2f}")
+        for row in rows
+    )  # fmt: skip
+    note = (
+        "Medians of interleaved rounds; the lines go from the 10th to the 90th of a hundred, as far as there is room."
+    )
+    yield Picture("How fast", note, chart, Section("How fast", columns, cells))
+
+
+def _removed(facts: Facts) -> Iterator[Picture]:
+    rows = facts.sections.get("Blocks")
+    if not isinstance(rows, list) or not rows:
+        return
+    kept = [row for row in rows if row["parameters before"]]
+    shares = tuple(100 * row["parameters after"] / row["parameters before"] for row in kept)
+    chart = Bars(
+        shortened([row["block"] for row in kept], 20),
+        (("left", shares),),
+        "% of the base's parameters that are left",
+        notes=(tuple(f"{share:.0f} %" for share in shares),),
+    )
+    note = "What folding left of each block, after what nobody needs was removed."
+    yield Picture("What was removed", note, chart, section_of("What was removed", rows))
+
+
+def _by_block(name: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[Picture]:
+    """Pictures of rows that each tell of a module: how many of how many are open, or of which rank it is."""
+    method, _, title = name.partition(": ")
+    who, table = f"{title or name} ({method})", section_of(name, list(rows))
+    several = len({stack_of(row["module"]) for row in rows if block_of(row["module"]) is not None}) > 1
+    shares: dict[tuple[str, int], tuple[float, str]] = {}
+    for row in rows:
+        for key, value in row.items():
+            counts = _OF.fullmatch(value) if isinstance(value, str) else None
+            if counts is not None and int(counts[2]) and (place := _place(row["module"], key, several)) is not None:
+                shares[place] = int(counts[1]) / int(counts[2]), f"{100 * int(counts[1]) / int(counts[2]):.0f}"
+    if shares:
+        yield Picture(who, "Percent that is open, by layer and block.", _grid(shares), table)
+    ranks = {
+        place: row["rank"]
+        for row in rows
+        if isinstance(row.get("rank"), int) and (place := _place(row["module"], "", several)) is not None
+    }
+    most = max(ranks.values(), default=0)
+    if most:
+        cells = {place: (rank / most, str(rank)) for place, rank in ranks.items()}
+        yield Picture(f"Ranks by layer ({method})", "The rank each layer has.", _grid(cells), table)
+
+
+def _place(module: str, key: str, several: bool) -> tuple[str, int] | None:
+    """The kind of layer and the block of a module's row, with its stack where there are several; None outside them."""
+    block, stack = block_of(module), stack_of(module)
+    if block is None:
+        return None
+    inside = module.removeprefix(f"{stack}.{block}").removeprefix(".")
+    kind = f"{stack} {inside}" if several else inside or stack
+    return kind + {"gate_in": " in", "gate_out": " out"}.get(key, ""), block
+
+
+def _grid(cells: Mapping[tuple[str, int], tuple[float, str]]) -> Grid:
+    kinds = list(dict.fromkeys(kind for kind, _ in cells))
+    blocks = sorted({block for _, block in cells})
+    return Grid(
+        shortened(kinds, 24),
+        tuple(map(str, blocks)),
+        tuple(tuple(cells[kind, block][0] if (kind, block) in cells else None for block in blocks) for kind in kinds),
+        tuple(tuple(cells.get((kind, block), (0, ""))[1] for block in blocks) for kind in kinds),
+    )
