@@ -11,7 +11,6 @@ transformers. Everything is written below ``out/demo``.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -143,8 +142,9 @@ def time_side_by_side(out: Path) -> BenchResult:
 
 def write_report(report: lorafx.Report, out: Path) -> None:
     """The report in its three forms."""
-    (out / "report.html").write_text(report.html(), encoding="utf-8")
-    (out / "report.json").write_text(json.dumps(report.to_json(), indent=2), encoding="utf-8")
+    from lorafx.reporting.report import write_report as write
+
+    write(report, out, "onnx/")
     (out / "report.txt").write_text(report.text(), encoding="utf-8")
 
 
@@ -158,7 +158,7 @@ def main() -> None:
     program, tuned = fine_tune(options, started)
     folded, trained, parity = shrink(program, options, started)
     timings = time_side_by_side(out)
-    write_report(folded.report.plus(training=trained.to_json(), parity=parity, bench=timings), out)
+    write_report(folded.report.plus(parity=parity, benchmark=timings), out)
 
     print(timings.text())
     print("held-out accuracy, on 1,500 sentences that no training saw")

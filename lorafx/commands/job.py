@@ -244,7 +244,7 @@ def _told(job: Job, opened: Callable[[], Program], say: Callable[[str], None]) -
     """What came of a job, from its report if that is still true: else timed beside the base, and written."""
     onnx = job.out / "onnx"
     digest = file_hash(onnx / MANIFEST)
-    if _told_of(job.out) == digest:
+    if _told_of(job.out) == digest and (job.out / PAGE).is_file():
         return read_report(job.out)
     say("report: working")
     report = read_report(onnx).plus(benchmark=_timed(job, opened(), say), **{_TOLD: {"onnx": digest}})

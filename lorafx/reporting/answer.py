@@ -79,7 +79,9 @@ def _before(training: Any, key: str) -> float | None:
 def figures(facts: Facts, contents: Contents) -> list[Figure]:
     """All that there are of a report, and of the folder it was written for."""
     found = (_training(facts), _trainable(facts), _size(facts, contents), _speed(facts), _same(facts))
-    return [figure for figure in found if figure is not None]
+    count = f"{facts.parameters:,}"
+    plain = Figure("size", count, "parameters", f"{count} parameters")
+    return [figure for figure in found if figure is not None] or [plain]
 
 
 def sentence(facts: Facts, contents: Contents) -> str:
@@ -121,7 +123,8 @@ def _trainable(facts: Facts) -> Figure | None:
 def _size(facts: Facts, contents: Contents) -> Figure | None:
     size = contents.size
     if not facts.model.get("folded"):
-        return None if size is None else Figure("on disk", megabytes(size), "without the base", f"{megabytes(size)}")
+        alone = "" if facts.model.get("stage") == "eval" else " without the base"
+        return None if size is None else Figure("on disk", megabytes(size), alone.strip(), megabytes(size) + alone)
     before, after = facts.model.get("base parameters"), facts.parameters
     change = f"{after:,} parameters"
     if before and after != before:

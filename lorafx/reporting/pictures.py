@@ -37,9 +37,13 @@ def pictures(facts: Facts) -> list[Picture]:
     """All that a report has numbers for."""
     found = [*_training(facts), *_latency(facts), *_removed(facts)]
     for name, rows in facts.sections.items():
-        if isinstance(rows, list) and rows and all(isinstance(row, Mapping) and "module" in row for row in rows):
+        if isinstance(rows, list) and rows and all(_of_a_module(row) for row in rows):
             found += _by_block(name, rows)
     return found
+
+
+def _of_a_module(row: Any) -> bool:
+    return isinstance(row, Mapping) and isinstance(row.get("module"), str)
 
 
 def _training(facts: Facts) -> Iterator[Picture]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from lorafx.cli import main
+from lorafx.commands.flags import train_options
+from lorafx.errors import UsageError
 
 RECIPE = """
 [model]
@@ -44,8 +47,14 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, tiny_ta
     folder = tmp_path_factory.mktemp("runs") / "run"
     result = call("rewrite", tiny_checkpoint, "--recipe", recipe, "-o", folder)
     assert result.exit_code == 0, result.output
-    result = call("train", folder, "--data", tiny_table, "--epochs", 2, "--batch-size", 16, "--learning-rate", "5e-3")
+    scored = ["--data", tiny_table, "--eval", tiny_table]
+    result = call("train", folder, *scored, "--epochs", 2, "--batch-size", 16, "--learning-rate", "5e-3")
     assert result.exit_code == 0, result.output
+    answer, following = result.stdout.splitlines()
+    assert re.fullmatch(
+        rf"{folder}: Bert.* from tiny-bert: lora on 13 weights; accuracy 0\.\d+ → [01]\.\d+; .*", answer
+    )
+    assert following == f"Next: lorafx export {folder} -o {folder.with_name('onnx')}"
     return folder
 
 
@@ -64,6 +73,9 @@ def onnx_folder(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "onnx"
     result = call("export", run, "-o", folder)
     assert result.exit_code == 0, result.output
+    answer, following = result.stdout.splitlines()
+    assert re.search(r"; accuracy 0\.\d+ → [01]\.\d+; [\d.]+ MB, .*; equal to \d\.\de-0\d of the scale", answer)
+    assert following == f"Next: lorafx bench {run} {folder}"
     return folder
 
 
@@ -208,6 +220,86 @@ def test_the_folders_open_without_lorafx(run: Path, folded: Path, onnx_folder: P
     torch.testing.assert_close(merged, exported, rtol=1e-5, atol=1e-5)
 
 
+def test_inspect_tells_what_came_of_a_run_and_of_an_export(run: Path, onnx_folder: Path) -> None:
+    shown = call("inspect", run).stdout
+    assert re.search(r"; accuracy 0\.\d+ → [01]\.\d+; ", " ".join(shown.split()))
+    assert "Tensors by role" in shown
+    assert "attention.self.query" not in shown
+    assert "bert.encoder.layer.0.attention.self.query" in call("inspect", run, "--details").stdout
+    shown = call("inspect", onnx_folder).stdout
+    assert shown.startswith(f"{onnx_folder}: onnx, written by lorafx ")
+    assert "equal to" in " ".join(shown.split())
+    assert re.search(r"kB  model\.onnx$", shown, re.MULTILINE)
+    assert "{" not in shown, "text, not JSON"
+    assert json.loads(call("inspect", onnx_folder, "--json").stdout)["kind"] == "onnx"
+
+
+def test_report_tells_and_opens_the_page(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or True)
+    answer, following = call("report", run).stdout.splitlines()
+    assert "accuracy" in answer
+    assert (following, opened) == (f"Next: open {run / 'report.html'}", [])
+    assert call("report", run, "--open").exit_code == 0
+    assert opened == [(run / "report.html").as_uri()]
+    assert "Tensors by role" in call("report", run, "--details").stdout
+    page = tmp_path / "page.html"
+    assert call("report", run, "-o", page).exit_code == 0
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert "add --overwrite" in call("report", run, "-o", page).stderr
+    monkeypatch.setattr("webbrowser.open", lambda address: False)
+    result = call("report", run, "--open")
+    assert (result.exit_code, "no browser was found" in result.stderr) == (2, True)
+
+
+def test_report_of_what_has_none_says_so(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    result = call("report", tiny_checkpoint)
+    assert (result.exit_code, "no report.json" in result.stderr) == (5, True)
+    (tmp_path / "report.json").write_text('{"rows": []}', encoding="utf-8")
+    result = call("report", tmp_path)
+    assert (result.exit_code, "no report of a program" in result.stderr) == (5, True)
+
+
+def test_options_of_training_are_told_with_types_defaults_and_groups() -> None:
+    told = call("train", "-h").stdout
+    assert told == call("train", "--help").stdout
+    titles = re.findall(r"^(\w+):$", told, re.MULTILINE)
+    assert titles == ["Options", "Length", "Optimiser", "Data", "Evaluation", "Machine"]
+    plain = " ".join(told.split())
+    assert "--learning-rate NUMBER peak learning rate (at least 0) [default: 0.001]" in plain
+    assert "--max-length INTEGER tokens kept of a text (at least 1) [default: 128]" in plain
+    assert "(default on)" not in plain
+    assert "[default: on]" in plain
+    assert told.count("--epochs") == 1
+
+
+def test_options_of_an_export_say_what_their_values_mean() -> None:
+    told = " ".join(call("export", "-h").stdout.split())
+    for said in ("hf: an ordinary transformers checkpoint", "separate: operators of their own", "on cuda widths are"):
+        assert said in told
+
+
+def test_shells_complete_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    def completed(*words: str) -> set[str]:
+        monkeypatch.setenv("COMP_WORDS", " ".join(["lorafx", *words]))
+        monkeypatch.setenv("COMP_CWORD", str(len(words)))
+        result = CliRunner().invoke(main, prog_name="lorafx", env={"_LORAFX_COMPLETE": "bash_complete"})
+        return {line.partition(",")[2] for line in result.stdout.splitlines()}
+
+    assert {"prilora"} == completed("rewrite", "folder", "--pass", "pri")
+    assert {"lora"} == completed("passes", "lo")
+    assert {"onnx", "onnx-adapter"} == completed("export", "run", "--format", "on")
+    assert "text-classification" in completed("rewrite", "folder", "--task", "text")
+
+
+def test_arguments_of_the_trainer_are_pairs_or_a_table() -> None:
+    for text in ("optim=adafactor,adam_beta2=0.98", '{optim = "adafactor", adam_beta2 = 0.98}'):
+        assert train_options(None, {"trainer": text})["trainer"] == {"optim": "adafactor", "adam_beta2": 0.98}
+    for text in ("optim", "{optim", "=x"):
+        with pytest.raises(UsageError, match="--trainer"):
+            train_options(None, {"trainer": text})
+
+
 def test_onnx_carries_its_recipe(onnx_folder: Path) -> None:
     import onnx
 
@@ -234,6 +326,12 @@ def test_run_does_it_all_and_goes_on_after_an_interruption(
     arguments += ["--max-steps", 2, "--batch-size", 8]
     first = call(*arguments)
     assert first.exit_code == 0, first.output
+    answer, following = first.stdout.splitlines()
+    assert answer.startswith(f"{tmp_path / 'job' / 'onnx'}: Bert")
+    for said in (r"[\d.]+ MB", r"[\d.]+ times as fast as the base in PyTorch", r"equal to \d\.\de-0\d of the scale"):
+        assert re.search(said, answer), said
+    assert following == f"Next: lorafx report {tmp_path / 'job'} --open"
+    assert "--details" not in answer
     shutil.rmtree(tmp_path / "job" / "onnx")
     again = call(*arguments)
     assert again.exit_code == 0, again.output

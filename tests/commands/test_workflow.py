@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +20,11 @@ from lorafx.errors import ArtifactError, LorafxError, ParityError, UsageError
 from lorafx.files.folder import MANIFEST, new_folder
 from lorafx.passes.lora import Lora
 from lorafx.recipes.recipe import Recipe
+from lorafx.reporting.report import Report
 from lorafx.training.folder import MARK, training_folder
 
 STAGES = ["run", "folded", "onnx"]
+TOLD = Report({"class": "Model", "checkpoint": None})
 
 
 @pytest.fixture
@@ -42,7 +45,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             training_folder(job.out / workflow.CHECKPOINTS, inputs),
             new_folder(folder, "run", {"made_from": dict(inputs)}) as made,
         ):
-            (made / "report.json").write_text('{"title": "", "passes": []}')
+            (made / "report.json").write_text(json.dumps(TOLD.to_json()))
             (made / "learned").write_text(str(len(done)))
         done.append("run")
 
@@ -50,6 +53,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def stage(trained: Any, provider: Any, folder: Path, made_from: Any) -> None:
             with new_folder(folder, name, {"made_from": dict(made_from)}, overwrite=True) as made:
                 (made / "model").write_text(name)
+                (made / "report.json").write_text(json.dumps(TOLD.to_json()))
             done.append(name)
 
         return stage
@@ -58,7 +62,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(workflow, "_opened", lambda job, run: None)
     monkeypatch.setattr(workflow, "_fold", derived("folded"))
     monkeypatch.setattr(workflow, "_export", derived("onnx"))
-    monkeypatch.setattr(workflow.Report, "from_json", lambda data: data)
+    monkeypatch.setattr(workflow, "_timed", lambda job, trained, say: None)
     return done
 
 
@@ -113,7 +117,7 @@ def interrupted_training(job: Job) -> None:
 def test_what_is_done_is_not_done_again(job: Job, work: list[str]) -> None:
     go(job)
     assert work == STAGES
-    assert sorted(path.name for path in job.out.iterdir()) == sorted(STAGES)
+    assert sorted(path.name for path in job.out.iterdir()) == sorted([*STAGES, "report.html", "report.json"])
     with untouched(job.out):
         go(job)
     assert work == STAGES
@@ -331,3 +335,46 @@ def test_a_broken_mark_does_not_pass_for_ones_own(tmp_path: Path) -> None:
     with training_folder(tmp_path, {}):
         pass
     assert not tmp_path.exists()
+
+
+# ---- what came of it all
+
+
+def test_what_came_of_it_is_told_again_only_when_the_model_is_another(
+    job: Job, work: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[str] = []
+    monkeypatch.setattr(workflow, "_timed", lambda job, trained, say: timed.append("timed"))
+    go(job)
+    before = everything(job.out)
+    go(job)
+    assert (timed, everything(job.out)) == (["timed"], before)
+    go(replace(job, provider="cuda"))
+    assert timed == ["timed", "timed"]
+    (job.out / "report.html").unlink()
+    (job.out / "report.json").unlink()
+    go(replace(job, provider="cuda"))
+    assert timed == ["timed"] * 3
+    assert (job.out / "report.html").is_file(), "made again"
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.json"])
+def test_a_report_of_others_is_refused_and_kept(name: str, job: Job, work: list[str]) -> None:
+    job.out.mkdir()
+    (job.out / name).write_text("my own", encoding="utf-8")
+    refused(UsageError, job, "report.json", "did not write this")
+    assert work == []
+
+
+def test_a_model_that_cannot_be_timed_is_told_all_the_same(
+    job: Job, work: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*candidates: Any, **options: Any) -> Any:
+        raise UsageError("no inputs of that kind can be made")
+
+    monkeypatch.undo()
+    monkeypatch.setattr("lorafx.proof.bench.bench", never)
+    said: list[str] = []
+    trained: Any = SimpleNamespace(source=SimpleNamespace(model=None))
+    assert workflow._timed(job, trained, said.append) is None
+    assert said == ["not timed: no inputs of that kind can be made"]
