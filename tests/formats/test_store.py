@@ -26,9 +26,12 @@ from lorafx.files.folder import MANIFEST, find_manifest, new_folder, read_manife
 from lorafx.formats.run import save_run
 from lorafx.frontend.load import run_recipe
 from lorafx.graph.program import Source
+from lorafx.passes.finegates import Finegates
 from lorafx.passes.lora import Lora
+from lorafx.passes.magnitude import Magnitude
 from lorafx.passes.to_eval import ToEval
 from lorafx.public import Program
+from lorafx.reporting.report import read_report
 from tests.captures import of_folder
 from tests.kill_nine import kill_nine, save_runs, write_files
 from tests.zoo import ZOO, build
@@ -111,7 +114,8 @@ def test_a_run_comes_back_as_it_was(name: str, checkpoint: Checkpoints, tmp_path
 
 
 def test_the_folder_holds_what_the_design_says(run: Path, checkpoint: Checkpoints) -> None:
-    names = {"recipe.toml", "adapter_model.safetensors", "adapter_config.json", "config.json", "report.json", MANIFEST}
+    names = {"recipe.toml", "adapter_model.safetensors", "adapter_config.json", "config.json", MANIFEST}
+    names |= {"report.json", "report.html"}
     assert {file.name for file in run.iterdir()} == names
     manifest = read_manifest(run, hashes=True)
     assert set(manifest.files) == names - {MANIFEST}
@@ -131,6 +135,29 @@ def test_what_training_was_given_is_kept(checkpoint: Checkpoints, tmp_path: Path
     save_run(program, tmp_path / "run", train={"epochs": 2.0}, report=report)
     assert run_recipe(tmp_path / "run").train == {"epochs": 2.0}
     assert json.loads((tmp_path / "run" / "report.json").read_text())["sections"]["training"] == {"accuracy": 0.5}
+
+
+def test_what_training_gave_goes_with_the_program(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    """As far as the function is the trained one: through a run, folding and an export; not through pruning."""
+    program, gave = lora(checkpoint("bert")), {"metrics": {"eval_accuracy": 0.75}}
+    program.trained = gave
+    program.save(tmp_path / "run")
+    again = lorafx.load(tmp_path / "run")
+    assert again.trained == gave
+    lorafx.export(lorafx.fold(again), tmp_path / "folded", "hf")
+    for folder in ("run", "folded"):
+        assert read_report(tmp_path / folder).sections["training"] == gave
+        assert "accuracy 0.750" in " ".join(read_report(tmp_path / folder).text().split())
+        assert "0.750" in (tmp_path / folder / "report.html").read_text(encoding="utf-8")
+    for step in (Magnitude(keep=0.5, targets="role:ffn.down"), Finegates()):
+        assert lorafx.rewrite(again, [step]).trained is None
+    assert lora(checkpoint("bert")).trained is None
+
+
+def test_a_run_whose_report_is_broken_is_refused(run: Path) -> None:
+    (run / "report.json").write_text("[]", encoding="utf-8")
+    seal(run)
+    assert refusal(ArtifactError, lambda: lorafx.load(run)).endswith("report.json: broken report; write the run again")
 
 
 def test_a_new_head_is_part_of_the_run(checkpoint: Checkpoints, tmp_path: Path) -> None:

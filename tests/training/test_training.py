@@ -317,6 +317,27 @@ def test_keep_best_ends_with_the_best_weights(tmp_path: Path) -> None:
     assert all(torch.equal(value, stored[name]) for name, value in program.learned().items())
 
 
+def test_a_training_is_scored_before_it_begins_and_told_by_its_program() -> None:
+    """Weights are bit for bit those of a training without that evaluation: it takes no random numbers."""
+    ends = []
+    for scored in (True, False):
+        program = adapted(captured(bert, hidden_dropout_prob=0.3))
+        result = fit(program, eval_data=table(20, seed=1), trainer={"eval_on_start": scored})
+        ends.append(program.learned())
+        assert [entry["step"] for entry in result.history if "eval_accuracy" in entry] == [0, 3][not scored :]
+        assert program.trained == result.to_json()
+        assert program.report.sections["training"]["metrics"]["eval_accuracy"] == result.metrics["eval_accuracy"]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_a_resumed_training_is_not_scored_again_before_it_goes_on(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"eval_data": table(20, seed=1), "output_dir": tmp_path, "save_steps": 2}
+    fit(adapted(), **options)
+    shutil.rmtree(tmp_path / "checkpoint-3", ignore_errors=True)
+    result = fit(adapted(), resume=True, **options)
+    assert [entry["step"] for entry in result.history if "eval_accuracy" in entry] == [0, 3]
+
+
 def test_keep_best_needs_no_folder_of_ones_own() -> None:
     assert fit(adapted(), eval_data=table(21, seed=1), keep_best=True).best_step == 3
 
