@@ -132,7 +132,7 @@ def _size(facts: Facts, contents: Contents) -> Figure | None:
     elif before:
         change = f"{after:,} parameters, as many as the base"
     if size is None:
-        return Figure("size", f"{after:,}", change, change)
+        return Figure("size", f"{after:,}", change.removeprefix(f"{after:,} "), change)
     return Figure("size", megabytes(size), change, f"{megabytes(size)}, {change}")
 
 

@@ -47,8 +47,9 @@ def rungs(facts: Facts) -> list[Rung]:
         found.append(_of_passes("folded", after))
     parity = facts.sections.get("parity")
     if isinstance(parity, Mapping) and "ok" in parity:
-        gap = parity.get("max_rel")
-        found.append(Rung("deployed", str(parity.get("summary", "")), gap if isinstance(gap, (int, float)) else None))
+        gap, said = parity.get("max_rel"), [parity.get("summary", ""), *parity.get("notes", ())]
+        number = gap if isinstance(gap, (int, float)) else None
+        found.append(Rung("deployed", "; ".join(map(str, said)), number))
     return found
 
 
@@ -59,7 +60,10 @@ def _of_passes(name: str, steps: Iterable[PassReport]) -> Rung:
     apart = [step for step in steps if step.difference is None]
     if apart:
         why = apart[0].proof or "no difference was written down"
+        said = f"{names}; {apart[0].name}: {why}"
+        if all(step.proof.startswith("equal") for step in apart):  # by a lorafx that kept the words alone
+            return Rung(name, said, None, "equal")
         changed = all(step.promise in ("shapes", "nothing") for step in apart)
-        return Rung(name, f"{names}; {apart[0].name}: {why}", None, "changed" if changed else "not compared")
+        return Rung(name, said, None, "changed" if changed else "not compared")
     gap = max(step.difference or 0.0 for step in steps)
     return Rung(name, f"{names}; each held against the program before it", gap)

@@ -75,30 +75,35 @@ def _latency(facts: Facts) -> Iterator[Picture]:
     rows = timings(facts)
     if not rows:
         return
-    names = list(dict.fromkeys(row["candidate"] for row in rows))
-    shapes = list(dict.fromkeys((row["batch"], row["length"]) for row in rows))
-    found = {(row["candidate"], row["batch"], row["length"]): row for row in rows}
-    timed = [[found[name, *shape] for shape in shapes] for name in names]
-    first = {shape: found[names[0], *shape]["median"] for shape in shapes}
+    first = str(rows[0]["candidate"])
+    unit = {_inputs(row): float(row["median"]) / 100 for row in rows if row["candidate"] == first}
+    names = list(dict.fromkeys(str(row["candidate"]) for row in rows))
+    timed = {name: [row for row in rows if row["candidate"] == name] for name in names}
+
+    def shares(key: str, name: str) -> tuple[float, ...]:
+        return tuple(float(row[key]) / unit[_inputs(row)] for row in timed[name])
+
     chart = Bars(
-        tuple(shaped(found[names[0], *shape]).replace(" of ", "\nof ") for shape in shapes),
-        tuple((name, tuple(row["median"] / first[shape] * 100 for row, shape in zip(part, shapes, strict=True)))
-              for name, part in zip(names, timed, strict=True)),
-        f"time, % of {names[0]}" if len(names[0]) < 40 else "time, % of the first",
-        tuple(tuple((row["p10"] / first[shape] * 100, row["p90"] / first[shape] * 100)
-                    for row, shape in zip(part, shapes, strict=True)) for part in timed),
-        tuple(tuple(f"{row['median'] * 1e3:.3g} ms" for row in part) for part in timed),
-    )  # fmt: skip
-    columns = ("inputs", "what", "median ms", "p10 ms", "p90 ms", "times as fast")
-    cells = tuple(
-        (shaped(row), row["candidate"], *(f"{row[key] * 1e3:.3g}" for key in ("median", "p10", "p90")),
-         f"{row['ratio']:.2f}")
-        for row in rows
-    )  # fmt: skip
-    note = (
-        "Medians of interleaved rounds; the lines go from the 10th to the 90th of a hundred, as far as there is room."
+        tuple(shaped(row).replace(" of ", "\nof ") for row in timed[first]),
+        tuple((name, shares("median", name)) for name in names),
+        f"time, % of {first}" if len(first) < 40 else "time, % of the first",
+        tuple(tuple(zip(shares("p10", name), shares("p90", name), strict=True)) for name in names),
+        tuple(tuple(f"{row['median'] * 1e3:.3g} ms" for row in timed[name]) for name in names),
     )
-    yield Picture("How fast", note, chart, Section("How fast", columns, cells))
+    note = "Medians of interleaved rounds; the lines go from the 10th to the 90th of 100, as far as there is room."
+    yield Picture("How fast", note, chart, Section("How fast", _TIMED, tuple(map(_timed, rows))))
+
+
+_TIMED = ("inputs", "what", "median ms", "p10 ms", "p90 ms", "times as fast")
+
+
+def _timed(row: Mapping[str, Any]) -> tuple[str, ...]:
+    times = (f"{row[key] * 1e3:.3g}" for key in ("median", "p10", "p90"))
+    return (shaped(row), row["candidate"], *times, f"{row['ratio']:.2f}")
+
+
+def _inputs(row: Mapping[str, Any]) -> tuple[int, int]:
+    return row["batch"], row["length"]
 
 
 def _removed(facts: Facts) -> Iterator[Picture]:

@@ -8,7 +8,10 @@ from .facts import Facts, PassReport
 from .render import Section, braced, cell, sections_of
 
 #: Titles of the sections that reports are commonly given; any other section's name is its title.
-_TITLES = {"parity": "Parity", "training": "Training", "benchmark": "Benchmark", "sizes": "Sizes in bytes"}
+_TITLES = {
+    **{name: name.capitalize() for name in ("parity", "training", "benchmark", "decoder", "quantized", "output")},
+    "sizes": "Sizes in bytes",
+}
 
 
 def sections_of_facts(facts: Facts) -> list[Section]:
