@@ -262,18 +262,22 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ke
     found = _quantized(out) if o["quantize"] else {"parity": parity}
     # As it was written: of what was folded on the way.
     report = read_report(out).plus(**found, output=str(out))
-    following = f"lorafx bench {run} {out}" if kind == "onnx" and kept != "slots" else _opened_by(out, kind)
-    tell(report, o, following, out)
+    named = "generate" if generate else "slots" if kept == "slots" else kind
+    tell(report, o, _opened_by(out, named, run), out)
 
 
-def _opened_by(out: Path, kind: str) -> str:
-    """How others open what was written."""
+def _opened_by(out: Path, kind: str, run: Path = Path("RUN")) -> str:
+    """What to do with what was written: others open most of it."""
     return {
+        "onnx": f"lorafx bench {run} {out}",
+        "generate": f"lorafx generate {out} --prompt TEXT",
+        "slots": f"lorafx export {run} --format onnx-adapter --slots {out} -o ADAPTER",
+        "onnx-adapter": f"ONNX Runtime's LoraAdapter takes it, over the base with the slots; it is in {out}",
         "hf": f"AutoModel.from_pretrained({str(out)!r}) and its kin, in transformers",
+        "layered": f"lorafx export {out} -o ONNX; transformers does not read its widths yet, lorafx does",
         "peft": f"PeftModel.from_pretrained(base, {str(out)!r}), in PEFT",
-        "onnx": f"lorafx export RUN --format onnx-adapter --slots {out} -o ADAPTER",
-        "onnx-adapter": f"LoraAdapter of ONNX Runtime, over its base; the files are in {out}",
-    }.get(kind, f"ExportedModel.from_pretrained({str(out)!r}), in transformers")
+        "pt2": f"ExportedModel.from_pretrained({str(out)!r}, trust_remote_code=True), in transformers",
+    }[kind]
 
 
 def _quantized(out: Path) -> dict[str, Any]:

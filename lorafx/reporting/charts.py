@@ -82,7 +82,8 @@ def svg_of(chart: Chart, name: str, about: str) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+    style: Any = {**_STYLE, "svg.hashsalt": name}
+    with matplotlib.rc_context(style):
         figure = Figure(layout="constrained")
         FigureCanvasSVG(figure)
         _DRAW[type(chart)](figure, chart)

@@ -139,7 +139,7 @@ svg { display: block; width: 100%; max-width: 34rem; height: auto; font-family: 
 .tile { border: 1px solid var(--line); background: var(--soft); border-radius: .5rem; padding: .6rem .8rem;
   min-width: 0; }
 .tile dt { color: var(--quiet); font-size: .85rem; }
-.tile dd { margin: 0; font-size: 1.35rem; font-weight: 600; line-height: 1.25; }
+.tile dd { margin: 0; font-size: 1.2rem; font-weight: 600; line-height: 1.25; }
 .tile dd.small { font-size: .8rem; font-weight: 400; margin-top: .25rem; }
 .ladder { list-style: none; margin: .75rem 0 0; padding: 0; }
 .ladder li { border-left: 3px solid var(--blue); padding: 0 0 .8rem 1rem; position: relative; }
