@@ -59,6 +59,7 @@ TIMINGS = [
 PASSES = (
     PassReport("lora", {}, "exact", ("a (linear)", "b (linear)"), {"too small": ("c",)}, 4, 0, 0.1, "equal", 0.0),
     PassReport("fold-affine", {}, "close", ("a: linear",), {}, 0, 0, 0.1, "equal", 2e-7, True),
+    PassReport("tidy", {}, "exact", ("a",), {}, 0, 0, 0.1, "equal", 0.0, True),
 )
 
 
@@ -69,6 +70,7 @@ def facts(**sections: Any) -> Report:
 
 def everything() -> Report:
     learned = {"finegates: Open gates by module": GATES, "salora: Rank by module": RANKS, "Blocks": BLOCKS}
+    learned["of another form"] = [{"row": {"kept": 3, "of": [4, 5]}}]
     return facts(training=TRAINING, parity=PARITY, benchmark={"timings": TIMINGS}, **learned)
 
 
@@ -241,6 +243,7 @@ def test_the_page_stands_alone_and_says_it_all() -> None:
     for said in ("0.500 → 0.875", "2.50 times", "equal to 6.1e-07", "A <note>.", "equal: <largest> difference 6.1e-07"):
         assert said in reader.text
     assert "not taken: too small" in " ".join(reader.text)
+    assert "kept 3, of 4, 5" in reader.text
     assert not re.findall(r"url\((?!#)|@import|https?://(?!www\.w3\.org)", text), "nothing is fetched"
     assert not re.findall(r'[{\[]"\w+"\s*[:,]', text), "no raw JSON"
 
