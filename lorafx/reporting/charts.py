@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ _COLOURS = (_BLUE, _GREY, _ORANGE, "#4aa564", "#9467bd")
 _WIDTH = 4.2
 _STYLE = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # names are names, whatever signs they hold
     "font.family": "sans-serif",
     "font.size": 8.5,
     "axes.spines.top": False,
@@ -83,7 +85,9 @@ def svg_of(chart: Chart, name: str, about: str) -> str:
     from matplotlib.figure import Figure
 
     style: Any = {**_STYLE, "svg.hashsalt": name}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        # Text stays text, and whoever shows it has fonts for more letters than matplotlib comes with.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
         figure = Figure(layout="constrained")
         FigureCanvasSVG(figure)
         _DRAW[type(chart)](figure, chart)

@@ -274,6 +274,14 @@ def test_charts_take_the_colour_of_the_page() -> None:
     assert "#123456" not in text, "the colour that stands for it while matplotlib draws"
 
 
+def test_names_of_any_letters_are_drawn_as_they_are() -> None:
+    names = ("模型 <PyTorch>", "costs $5_{", "α → β $x$")
+    timed = [timing(name, 1, 0.01, 1.0) for name in names]
+    reader = read(facts(benchmark={"timings": timed}).html())
+    drawn = [part.strip() for part in reader.text]
+    assert all(drawn.count(name) >= 2 for name in names), "in the chart and in its table"
+
+
 def test_the_same_report_is_the_same_page() -> None:
     assert everything().html() == everything().html()
 
