@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from ..deferred.slices import squares
 from ..graph.program import Program
 from ..graph.selection import Miss, Selection
 from ..graph.site import Site
@@ -30,7 +31,7 @@ class Units:
         site: the use of the weight
         of: for each of its input channels, the number of its unit (in,)
         costs: what goes with each unit costs: numbers of the weights under consideration, and a head's attention
-        squares: for each unit, the sum of squares of those numbers
+        read_squares: reads those weights for :attr:`squares`
         mixing: what attention costs over all units, if they are heads; 0 elsewhere
         total: what all numbers of the weights under consideration cost
     """
@@ -38,9 +39,14 @@ class Units:
     site: Site
     of: Array
     costs: Array
-    squares: Array
+    read_squares: Callable[[], Array]
     mixing: float
     total: float
+
+    @property
+    def squares(self) -> Array:
+        """For each unit, the sum of squares of the numbers that go with it; the weights are read when it is asked."""
+        return self.read_squares()
 
     @property
     def module(self) -> str:
@@ -81,8 +87,8 @@ class RemovableUnits:
         self._row_stuck[[*self.axes.held_rows]] = True
         price = {site.parameter: self.prices.of(site) for site in weights}
         self.total = sum(price[name] * program.tensor(name).numel() for name in price)
-        self._costs = self._sums(price, lambda name, value: torch.full_like(value, price[name], dtype=torch.float64))
-        self._squares = self._sums(price, lambda name, value: value.double().square())
+        self._names = sorted(price.keys() & self.axes.members.keys())
+        self._costs = self._summed(lambda name, value, dim: price[name] * (value.numel() // max(1, value.shape[dim])))
 
     def find(self, site: Site) -> Units | str:
         """The units that ``site`` reads, or why they cannot be removed."""
@@ -105,19 +111,26 @@ class RemovableUnits:
         every = self.axes.head_row if grouped else self.axes.tied_class
         inside = np.isin(every, unique)
         places = number[np.searchsorted(unique, every[inside])]
-        costs, squares = (np.bincount(places, sums[inside], len(unique)) for sums in (self._costs, self._squares))
-        mixing = self.prices.channel * np.bincount(of) * grouped  # rows of channels are heads
-        return Units(site, of, costs + mixing, squares, float(mixing.sum()), self.total)
 
-    def _sums(self, weights: Iterable[str], measure: Callable[[str, Tensor], Tensor]) -> Array:
-        """For each label, the sum of a measure over the numbers of the weights that lie at it."""
+        def by_unit(sums: Array) -> Array:
+            return np.bincount(places, sums[inside], len(unique))
+
+        costs = by_unit(self._costs)
+        mixing = self.prices.channel * np.bincount(of) * grouped  # rows of channels are heads
+        return Units(site, of, costs + mixing, lambda: by_unit(self._squares), float(mixing.sum()), self.total)
+
+    @cached_property
+    def _squares(self) -> Array:
+        sums = {name: squares(self.axes.program.tensor(name)) for name in self._names}
+        return self._summed(lambda name, value, dim: sums[name][dim].numpy())
+
+    def _summed(self, measure: Callable[[str, Tensor, int], Array | float]) -> Array:
+        """For each label, the sum over the weights that lie at it of what ``measure`` says of each position along a
+        dimension, or of all of them."""
         sums = np.zeros(self.axes.count)
-        for name in sorted(set(weights) & set(self.axes.members)):
-            value = self.axes.program.tensor(name).detach()
-            measured = measure(name, torch.ones_like(value, device="cpu") if value.is_meta else value)
+        for name in self._names:
             for dim, labels in enumerate(self.axes.members[name]):
-                others = [other for other in range(value.dim()) if other != dim]
-                np.add.at(sums, labels, measured.sum(others).cpu().numpy())
+                np.add.at(sums, labels, measure(name, self.axes.program.tensor(name), dim))
         return sums
 
     def _reason(self, labels: Array) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .recipe import Recipe
-from .tensor import Deferred, forget, recipe_of, value
+from .tensor import Deferred, forget, passing_tiles, recipe_of, value
 from .tiles import TILE, Part, Tiles
 from .zeros import zeros_of
 
@@ -59,6 +59,22 @@ def _uniform(tensor: Tensor, dim: int) -> Tensor:
     varies = _told(tensor, dim, None, lambda tile: tile != first.reshape(shape))
     held = first[:, 0].double().cpu()
     return torch.where(~varies & held.isfinite(), held, torch.nan)
+
+
+def squares(tensor: Tensor) -> list[Tensor]:
+    """For each dimension of two or more, the sum of squares at each position along it, in fp64; a tensor without values
+    is one of ones. Read a tile at a time."""
+    if tensor.is_meta:
+        return [torch.full((size,), tensor.numel() / max(1, size), dtype=torch.float64) for size in tensor.shape]
+    sums = [torch.zeros(size, dtype=torch.float64) for size in tensor.shape]
+    place = 0
+    for tile in passing_tiles(tensor.detach()):
+        found = tile.double().square()
+        for dim, total in enumerate(sums):
+            part = total.narrow(0, place, len(tile)) if dim == 0 else total
+            part += _by_position(found, dim).sum(1).cpu()
+        place += len(tile)
+    return sums
 
 
 def _kept(tensor: Tensor, what: str, dim: int, tell: Callable[[], Tensor]) -> Tensor:

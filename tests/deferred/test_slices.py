@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorafx.deferred import slices, tiles
-from lorafx.deferred.slices import nonzero, uniform
+from lorafx.deferred.slices import nonzero, squares, uniform
 from lorafx.deferred.tensor import Deferred, deferred
 from lorafx.deferred.zeros import zeros_of
 
@@ -53,6 +53,17 @@ def test_it_is_what_looking_at_everything_tells(shape: tuple[int, ...], later: b
         flat = value.movedim(dim, 0).flatten(1)
         alike = torch.where((flat == flat[:, :1]).all(1), flat[:, 0].double(), torch.nan)
         assert torch.equal(uniform(asked, dim).nan_to_num(99.0), alike.nan_to_num(99.0))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_squares_are_summed_along_every_dimension(shape: tuple[int, ...]) -> None:
+    value = holed(*shape)
+    found = {name: squares(given) for name, given in (("there", value), ("later", deferred(value) * 1.0))}
+    for sums in found.values():
+        for dim, total in enumerate(sums):
+            flat = value.double().square().movedim(dim, 0).flatten(1)
+            assert torch.allclose(total, flat.sum(1), rtol=1e-14, atol=0.0), dim  # in another order
+    assert [total.tolist() for total in squares(torch.empty(3, 4, device="meta"))] == [[4.0] * 3, [3.0] * 4]
 
 
 def test_no_number_and_no_finite_one_is_a_constant() -> None:

@@ -11,6 +11,8 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorafx
 from lorafx.errors import NoSitesError, UsageError
@@ -25,6 +27,7 @@ from lorafx.public import Program
 from lorafx.reporting.report import report_of
 from lorafx.training.module import RewrittenModel
 from tests.methods import EVERY, batch, fit, layer, refused, rewritten, state_of, stirred, tower, training
+from tests.small import captured, llama
 
 SIDES = ("gate_in", "gate_out")
 
@@ -49,6 +52,30 @@ def test_roberta_base_has_165_888_gates(tmp_path: Path) -> None:
     assert gates == 165_888
     assert sum(value.numel() for value in program.trainable().values()) == gates
     assert round(100 * gates / base, 2) == 0.13
+
+
+class _Reads(TorchDispatchMode):
+    """Notes the operators that read what parameters hold."""
+
+    def __init__(self, program: data.P):
+        super().__init__()
+        self.own = {value.data_ptr() for value in program.root.parameters()}
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [value for value in args if isinstance(value, Tensor) and not isinstance(value, FakeTensor)]
+        if func is not torch.ops.aten.detach.default and any(value.data_ptr() in self.own for value in given):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_gates_are_put_in_without_reading_a_weight() -> None:
+    """A decoder larger than memory is mapped, and gates cost what their weights' shapes say."""
+    program = captured(llama)
+    with _Reads(program) as reads:
+        gated = lorafx.rewrite(program, [Finegates(trainable=())], check=False)
+    assert gated.names("gate")
+    assert reads.seen == []
 
 
 def test_the_surrogate_leaves_less_than_it_says() -> None:
