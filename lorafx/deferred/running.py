@@ -8,13 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..graph.call import flatten
 from ..graph.program import Program
 from ..graph.segments import CompiledGraph, Segment, compile_graph
 from ..graph.tree import get_tensor, has_tensor, persistent, put_tensor
 from .recipe import Recipe
-from .tensor import chosen_or_computed, forget, is_deferred, value
+from .tensor import chosen_or_computed, forget, is_deferred, passing_rows, value
+
+#: Bytes of a matrix that is read in parts.
+_LARGE = 1 << 28
+#: A linear layer as graphs have it, and as modules do.
+_LINEAR = (torch.ops.aten.linear.default, nn.functional.linear)
 
 
 def run_by_block(graph: CompiledGraph, root: nn.Module, inputs: list[Any]) -> tuple[Any, ...]:
@@ -28,7 +34,10 @@ def run_by_block(graph: CompiledGraph, root: nn.Module, inputs: list[Any]) -> tu
 def run_segment(
     root: nn.Module, segment: Segment, taken: list[Any], compute: Callable[[Tensor], Tensor] = value
 ) -> tuple[Any, ...]:
-    """What one segment gives of the values it takes; ``root`` has its tensors as they were afterwards."""
+    """What one segment gives of the values it takes; ``root`` has its tensors as they were afterwards.
+
+    A matrix that alone is as large as a block's (that of a vocabulary) is read a range of rows at a time.
+    """
     held = {name: get_tensor(root, name) for name in segment.tensors if has_tensor(root, name)}
     made: dict[int, Tensor] = {}
     try:
@@ -36,12 +45,33 @@ def run_segment(
             if is_deferred(tensor):
                 there = made[id(tensor)] if id(tensor) in made else made.setdefault(id(tensor), compute(tensor))
                 _put(root, name, there)
-        return segment.function(root, *taken)
+        with LargeInParts():
+            return segment.function(root, *taken)
     finally:
         for name, tensor in held.items():
             if is_deferred(tensor):
                 _put(root, name, tensor)
             forget(tensor)
+
+
+class LargeInParts(TorchFunctionMode):
+    """Linear layers whose matrix is large apply a range of its rows at a time: little of its file is in memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        large = func in _LINEAR and len(args) > 1 and not kwargs and _is_large(args[1])
+        if not large or torch.is_grad_enabled():
+            return func(*args, **(kwargs or {}))
+        value, weight, bias = (*args, None)[:3]
+        parts, place = [], 0
+        for rows in passing_rows(weight.detach()):
+            own = None if bias is None else bias[place : place + len(rows)]
+            parts.append(func(value, rows, own))
+            place += len(rows)
+        return torch.cat(parts, -1)
+
+
+def _is_large(weight: Any) -> bool:
+    return isinstance(weight, Tensor) and weight.device.type == "cpu" and weight.numel() * weight.itemsize > _LARGE
 
 
 def handed_on(

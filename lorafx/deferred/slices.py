@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .recipe import Recipe
-from .tensor import Deferred, forget, passing_tiles, recipe_of, value
+from .tensor import Deferred, deferred, forget, passing_rows, passing_tiles, recipe_of, value
 from .tiles import TILE, Part, Tiles
 from .zeros import zeros_of
 
@@ -37,9 +37,14 @@ def nonzero(tensor: Tensor, dim: int, among: Tensor | None = None) -> Tensor:
         tensor: with two dimensions or more, of numbers or truth values, deferred or not
         among: of rows (``dim`` 0) the columns, of all else the rows, that count (bool); all of them when None
     """
-    if among is not None and not bool(among.all()):
-        return _told(tensor, dim, among, lambda tile: tile != 0)
-    return _kept(tensor, "nonzero", dim, lambda: _told(tensor, dim, None, lambda tile: tile != 0))
+
+    def told(block: Tensor) -> Tensor:
+        return _told(block, dim, counted, lambda tile: tile != 0)
+
+    counted = None if among is None or bool(among.all()) else among
+    if counted is not None:
+        return _by_blocks(tensor, dim, told)
+    return _kept(tensor, "nonzero", dim, lambda: _by_blocks(tensor, dim, told))
 
 
 def uniform(tensor: Tensor, dim: int) -> Tensor:
@@ -48,7 +53,7 @@ def uniform(tensor: Tensor, dim: int) -> Tensor:
     if tensor.dim() == 1:
         held = value(tensor.detach()).double().cpu()
         return torch.where(held.isfinite(), held, torch.nan)
-    return _kept(tensor, "uniform", dim, lambda: _uniform(tensor, dim))
+    return _kept(tensor, "uniform", dim, lambda: _by_blocks(tensor, dim, lambda block: _uniform(block, dim)))
 
 
 def _uniform(tensor: Tensor, dim: int) -> Tensor:
@@ -84,6 +89,14 @@ def _kept(tensor: Tensor, what: str, dim: int, tell: Callable[[], Tensor]) -> Te
     if (what, dim) not in known:
         known[what, dim] = tell()
     return known[what, dim]
+
+
+def _by_blocks(tensor: Tensor, dim: int, tell: Callable[[Tensor], Tensor]) -> Tensor:
+    """What is told of each position along ``dim``; of the rows of a tensor that may be mapped, a range at a time."""
+    held = tensor.recipe.there if isinstance(tensor, Deferred) else None
+    if dim or held is None:
+        return tell(tensor)
+    return torch.cat([tell(deferred(rows)) for rows in passing_rows(held)])
 
 
 def _other(dim: int) -> int:

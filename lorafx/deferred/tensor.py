@@ -7,6 +7,7 @@ time, when it is written. What a program asks of a value at once (is it zero? wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -123,6 +124,15 @@ def passing_tiles(tensor: Tensor) -> Iterator[Tensor]:
             forget(tensor)
             held = 0
     forget(tensor)
+
+
+def passing_rows(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor that is there, in ranges of its rows that are gone through once: the memory of each is given back after
+    it. A few numbers of every row take as much as all of them, for memory comes in pages."""
+    size = math.prod(tensor.shape[1:]) * tensor.element_size()
+    for rows in tensor.split(max(1, _HELD // max(1, size))):
+        yield rows
+        forget(rows)
 
 
 def forget(tensor: Tensor) -> None:

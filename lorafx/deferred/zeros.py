@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..graph.constants import computed
 from .recipe import Recipe
-from .tensor import forget, passing_tiles, recipe_of
+from .tensor import passing_rows, passing_tiles, recipe_of
 
 aten = torch.ops.aten
 
@@ -62,7 +62,6 @@ def _read(recipe: Recipe) -> Zeros:
     assert recipe.there is not None
     matrix = recipe.there if len(recipe.shape) > 2 else recipe.there.reshape(rows, count)
     if matrix.numel() and not _may_be_zero(matrix, 0) and not _may_be_zero(matrix, 1):
-        forget(matrix)
         return Zeros(torch.zeros(rows, dtype=torch.bool), torch.zeros(count, dtype=torch.bool))
     zero_rows, columns = [], torch.ones(count, dtype=torch.bool)
     for tile in passing_tiles(matrix):
@@ -74,7 +73,12 @@ def _read(recipe: Recipe) -> Zeros:
 
 def _may_be_zero(matrix: Tensor, dim: int) -> bool:
     """Whether any row (dimension 0) or column (1) is zero where it is looked at first."""
-    return bool((matrix.select(1 - dim, 0) == 0).reshape(matrix.shape[dim], -1).all(1).any())
+    looked_at = passing_rows(matrix[:1] if dim else matrix)
+    return any(bool(_by_position(rows.select(1 - dim, 0) == 0).all(1).any()) for rows in looked_at)
+
+
+def _by_position(values: Tensor) -> Tensor:
+    return values.reshape(len(values), -1)
 
 
 def _same(recipe: Recipe, operands: list[Zeros]) -> Zeros | None:

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ..deferred.running import LargeInParts
 from ..deferred.tensor import forget
 from ..errors import UsageError
 from ..graph.tree import has_tensor, named_tensors, put_tensor
@@ -74,7 +75,14 @@ def hold_checkpoint(
     model = _opened(folder, trust_remote_code)
     for part in model.modules():
         part.register_forward_hook(_forget_own)
-    opened = open_runner(model, label=str(folder))
+    with LargeInParts():
+        return _held(reference, folded, model, str(folder), check, dtype)
+
+
+def _held(
+    reference: Program, folded: Program, model: nn.Module, label: str, check: Check, dtype: torch.dtype | None
+) -> tuple[Comparison, TensorProof | None]:
+    opened = open_runner(model, label=label)
     if check == "full":
         return held_against(reference, opened, by_block=True), None
     if dtype is not None:
@@ -82,7 +90,7 @@ def hold_checkpoint(
     written = _weights(model, folded)
     proof = prove_tensors(reference, folded, written)
     if check == "tensors" and not proof.left:
-        return dataclasses.replace(proof.comparison(reference, str(folder)), notes=(str(proof),)), proof
+        return dataclasses.replace(proof.comparison(reference, label), notes=(str(proof),)), proof
     result = _by_blocks(reference, _with_weights(folded, written), opened)
     return dataclasses.replace(result, notes=(*result.notes, str(proof))), proof
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
 import lorafx
 from lorafx.deferred import running
+from lorafx.deferred import tensor as in_memory
 from lorafx.deferred.programs import deferring, is_deferring
 from lorafx.deferred.tensor import value
 from lorafx.graph.evaluation import evaluation_form
@@ -40,6 +43,30 @@ def test_block_by_block_is_the_same_to_the_last_bit(decoder: Program, later: boo
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert all(parts[name].dtype == (dtype or torch.float32) for name in parts)
     assert is_deferring(program) is later
+
+
+def test_a_large_matrix_is_applied_in_parts(decoder: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = outputs(decoder, torch.float64, by_block=True)["logits"]
+    used: list[tuple[int, ...]] = []
+    monkeypatch.setattr(running, "_LARGE", 1)
+    monkeypatch.setattr(in_memory, "_HELD", 2048)
+    monkeypatch.setattr(in_memory, "release", lambda address, size: False)
+    plain = running.passing_rows
+
+    def watched(weight: Tensor) -> Iterator[Tensor]:
+        for rows in plain(weight):
+            used.append(tuple(rows.shape))
+            yield rows
+
+    monkeypatch.setattr(running, "passing_rows", watched)
+    parts = outputs(decoder, torch.float64, by_block=True)["logits"]
+    assert torch.allclose(parts, whole, rtol=0.0, atol=1e-14)  # products are summed in another order
+    assert len(used) > 7
+    assert max(rows * columns * 8 for rows, columns in used) <= 2048
+    linear = torch.nn.Linear(6, 300)
+    with torch.no_grad(), running.LargeInParts():
+        found = linear(torch.eye(6))
+    assert torch.allclose(found, linear.weight.t() + linear.bias, atol=1e-6), "modules, with their biases"
 
 
 def test_tensors_of_one_block_are_there_at_a_time(decoder: Program, monkeypatch: pytest.MonkeyPatch) -> None:

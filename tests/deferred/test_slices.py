@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lorafx.deferred import slices, tiles
+from lorafx.deferred import tensor as in_memory
 from lorafx.deferred.slices import nonzero, squares, uniform
 from lorafx.deferred.tensor import Deferred, deferred
 from lorafx.deferred.zeros import zeros_of
@@ -53,6 +54,25 @@ def test_it_is_what_looking_at_everything_tells(shape: tuple[int, ...], later: b
         flat = value.movedim(dim, 0).flatten(1)
         alike = torch.where((flat == flat[:, :1]).all(1), flat[:, 0].double(), torch.nan)
         assert torch.equal(uniform(asked, dim).nan_to_num(99.0), alike.nan_to_num(99.0))
+
+
+def given_back(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+    """Bytes of each range of a tensor whose memory is given back, where ``most`` are to be held."""
+    sizes: list[int] = []
+    monkeypatch.setattr(in_memory, "_HELD", most)
+    monkeypatch.setattr(in_memory, "release", lambda address, size: sizes.append(size))
+    return sizes
+
+
+@pytest.mark.parametrize("tell", [nonzero, uniform, lambda tensor, dim: zeros_of(tensor).rows])
+def test_rows_are_looked_at_a_range_at_a_time(monkeypatch: pytest.MonkeyPatch, tell: Any) -> None:
+    """The first numbers of every row of a mapped file take the pages of all of it."""
+    value = torch.randn(64, 8, generator=CHANCE)
+    expected = tell(deferred(value), 0)
+    sizes = given_back(monkeypatch, 512)
+    assert torch.equal(tell(deferred(value), 0).nan_to_num(99.0), expected.nan_to_num(99.0))
+    assert max(sizes) <= 512
+    assert sum(sizes) >= value.nbytes
 
 
 @pytest.mark.parametrize("shape", SHAPES)
