@@ -10,9 +10,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import onnx_ir as ir
 import torch
 
 from ..errors import UsageError
@@ -20,6 +19,9 @@ from ..proof.decoder import DATA, MODEL
 from ..proof.open import open_runner
 from ..proof.scores import scores_of
 from ..public import Program
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 Bits = Literal["int8", "int4"]
 KINDS = get_args(Bits)
@@ -104,6 +106,8 @@ def _said(facts: dict[str, Any]) -> str:
 
 def quantize(file: Path, bits: Bits) -> tuple[int, int]:
     """Make an ONNX file one of fewer bits; how many products with a weight are, and how many are not."""
+    import onnx_ir as ir  # here: whoever writes a checkpoint comes by this module, and need not wait for ONNX
+
     with TemporaryDirectory(dir=file.parent) as beside, _silent():
         made = Path(beside) / "model.onnx"
         _int8(file, made) if bits == "int8" else _int4(file, made)

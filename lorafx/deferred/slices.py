@@ -113,10 +113,12 @@ def _told(tensor: Tensor, dim: int, among: Tensor | None, differs: _Differs) -> 
     open_ = torch.ones_like(found)
     held = 0
     for number, tile in enumerate(_ranges(tensor, _other(dim), among)):
-        if number == 1 and isinstance(tensor, Deferred) and dim < 2:
-            open_ &= ~zeros_of(tensor)[dim]
         if number and not bool((open_ & ~found).any()):
             break
+        if number == 1 and isinstance(tensor, Deferred) and dim < 2:
+            open_ &= ~zeros_of(tensor)[dim]
+            if not bool((open_ & ~found).any()):
+                break
         found |= _by_position(differs(tile()), dim).any(1).cpu()
         held += TILE
         if isinstance(tensor, Deferred) and held > _HELD:

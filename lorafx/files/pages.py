@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import sys
 
@@ -35,4 +36,9 @@ def release(address: int, size: int) -> bool:
     used = (pages & _IN_MEMORY) != 0
     if bool((used & ((pages & _OF_FILE) == 0)).any()) or bool(((pages & _SWAPPED) != 0).any()):
         return False
-    return ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _FORGET) == 0
+    return _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _FORGET) == 0
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)

@@ -95,7 +95,14 @@ def evaluation_form(program: P) -> P:
     """The program's evaluation form: no dropout, no noise; the program itself when it is in that form already."""
     if program.stage == "eval":
         return program
+    return own_evaluation_form(program)
+
+
+def own_evaluation_form(program: P) -> P:
+    """The program's evaluation form, with a graph and tree of its own, whatever form it is in."""
     result = program.copy()
+    if program.stage == "eval":
+        return result
     for node in changing(result):
         change(result, node)
     settle(result)

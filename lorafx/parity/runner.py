@@ -22,7 +22,7 @@ from ..deferred.programs import deferring, resident
 from ..deferred.running import run_by_block
 from ..errors import UsageError
 from ..graph.call import flatten
-from ..graph.evaluation import evaluation_form
+from ..graph.evaluation import evaluation_form, own_evaluation_form
 from ..graph.precision import coarsest, recast
 from ..graph.program import Program
 from ..graph.segments import compile_graph
@@ -143,7 +143,7 @@ def program_runner(program: Program, place: Place, label: str, kind: str = "prog
     """A runner for a program. UsageError: it has no weights, or ``place`` is not there."""
     if program.device.type == "meta":
         raise UsageError(f"{label}: captured without weights, so it computes nothing; capture it with meta=False")
-    evaluation = evaluation_form(program.copy() if place.by_block else resident(program))
+    evaluation = own_evaluation_form(program) if place.by_block else evaluation_form(resident(program))
     device = place.device()
     if place.by_block and place.dtype is not None:
         evaluation = deferring(evaluation)  # so that it is converted as it is used

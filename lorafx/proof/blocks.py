@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from ..deferred.running import alike, handed_on
-from ..graph.evaluation import evaluation_form
+from ..graph.evaluation import own_evaluation_form
 from ..graph.precision import coarsest, tolerance
 from ..graph.program import Program
 from ..parity.comparison import Case, Comparison, difference
@@ -49,7 +49,7 @@ def prove_blocks(reference: Program, folded: Program, inputs: Mapping[str, Any],
         inputs: what both are called with
         label: how ``folded`` is called in the comparison
     """
-    first, second = (evaluation_form(program.copy()) for program in (reference, folded))
+    first, second = own_evaluation_form(reference), own_evaluation_form(folded)
     expected, _ = handed_on(first, inputs)
     # The unfolded program's own values, wherever it has them under that name.
     given, places = handed_on(second, inputs, expected)

@@ -75,14 +75,7 @@ def hold_checkpoint(
     model = _opened(folder, trust_remote_code)
     for part in model.modules():
         part.register_forward_hook(_forget_own)
-    with LargeInParts():
-        return _held(reference, folded, model, str(folder), check, dtype)
-
-
-def _held(
-    reference: Program, folded: Program, model: nn.Module, label: str, check: Check, dtype: torch.dtype | None
-) -> tuple[Comparison, TensorProof | None]:
-    opened = open_runner(model, label=label)
+    opened = _in_parts(open_runner(model, label=str(folder)))
     if check == "full":
         return held_against(reference, opened, by_block=True), None
     if dtype is not None:
@@ -90,7 +83,7 @@ def _held(
     written = _weights(model, folded)
     proof = prove_tensors(reference, folded, written)
     if check == "tensors" and not proof.left:
-        return dataclasses.replace(proof.comparison(reference, label), notes=(str(proof),)), proof
+        return dataclasses.replace(proof.comparison(reference, str(folder)), notes=(str(proof),)), proof
     result = _by_blocks(reference, _with_weights(folded, written), opened)
     return dataclasses.replace(result, notes=(*result.notes, str(proof))), proof
 
@@ -107,6 +100,16 @@ def proof_of_files(
 def _opened(folder: Path, trusted: bool) -> nn.Module:
     """The checkpoint as transformers opens it, its weights mapped from the files."""
     return open_model(folder, None, {"trust_remote_code": True} if trusted else {})[0]
+
+
+def _in_parts(runner: Runner) -> Runner:
+    """The same runner, which reads large matrices as programs do that run by block."""
+
+    def call(inputs: dict[str, Tensor]) -> Any:
+        with LargeInParts():
+            return runner.call(inputs)
+
+    return dataclasses.replace(runner, call=call)
 
 
 def _weights(model: nn.Module, program: Program) -> dict[str, Tensor]:
