@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, fx
 
 from ..affine.regions import Region
@@ -13,6 +12,7 @@ from ..affine.rules import groups_of
 from ..affine.values import diagonal_blocks
 from ..affine.worth import Group, bias_of, weight_of, worth_folding
 from ..base import Pass, Promise
+from ..deferred.kept import keep_bits
 from ..graph.edit import Edit
 from ..graph.program import Program
 from ..graph.selection import Selection
@@ -59,7 +59,7 @@ def _pack(carrier: fx.Node, matrix: Tensor, like: Tensor) -> Tensor:
     blocks = diagonal_blocks(matrix, groups_of(carrier))
     stored = WEIGHT_OPS[carrier.target].stored(blocks, like.shape).to(like.dtype)
     # A weight that did not change keeps its bits: -0.0 + 0 is +0.0.
-    return torch.where(stored == like, like.detach(), stored).contiguous()
+    return keep_bits(stored.detach(), like.detach()).contiguous()
 
 
 def _store(edit: Edit, region: Region) -> tuple[str, str | None]:

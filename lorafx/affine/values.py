@@ -52,7 +52,8 @@ def shifted(shift: Callable[[], Tensor], size: int, sign: float, inner: Value) -
 def added(size: int, sign: float, device: torch.device, left: Value, right: Value) -> Value:
     """The sum of two maps, or their difference."""
     (m1, c1), (m2, c2) = left, right
-    matrix = dense(m1, size, device) + sign * dense(m2, size, device)
+    first, second = dense(m1, size, device), dense(m2, size, device)
+    matrix = first + second if sign > 0 else first - second
     if c2 is None:
         return matrix, c1
     return matrix, sign * c2 if c1 is None else c1 + sign * c2

@@ -15,7 +15,7 @@ from ..graph.program import Program
 from ..graph.segments import CompiledGraph, Segment, compile_graph
 from ..graph.tree import get_tensor, has_tensor, persistent, put_tensor
 from .recipe import Recipe
-from .tensor import chosen_or_computed, forget, is_deferred, passing_rows, value
+from .tensor import chosen_or_computed, forget, is_deferred, passing_rows, recipe_of, value
 
 #: Bytes of a matrix that is read in parts.
 _LARGE = 1 << 28
@@ -43,8 +43,11 @@ def run_segment(
     try:
         for name, tensor in held.items():
             if is_deferred(tensor):
-                there = made[id(tensor)] if id(tensor) in made else made.setdefault(id(tensor), compute(tensor))
-                _put(root, name, there)
+                if id(tensor) not in made:
+                    made[id(tensor)] = compute(tensor)
+                    if recipe_of(tensor).there is None:  # what it was computed of is not needed any more
+                        forget(tensor)
+                _put(root, name, made[id(tensor)])
         with LargeInParts():
             return segment.function(root, *taken)
     finally:

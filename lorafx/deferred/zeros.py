@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..graph.constants import computed
+from .kept import keep_bits
 from .recipe import Recipe
 from .tensor import passing_rows, passing_tiles, recipe_of
 
@@ -112,20 +113,6 @@ def _together(recipe: Recipe, operands: list[Zeros]) -> Zeros | None:
     return Zeros(first.rows & second.rows, first.columns & second.columns)
 
 
-def _chosen(recipe: Recipe, operands: list[Zeros]) -> Zeros | None:
-    """A choice between two tensors, where they are equal the first, is zero where the second is."""
-    condition, first, second = recipe.operands()
-    if condition.op is aten.eq.Tensor and {*map(_itself, condition.operands())} == {_itself(first), _itself(second)}:
-        return operands[2]
-    return _together(recipe, operands)
-
-
-def _itself(recipe: Recipe) -> Any:
-    while recipe.op in (aten.detach.default, aten.alias.default):
-        (recipe,) = recipe.operands()
-    return recipe if recipe.there is None else (recipe.there.data_ptr(), recipe.shape, recipe.stride)
-
-
 def _product(recipe: Recipe, operands: list[Zeros]) -> Zeros | None:
     left, right = operands
     return Zeros(left.rows, right.columns)
@@ -147,7 +134,8 @@ _RULES: dict[Any, Any] = {
     **dict.fromkeys((aten.view.default, aten._unsafe_view.default), _viewed),
     aten.mul.Tensor: _factors,
     **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor), _together),
-    aten.where.self: _chosen,
+    aten.where.self: _together,
+    keep_bits: _same,
     aten.mm.default: _product,
     aten.index_select.default: _selected,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +13,8 @@ import lorafx
 from lorafx.deferred import running
 from lorafx.deferred import tensor as in_memory
 from lorafx.deferred.programs import deferring, is_deferring
-from lorafx.deferred.tensor import value
+from lorafx.deferred.tensor import recipe_of, value
+from lorafx.graph.call import flatten
 from lorafx.graph.evaluation import evaluation_form
 from lorafx.graph.segments import compile_graph
 from lorafx.graph.tree import named_tensors
@@ -67,6 +69,25 @@ def test_a_large_matrix_is_applied_in_parts(decoder: Program, monkeypatch: pytes
     with torch.no_grad(), running.LargeInParts():
         found = linear(torch.eye(6))
     assert torch.allclose(found, linear.weight.t() + linear.bias, atol=1e-6), "modules, with their biases"
+
+
+def test_what_a_weight_was_computed_of_is_given_back_before_the_next(
+    decoder: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folded = lorafx.fold(decoder, stream=True, gather="never", check=False)
+    events: list[str] = []
+
+    def noted(tensor: Tensor) -> Tensor:
+        events.append("computed" if recipe_of(tensor).there is None else "there")
+        return value(tensor)
+
+    graph = compile_graph(folded.graph)
+    monkeypatch.setattr(running, "forget", lambda tensor: events.append("given back"))
+    inputs = flatten(folded, folded.example)
+    graph.by_segment(inputs, lambda segment, taken: running.run_segment(folded.root, segment, taken, noted))
+    following = [after for event, after in itertools.pairwise(events) if event == "computed"]
+    assert len(following) == 14
+    assert set(following) == {"given back"}
 
 
 def test_tensors_of_one_block_are_there_at_a_time(decoder: Program, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.deferred import tiles
+from lorafx.deferred.kept import keep_bits
 from lorafx.deferred.tensor import Deferred, deferred, is_deferred, value
 from lorafx.deferred.tensor import tiles as in_tiles
 from lorafx.deferred.zeros import zeros_of
@@ -29,7 +30,7 @@ def merged(base: Tensor) -> Tensor:
     """A gated weight with a low-rank update, rounded once: what folding computes."""
     exact = GATE[:, None] * (base.to(torch.float64) + 0.5 * (UP.double() @ DOWN.double()))
     rounded = exact.to(base.dtype)
-    return torch.where(rounded == base, base.detach(), rounded).contiguous()
+    return keep_bits(rounded, base.detach()).contiguous()
 
 
 WAYS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -134,6 +135,22 @@ def test_several_results_of_one_operator() -> None:
     assert torch.equal(value(high), expected.max)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_what_is_equal_keeps_its_bits(dtype: torch.dtype, zeros: bool) -> None:
+    old, new = weight(dtype), weight(dtype)
+    new[::2] += 1.0
+    new[1, :2] = old[1, 0] = torch.nan
+    if zeros:
+        old[3], new[3] = -0.0, 0.0
+        old[4], new[4] = 0.0, -0.0
+        new[5], new[6] = -0.0, 0.0
+    expected = torch.where(new == old, old, new)
+    for found in (keep_bits(new, old), keep_bits(new.t(), old.t()).t(), value(keep_bits(deferred(new), old))):
+        assert torch.equal(found.contiguous().view(torch.uint8), expected.view(torch.uint8))
+    assert bool(keep_bits(new, old)[3].signbit().all()) is zeros
+
+
 # ---- zeros
 
 
@@ -148,7 +165,7 @@ def test_zeros_go_through_what_folding_computes(monkeypatch: pytest.MonkeyPatch)
     def made(x: Tensor) -> Tensor:
         exact = gate[:, None] * (x.to(torch.float64) + 0.5 * (up.double() @ down.double()))
         rounded = exact.to(x.dtype)
-        return torch.where(rounded == x, x.detach(), rounded).view(ROWS, COLUMNS)
+        return keep_bits(rounded, x.detach()).view(ROWS, COLUMNS)
 
     found = zeros_of(made(deferred(base)))
     assert found.rows.nonzero().flatten().tolist() == [3, 5]
