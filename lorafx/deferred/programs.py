@@ -46,22 +46,22 @@ def resident(program: P) -> P:
 
 
 def has_zeros(program: Program) -> bool:
-    """Whether any weight has a row or column of zeros, or any vector that is not merely added a zero: whether there is
-    anything that channels could be dead of. Reads the beginning of each row and column.
+    """Whether any weight that is read has a row or column of zeros, or any vector that is not merely added a zero:
+    whether there is anything that channels could be dead of. Looks at the beginning of each row and column.
 
     The rows of a table are looked up by number, so they are not channels: one of zeros (for padding) does not count.
     """
-    tables, added = set[int](), set[int]()
+    read, tables, added = dict[int, Tensor](), set[int](), set[int]()
     for node in program.graph.find_nodes(op="get_attr"):
         if has_tensor(program.root, str(node.target)):
+            tensor = program.tensor(str(node.target))
+            read[id(tensor)] = tensor
             places = [_place(user, node) for user in node.users]
             of = added if all(place == "bias" for place in places) else tables if "table" in places else set[int]()
-            of.add(id(program.tensor(str(node.target))))
-    seen: set[int] = set()
-    for _, tensor in named_tensors(program.root):
-        if id(tensor) in seen or not tensor.is_floating_point() or not tensor.dim():
+            of.add(id(tensor))
+    for tensor in read.values():
+        if not tensor.is_floating_point() or not tensor.dim():
             continue
-        seen.add(id(tensor))
         if tensor.dim() == 1:
             found = id(tensor) not in added and bool((tensor == 0).any())
         else:

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from lorafx.deferred import slices, tiles
 from lorafx.deferred import tensor as in_memory
+from lorafx.deferred.programs import deferring, has_zeros
 from lorafx.deferred.slices import nonzero, squares, uniform
-from lorafx.deferred.tensor import Deferred, deferred
+from lorafx.deferred.tensor import Deferred, deferred, value
 from lorafx.deferred.zeros import zeros_of
+from lorafx.graph.tree import put_tensor
+from tests.small import captured, llama
 
 CHANCE = torch.Generator().manual_seed(0)
 SHAPES = [(9, 14), (14, 9), (6, 5, 3), (1, 7), (7, 1)]
@@ -153,3 +156,15 @@ def test_chosen_rows_and_columns_are_zero_where_all_of_them_are() -> None:
         found = zeros_of(held.index_select(dim, index))
         assert torch.equal(found[dim], zeros_of(held)[dim][index])
         assert torch.equal(found[1 - dim], zeros_of(held)[1 - dim])
+
+
+def test_zeros_that_nothing_reads_are_no_dead_channels() -> None:
+    """Gates that were folded stay in the tree until it is tidied."""
+    program = deferring(captured(llama))
+    put_tensor(program.root, "left", torch.zeros(4, dtype=torch.float32))
+    assert not has_zeros(program)
+    name = "model.layers.1.mlp.down_proj.weight"
+    held = value(program.tensor(name)).clone()
+    held[:, 3] = 0.0
+    put_tensor(program.root, name, torch.nn.Parameter(held))
+    assert has_zeros(program)
