@@ -64,7 +64,7 @@ class LargeInParts(TorchFunctionMode):
         large = func in _LINEAR and len(args) > 1 and not kwargs and _is_large(args[1])
         if not large or torch.is_grad_enabled():
             return func(*args, **(kwargs or {}))
-        value, weight, bias = (*args, None)[:3]
+        value, weight, bias = args if len(args) == 3 else (*args, None)
         parts, place = [], 0
         for rows in passing_rows(weight.detach()):
             own = None if bias is None else bias[place : place + len(rows)]

@@ -57,7 +57,7 @@ def test_roberta_base_has_165_888_gates(tmp_path: Path) -> None:
 class _Reads(TorchDispatchMode):
     """Notes the operators that read what parameters hold."""
 
-    def __init__(self, program: data.P):
+    def __init__(self, program: data.Program):
         super().__init__()
         self.own = {value.data_ptr() for value in program.root.parameters()}
         self.seen: list[str] = []
