@@ -1,9 +1,6 @@
 """A decoder with its cache, rewritten: while the passes run, the past is empty.
 
-A graph that takes keys and values in and gives them out holds their channels fast: whoever calls it reads them. But a
-cache only ever holds what the graph itself gave, so its channels are those of the new keys and values, and an empty
-past is as good as any to argue about them. So each ``cat(past, new)`` becomes ``cat(new[:0], new)``, the history is
-replayed on that graph of ordinary inputs, and afterwards each past is an input again, as wide as what stayed of it.
+The history is replayed on a graph of ordinary inputs, without its cache (:mod:`lorafx.backends.past`).
 """
 
 from __future__ import annotations
@@ -25,19 +22,13 @@ from ..errors import CaptureError
 from ..frontend.capture import program_of
 from ..graph.domain import Domain, Range
 from ..graph.edit import Edit
-from ..graph.operands import argument
 from ..graph.program import Signature, Source
 from ..passes.tidy import Tidy
 from ..public import Program
+from .past import ELSE, cached, empty_pasts, give_past, measure_past, present, results, width
 from .replay import RewritingExporter, replay
 
 aten = torch.ops.aten
-
-#: In the meta of an operator that puts new keys or values behind the past: the index of the tensor in the cache.
-_CACHED = "lorafx_cached"
-#: In the meta of the operator that gives the number of past tokens.
-_LENGTH = "lorafx_past_length"
-_ELSE = "export it without generate, or as an ordinary checkpoint (--format hf)"
 
 
 def decode_inputs(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -55,17 +46,17 @@ def decode_inputs(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[dict
     left = {name: value.flip(1) for name, value in example.items()}  # texts to go on with are padded on the left
     stages = decompose_for_generation(cast(Any, model), left, multi_token_decode=True)
     if set(stages) != {"prefill", "decode"}:
-        raise CaptureError(f"{what}: it generates from more than a text ({', '.join(stages)}); {_ELSE}")
+        raise CaptureError(f"{what}: it generates from more than a text ({', '.join(stages)}); {ELSE}")
     decode, prefill = stages["decode"][1], stages["prefill"][1]
     state = {name: value for name, value in decode.items() if not isinstance(value, (Tensor, bool, type(None)))}
     plain = {name: value for name, value in decode.items() if isinstance(value, Tensor)}
     layers: list[Any] = [layer for value in state.values() if type(value) is DynamicCache for layer in value.layers]
     if len(state) != 1 or not layers or not all(isinstance(layer, DynamicLayer) for layer in layers):
         kinds = ", ".join(sorted({type(value).__name__ for value in state.values()})) or "nothing"
-        raise CaptureError(f"{what}: between tokens it keeps {kinds}, no plain cache of keys and values; {_ELSE}")
+        raise CaptureError(f"{what}: between tokens it keeps {kinds}, no plain cache of keys and values; {ELSE}")
     if not {"input_ids", "attention_mask"} <= plain.keys():
         raise CaptureError(
-            f"{what}: it generates from {', '.join(plain)}, not from input_ids and attention_mask; {_ELSE}"
+            f"{what}: it generates from {', '.join(plain)}, not from input_ids and attention_mask; {ELSE}"
         )
     cache, length = DynamicCache(), plain["attention_mask"].shape[1] - plain["input_ids"].shape[1]
     for number, layer in enumerate(layers):
@@ -107,13 +98,13 @@ class CachedExporter(RewritingExporter):
     ) -> ExportedProgram:
         """The capture with the program's history, traced again with a cache of what stayed; see the module."""
         unlifted = captured.module(check_guards=False)
-        view, order, results = _without_past(unlifted, Source(model), self.example, names)
+        view, order, given = _without_past(unlifted, Source(model), self.example, names)
         view.source, view.heads = self.rewritten.source, self.rewritten.heads
         replayed = replay(self.rewritten, view)
-        _give_past(replayed, order, results)
+        _give_past(replayed, order, given)
         leaves = pytree.tree_leaves(shapes, is_leaf=_is_axes)
-        given = _example(replayed.graph, list(get_leaf_tensors({name: inputs[name] for name in shapes}).values()))
-        return torch.export.export(fx.GraphModule(replayed.root, replayed.graph), given, dynamic_shapes=tuple(leaves))
+        example = _example(replayed.graph, list(get_leaf_tensors({name: inputs[name] for name in shapes}).values()))
+        return torch.export.export(fx.GraphModule(replayed.root, replayed.graph), example, dynamic_shapes=tuple(leaves))
 
 
 # As in `replay`: that is how transformers declares a back end.
@@ -143,15 +134,14 @@ def _without_past(
     inputs = graph.find_nodes(op="placeholder")
     plain = {node.name: node for node in inputs if node.name in example}
     if list(plain) != list(example) or not {"input_ids", "attention_mask"} <= plain.keys():
-        raise CaptureError(f"{what}: its decode graph takes {', '.join(node.name for node in inputs)}; {_ELSE}")
-    sizes = _sizes(graph, plain["input_ids"], plain["attention_mask"])
+        raise CaptureError(f"{what}: its decode graph takes {', '.join(node.name for node in inputs)}; {ELSE}")
     pasts = [node for node in inputs if node.name not in plain]
-    for number, past in enumerate(pasts):
-        _empty(program, past, number, sizes)
-    results = [_cached(node) for node in pytree.tree_leaves(graph.output_node().args[0])]
-    if sorted(results) != list(range(-1, len(pasts))) or results[0] != -1:
-        raise CaptureError(f"{what}: its decode graph gives other things than logits and a cache; {_ELSE}")
-    graph.output_node().args = ((pytree.tree_leaves(graph.output_node().args[0])[0],),)
+    empty_pasts(program, pasts, *_sizes(graph, plain["input_ids"], plain["attention_mask"]))
+    found = results(graph)
+    given = [cached(node) for node in found]
+    if sorted(given) != list(range(-1, len(pasts))) or given[0] != -1:
+        raise CaptureError(f"{what}: its decode graph gives other things than logits and a cache; {ELSE}")
+    graph.output_node().args = ((found[0],),)
     order = [node.name for node in inputs]
     for past in pasts:
         graph.erase_node(past)
@@ -159,7 +149,7 @@ def _without_past(
     plain["attention_mask"].meta["val"] = ids.new_empty(ids.shape, dtype=example["attention_mask"].dtype)
     graph.eliminate_dead_code()
     edit.recompute()
-    return program, order, results
+    return program, order, given
 
 
 def _signature(example: Mapping[str, Tensor]) -> Signature:
@@ -169,91 +159,34 @@ def _signature(example: Mapping[str, Tensor]) -> Signature:
     return Signature(tuple(example), in_spec, out_spec, domain)
 
 
-def _sizes(graph: fx.Graph, ids: fx.Node, mask: fx.Node) -> dict[int, fx.Node]:
+def _sizes(graph: fx.Graph, ids: fx.Node, mask: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The axes of a past that are free, from the other inputs: how many texts, and how long the past is."""
     first = next(node for node in graph.nodes if node.op == "call_function")
     with graph.inserting_before(first):
         batch, new, total = (graph.call_function(aten.sym_size.int, place) for place in ((ids, 0), (ids, 1), (mask, 1)))
-        length = graph.call_function(operator.sub, (total, new))
-    length.meta[_LENGTH] = True
-    return {0: batch, 2: length}
-
-
-def _empty(program: Program, past: fx.Node, number: int, sizes: Mapping[int, fx.Node]) -> None:
-    """Read the sizes of a past elsewhere, and concatenate nothing to what is new; CaptureError when more is read."""
-    graph = program.graph
-    for user in list(past.users):
-        if user.target is aten.sym_size.int and user.args[1] in sizes:
-            user.replace_all_uses_with(sizes[argument(user, "dim")])
-            graph.erase_node(user)
-        elif user.target is aten.cat.default and _behind(user, past):
-            new = argument(user, "tensors")[1]
-            with graph.inserting_before(user):
-                nothing = graph.call_function(aten.slice.Tensor, (new, 2, 0, 0))
-            user.args = ([nothing, new], user.args[1])
-            user.meta[_CACHED] = number
-        else:
-            read = f"its cache is read by {user.target}, not only put before what is new"
-            raise CaptureError(f"{program.name}: {read}; {_ELSE}")
-
-
-def _behind(cat: fx.Node, past: fx.Node) -> bool:
-    """Whether a concatenation is of a past and what is new, along the tokens."""
-    parts = argument(cat, "tensors")
-    return len(parts) == 2 and parts[0] is past and parts[1] is not past and cat.args[1:] in ((-2,), (2,))
-
-
-def _cached(node: fx.Node) -> int:
-    """Which tensor of the cache an output is; -1 for none."""
-    while _CACHED not in node.meta and node.target in (aten.clone.default, aten.alias.default):
-        node = node.all_input_nodes[0]
-    return node.meta.get(_CACHED, -1)
+        return batch, graph.call_function(operator.sub, (total, new))
 
 
 # ---- the past is given
 
 
-def _give_past(program: Program, order: list[str], results: list[int]) -> None:
+def _give_past(program: Program, order: list[str], given: list[int]) -> None:
     """Make each past an input again and what it becomes an output; CaptureError when a pass took it away."""
     graph = program.graph
-    marked = (node for node in graph.nodes if _CACHED in node.meta)
-    found = {node.meta[_CACHED]: node for node in marked if node.target is aten.cat.default}
+    found = present(program, len(given) - 1)
     plain = {node.name: node for node in graph.find_nodes(op="placeholder")}
-    if len(found) < len(results) - 1:
-        raise CaptureError(f"{program.name}: a pass took keys or values away, so it has no whole cache; {_ELSE}")
-    place, number = None, 0
+    place, rest = None, iter(found)
     for name in order:
-        if name in plain:
-            place = plain[name]
-            continue
-        cat, number = found[number], number + 1
-        new = argument(cat, "tensors")[1]
-        with graph.inserting_after(place) if place is not None else graph.inserting_before(None):
-            place = graph.placeholder(name)
-        place.meta[_CACHED] = cat.meta["val"].shape
-        cat.args = ([place, new], cat.args[1])
-    logits = pytree.tree_leaves(graph.output_node().args[0])[0]
-    graph.output_node().args = (tuple(logits if result < 0 else found[result] for result in results),)
-    _measure_past(graph)
-
-
-def _measure_past(graph: fx.Graph) -> None:
-    """Read the length of the past from the past."""
-    inputs = graph.find_nodes(op="placeholder")
-    past = next(node for node in inputs if _CACHED in node.meta)
-    for node in [node for node in graph.nodes if _LENGTH in node.meta]:
-        with graph.inserting_after(inputs[-1]):
-            length = graph.call_function(aten.sym_size.int, (past, 2))
-        node.replace_all_uses_with(length)
-        graph.erase_node(node)
-    graph.eliminate_dead_code()
+        place = plain[name] if name in plain else give_past(graph, name, next(rest), place)
+    logits = results(graph)[0]
+    graph.output_node().args = (tuple(logits if result < 0 else found[result] for result in given),)
+    measure_past(graph)
 
 
 def _example(graph: fx.Graph, leaves: list[Tensor]) -> tuple[Tensor, ...]:
     """Inputs of the decode graph whose cache is as wide as what stayed."""
     given = []
     for node, value in zip(graph.find_nodes(op="placeholder"), leaves, strict=True):
-        width = node.meta.get(_CACHED)
-        sizes = value.shape if width is None else (len(value), int(width[1]), value.shape[2], int(width[3]))
-        given.append(value if width is None else value.new_zeros(sizes))
+        wide = width(node)
+        given.append(value if wide is None else value.new_zeros(len(value), wide[0], value.shape[2], wide[1]))
     return tuple(given)

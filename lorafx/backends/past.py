@@ -1,0 +1,118 @@
+"""The cache of a graph, taken out while passes run and given back afterwards.
+
+A graph that takes keys and values in and gives them out holds their channels fast: whoever calls it reads them. But a
+cache only ever holds what the graph itself gave, so its channels are those of the new keys and values, and an empty
+past is as good as any to argue about them. So each ``cat(past, new)`` becomes ``cat(new[:0], new)``, and afterwards
+each past is an input again, as wide as what stayed of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from ..errors import CaptureError
+from ..graph.operands import argument
+from ..public import Program
+
+aten = torch.ops.aten
+
+#: What else can be done with a model whose cache is none of these.
+ELSE = "export it without generate, or as an ordinary checkpoint (--format hf)"
+#: In the meta of an operator that puts new keys or values behind the past: the index of the tensor in the cache.
+_CACHED = "lorafx_cached"
+#: In the meta of the operator that gives the number of past tokens.
+_LENGTH = "lorafx_past_length"
+#: In the meta of a past: the shape of what stands behind it.
+_SHAPE = "lorafx_past_shape"
+
+
+def empty_pasts(program: Program, pasts: Iterable[fx.Node], batch: fx.Node, length: fx.Node) -> None:
+    """Take each past out of the graph; in place.
+
+    Args:
+        program: whose graph has them as inputs, which stay without a reader
+        pasts: in the order of the cache
+        batch, length: give the sizes of a past that are read: how many texts, and how many tokens (none)
+
+    Raises:
+        CaptureError: a past is read by more than what puts it before the new keys or values
+    """
+    length.meta[_LENGTH] = True
+    for number, past in enumerate(pasts):
+        _empty(program, past, number, {0: batch, 2: length})
+
+
+def _empty(program: Program, past: fx.Node, number: int, sizes: Mapping[int, fx.Node]) -> None:
+    graph = program.graph
+    for user in list(past.users):
+        if user.target is aten.sym_size.int and user.args[1] in sizes:
+            user.replace_all_uses_with(sizes[argument(user, "dim")])
+            graph.erase_node(user)
+        elif user.target is aten.cat.default and _behind(user, past):
+            new = argument(user, "tensors")[1]
+            with graph.inserting_before(user):
+                nothing = graph.call_function(aten.slice.Tensor, (new, 2, 0, 0))
+            user.args = ([nothing, new], user.args[1])
+            user.meta[_CACHED] = number
+        else:
+            read = f"its cache is read by {user.target}, not only put before what is new"
+            raise CaptureError(f"{program.name}: {read}; {ELSE}")
+
+
+def _behind(cat: fx.Node, past: fx.Node) -> bool:
+    """Whether a concatenation is of a past and what is new, along the tokens."""
+    parts = argument(cat, "tensors")
+    return len(parts) == 2 and parts[0] is past and parts[1] is not past and cat.args[1:] in ((-2,), (2,))
+
+
+def cached(node: fx.Node) -> int:
+    """Which tensor of the cache an output is; -1 for none."""
+    while _CACHED not in node.meta and node.target in (aten.clone.default, aten.alias.default):
+        node = node.all_input_nodes[0]
+    return node.meta.get(_CACHED, -1)
+
+
+def present(program: Program, count: int) -> list[fx.Node]:
+    """What puts new keys and values behind a past, in the order of the cache; CaptureError when a pass took one."""
+    marked = (node for node in program.graph.nodes if _CACHED in node.meta)
+    found = {node.meta[_CACHED]: node for node in marked if node.target is aten.cat.default}
+    if len(found) < count:
+        raise CaptureError(f"{program.name}: a pass took keys or values away, so it has no whole cache; {ELSE}")
+    return [found[number] for number in range(count)]
+
+
+def give_past(graph: fx.Graph, name: str, cat: fx.Node, after: fx.Node | None) -> fx.Node:
+    """Make the past of ``cat`` an input again, as wide as what is new; the input, which stands behind ``after``."""
+    new = argument(cat, "tensors")[1]
+    with graph.inserting_after(after) if after is not None else graph.inserting_before(None):
+        past = graph.placeholder(name)
+    past.meta[_SHAPE] = cat.meta["val"].shape
+    cat.args = ([past, new], cat.args[1])
+    return past
+
+
+def measure_past(graph: fx.Graph) -> None:
+    """Read the length of the past from the past."""
+    inputs = graph.find_nodes(op="placeholder")
+    past = next(node for node in inputs if _SHAPE in node.meta)
+    for node in [node for node in graph.nodes if _LENGTH in node.meta]:
+        with graph.inserting_after(inputs[-1]):
+            length = graph.call_function(aten.sym_size.int, (past, 2))
+        node.replace_all_uses_with(length)
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def width(past: fx.Node) -> tuple[int, int] | None:
+    """The heads of an input that is a past, and the size of each; None for any other input."""
+    shape = past.meta.get(_SHAPE)
+    return None if shape is None else (int(shape[1]), int(shape[3]))
+
+
+def results(graph: fx.Graph) -> list[fx.Node]:
+    """What a graph gives, one after the other."""
+    return pytree.tree_leaves(graph.output_node().args[0])
