@@ -26,10 +26,11 @@ from ..errors import CaptureError, UsageError
 from ..frontend.trace import trace_with
 from ..models.layered import is_layered, own_configs
 from ..models.tokenizers import length_limit, pad_token
-from ..proof.decoder import DATA, GENAI, MODEL
+from ..proof.decoder import GENAI, MODEL
 from ..public import Program
 from .cached import CachedOnnxExporter, decode_inputs, decode_shapes
-from .onnx_kernels import drop_idle_reshapes, turn_tied_heads, unfuse_batch_transposes, unfuse_skip_norms
+from .halves import AXES
+from .onnx_kernels import suit
 from .onnx_statements import leave_out
 from .replay import exportable, with_model
 
@@ -72,15 +73,20 @@ class Decoder:
         return f"GroupQueryAttention in {self.fused} of {self.layers} layers: {limit}"
 
 
-def check_generates(program: Program, kind: str, dtype: torch.dtype | None) -> None:
+def check_generates(
+    program: Program, kind: str, dtype: torch.dtype | None, fewer_bits: bool = False, adapters: str = "merged"
+) -> None:
     """UsageError when no decoder can be written of this program, as asked for."""
     model: Any = program.source.model
     if kind != "onnx":
         raise UsageError(f"a decoder with its cache is written as onnx, not {kind}; leave generate or the format out")
     if dtype is torch.bfloat16:
         raise UsageError("a decoder in bfloat16 cannot be proven: ONNX Runtime has none on the CPU; choose float16")
-    if getattr(program.config, "is_encoder_decoder", False):
-        raise UsageError(f"{program.name} generates with two graphs, and only decoders are written; export it as hf")
+    if getattr(program.config, "is_encoder_decoder", False) and set(program.example) != set(AXES):
+        taken = ", ".join(program.example)
+        raise UsageError(f"{program.name} generates from {taken}; of two graphs only those for text are written")
+    if getattr(program.config, "is_encoder_decoder", False) and (fewer_bits or adapters == "slots"):
+        raise UsageError(f"{program.name} generates with two graphs, which have no slots and are not quantised yet")
     if program.output_layer is None or not getattr(model, "can_generate", lambda: False)():
         raise UsageError(f"{program.name} generates no text: it is no causal language model; leave generate out")
 
@@ -100,28 +106,30 @@ def decoder(program: Program, provider: str, dtype: torch.dtype | None) -> Decod
     graph: ir.Model = exported.program
     layers = _name(graph, program.name)
     fused = _fuse(graph, provider)
-    unfuse_batch_transposes(graph)
-    drop_idle_reshapes(graph)
-    if provider == "cpu":
-        unfuse_skip_norms(graph)
-        turn_tied_heads(graph)
+    suit(graph, provider)
     leave_out(graph)
     return Decoder(graph, program.config, fused, layers)
 
 
 def write_decoder(made: Decoder, program: Program, folder: Path, record: Mapping[str, str]) -> None:
     """Write the graph, its weights once, and the configs of clients; tokenizer files are to follow."""
-    made.graph.metadata_props.update(record)
-    (folder / MODEL).parent.mkdir(parents=True, exist_ok=True)
-    ir.save(made.graph, folder / MODEL, external_data=Path(DATA).name)
-    config = copy.deepcopy(made.config)
+    write_graphs({MODEL: made.graph}, program, folder, record)
+    genai = genai_config(made, getattr(program.source.model, "generation_config", None))
+    (folder / GENAI).write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
+
+
+def write_graphs(graphs: Mapping[str, ir.Model], program: Program, folder: Path, record: Mapping[str, str]) -> None:
+    """Write graphs by their paths below ``folder``, each with its weights beside it, and the config that says so."""
+    for name, graph in graphs.items():
+        graph.metadata_props.update(record)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        ir.save(graph, folder / name, external_data=f"{Path(name).name}_data")
+    config = copy.deepcopy(program.config)
     for key, value in program.config_changes.items():
         setattr(config, key, value)
     setattr(config, "transformers.js_config", {"use_external_data_format": True})
     with own_configs(config):
         config.save_pretrained(folder)
-    genai = genai_config(made, getattr(program.source.model, "generation_config", None))
-    (folder / GENAI).write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
 
 
 def genai_config(made: Decoder, generation: Any) -> dict[str, Any]:

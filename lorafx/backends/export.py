@@ -85,7 +85,9 @@ def export(
         slots: of an ``onnx-adapter``, the folder with the base that has the slots
         dtype: convert weights and activations to this dtype; folding happens before, so weights round once
         generate: one graph with a cache, for causal language models, in the folder that onnxruntime-genai and
-            transformers.js read (:mod:`lorafx.backends.decoder`); what it generates is compared, token for token
+            transformers.js read (:mod:`lorafx.backends.decoder`), or for encoder-decoders of text the two graphs that
+            transformers.js reads (:mod:`lorafx.backends.encoder_decoder`); what it generates is compared, token for
+            token
         quantize: put a graph of fewer bits in the place of the one that was compared, by ONNX Runtime's own tools; the
             report says what both score and weigh (:mod:`lorafx.backends.quantized`)
         data: a table to score both on; their own examples when None
@@ -106,7 +108,11 @@ def export(
             nothing was trained
         ParityError: the written model does not compute the program's function; nothing is left behind
     """
-    _check(program, format, provider, dtype, generate)
+    _check(program, format, provider)
+    if generate:
+        from .decoder import check_generates
+
+        check_generates(program, format, dtype, quantize is not None, adapters)
     layered = format == "layered"
     if layered:  # else it is a checkpoint like any other
         format = "hf"  # noqa: A001
@@ -152,16 +158,12 @@ def export(
         return result
 
 
-def _check(program: Program, kind: str, provider: str, dtype: torch.dtype | None, generate: bool) -> None:
+def _check(program: Program, kind: str, provider: str) -> None:
     """UsageError when a program cannot be written so, before any work."""
     if kind not in FORMATS or provider not in PROVIDERS:
         raise UsageError(f"cannot export to {kind!r} for {provider!r}; formats: {FORMATS}, providers: {(*PROVIDERS,)}")
     if program.device.type == "meta":
         raise UsageError("the program was captured on the meta device and has no weights; capture or load it with them")
-    if generate:
-        from .decoder import check_generates
-
-        check_generates(program, kind, dtype)
 
 
 def _compared(

@@ -113,19 +113,22 @@ def _cache(model: Any, text: Mapping[str, Tensor]) -> tuple[str, Any]:
     if set(found) - set(caches) != {"encoder_outputs"} or len(caches) != 1:
         raise CaptureError(f"{what}: between tokens it keeps {', '.join(sorted(found)) or 'nothing'}; {ELSE}")
     name, held = caches.popitem()
-    made = [_emptied(part, length) for part, length in ((held.self_attention_cache, 4), (held.cross_attention_cache, 0))]
-    if len(made[0].layers) != len(made[1].layers) or not made[0].layers:
+    written = _emptied(what, held.self_attention_cache, _SIZES["past"])
+    read = _emptied(what, held.cross_attention_cache, 0)
+    if len(written.layers) != len(read.layers) or not read.layers:
         raise CaptureError(f"{what}: not every layer of its decoder reads its own text and another; {ELSE}")
-    return name, EncoderDecoderCache(*made)
+    return name, EncoderDecoderCache(written, read)
 
 
-def _emptied(part: Any, length: int) -> DynamicCache:
+def _emptied(what: str, part: Any, length: int) -> DynamicCache:
+    """A cache as wide as ``part``, of so many tokens."""
     if not all(isinstance(layer, DynamicLayer) for layer in part.layers):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in part.layers}))
-        raise CaptureError(f"its cache is of {kinds}, no plain keys and values; {ELSE}")
+        raise CaptureError(f"{what}: its cache is of {kinds}, no plain keys and values; {ELSE}")
     cache = DynamicCache()
     for number, layer in enumerate(part.layers):
-        keys, values = (value.new_zeros(*value.shape[:2], length, value.shape[3]) for value in (layer.keys, layer.values))
+        both = (layer.keys, layer.values)
+        keys, values = (value.new_zeros(*value.shape[:2], length, value.shape[3]) for value in both)
         cache.update(keys, values, number)
     return cache
 
@@ -230,7 +233,8 @@ def _leave_read(program: Program, states: fx.Node, past: fx.Node) -> None:
             continue
         longer.add(node)
         with graph.inserting_before(node):
-            node.args, node.kwargs = fx.node.map_arg((node.args, node.kwargs), lambda read: _as_long(graph, read, length))
+            both: Any = fx.node.map_arg((node.args, node.kwargs), lambda read: _as_long(graph, read, length))
+        node.args, node.kwargs = both
     if results(graph)[0] in longer:
         raise CaptureError(f"{program.name}: more of its decoder than keys and values reads the encoder; {ELSE}")
 
@@ -246,7 +250,9 @@ def _as_long(graph: fx.Graph, read: fx.Node, length: fx.Node) -> fx.Node:
 
 
 class _Plain(nn.Module):
-    """The code and the tensors of a graph module in a plain one, whose ``forward`` an exporter can put its own before."""
+    """The code and tensors of a graph module in a plain one: an exporter puts a function of its own before ``forward``,
+    which the tracer passes over in a graph module.
+    """
 
     def __init__(self, body: fx.GraphModule):
         super().__init__()
@@ -314,8 +320,9 @@ class _Cut:
     def _example(self, node: fx.Node, axes: Sequence[str]) -> Tensor:
         wide = width(node)
         value = next(iter(node.users)).meta["val"] if wide else node.meta["val"]
-        shape = (0, wide[0], 0, wide[1]) if wide else value.shape
-        sizes = [_SIZES[axes[axis]] if axis < len(axes) and axes[axis] else int(shape[axis]) for axis in range(len(shape))]
+        fixed = (0, wide[0], 0, wide[1]) if wide else value.shape
+        names = [*axes, *[""] * (len(fixed) - len(axes))]
+        sizes = [_SIZES[name] if name else int(size) for name, size in zip(names, fixed, strict=True)]
         return torch.ones(sizes, dtype=value.dtype, device=self.program.device)
 
 

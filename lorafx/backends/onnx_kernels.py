@@ -7,6 +7,19 @@ import math
 import onnx_ir as ir
 
 
+def suit(model: ir.Model, provider: str) -> None:
+    """Leave of transformers' fusions what ONNX Runtime computes with ``provider``, as it computes it fastest; in place.
+
+    Of a graph that generates: its step is short, so that a table is worth turning and an idle operator is worth taking
+    out.
+    """
+    unfuse_batch_transposes(model)
+    drop_idle_reshapes(model)
+    if provider == "cpu":
+        unfuse_skip_norms(model)
+        turn_tied_heads(model)
+
+
 def unfuse_skip_norms(model: ir.Model) -> int:
     """Put each ``SkipLayerNormalization`` in fp32 back apart: ``LayerNormalization(Sum(x, skip, bias))``; in place.
 

@@ -72,8 +72,13 @@ def _write_decoder(
 ) -> dict[str, Any]:
     """Write a decoder with its cache; what the report says of it."""
     from .decoder import decoder, write_decoder
+    from .encoder_decoder import encoder_decoder, write_encoder_decoder
     from .slots import add_slots
 
+    if getattr(program.config, "is_encoder_decoder", False):
+        both = encoder_decoder(program, provider, dtype)
+        write_encoder_decoder(both, program, folder, _record(program))
+        return both.facts()
     made = decoder(program, provider, dtype)
     if slots is not None:
         add_slots(made.graph, program, slots, shared_names=True)

@@ -67,7 +67,7 @@ def verify(a: Path, b: Path, texts: Path | None, seed: int, as_json: bool, **o: 
 @opening_options
 @as_json_option
 def generate(folder: Path, prompt: str | None, chat: str | None, most: int, as_json: bool, **o: Any) -> None:
-    """Let FOLDER (a run, a checkpoint, a folded folder or an exported decoder) write text, greedily, as it comes."""
+    """Let FOLDER (a run, a checkpoint, a folded or an exported model) write text, greedily, as it comes."""
     from ..proof.generate import generate as write
 
     text = prompt if prompt is not None else chat

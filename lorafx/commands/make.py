@@ -204,7 +204,7 @@ def fold(run: Path, out: Path, double: bool, overwrite: bool, **o: Any) -> None:
     "--slots", type=click.Path(path_type=Path), help="With --format onnx-adapter: the base that has the slots."
 )
 @adapter_option
-@click.option("--generate", is_flag=True, help="A decoder with its cache, for onnxruntime-genai and transformers.js.")
+@click.option("--generate", is_flag=True, help="With its cache, for onnxruntime-genai and transformers.js.")
 @click.option("--quantize", type=click.Choice(["int8", "int4"]), help="Fewer bits, by ONNX Runtime; scored, not equal.")
 @click.option(
     "--data", type=click.Path(path_type=Path), help="A table to score a quantised graph on, before and after."

@@ -51,7 +51,8 @@ class Runner:
         folder: where its files (and its tokenizer) are, if anywhere
         fresh: parameters that no file held, so that their values are random
         note: what to know about it, e.g. that the provider asked for is not the one that runs it
-        decoder: what runs it by steps, with its cache, if it has one (:class:`lorafx.proof.decoder.CachedDecoder`)
+        decoder: what runs it by steps, with its cache, if it has one (:class:`lorafx.proof.decoder.CachedDecoder`,
+            :class:`lorafx.proof.encoder_decoder.CachedEncoderDecoder`)
     """
 
     label: str

@@ -48,14 +48,21 @@ class CachedDecoder:
     pasts: Mapping[str, str]
     dtype: torch.dtype
 
+    #: Where padding stands in a batch of texts to go on with.
+    side = "left"
+
+    def begin(self, ids: Tensor, mask: Tensor) -> tuple[CachedDecoder, Tensor, Tensor]:
+        """What goes on with texts, and the tokens with their mask that it goes on with: their own."""
+        return self, ids, mask
+
+    @staticmethod
+    def asked(text: Tensor, said: Tensor) -> dict[str, Tensor]:
+        """What a model without a cache is given for one text, ``[tokens]``, and what was ``said``, which holds it."""
+        return {"input_ids": said[None], "attention_mask": torch.ones_like(said[None])}
+
     def empty(self, batch: int) -> Past:
         """The cache before the first token."""
-        types = {entry.name: entry for entry in self.session.get_inputs()}
-        sizes = {name: types[name].shape for name in self.pasts}
-        return {
-            name: np.zeros((batch, size[1], 0, size[3]), dtype=_TYPES[types[name].type][0])
-            for name, size in sizes.items()
-        }
+        return empty_cache(self.session, self.pasts, batch)
 
     def step(self, ids: Tensor, mask: Tensor, past: Past) -> tuple[Tensor, Past]:
         """Logits of new tokens, and the cache with them in it.
@@ -73,6 +80,61 @@ class CachedDecoder:
         return torch.from_numpy(outputs[0]), dict(zip(self.pasts, outputs[1:], strict=True))
 
 
+def empty_cache(session: Any, pasts: Mapping[str, str], batch: int) -> Past:
+    """A cache without a token, as wide as the inputs of ``session``."""
+    entries = {entry.name: entry for entry in session.get_inputs()}
+    kinds = {name: (entries[name].shape, _TYPES[entries[name].type][0]) for name in pasts}
+    return {name: np.zeros((batch, shape[1], 0, shape[3]), dtype=kind) for name, (shape, kind) in kinds.items()}
+
+
+def open_session(file: Path, place: Place) -> Any:
+    """ONNX Runtime's session over a file; ArtifactError when it cannot be opened."""
+    import onnxruntime
+
+    from .exported import session_options_for
+
+    try:
+        return onnxruntime.InferenceSession(file, **session_options_for(place))
+    except Exception as error:  # ONNX Runtime raises classes of its own for a broken file
+        raise ArtifactError(f"{file}: the graph cannot be opened: {first_line(error)}") from error
+
+
+def open_config(folder: Path, trusted: bool) -> Any:
+    """The config in a folder; ArtifactError when it cannot be read."""
+    from transformers import AutoConfig
+
+    try:
+        with own_configs():
+            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
+    except Exception as error:  # whatever its code raises
+        raise ArtifactError(f"{folder}: its config cannot be opened: {first_line(error)}") from error
+
+
+def cache_of(session: Any, file: Path, needed: set[str]) -> dict[str, str]:
+    """The inputs that hold the cache, each with the output that gives it; ArtifactError: none, or not all of
+    ``needed`` beside them."""
+    inputs = [entry.name for entry in session.get_inputs()]
+    pasts = {name: name.replace("past_key_values.", "present.", 1) for name in inputs if name.startswith("past_key_")}
+    given = {entry.name for entry in session.get_outputs()}
+    if not pasts or not {"logits", *pasts.values()} <= given or not needed <= set(inputs):
+        raise ArtifactError(f"{file}: not a decoder with its cache by its inputs and outputs; export it again")
+    return pasts
+
+
+def dtype_of(session: Any, name: str, folder: Path, place: Place) -> torch.dtype:
+    """The dtype of an input; UsageError when another one is asked for."""
+    dtype = _TYPES[next(entry.type for entry in session.get_inputs() if entry.name == name)][1]
+    if place.dtype not in (None, dtype):
+        raise UsageError(f"{folder}: exported in {dtype_name(dtype)}; it cannot be computed in another dtype")
+    return dtype
+
+
+def provider_of(session: Any, place: Place) -> tuple[str, str]:
+    """What runs a session, and a note when that is not what was asked for."""
+    used, asked = session.get_providers()[0], PROVIDERS[place.provider]
+    return used, "" if used == asked else f"{asked} was asked for but cannot be loaded here; {used} ran it"
+
+
 def open_decoder(folder: Path, place: Place, label: str, trusted: bool = False) -> Runner:
     """A runner for a decoder folder, which gives whole texts to an empty cache; its ``decoder`` takes them by steps.
 
@@ -80,34 +142,15 @@ def open_decoder(folder: Path, place: Place, label: str, trusted: bool = False) 
         ArtifactError: the folder cannot be opened
         UsageError: another dtype is asked for than it was exported in
     """
-    import onnxruntime
-    from transformers import AutoConfig
-
-    from .exported import session_options_for
-
-    try:
-        with own_configs():
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
-        session: Any = onnxruntime.InferenceSession(folder / MODEL, **session_options_for(place))
-    except Exception as error:  # ONNX Runtime raises classes of its own for a broken file
-        raise ArtifactError(f"{folder}: the decoder cannot be opened: {first_line(error)}") from error
-    inputs = {entry.name: entry for entry in session.get_inputs()}
-    pasts = {name: name.replace("past_key_values.", "present.", 1) for name in inputs if name.startswith("past_key_")}
-    given = {entry.name for entry in session.get_outputs()}
-    if not pasts or not {"logits", *pasts.values()} <= given or not {"input_ids", "attention_mask"} <= inputs.keys():
-        raise ArtifactError(
-            f"{folder / MODEL}: not a decoder with its cache by its inputs and outputs; export it again"
-        )
-    dtype = _TYPES[inputs[next(iter(pasts))].type][1]
-    if place.dtype not in (None, dtype):
-        raise UsageError(f"{folder}: exported in {dtype_name(dtype)}; it cannot be computed in another dtype")
+    config, session = open_config(folder, trusted), open_session(folder / MODEL, place)
+    pasts = cache_of(session, folder / MODEL, {"input_ids", "attention_mask"})
+    dtype = dtype_of(session, next(iter(pasts)), folder, place)
     decoder = CachedDecoder(session, pasts, dtype)
     specs = (
         InputSpec("input_ids", torch.int64, (None, None), 0, config.get_text_config().vocab_size),
         InputSpec("attention_mask", torch.int64, (None, None)),
     )
-    used, asked = session.get_providers()[0], PROVIDERS[place.provider]
-    note = "" if used == asked else f"{asked} was asked for but cannot be loaded here; {used} ran it"
+    used, note = provider_of(session, place)
     call = from_nothing(decoder)
     return Runner(label, "decoder", used, place.threads, dtype, specs, call, config, folder, note=note, decoder=decoder)
 

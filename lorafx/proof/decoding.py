@@ -4,6 +4,8 @@ The program has no cache: it is asked once about each whole text that the decode
 and its logits stand beside those that the decoder gave step by step. Where all of them agree within the tolerance, the
 greedy tokens are the program's: a token that is not its first choice is as good as that within twice the tolerance,
 which is a tie, and the texts after it are compared with it in place.
+
+A decoder goes on with a prompt; an encoder-decoder answers it, and the same is asked of its answers.
 """
 
 from __future__ import annotations
@@ -40,10 +42,20 @@ _LOGITS = "logits"
 
 @dataclass(frozen=True)
 class _Text:
-    """A prompt and what the decoder said next: ids of both, ``[tokens]``, and the program's logits, one row a token."""
+    """A prompt and what the decoder said.
 
+    Attributes:
+        asked: ids of the prompt, ``[tokens]``
+        speaker: what went on with it, or answers it
+        ids: of what was said, ``[tokens]``, and what it began with: the prompt itself, or what every answer begins with
+        begun: how many tokens it began with
+        logits: the program's, one row a token but the last
+    """
+
+    asked: Tensor
+    speaker: Any
     ids: Tensor
-    prompt: int
+    begun: int
     logits: Tensor
 
 
@@ -72,8 +84,8 @@ def hold_generation(
     notes = [f"{runner.label}: {runner.note}" for runner in (reference, written) if runner.note]
     try:
         found = [_greedy(reference, written.decoder, prompt, limit, cases) for prompt in prompts]
-        _one_by_one(written.decoder, max(found, key=lambda text: text.prompt), cases)
-        _after_a_past(written.decoder, max(found, key=lambda text: len(text.ids)), cases)
+        _one_by_one(max(found, key=lambda text: len(text.asked)), cases)
+        _after_a_past(max(found, key=lambda text: len(text.ids)), cases)
         _batch(written.decoder, found, cases)
         notes.append(_said(found))
     except _RefusedError as error:
@@ -104,13 +116,13 @@ def _prompts(
     return kept
 
 
-def _whole(reference: Runner, ids: Tensor, label: str) -> Tensor:
-    """The reference's logits for one text, ``[tokens, vocabulary]``."""
+def _whole(reference: Runner, inputs: dict[str, Tensor], count: int, label: str) -> Tensor:
+    """The reference's logits for one text of so many tokens, ``[tokens, vocabulary]``."""
     try:
-        outputs = reference({"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])})
+        outputs = reference(inputs)
     except Exception as error:  # each runtime raises classes of its own
         raise _RefusedError(label, f"refused by {reference.label}: {first_line(error)}") from error
-    if _LOGITS not in outputs or outputs[_LOGITS].shape[:2] != (1, len(ids)):
+    if _LOGITS not in outputs or outputs[_LOGITS].shape[:2] != (1, count):
         raise _RefusedError(label, f"{reference.label} gives no logits for every token")
     return outputs[_LOGITS][0]
 
@@ -137,13 +149,13 @@ def spoken(written: Runner, tokenizer: Any = None, seed: int = 0) -> list[Tensor
     """The prompts of a comparison, each with what a decoder says next: ids, ``[tokens]``."""
     limit = length_limit(written.config)
     prompts = _prompts(written, tokenizer, None, limit, seed)
-    return [_generated(written.decoder, prompt, *_room(prompt, limit))[0][0] for prompt in prompts]
+    return [_generated(written.decoder, prompt, *_room(len(prompt), len(prompt), limit))[0][0] for prompt in prompts]
 
 
-def _room(prompt: Tensor, limit: int | None) -> tuple[int, str]:
+def _room(asked: int, begun: int, limit: int | None) -> tuple[int, str]:
     """How many tokens there are to be, and what to call that."""
-    new = NEW if limit is None else min(NEW, limit - len(prompt))
-    return new, f"{len(prompt)} tokens and {new} generated"
+    new = NEW if limit is None else min(NEW, limit - begun)
+    return new, f"{asked} tokens and {new} generated"
 
 
 def _generated(decoder: Any, prompt: Tensor, new: int, label: str) -> tuple[Tensor, Tensor]:
@@ -159,51 +171,66 @@ def _generated(decoder: Any, prompt: Tensor, new: int, label: str) -> tuple[Tens
 
 def _greedy(reference: Runner, decoder: Any, prompt: Tensor, limit: int | None, cases: list[Case]) -> _Text:
     """What the decoder generates after a prompt, and the reference's logits for all of it."""
-    new, label = _room(prompt, limit)
-    ids, found = _generated(decoder, prompt, new, label)
-    expected = _whole(reference, ids[0, :-1], label)
+    speaker, start = _begun(decoder, prompt[None], torch.ones_like(prompt[None]), f"{len(prompt)} tokens")[:2]
+    new, label = _room(len(prompt), start.shape[1], limit)
+    ids, found = _generated(speaker, start[0], new, label)
+    said = ids[0, :-1]
+    expected = _whole(reference, decoder.asked(prompt, said), len(said), label)
     cases.append(difference(label, _LOGITS, expected[None], found))
-    return _Text(ids[0], len(prompt), expected)
+    return _Text(prompt, speaker, ids[0], start.shape[1], expected)
 
 
-def _one_by_one(decoder: Any, text: _Text, cases: list[Case]) -> None:
+def _begun(decoder: Any, ids: Tensor, mask: Tensor, label: str) -> tuple[Any, Tensor, Tensor]:
+    try:
+        return decoder.begin(ids, mask)
+    except Exception as error:  # ONNX Runtime raises classes of its own
+        raise _RefusedError(label, f"refused: {first_line(error)}") from error
+
+
+def _one_by_one(text: _Text, cases: list[Case]) -> None:
     count = min(_FEW, len(text.logits))
     label = f"{count} tokens one by one"
     ids = text.ids[None, :count]
-    found = _steps(decoder, ids, torch.ones_like(ids), [1] * count, label)
+    found = _steps(text.speaker, ids, torch.ones_like(ids), [1] * count, label)
     cases.append(difference(label, _LOGITS, text.logits[None, :count], found))
 
 
-def _after_a_past(decoder: Any, text: _Text, cases: list[Case]) -> None:
+def _after_a_past(text: _Text, cases: list[Case]) -> None:
     count = len(text.logits)
     half = count // 2
     if half:
         label = f"{count - half} tokens after a past of {half}"
         ids = text.ids[None, :count]
-        found = _steps(decoder, ids, torch.ones_like(ids), [half, count - half], label)
+        found = _steps(text.speaker, ids, torch.ones_like(ids), [half, count - half], label)
         cases.append(difference(label, _LOGITS, text.logits[None], found))
 
 
 def _batch(decoder: Any, texts: Sequence[_Text], cases: list[Case]) -> None:
-    """Prompts in one batch, padded on the left, and a few tokens after each; every text is compared by itself."""
-    few = min(_FEW, *(len(text.logits) - text.prompt for text in texts))
-    longest = max(text.prompt for text in texts)
+    """Prompts in one batch, padded, and a few tokens of each text; every one is compared by itself."""
+    few = min(_FEW, *(len(text.logits) - text.begun for text in texts))
+    longest = max(len(text.asked) for text in texts)
     rows, masks = [], []
     for text in texts:
         # Any token pads: the mask says that nobody reads it.
-        padding = text.ids[:1].expand(longest - text.prompt)
-        rows.append(torch.cat((padding, text.ids[: text.prompt + few])))
-        masks.append(torch.cat((torch.zeros_like(padding), torch.ones_like(text.ids[: text.prompt + few]))))
-    label = f"a batch of {len(texts)}, padded left"
-    found = _steps(decoder, torch.stack(rows), torch.stack(masks), [longest, *[1] * few], label)
+        padding = text.asked[:1].expand(longest - len(text.asked))
+        parts = [(text.asked, torch.ones_like(text.asked)), (padding, torch.zeros_like(padding))]
+        parts = parts[::-1] if decoder.side == "left" else parts
+        row, mask = (torch.cat(both) for both in zip(*parts, strict=True))
+        rows.append(row)
+        masks.append(mask)
+    label = f"a batch of {len(texts)}, padded {decoder.side}"
+    speaker, start, mask = _begun(decoder, torch.stack(rows), torch.stack(masks), label)
+    added = torch.stack([text.ids[text.begun : text.begun + few] for text in texts])
+    ids, mask = torch.cat((start, added), 1), torch.cat((mask, torch.ones_like(added)), 1)
+    found = _steps(speaker, ids, mask, [start.shape[1], *[1] * few], label)
     for text, logits in zip(texts, found, strict=True):
-        count = text.prompt + few
-        one = f"{label}: {text.prompt} tokens and {few}"
+        count = text.begun + few
+        one = f"{label}: {len(text.asked)} tokens and {few}"
         cases.append(difference(one, _LOGITS, text.logits[None, :count], logits[None, -count:]))
 
 
 def _said(texts: Sequence[_Text]) -> str:
     """How many tokens were generated, and how many of them are not the first choice of the reference."""
-    total = sum(len(text.ids) - text.prompt for text in texts)
-    other = sum(int((text.logits[text.prompt - 1 :].argmax(-1) != text.ids[text.prompt :]).sum()) for text in texts)
+    total = sum(len(text.ids) - text.begun for text in texts)
+    other = sum(int((text.logits[text.begun - 1 :].argmax(-1) != text.ids[text.begun :]).sum()) for text in texts)
     return f"{total} greedy tokens after {len(texts)} prompts, {other} of them not the first choice of the program"

@@ -1,4 +1,4 @@
-"""Text from any causal language model: a checkpoint, a run, a folded folder, or a decoder with its cache."""
+"""Text from any model that generates: a checkpoint, a run, a folded folder, or an exported one with its cache."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ..errors import ArtifactError, UsageError
 from ..formats.companions import GENERATION
 from ..models.tokenizers import find_tokenizer, length_limit
 from ..parity.runner import Runner
+from .encoder_decoder import starts, whole
 from .open import open_runner
 
 
@@ -81,11 +82,12 @@ def generate(
     if tokenizer is None:
         raise UsageError(f"{folder}: no tokenizer, so there is no text to give it; put its files into the folder")
     ids, limit = _prompt(tokenizer, prompt, chat, folder), length_limit(runner.config)
-    room = most if limit is None else min(most, limit - ids.shape[1])
-    if room < 1:
+    start = _start(runner, Path(folder))
+    room = most if limit is None else min(most, limit - (len(start) or ids.shape[1]))
+    if room < 1 or (limit is not None and ids.shape[1] > limit):
         raise UsageError(f"{folder}: takes {limit} tokens, and the prompt has {ids.shape[1]}; give a shorter one")
     ends, added, times, said = _ends(runner, Path(folder)), [], [time.perf_counter()], ""
-    steps = _by_steps(runner, ids) if runner.decoder else _at_once(runner, ids, folder)
+    steps = _by_steps(runner, ids) if runner.decoder else _at_once(runner, ids, start, folder)
     for token in steps:
         times.append(time.perf_counter())
         if token in ends:
@@ -135,18 +137,26 @@ def _ends(runner: Runner, folder: Path) -> set[int]:
     return set(found) if isinstance(found, list) else set() if found is None else {found}
 
 
-def _by_steps(runner: Runner, ids: Tensor) -> Iterator[int]:
-    past, given = runner.decoder.empty(1), ids
+def _start(runner: Runner, folder: Path) -> tuple[int, ...]:
+    """What the answers of an encoder-decoder begin with; nothing of a model that goes on with a text."""
+    pair = getattr(runner.config, "is_encoder_decoder", False)
+    return starts(runner.config, folder, runner.folder) if pair else ()
+
+
+def _by_steps(runner: Runner, prompt: Tensor) -> Iterator[int]:
+    speaker, ids, _ = runner.decoder.begin(prompt, torch.ones_like(prompt))
+    past, given = speaker.empty(1), ids
     while True:
-        logits, past = runner.decoder.step(given, torch.ones_like(ids), past)
+        logits, past = speaker.step(given, torch.ones_like(ids), past)
         given = logits[:, -1:].argmax(-1)
         ids = torch.cat((ids, given), 1)
         yield int(given)
 
 
-def _at_once(runner: Runner, ids: Tensor, folder: Path) -> Iterator[int]:
+def _at_once(runner: Runner, prompt: Tensor, start: tuple[int, ...], folder: Path) -> Iterator[int]:
+    ids = torch.tensor([start]) if start else prompt
     while True:
-        outputs = runner({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        outputs = runner(whole(prompt, ids) if start else {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
         logits = outputs.get("logits")
         if logits is None or logits.shape[:2] != ids.shape:
             raise UsageError(f"{folder}: it gives no logits for each token, so it generates no text")

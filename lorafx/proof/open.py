@@ -25,6 +25,7 @@ from ..parity.runner import PROVIDERS, Place, Runner, program_runner
 from ..public import Program
 from ..training.module import RewrittenModel
 from .decoder import is_decoder, open_decoder
+from .encoder_decoder import is_encoder_decoder, open_encoder_decoder
 
 
 def open_runner(
@@ -129,6 +130,8 @@ def _of_folder(
     manifest = find_manifest(folder) if sealed or not folder.is_dir() else None
     if is_decoder(folder):
         return open_decoder(folder, place, label, opening["trust_remote_code"])
+    if is_encoder_decoder(folder):
+        return open_encoder_decoder(folder, place, label, opening["trust_remote_code"])
     if (folder / "export.json").is_file():
         from .exported import open_exported
 
