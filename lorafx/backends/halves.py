@@ -17,7 +17,7 @@ import operator
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -30,7 +30,7 @@ from transformers.exporters.utils import apply_patches, decompose_for_generation
 
 from ..errors import CaptureError
 from ..frontend.capture import program_of
-from ..frontend.trace import gradients_on
+from ..frontend.trace import gradients_on, trace_with
 from ..graph.domain import Domain, Range
 from ..graph.edit import Edit
 from ..graph.operands import argument
@@ -141,11 +141,14 @@ def _captured(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
     count = 2 * len(cache.self_attention_cache.layers)
     axes = [{0: sizes["batch"], 2: sizes["past"]}] * count + [{0: sizes["batch"]}] * count
     shapes |= {name: axes for name in inputs if name not in AXES}
-    config = DynamoConfig(dynamic=True, dynamic_shapes=shapes)
+
+    def attempt(free: Any) -> Any:
+        exporter, given = DynamoExporter(), {**inputs, "use_cache": True, "return_dict": True}
+        captured, _ = exporter.export_program(cast(Any, model), given, DynamoConfig(dynamic=True, dynamic_shapes=free))
+        return captured.module(check_guards=False)
+
     with apply_patches("onnx"), gradients_on(True):
-        given = {**inputs, "use_cache": True, "return_dict": True}
-        captured, _ = DynamoExporter().export_program(model, given, config)  # pyright: ignore[reportArgumentType]
-    return captured.module(check_guards=False)
+        return trace_with(attempt, model, shapes)
 
 
 # ---- the past is empty

@@ -25,7 +25,6 @@ from lorafx.errors import CaptureError, LorafxError, ParityError, UsageError
 from lorafx.proof.decoder import MODEL
 from lorafx.proof.open import open_runner
 from lorafx.public import Program
-from tests import zoo
 from tests.small import POSITIONS, bert, captured, gpt2, llama, words
 
 TEMPLATE = "{% for message in messages %}[CLS] {{ message['content'] }} [SEP]{% endfor %}"
@@ -214,7 +213,6 @@ def test_what_cannot_be_a_decoder_is_refused_in_one_line(tmp_path: Path) -> None
     refused(UsageError, "written as onnx, not hf", program, path, format="hf")
     refused(UsageError, "bfloat16 cannot be proven", program, path, dtype=torch.bfloat16)
     refused(UsageError, "BertForSequenceClassification generates no text", captured(bert), path)
-    refused(UsageError, "T5ForConditionalGeneration generates with two graphs", zoo.captured("t5"), path)
 
 
 def test_a_state_that_is_no_cache_of_keys_and_values_is_refused() -> None:
