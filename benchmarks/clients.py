@@ -1,15 +1,16 @@
-"""Whether other people's runtimes generate the program's tokens from the folder of a decoder.
+"""Whether other people's runtimes generate the program's tokens from the folder of a model.
 
     python -m venv clients && clients/bin/pip install onnxruntime-genai
     npm install --prefix clients @huggingface/transformers
     python -m benchmarks.clients --genai clients/bin/python --node clients
 
-Tiny random decoders of three families, as they are and with the smallest heads and neurons gone (other widths in each
-layer), exported with ``generate=True``; each client goes on with the same prompts greedily, and has to give the tokens
-of transformers' own ``generate`` on the eager model with the same weights closed. A folder of one's own is tried with
-``--folder``, on the texts that exports are compared on and against ONNX Runtime alone. onnxruntime-genai brings an ONNX
-Runtime of its own, which lies in the place of the one that lorafx depends on: it wants an environment of its own, and
-so this is no test. Exits with 1 when tokens differ.
+Tiny random decoders of three families and encoder-decoders of two, as they are and with the smallest heads and neurons
+gone (other widths in each layer), exported with ``generate=True``; each client goes on with the same prompts greedily,
+or answers them, and has to give the tokens of transformers' own ``generate`` on the eager model with the same weights
+closed. onnxruntime-genai runs no encoder-decoder of text but Marian's of its own kind, so it is not asked about these.
+A folder of one's own is tried with ``--folder``, on the texts that exports are compared on and against ONNX Runtime
+alone. onnxruntime-genai brings an ONNX Runtime of its own, which lies in the place of the one that lorafx depends on:
+it wants an environment of its own, and so this is no test. Exits with 1 when tokens differ.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import lorafx
 from lorafx.models.tokenizers import find_tokenizer
 from lorafx.passes.magnitude import Magnitude
 from lorafx.proof import decoding
+from lorafx.proof.encoder_decoder import is_encoder_decoder
 from lorafx.proof.open import open_runner
 
 #: Half of the first layer's heads and neurons go, and a fourth of the second's.
@@ -53,11 +55,13 @@ print(json.dumps(said))
 """
 
 _NODE = """
-import { AutoModelForCausalLM, Tensor, env } from "@huggingface/transformers";
+import { existsSync } from "node:fs";
+import { AutoModelForCausalLM, AutoModelForSeq2SeqLM, Tensor, env } from "@huggingface/transformers";
 env.allowRemoteModels = false;
 env.localModelPath = "/";
 const [folder, count, prompts] = [process.argv[2], Number(process.argv[3]), JSON.parse(process.argv[4])];
-const model = await AutoModelForCausalLM.from_pretrained(folder, { dtype: "fp32", device: "cpu" });
+const kind = existsSync(`${folder}/onnx/encoder_model.onnx`) ? AutoModelForSeq2SeqLM : AutoModelForCausalLM;
+const model = await kind.from_pretrained(folder, { dtype: "fp32", device: "cpu" });
 const said = [];
 for (const prompt of prompts) {
   const size = [1, prompt.length];
@@ -73,15 +77,22 @@ console.log(JSON.stringify(said));
 _SIZES: dict[str, Any] = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
 _SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 80}
 _SIZES |= {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
+_PAIR: dict[str, Any] = {"vocab_size": 120, "d_model": 32, "pad_token_id": 1, "eos_token_id": 3}
+_T5: dict[str, Any] = {"d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 1}
+_BART: dict[str, Any] = {"encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "bos_token_id": 2}
+_BART |= {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "decoder_start_token_id": 2}
+_BART |= {"max_position_embeddings": 80, "forced_eos_token_id": None}
 
 
 def models() -> Iterator[tuple[str, Any]]:
-    """Tiny random decoders by name; every parameter is moved off its initial value."""
+    """Tiny random models that generate, by name; every parameter is moved off its initial value."""
     gpt2: dict[str, Any] = {"vocab_size": 120, "n_positions": 80, "n_embd": 32, "n_layer": 2, "n_head": 4}
     builders = {
         "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_SIZES)),
         "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_SIZES)),
         "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**gpt2, bos_token_id=2, eos_token_id=3, pad_token_id=1)),
+        "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**_PAIR, **_T5)),
+        "bart": lambda: hf.BartForConditionalGeneration(hf.BartConfig(**_PAIR, **_BART)),
     }
     for name, build in builders.items():
         torch.manual_seed(0)
@@ -109,10 +120,11 @@ def by_onnxruntime(folder: Path, prompts: list[list[int]], new: int) -> list[lis
     """What ONNX Runtime gives by hand; the token that ends a text is never chosen, as with the other clients."""
     decoder, end, said = open_runner(folder).decoder, _end(folder), []
     for prompt in prompts:
-        ids, past = torch.tensor([prompt]), decoder.empty(1)
-        given = ids
+        asked = torch.tensor([prompt])
+        speaker, ids, _ = decoder.begin(asked, torch.ones_like(asked))
+        past, given = speaker.empty(1), ids
         for _ in range(new):
-            logits, past = decoder.step(given, torch.ones_like(ids), past)
+            logits, past = speaker.step(given, torch.ones_like(ids), past)
             logits[..., end] = -torch.inf
             given = logits[:, -1:].argmax(-1)
             ids = torch.cat((ids, given), 1)
@@ -121,7 +133,7 @@ def by_onnxruntime(folder: Path, prompts: list[list[int]], new: int) -> list[lis
 
 
 def _end(folder: Path) -> list[int]:
-    ends = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["eos_token_id"]
+    ends = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
     return ends if isinstance(ends, list) else [ends]
 
 
@@ -137,7 +149,7 @@ def by(command: list[str], folder: Path, where: Path, prompts: list[list[int]], 
 def answers(folder: Path, prompts: list[list[int]], options: argparse.Namespace) -> dict[str, list[list[int]]]:
     """The tokens of every client that there is."""
     said = {"onnxruntime": by_onnxruntime(folder, prompts, options.new)}
-    if options.genai is not None:
+    if options.genai is not None and not is_encoder_decoder(folder):
         said["onnxruntime-genai"] = by(
             [str(options.genai.absolute()), "-c", _GENAI], folder, folder, prompts, options.new
         )
@@ -153,7 +165,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--genai", type=Path, help="a Python that imports onnxruntime_genai")
     parser.add_argument("--node", type=Path, help="a folder whose node_modules has @huggingface/transformers")
-    parser.add_argument("--folder", type=Path, help="a decoder's folder to try, instead of tiny models")
+    parser.add_argument("--folder", type=Path, help="the folder of a model to try, instead of tiny models")
     parser.add_argument("--new", type=int, default=24, help="tokens after each prompt")
     options = parser.parse_args()
     wrong = 0

@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.exporters.configs import DynamoConfig
@@ -236,7 +237,7 @@ def _leave_read(program: Program, states: fx.Node, past: fx.Node) -> None:
             continue
         longer.add(node)
         with graph.inserting_before(node):
-            both: Any = fx.node.map_arg((node.args, node.kwargs), lambda read: _as_long(graph, read, length))
+            both: Any = map_arg((node.args, node.kwargs), lambda read: _as_long(graph, read, length))
         node.args, node.kwargs = both
     if results(graph)[0] in longer:
         raise CaptureError(f"{program.name}: more of its decoder than keys and values reads the encoder; {ELSE}")
