@@ -163,17 +163,19 @@ def _same_shape_before(node: ir.Node) -> ir.Value | None:
 
 
 def _reshaped(node: ir.Node) -> tuple[int | str, ...] | None:
-    """The shape that a Reshape gives: as it is stated, or its input's first axes and one of all that is left."""
+    """The shape that a Reshape gives: as it is stated, or its input's first axes and numbers for all that is left."""
     value, wanted = node.inputs[0], node.inputs[1]
     stated, given = _known(node.outputs[0].shape), _known(value.shape) if value is not None else None
     if stated is not None or given is None or wanted is None or wanted.const_value is None:
         return stated
     target = wanted.const_value.numpy().tolist()
-    kept, rest = given[: len(target) - 1], given[len(target) - 1 :]
-    if target != [0] * len(kept) + [-1] or node.attributes.get_int("allowzero", 0):
-        return None
+    kept = next((axis for axis, size in enumerate(target) if size), len(target))
+    rest, asked = given[kept:], target[kept:]
     sizes = [size for size in rest if isinstance(size, int)]
-    return (*kept, math.prod(sizes)) if rest and len(sizes) == len(rest) else None
+    if node.attributes.get_int("allowzero", 0) or 0 in asked or not rest or len(sizes) < len(rest):
+        return None
+    others = math.prod(size for size in asked if size > 0)
+    return (*given[:kept], *(math.prod(sizes) // others if size < 0 else size for size in asked))
 
 
 def _known(shape: ir.Shape | None) -> tuple[int | str, ...] | None:

@@ -158,6 +158,36 @@ def test_other_reshapes_stay(first: str, sizes: list[int | str] | None) -> None:
     assert drop_idle_reshapes(model) == 0
 
 
+def merged(target: str) -> onnx.ModelProto:
+    """``Sin`` of heads put together and taken apart again by ``target``, of which no shape is stated."""
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "length", 3, 4])
+    nodes = [
+        helper.make_node("Reshape", ["x", "together"], ["put_together"]),
+        helper.make_node("Reshape", ["put_together", "apart"], ["taken_apart"]),
+        helper.make_node("Sin", ["taken_apart"], ["y"]),
+    ]
+    between = [helper.make_tensor_value_info("put_together", TensorProto.FLOAT, ["batch", "length", 12])]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * 4)]
+    targets = {"apart": [int(size) for size in target.split()], "together": [0, 0, -1]}
+    values = [onnx.numpy_helper.from_array(np.array(sizes), name) for name, sizes in targets.items()]
+    graph = helper.make_graph(nodes, "merged", [given], outputs, values, value_info=between)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+@pytest.mark.parametrize(
+    ("target", "gone"),
+    [("0 0 3 4", 2), ("0 0 3 -1", 2), ("0 0 -1 4", 2), ("0 0 4 3", 0), ("0 0 -1 3", 0), ("0 -1 3 4", 0)],
+)
+def test_heads_put_together_and_taken_apart_go(target: str, gone: int) -> None:
+    before = merged(target)
+    model = ir.from_proto(before)
+    assert drop_idle_reshapes(model) == gone
+    x = GENERATOR.normal(size=(2, 5, 3, 4)).astype(np.float32)
+    (ours,), (theirs,) = _outputs(ir.to_proto(model), x), _outputs(before, x)
+    assert ours.shape == theirs.shape
+    assert (ours == theirs).all()
+
+
 def _outputs(model: onnx.ModelProto, x: Any) -> list[Any]:
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return list(session.run(None, {"x": x}))
