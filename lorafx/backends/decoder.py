@@ -83,10 +83,11 @@ def check_generates(
     if dtype is torch.bfloat16:
         raise UsageError("a decoder in bfloat16 cannot be proven: ONNX Runtime has none on the CPU; choose float16")
     if getattr(program.config, "is_encoder_decoder", False) and set(program.example) != set(AXES):
-        taken = ", ".join(program.example)
-        raise UsageError(f"{program.name} generates from {taken}; of two graphs only those for text are written")
+        taken, wanted = ", ".join(program.example), ", ".join(AXES)
+        raise UsageError(f"{program.name} generates from {taken}: only from {wanted} yet; leave generate out")
     if getattr(program.config, "is_encoder_decoder", False) and (fewer_bits or adapters == "slots"):
-        raise UsageError(f"{program.name} generates with two graphs, which have no slots and are not quantised yet")
+        what = "are not quantised yet; leave quantize" if fewer_bits else "have no slots yet; leave slots"
+        raise UsageError(f"{program.name} generates with two graphs, which {what} or generate out")
     if program.output_layer is None or not getattr(model, "can_generate", lambda: False)():
         raise UsageError(f"{program.name} generates no text: it is no causal language model; leave generate out")
 

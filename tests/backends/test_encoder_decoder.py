@@ -181,6 +181,7 @@ def test_what_was_read_is_projected_once(exported: Path) -> None:
     speaker.read["encoder_hidden_states"][:] = float("nan")
     found, after = speaker.step(start, torch.ones(1, 2), past)
     assert torch.equal(found, wanted)
+    assert speaker.step(start, mask, speaker.empty(1))[0].isnan().all()  # the states are read where nothing is cached
     assert (after["past_key_values.0.encoder.key"] == past["past_key_values.0.encoder.key"]).all()
 
 
@@ -312,11 +313,11 @@ def refused(words_: str, program: lorafx.Program, path: Path, **options: Any) ->
 
 def test_what_no_two_graphs_are_written_of_is_refused_in_one_line(tmp_path: Path) -> None:
     program, path = zoo.captured("t5"), tmp_path / "out"
-    refused("no slots and are not quantised", program, path, adapters="slots")
-    refused("no slots and are not quantised", program, path, quantize="int8")
+    refused("two graphs, which have no slots yet; leave slots or generate out", program, path, adapters="slots")
+    refused("two graphs, which are not quantised yet; leave quantize or", program, path, quantize="int8")
     example = {**program.example, "decoder_attention_mask": torch.ones_like(program.example["decoder_input_ids"])}
     masked = lorafx.capture(zoo.build("t5"), inputs=example)
-    refused("generates from input_ids, .*decoder_attention_mask; of two graphs only those for text", masked, path)
+    refused("generates from input_ids, .*decoder_attention_mask: only from .* yet; leave generate", masked, path)
 
 
 def looking(at: str) -> Callable[..., Any]:
