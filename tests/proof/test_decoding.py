@@ -12,7 +12,9 @@ from torch import Tensor
 from lorafx.errors import UsageError
 from lorafx.parity.inputs import InputSpec
 from lorafx.parity.runner import Runner
+from lorafx.proof.decoder import CachedDecoder
 from lorafx.proof.decoding import hold_generation
+from lorafx.proof.encoder_decoder import CachedEncoderDecoder
 
 VOCABULARY = 11
 
@@ -27,8 +29,14 @@ def logits(ids: Tensor) -> Tensor:
 class Stub:
     """A decoder whose cache is the text so far, with what ``fault`` makes of its logits."""
 
+    side = CachedDecoder.side
+    asked = staticmethod(CachedDecoder.asked)
+
     def __init__(self, fault: Callable[[Tensor, int], Tensor]):
         self.fault = fault
+
+    def begin(self, ids: Tensor, mask: Tensor) -> tuple[Stub, Tensor, Tensor]:
+        return self, ids, mask
 
     def empty(self, batch: int) -> list[Tensor]:
         return [torch.zeros(0, dtype=torch.long) for _ in range(batch)]
@@ -116,3 +124,63 @@ def test_a_refusal_is_a_difference_that_says_what_was_refused() -> None:
 def test_texts_need_a_tokenizer() -> None:
     with pytest.raises(UsageError, match="no tokenizer in cached"):
         judged(texts=["a text"])
+
+
+# ---- answers
+
+
+class Answers:
+    """An encoder-decoder: what it says depends on what is said so far and on the sum of the text that it answers."""
+
+    side = CachedEncoderDecoder.side
+    asked = staticmethod(CachedEncoderDecoder.asked)
+
+    def __init__(self, reads_padding: bool = False, forgets: bool = False):
+        self.reads_padding, self.forgets = reads_padding, forgets
+        self.read = torch.zeros(1, 1)
+
+    def begin(self, ids: Tensor, mask: Tensor) -> tuple[Answers, Tensor, Tensor]:
+        start, speaker = torch.full((len(ids), 1), 4), Answers(self.reads_padding, self.forgets)
+        speaker.read = (ids if self.reads_padding else ids * mask).sum(1, keepdim=True)
+        return speaker, start, torch.ones_like(start)
+
+    def empty(self, batch: int) -> Tensor:
+        return torch.zeros(batch, 0, dtype=torch.long)
+
+    def step(self, ids: Tensor, mask: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        said = torch.cat((past, ids), 1)
+        read = self.read * 0 if self.forgets and past.shape[1] > 5 else self.read
+        return logits(said + read)[:, -ids.shape[1] :], said
+
+
+def answered(written: Answers) -> Any:
+    names = ("input_ids", "attention_mask", "decoder_input_ids")
+    specs = tuple(InputSpec(name, torch.int64, (None, None), 0, VOCABULARY) for name in names)
+
+    def call(values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"logits": logits(values["decoder_input_ids"] + values["input_ids"].sum())}
+
+    reference = Runner("whole", "program", "torch cpu", 1, torch.float32, specs, call)
+    kind = "encoder-decoder"
+    return hold_generation(
+        reference, Runner("cached", kind, "CPUExecutionProvider", 1, torch.float32, specs, call, decoder=written)
+    )
+
+
+def test_answers_that_are_right_are_told_how_they_were_held() -> None:
+    result = answered(Answers())
+    assert result.ok
+    labels = [case.inputs for case in result.cases]
+    assert "21 tokens and 64 generated" in labels
+    assert "8 tokens one by one" in labels
+    assert "32 tokens after a past of 32" in labels
+    assert "a batch of 4, padded right: 3 tokens and 8" in labels
+    assert "256 greedy tokens after 4 prompts, 0 of them not the first choice of the program" in result.notes
+
+
+@pytest.mark.parametrize("fault", ["reads_padding", "forgets"])
+def test_answers_that_are_wrong_are_found(fault: str) -> None:
+    result = answered(Answers(**{fault: True}))
+    assert not result.ok
+    where = [case.inputs for case in result.cases if result.relative(case) > result.tolerance]
+    assert all(label.startswith("a batch") for label in where) == (fault == "reads_padding")
