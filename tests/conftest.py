@@ -40,6 +40,7 @@ LONGEST = (
     "passes/test_dead_channels.py",
     "whole/test_families.py",
     "training/test_method_training.py",
+    "backends/test_clients.py",
     "whole/test_matrix.py",
     "backends/test_decoder.py",
     "training/test_training.py",

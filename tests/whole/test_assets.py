@@ -85,6 +85,15 @@ def test_an_unknown_asset_is_a_usage_error(tmp_path: Path) -> None:
     assert "invalid choice: 'moovies'" in err
 
 
+@pytest.mark.parametrize(("name", "what"), [("transformers_js", "transformers.js"), ("brown", str(assets.BROWN))])
+def test_without_npm_one_line_says_what_to_install(name: str, what: str, tmp_path: Path) -> None:
+    process = start(tmp_path / "cache", name, PATH=str(tmp_path))
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (5, "")
+    assert err.splitlines()[-1] == f"error: {what}: needs npm, which is not on PATH; install it and run again"
+    assert visible(tmp_path / "cache") == []
+
+
 def test_what_is_cached_is_used_without_pip(tmp_path: Path) -> None:
     ready = tmp_path / assets.MINILM.folder
     ready.mkdir()

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.graph.tree import named_tensors
 from lorafx.passes.lora import Lora
-from lorafx.passes.magnitude import Magnitude
-from lorafx.proof.open import open_runner
 from lorafx.public import Program
 from tests import zoo
 
@@ -156,47 +154,6 @@ def test_onnx_equals_folded(name: str, tmp_path: Path):
         inputs = zoo.ZOO[name].inputs(batch, length)
         # fp32 rounding through other kernels (fused attention, approximated functions), relative to the outputs' scale.
         assert zoo.distance(zoo.run(folded, inputs), zoo.tensors(exported(**inputs))) < 1e-5, (batch, length)
-
-
-# ---- generation
-
-#: Families that write text: learned positions, one key-value head for several, windows, experts, normed heads.
-CAUSAL = ("gpt2", "llama", "qwen3", "gemma", "mistral", "mixtral")
-#: The shares of each block that are kept of a pruned model: no two are alike.
-KEPT = {0: 0.5, 1: 0.75}
-
-
-def test_every_family_that_writes_text_is_in_the_column():
-    models: dict[str, Any] = {name: zoo.build(name) for name in zoo.ZOO}
-    writing = {name: model for name, model in models.items() if getattr(model, "can_generate", bool)()}
-    assert {name for name, model in writing.items() if not model.config.is_encoder_decoder} == set(CAUSAL)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CAUSAL)
-@pytest.mark.parametrize("pruned", [False, True], ids=["adapted", "pruned"])
-@pytest.mark.filterwarnings("default")  # the converter's own
-def test_generates_the_tokens_of_its_program(name: str, pruned: bool, tmp_path: Path):
-    closed = [Magnitude(targets="all-linear", blocks=block, keep=keep) for block, keep in KEPT.items()]
-    program = zoo.randomised(lorafx.rewrite(zoo.captured(name), closed if pruned else [LORA]))
-    result = lorafx.export(program, tmp_path / "onnx", generate=True)
-    assert result is not None
-    assert result.ok
-    decoder = open_runner(tmp_path / "onnx").decoder
-    heads = {tuple(value.shape)[1] for value in decoder.empty(1).values()}
-    assert len(heads) == (2 if pruned else 1)
-    module = program.module().eval()
-    for prompt in ([7], [9, 11, 20, 8, 30, 64, 5]):
-        ids, past, given = torch.tensor([prompt]), decoder.empty(1), torch.tensor([prompt])
-        for _ in range(24):
-            logits, past = decoder.step(given, torch.ones_like(ids), past)
-            given = logits[:, -1:].argmax(-1)
-            ids = torch.cat((ids, given), 1)
-        with torch.no_grad():
-            own = module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, len(prompt) - 1 : -1]
-        chosen = own.gather(1, ids[0, len(prompt) :, None])[:, 0]
-        # The program's own choice, or one that rounding (fp32, other kernels) cannot tell from it.
-        assert (own.max(-1).values - chosen <= 1e-5 * own.abs().max()).all(), (prompt, ids)
 
 
 # ---- shared weights
