@@ -28,10 +28,7 @@ from benchmarks.clients import CLIENTS, Question
 from examples import assets
 
 RANK, BUDGET = 16, 0.7
-LORA: dict[str, Any] = {"name": "lora", "rank": RANK, "alpha": 2.0 * RANK, "targets": "all-linear"}
-#: In a hundred steps gates have to travel as far as the default rate takes them in five hundred.
-GATES: dict[str, Any] = {"name": "finegates", "budget": BUDGET, "targets": "all-linear", "gate_rate": 0.1}
-RECIPES = {"lora": [LORA], "lora-finegates": [LORA, GATES]}
+RECIPES = ("lora", "lora-finegates")
 #: Lines of Brown that stay together, and which of ten such blocks is held out.
 BLOCK, HELD_OUT = 100, 7
 PROMPTS, BEGINNING, NEW = 20, 16, 64
@@ -66,6 +63,13 @@ def write_text(out: Path, options: argparse.Namespace) -> None:
 # ---- stages
 
 
+def recipe(name: str, steps: int) -> list[dict[str, Any]]:
+    """The passes of a row. Gates have to travel as far as the default rate takes them in five hundred steps."""
+    lora = {"name": "lora", "rank": RANK, "alpha": 2.0 * RANK, "targets": "all-linear"}
+    gates = {"name": "finegates", "budget": BUDGET, "targets": "all-linear", "gate_rate": 10 / steps}
+    return [lora, gates] if name == "lora-finegates" else [lora]
+
+
 def reading(options: argparse.Namespace) -> dict[str, Any]:
     """How both tables are read: passages as they are, which end nowhere."""
     return {"max_length": options.length, "end_of_text": False}
@@ -85,9 +89,10 @@ def train(out: Path, name: str, options: argparse.Namespace) -> dict[str, Any]:
     from lorafx.reporting.sizes import weights_by_block
 
     base = lorafx.capture(assets.smollm2())
-    program = lorafx.rewrite(base, {"pass": RECIPES[name]})
+    program, kept = lorafx.rewrite(base, {"pass": recipe(name, options.steps)}), out / name / "trainer"
     values: dict[str, Any] = {"batch_size": options.batch, "max_steps": options.steps, "learning_rate": options.rate}
-    result = lorafx.train(program, out / "train.jsonl", **values, **reading(options), log_steps=10)
+    values |= {"save_steps": 20, "output_dir": kept, "resume": any(kept.glob("checkpoint-*")), **reading(options)}
+    result = lorafx.train(program, out / "train.jsonl", **values, log_steps=10)
     program.save(out / name / "run", overwrite=True)
     folded = lorafx.fold(program)
     sizes = [sum(size for block, size in weights_by_block(one).items() if block) for one in (base, folded)]
@@ -174,7 +179,8 @@ def main() -> None:
     options = parser.parse_args()
     out: Path = options.out
     if options.one:
-        run_one(out, *options.one, options)
+        name, stage = options.one
+        run_one(out, name, stage, options)
         return
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "held-out.jsonl").is_file():

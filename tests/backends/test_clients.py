@@ -107,7 +107,8 @@ def test_a_client_generates_the_tokens_of_the_programs(client: str, exported: Ex
 def test_genai_swaps_adapters_of_other_methods_and_ranks_while_it_runs(tmp_path: Path) -> None:
     base = zoo.captured("llama")
     lorafx.export(base, tmp_path / "base", adapters="slots", generate=True, check=False)
-    programs, files = [base], [None]
+    programs: list[Program] = [base]
+    files: list[str | None] = [None]
     for step in (Lora(rank=2, alpha=3.0), TiedLora(rank=3)):
         programs.append(zoo.randomised(lorafx.rewrite(base, [step])))
         folder = tmp_path / step.pass_name()
