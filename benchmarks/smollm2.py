@@ -64,9 +64,10 @@ def write_text(out: Path, options: argparse.Namespace) -> None:
 
 
 def recipe(name: str, steps: int) -> list[dict[str, Any]]:
-    """The passes of a row. Gates have to travel as far as the default rate takes them in five hundred steps."""
+    """The passes of a row. What drives gates has to do in few steps what the default rates do in five hundred."""
+    rates = {"gate_rate": 2e-2 * 500 / steps, "multiplier_rate": 500.0 / steps}
     lora = {"name": "lora", "rank": RANK, "alpha": 2.0 * RANK, "targets": "all-linear"}
-    gates = {"name": "finegates", "budget": BUDGET, "targets": "all-linear", "gate_rate": 10 / steps}
+    gates = {"name": "finegates", "budget": BUDGET, "targets": "all-linear", **rates}
     return [lora, gates] if name == "lora-finegates" else [lora]
 
 
