@@ -58,16 +58,20 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Export:
 
 def held(program: Program, said: list[list[int]], prompts: list[list[int]] = PROMPTS) -> None:
     """Every token that follows a prompt is what the program, which is not folded, says next; texts do not end."""
-    module, end = program.module().eval(), program.config.eos_token_id
     for prompt, text in zip(prompts, said, strict=True):
         assert (text[: len(prompt)], len(text)) == (prompt, len(prompt) + NEW)
-        ids = torch.tensor([text])
-        with torch.no_grad():
-            own = module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, len(prompt) - 1 : -1]
-        own[:, end] = -torch.inf
-        best, chosen = own.max(-1).values, own.gather(1, ids[0, len(prompt) :, None])[:, 0]
-        # The program's own choice, or one that rounding (fp32, other kernels) cannot tell from it.
-        assert (best - chosen <= 1e-5 * best.abs().max()).all(), text
+        ids = torch.tensor([text[:-1]])
+        chosen(program, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, text[len(prompt) :])
+
+
+def chosen(program: Program, inputs: dict[str, torch.Tensor], tokens: list[int]) -> None:
+    """The last tokens that a program predicts of its inputs are ``tokens``."""
+    with torch.no_grad():
+        own = program.module().eval()(**inputs).logits[0, -len(tokens) :]
+    own[:, program.config.eos_token_id] = -torch.inf
+    best, said = own.max(-1).values, own.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    # The program's own choice, or one that rounding (fp32, other kernels) cannot tell from it.
+    assert (best - said <= 1e-5 * best.abs().max()).all(), tokens
 
 
 def test_every_family_that_writes_text_is_in_the_column() -> None:
@@ -100,6 +104,22 @@ def test_a_client_generates_the_tokens_of_the_programs(client: str, exported: Ex
     for name in unknown:
         with pytest.raises(RuntimeError, match=f"Unsupported model type: {name}"):
             CLIENTS[client]([Question(str(exported(name, "adapted")[1]), PROMPTS, NEW)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("client", ["onnxruntime", "transformers.js"])
+@pytest.mark.filterwarnings("default")
+def test_a_client_answers_with_the_tokens_of_an_encoder_decoder(client: str, exported: Export) -> None:
+    made = [exported("t5", kind) for kind in KINDS]
+    said = CLIENTS[client]([Question(str(folder), PROMPTS, NEW) for _, folder in made])
+    for (program, _), texts in zip(made, said, strict=True):
+        first = program.config.decoder_start_token_id
+        for prompt, text in zip(PROMPTS, texts, strict=True):
+            assert (text[0], len(text)) == (first, 1 + NEW)
+            asked, answered = torch.tensor([prompt]), torch.tensor([text[:-1]])
+            masks = {"attention_mask": torch.ones_like(asked), "decoder_attention_mask": torch.ones_like(answered)}
+            given = {"input_ids": asked, "decoder_input_ids": answered, **masks}
+            chosen(program, {name: value for name, value in given.items() if name in program.example}, text[1:])
 
 
 @pytest.mark.slow
