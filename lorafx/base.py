@@ -126,13 +126,14 @@ class SitePass(Pass):
     blocks: str | int | tuple[int, ...] | None = option(None, "only these blocks, e.g. 0..5 or 0..2,11 or -1")
     allow_empty: bool = option(False, "selecting nothing is no error")
 
-    #: Kinds of site the pass can rewrite.
+    #: Kinds of site the pass can rewrite, and why it does not others.
     kinds: ClassVar[tuple[str, ...]] = ("linear", "addmm")
+    unhandled: ClassVar[Mapping[str, str]] = {}
 
     def refuse(self, program: Program, site: Site) -> str | None:
         """A reason not to take ``site`` beyond what the targets say, or None. Raise when the user must decide."""
         if site.kind not in self.kinds:
-            return f"{self.pass_name()} does not handle {site.kind} weights"
+            return self.unhandled.get(site.kind, f"{self.pass_name()} does not handle {site.kind} weights")
         return None
 
     def refusing(self, program: Program) -> Callable[[Site], str | None]:

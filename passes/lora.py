@@ -18,14 +18,16 @@ class Lora(LowRank):
     Before: ``y = W x + b``
     After: ``y = W x + b + B (s · A drop(x))`` with ``s = alpha / rank`` (``alpha / √rank`` with rslora)
 
-    A: (rank, in) Kaiming-uniform, B: (out, rank) zero, both fp32.
+    A: (rank, in) Kaiming-uniform, B: (out, rank) zero, both fp32. A 3-D stack of matrices (a mixture's experts) becomes
+    ``W[e] + s B[e] A[e]`` where its parameter is named (PEFT's ``target_parameters``), never by ``all-linear``; its A
+    is (experts · rank, in) with the expert slowest, its B (out, rank · experts) with the expert fastest.
 
     Keeps: the outputs, bit by bit, since B = 0. Does nothing where no target matches (and says so).
     Source: Hu et al. 2021, arXiv 2106.09685, eq. 3; rslora: Kalajdzievski 2023, arXiv 2312.03732.
     """
 
     promise: ClassVar[Promise] = Promise.EXACT
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "addmm", "embedding", "conv2d")
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "addmm", "embedding", "conv2d", "stack")
 
     rank: int = option(8, "rank of the update", least=1)
     alpha: float = option(8.0, "scale: the branch is multiplied by alpha / rank", above=0)

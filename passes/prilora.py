@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..base import Promise, option
 from ..graph.edit import Edit
-from ..graph.site import Site
+from ..graph.program import Program
+from ..graph.site import STACK, Site
 from ..graph.state import MethodState, SiteState
 from ..methods.input_statistics import measure_input
 from ..methods.low_rank import LowRank
@@ -38,6 +39,7 @@ class Prilora(LowRank):
     """
 
     promise: ClassVar[Promise] = Promise.EXACT
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "addmm", "stack")
 
     rank_first: int = option(4, "rank in the first block", least=1)
     rank_last: int = option(12, "rank in the last block", least=1)
@@ -62,6 +64,11 @@ class Prilora(LowRank):
     def scale_of(self, site: Site) -> float:
         mean = (self.rank_first + self.rank_last) / 2
         return self.alpha / (mean if self.scale == "constant" else self.rank_of(site))
+
+    def refuse(self, program: Program, site: Site) -> str | None:
+        if self.prunes and site.kind == STACK:
+            return "prilora prunes A by the norms of inputs, of which each matrix of a stack has others; fraction = 0"
+        return super().refuse(program, site)
 
     def rewrite(self, edit: Edit, site: Site) -> None:
         if self.prunes:
@@ -115,7 +122,7 @@ def ranks_by_block(state: MethodState) -> list[dict[str, Any]]:
     """One row a block: the ranks of its sites, and their sum."""
     blocks: dict[int | None, list[int]] = {}
     for site in state.sites:
-        blocks.setdefault(site.block, []).append(site["lora_A"].shape[0])
+        blocks.setdefault(site.block, []).append(site.factors()[0].shape[1])
     return [
         {"block": "outside" if block is None else block, "ranks": " ".join(map(str, ranks)), "sum": sum(ranks)}
         for block, ranks in blocks.items()
@@ -123,4 +130,4 @@ def ranks_by_block(state: MethodState) -> list[dict[str, Any]]:
 
 
 def _density(site: SiteState) -> dict[str, Any]:
-    return {"module": site.module, "rank": site["lora_A"].shape[0], "density": density(site["lora_A"])}
+    return {"module": site.module, "rank": site.factors()[0].shape[1], "density": density(site["lora_A"])}

@@ -36,6 +36,7 @@ class RoseLora(LowRank):
     """
 
     promise: ClassVar[Promise] = Promise.EXACT
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "addmm", "stack")
 
     rank: int = option(8, "rank of the update", least=1)
     alpha: float = option(32.0, "scale: the branch is multiplied by alpha / rank", above=0)
@@ -59,10 +60,9 @@ class RoseLora(LowRank):
     def rewrite(self, edit: Edit, site: Site) -> None:
         if self.adapters == "own":
             super().rewrite(edit, site)
-            a = (self.rank_of(site), site.in_features)
-            b = (site.out_features, self.rank_of(site))
         else:
-            a, b = _existing(edit, site)
+            _take_existing(edit, site)
+        a, b = (edit.program.tensor(edit.names(site)[short]).shape for short in ("lora_A", "lora_B"))
         edit.statistic("importance_A", torch.zeros(a), site)
         edit.statistic("importance_B", torch.zeros(b), site)
 
@@ -100,16 +100,14 @@ class RoseLora(LowRank):
         return {"Sparse factors": [_row(site) for site in state.sites]}
 
 
-def _existing(edit: Edit, site: Site) -> tuple[torch.Size, torch.Size]:
-    """The shapes of the factors an earlier pass inserted; RecipeError when there are none, or it prunes them itself."""
+def _take_existing(edit: Edit, site: Site) -> None:
+    """Take the factors an earlier pass inserted; RecipeError when there are none, or it prunes them itself."""
     step = edit.earlier(site, "lora_A", "lora_B")
     if step is None:
         raise RecipeError(f"rose-lora: no earlier pass put A and B at {site.module}; set adapters = 'own'")
     if getattr(step, "prunes", False):
         name = step.pass_name()
         raise RecipeError(f"rose-lora and {name} both prune the adapters of {site.module}; set {name}'s fraction to 0")
-    names = edit.names(site)
-    return edit.program.tensor(names["lora_A"]).shape, edit.program.tensor(names["lora_B"]).shape
 
 
 def _pairs(site: SiteState) -> list[tuple[Tensor, Tensor]]:
@@ -124,6 +122,6 @@ def _mask(by_column: bool, importance: Tensor, share: float) -> Tensor:
 
 
 def _row(site: SiteState) -> dict[str, Any]:
-    a, b = site["lora_A"], site["lora_B"]
-    changed = density((b.double() != 0).double() @ (a.double() != 0).double())
-    return {"module": site.module, "rank": a.shape[0], "A": density(a), "B": density(b), "weights changed": changed}
+    a, b = site.factors()
+    changed = density((b != 0).double() @ (a != 0).double())
+    return {"module": site.module, "rank": a.shape[1], "A": density(a), "B": density(b), "weights changed": changed}

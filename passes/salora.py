@@ -25,7 +25,8 @@ class Salora(LowRank):
     """Insert low-rank branches whose ranks are found by L0 gates (SaLoRA, structure-aware).
 
     Before: ``y = W x + b``
-    After: ``y = W x + b + B (s · g ⊙ A drop(x))``, one hard-concrete gate ``g_i`` a rank, ``s = alpha / rank``
+    After: ``y = W x + b + B (s · g ⊙ A drop(x))``, one hard-concrete gate ``g_i`` a rank, ``s = alpha / rank``; in a
+    stack of matrices (a mixture's experts) each has its ranks and gates
 
     The gate stands where the singular value would: the loss gets ``orthogonality`` times the mean over sites of
     ``‖AAᵀ - I‖² + ‖BᵀB - I‖²`` over the open ranks. The share of open ranks is brought to ``density`` by ``λ (E0/N -
@@ -43,7 +44,7 @@ class Salora(LowRank):
     """
 
     promise: ClassVar[Promise] = Promise.EXACT
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "addmm")
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "addmm", "stack")
 
     rank: int = option(16, "rank before gates close", least=1)
     alpha: float = option(16.0, "scale: the branch is multiplied by alpha / rank, whatever gates close", above=0)
@@ -66,11 +67,10 @@ class Salora(LowRank):
     def scale_of(self, site: Site) -> float:
         return self.alpha / self.rank_of(site)
 
-    def within(self, edit: Edit, site: Site, hidden: fx.Node) -> fx.Node:
-        rank = self.rank_of(site)
+    def each_rank(self, edit: Edit, site: Site, ranks: int) -> fx.Node:
         edit.statistic("multiplier", torch.zeros(()))
-        log_alpha = edit.parameter(site, "lora_gate", (rank,), lambda value: value.fill_(self.initial), "gate")
-        return edit.call(torch.ops.aten.mul.Tensor, hidden, HardConcrete.insert(edit, log_alpha))
+        log_alpha = edit.parameter(site, "lora_gate", (ranks,), lambda value: value.fill_(self.initial), "gate")
+        return HardConcrete.insert(edit, log_alpha)
 
     def penalty(self, state: MethodState) -> Tensor:
         terms = [_orthogonality(site) for site in state.sites]
@@ -134,7 +134,8 @@ def open_share(state: MethodState) -> float:
 
 
 def _orthogonality(site: SiteState) -> Tensor:
-    is_open = (HardConcrete.median(site["lora_gate"].detach()) > 0).to(site["lora_A"].dtype)
-    target = torch.diag(is_open)
-    a, b = site["lora_A"] * is_open[:, None], site["lora_B"] * is_open
-    return ((a @ a.T - target) ** 2).sum() + ((b.T @ b - target) ** 2).sum()
+    a, b = site.factors()
+    is_open = (HardConcrete.median(site["lora_gate"].detach()) > 0).to(a.dtype).reshape(a.shape[:2])
+    target = torch.diag_embed(is_open)
+    a, b = a * is_open[:, :, None], b * is_open[:, None]
+    return ((a @ a.mT - target) ** 2).sum() + ((b.mT @ b - target) ** 2).sum()

@@ -41,6 +41,9 @@ class TiedLora(LowRank):
     """
 
     promise: ClassVar[Promise] = Promise.EXACT
+    unhandled: ClassVar[dict[str, str]] = {
+        "stack": "tied-lora shares A and B between one matrix a block, and a stack has many, each with its own outputs"
+    }
 
     rank: int = option(8, "rank of the update", least=1)
     scale: float = option(1.0, "the branch is multiplied by this", above=0)
@@ -77,12 +80,12 @@ class TiedLora(LowRank):
     def factor_b(self, edit: Edit, site: Site, shape: tuple[int, ...]) -> fx.Node:
         return self._factor(edit, site, "B", "lora_B.weight", shape, f"tied_lora.{_plain(place_in_block(site))}")
 
-    def within(self, edit: Edit, site: Site, hidden: fx.Node) -> fx.Node:
+    def each_rank(self, edit: Edit, site: Site, ranks: int) -> fx.Node:
         owner = f"tied_lora.{self._input_group(edit, site)}.block_{site.block}"
-        return _times(edit, hidden, self._factor(edit, site, "u", "lora_u", (self.rank_of(site),), owner))
+        return self._factor(edit, site, "u", "lora_u", (ranks,), owner)
 
     def leave(self, edit: Edit, site: Site, delta: fx.Node) -> fx.Node:
-        return _times(edit, delta, self._factor(edit, site, "v", "lora_v", (site.out_features,), None))
+        return edit.call(aten.mul.Tensor, delta, self._factor(edit, site, "v", "lora_v", (site.out_features,), None))
 
     def _input_group(self, edit: Edit, site: Site) -> str:
         """What shares A: the weights at one place, or the fused projections of one module that read one value."""
@@ -138,7 +141,3 @@ class TiedLora(LowRank):
 
 def _plain(place: str) -> str:
     return place.replace(".", "_")
-
-
-def _times(edit: Edit, value: fx.Node, factor: fx.Node) -> fx.Node:
-    return edit.call(aten.mul.Tensor, value, factor)

@@ -164,6 +164,16 @@ def _qwen3_moe(p: float) -> nn.Module:
     return hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**DECODER, **experts, attention_dropout=p))
 
 
+def _gpt_oss(p: float) -> nn.Module:
+    experts: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return hf.GptOssForCausalLM(hf.GptOssConfig(**DECODER, **experts, attention_dropout=p))
+
+
+def _llama4(p: float) -> nn.Module:
+    experts: dict[str, Any] = {"num_local_experts": 3, "num_experts_per_tok": 1, "intermediate_size_mlp": 40}
+    return hf.Llama4ForCausalLM(hf.Llama4TextConfig(**DECODER, **experts, attention_dropout=p))
+
+
 def _t5(p: float) -> nn.Module:
     sizes: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
     tokens: dict[str, Any] = {"pad_token_id": 1, "decoder_start_token_id": 1, "eos_token_id": 3}
@@ -214,7 +224,11 @@ ZOO: dict[str, Entry] = {
 }
 
 #: Families that single tests are about, beside those of the matrix.
-MORE: dict[str, Entry] = {"qwen3-moe": Entry(_qwen3_moe, text)}
+MORE: dict[str, Entry] = {
+    "qwen3-moe": Entry(_qwen3_moe, text),
+    "gpt-oss": Entry(_gpt_oss, text),
+    "llama4": Entry(_llama4, text),
+}
 
 
 def entry(name: str) -> Entry:

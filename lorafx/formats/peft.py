@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..graph.site import module_path
-from ..graph.tree import get_tensor, has_tensor, named_tensors, same_values, ties
+from ..graph.site import STACK, module_path
+from ..graph.tree import below, get_tensor, has_tensor, named_tensors, same_values, ties
 
 if TYPE_CHECKING:
     from ..graph.program import Inserted, Program
@@ -56,17 +56,40 @@ class _Adapted:
 def adapter_keys(program: Program) -> dict[str, str]:
     """The key in ``adapter_model.safetensors`` of every tensor in ``program.learned()``, by its name.
 
-    PEFT moves the weight of an adapted module to its ``base_layer``; all other names are the model's own.
+    PEFT moves the weight of an adapted module to its ``base_layer``; all other names are the model's own. Around a
+    module with stacks it puts a wrapper for each, in the order of the parameters, which has the stack's A and B.
     """
     entries = [entry for applied in program.history for entry in applied.inserted]
     adapted = {entry.module for entry in entries if any(pair <= set(entry.tensors) for pair in _LOW_RANK)}
     inserted = {name for entry in entries for name in entry.tensors.values()}
+    wrappers = _wrappers(program, adapted)
     keys = {}
     for name in program.learned():
         owner, _, leaf = name.rpartition(".")
-        moved = owner in adapted and name not in inserted
-        keys[name] = PREFIX + (f"{owner}.base_layer.{leaf}" if moved else name)
+        depth = len(wrappers.get(owner, ())) if name not in inserted else 0
+        keys[name] = PREFIX + owner + ".base_layer" * depth + (f".{leaf}" if owner else leaf)
+    for owner, stack in ((owner, name) for owner, names in wrappers.items() for name in names if name != owner):
+        depth = len(wrappers[owner]) - 1 - wrappers[owner].index(stack)
+        for entry in (entry for entry in entries if entry.module == stack):
+            for short, name in _named_pair(program, entry).items():
+                keys[name] = PREFIX + owner + ".base_layer" * depth + f".{short}.weight"
     return keys
+
+
+def _wrappers(program: Program, adapted: Collection[str]) -> dict[str, list[str]]:
+    """What is adapted of each module, in the order in which PEFT puts wrappers around it, innermost first: itself, or
+    those of its parameters that are stacks."""
+    found: dict[str, list[str]] = {}
+    for name, value in named_tensors(program.source.model):  # in the order of the module, whatever was adapted first
+        if name in adapted and value.dim() == 3:
+            found.setdefault(name.rpartition(".")[0], []).append(name)
+    return {**{path: [path] for path in adapted}, **found}
+
+
+def _named_pair(program: Program, entry: Inserted) -> dict[str, str]:
+    """The one A and B at an entry that have the names which its first pass gives them."""
+    pair = {short: name for short, name in entry.tensors.items() if short in ("lora_A", "lora_B")}
+    return {s: name for s, name in pair.items() if name == below(program.source.model, entry.module, f"{s}.weight")}
 
 
 def adapter_config(program: Program) -> tuple[dict[str, Any] | None, str]:
@@ -76,13 +99,15 @@ def adapter_config(program: Program) -> tuple[dict[str, Any] | None, str]:
         _check_rest(program, adapted)
         modules = {entry.module for entry in adapted}
         paths = [path for path, _ in program.source.model.named_modules(remove_duplicate=False) if path]
-        saved = _saved_modules(program, modules, paths)
+        stacks = [entry.module for entry in adapted if entry.site.kind == STACK]
+        saved = _saved_modules(program, {*modules, *(name.rpartition(".")[0] for name in stacks)}, paths)
         config = {
             "peft_type": "LORA",
             "task_type": _task_type(program.name, paths, saved),
             "base_model_name_or_path": program.source.path,
             "inference_mode": True,
-            "target_modules": exact_targets(modules, paths),
+            "target_modules": exact_targets(modules - set(stacks), paths),
+            **({"target_parameters": _exact_parameters(program, stacks)} if stacks else {}),
             "modules_to_save": saved or None,
             "bias": "none",
             "fan_in_fan_out": _stored_in_out(adapted),
@@ -114,7 +139,7 @@ def _adapted(program: Program) -> list[_Adapted]:
             if entry.module not in sites or not _supported(program, sites[entry.module]):
                 raise _InexpressibleError(f"PEFT cannot adapt {entry.module}")
             first = next(name for short, name in entry.tensors.items() if short.endswith("_A"))
-            rank = program.tensor(first).shape[0]
+            rank = program.tensor(first).shape[0] // sites[entry.module].matrices
             result.append(_Adapted(entry.module, applied.step, sites[entry.module], rank))
     if not result:
         raise _InexpressibleError("no LoRA adapter was inserted")
@@ -150,13 +175,17 @@ def _check_rest(program: Program, adapted: list[_Adapted]) -> None:
 def _plain_pair(program: Program, entry: Inserted, tied: Mapping[str, list[str]]) -> bool:
     """Whether a module got one A and one B of its own, under the names PEFT gives them (and statistics at most)."""
     tensors = {short: name for short, name in entry.tensors.items() if program.roles[name] != "statistic"}
-    named = all(name.removesuffix(".weight") == f"{entry.module}.{short}" for short, name in tensors.items())
+    own = {short: below(program.source.model, entry.module, short) for short in tensors}
+    named = all(name.removesuffix(".weight") == own[short] for short, name in tensors.items())
     return set(tensors) in _LOW_RANK and named and all(len(tied[name]) == 1 for name in tensors.values())
 
 
 def _supported(program: Program, site: Site) -> bool:
     from transformers.pytorch_utils import Conv1D
 
+    if site.kind == STACK:  # PEFT changes it while the module that owns it runs
+        owner = site.parameter.rpartition(".")[0]
+        return bool(owner) and module_path(site.node, owner) == owner
     try:
         module = program.source.model.get_submodule(site.module)
     except AttributeError:  # the weight is used outside a module of its own
@@ -167,14 +196,24 @@ def _supported(program: Program, site: Site) -> bool:
 
 
 def _stored_in_out(adapted: list[_Adapted]) -> bool:
-    """Whether the matrices are stored (in, out). PEFT asks once for all, and corrects itself where they are mixed."""
-    return {entry.site.kind for entry in adapted} & {"linear", "addmm"} == {"addmm"}
+    """Whether the matrices are stored (in, out). PEFT asks once for all, and corrects itself where they are mixed; with
+    stacks it does not take it."""
+    return {entry.site.kind for entry in adapted} & {"linear", "addmm", STACK} == {"addmm"}
 
 
 def exact_targets(wanted: Collection[str], paths: Iterable[str]) -> list[str] | str:
     """The shortest ``target_modules`` that name the modules ``wanted`` among all ``paths``, and no other."""
     short = _shortest(wanted, set(paths) - set(wanted))
     return short if short is not None else "|".join(re.escape(path) for path in sorted(wanted))
+
+
+def _exact_parameters(program: Program, wanted: Collection[str]) -> list[str]:
+    """The shortest ``target_parameters`` that name the parameters ``wanted`` and no other."""
+    others = {name for name, _ in named_tensors(program.source.model)} - set(wanted)
+    found = _shortest(wanted, others)
+    if found is None:
+        raise _InexpressibleError(f"the name of another parameter ends in {next(iter(wanted))}")
+    return found
 
 
 def _shortest(wanted: Iterable[str], others: Iterable[str]) -> list[str] | None:
@@ -243,6 +282,7 @@ def _task_type(model: str, paths: list[str], saved: list[str]) -> str | None:
 def _scales(adapted: list[_Adapted]) -> dict[str, Any]:
     """Rank, alpha and dropout with their exceptions."""
     rslora = all(getattr(entry.step, "rslora", False) for entry in adapted)
+    stacked = any(entry.site.kind == STACK for entry in adapted)
     ranks = {entry.module: entry.rank for entry in adapted}
     # What PEFT divides alpha by, to get back the scale.
     divisors = {module: math.sqrt(rank) if rslora else rank for module, rank in ranks.items()}
@@ -255,8 +295,8 @@ def _scales(adapted: list[_Adapted]) -> dict[str, Any]:
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "use_rslora": rslora,
-        # One number in PEFT; it matters to further training there, not to the function.
-        "lora_dropout": max(entry.step.dropout for entry in adapted),
+        # One number in PEFT, and none beside stacks; it matters to further training there, not to the function.
+        "lora_dropout": 0.0 if stacked else max(entry.step.dropout for entry in adapted),
     }
 
 

@@ -28,13 +28,17 @@ from ..formats.adapter_config import CONFIG, read_config_file
 from ..formats.changes import Change, Factors, Rows, Stack, Whole
 from ..formats.peft import exact_targets
 from ..graph.program import P, Program
+from ..graph.site import STACK
 from ..graph.tree import tensor_hash, ties
-from ..methods.adapted import AdapterLora, AdapterWeights, StackShape, site_of
+from ..methods.adapted import AdapterLora, AdapterWeights, site_of
+from ..methods.stacks import StackShape
 from ..passes.lora import Lora
 from ..pipeline import run
 
 #: One adapter folder, several that are summed, or several with the weight of each.
 Adapters: TypeAlias = "str | PathLike[str] | Sequence[str | PathLike[str]] | Mapping[str, float]"
+#: What becomes a low-rank update beside a weight, or of a stack.
+Branch: TypeAlias = Factors | Stack
 #: Beginnings of the kinds that add inputs or states to a model, and change none of its weights.
 _PROMPTS = ("PROMPT", "P_TUNING", "PREFIX", "ADAPTION", "CARTRIDGE", "MULTITASK", "CPT")
 
@@ -120,9 +124,11 @@ def adapted(program: P, adapters: Sequence[tuple[Adapter, float]]) -> P:
     changes = [(adapter, weight, adapter.changes(program.source.model)) for adapter, weight in adapters]
     _check_sum(changes)
     for adapter, weight, found in changes:
-        heads = _heads(program, found) if _is_plain(program, adapter, found) else {}
-        program = _weights(program, adapter, weight, [change for change in found if change not in heads])
-        program = _branches(program, adapter, weight, found, heads)
+        plain = _is_plain(program, adapter, found)
+        heads = _heads(program, found) if plain else {}
+        branches = [c for c in found if isinstance(c, Factors) or (plain and isinstance(c, Stack))]
+        program = _weights(program, adapter, weight, [c for c in found if c not in heads and c not in branches])
+        program = _branches(program, adapter, weight, branches, heads if plain else None)
     if not adapters:
         return program
     learned = learned_digest(program)
@@ -221,25 +227,26 @@ def _inserted(program: Program, module: str) -> dict[str, str]:
 # ---- branches beside weights
 
 
-def _branches(program: P, adapter: Adapter, weight: float, changes: list[Change], heads: Mapping[Whole, str]) -> P:
-    factors = [change for change in changes if isinstance(change, Factors)]
-    if not factors:
+def _branches(
+    program: P, adapter: Adapter, weight: float, changes: list[Branch], heads: Mapping[Whole, str] | None
+) -> P:
+    """``program`` with low-rank updates; by the ``lora`` pass, with the modules that train in full, if there are
+    ``heads``."""
+    if not changes:
         return program
     used = {module for _, module, _ in _uses(program)}
-    for change in factors:
-        if change.module not in used:
-            raise ArtifactError(f"{adapter.folder}: it adapts {change.module}, which the model does not run by itself")
-    plain = _is_plain(program, adapter, changes)
-    step = _lora(program, adapter, weight, factors, heads) if plain else _any_lora(adapter, weight, factors)
+    for change in changes:
+        name = _module(change)
+        if name not in used:
+            raise ArtifactError(f"{adapter.folder}: it adapts {name}, which the model does not run by itself")
+    plain = heads is not None
+    step = _lora(program, adapter, weight, changes, heads) if plain else _any_lora(adapter, weight, changes)
     flip = -1.0 if plain and weight < 0 else 1.0  # the scale of the pass is positive
     result = run(program, [step], check=False)
-    values: dict[str, Tensor] = {change.name: change.value for change in heads}
-    for change in factors:
-        held = _inserted(result, change.module)
-        short = "lora_embedding_" if change.use.kind == "embedding" else "lora_"
-        given = {f"{short}A": change.a, f"{short}B": change.b * flip, "lora_magnitude_vector": change.magnitude}
-        given["lora_B.bias"] = None if change.shift is None else change.shift * flip
-        for name, value in given.items():
+    values: dict[str, Tensor] = {change.name: change.value for change in heads or ()}
+    for change in changes:
+        held = _inserted(result, _module(change))
+        for name, value in _values(change, flip).items():
             if value is not None:
                 slot = result.tensor(held[name])
                 values[held[name]] = value.reshape(slot.shape)
@@ -247,12 +254,34 @@ def _branches(program: P, adapter: Adapter, weight: float, changes: list[Change]
     return result
 
 
+def _module(change: Branch) -> str:
+    """What the weight is called that a low-rank update is of."""
+    return change.module if isinstance(change, Factors) else change.name
+
+
+def _values(change: Branch, flip: float) -> dict[str, Tensor | None]:
+    """The tensors of a low-rank update, by the short names that passes give them."""
+    if isinstance(change, Stack):
+        return {"lora_A": change.a, "lora_B": change.b * flip}
+    short = "lora_embedding_" if change.use.kind == "embedding" else "lora_"
+    given = {f"{short}A": change.a, f"{short}B": change.b * flip, "lora_magnitude_vector": change.magnitude}
+    return {**given, "lora_B.bias": None if change.shift is None else change.shift * flip}
+
+
 def _is_plain(program: Program, adapter: Adapter, changes: list[Change]) -> bool:
-    """Whether the ``lora`` pass makes its branches."""
+    """Whether the ``lora`` pass makes its low-rank updates."""
     config, factors = adapter.config, [change for change in changes if isinstance(change, Factors)]
+    stacks = [change for change in changes if isinstance(change, Stack)]
     fits = all(len(change.a) <= min(change.use.size(program.tensor(change.name).shape)) for change in factors)
+    kinds = {module: kind for _, module, kind in _uses(program)} if stacks else {}
+    fits &= all(kinds.get(change.name) == STACK and _holds(program, change) for change in stacks)
+    fits &= not (stacks and config.lora_dropout)
     same = not config.use_dora and not any(change.shift is not None for change in factors)
-    return bool(factors) and fits and same and min(config.lora_alpha, *config.alpha_pattern.values(), 1.0) > 0
+    return bool(factors or stacks) and fits and same and min(config.lora_alpha, *config.alpha_pattern.values(), 1.0) > 0
+
+
+def _holds(program: Program, change: Stack) -> bool:
+    return len(change.a) // change.experts <= min(program.tensor(change.name).shape[-2:])
 
 
 def _heads(program: Program, changes: list[Change]) -> dict[Whole, str]:
@@ -267,12 +296,12 @@ def _heads(program: Program, changes: list[Change]) -> dict[Whole, str]:
     return {change: path for change, path in owners.items() if held[path] <= copies.keys()}
 
 
-def _lora(
-    program: Program, adapter: Adapter, weight: float, factors: list[Factors], heads: Mapping[Whole, str]
-) -> Pass:
+def _lora(program: Program, adapter: Adapter, weight: float, changes: list[Branch], heads: Mapping[Whole, str]) -> Pass:
     config = adapter.config
     paths = [path for path, _ in program.source.model.named_modules(remove_duplicate=False) if path]
-    targets = exact_targets([change.module for change in factors], paths)
+    # What answers to a name in a recipe is more than PEFT's modules: stacks by the name of their parameter.
+    paths += [module for _, module, kind in _uses(program) if kind == STACK]
+    targets = exact_targets([_module(change) for change in changes], paths)
     return Lora(
         targets=targets if isinstance(targets, str) else tuple(targets),
         rank=config.r,
@@ -285,7 +314,8 @@ def _lora(
     )
 
 
-def _any_lora(adapter: Adapter, weight: float, factors: list[Factors]) -> Pass:
+def _any_lora(adapter: Adapter, weight: float, changes: list[Branch]) -> Pass:
+    factors = [change for change in changes if isinstance(change, Factors)]
     return AdapterLora(
         targets=tuple(f"name:{change.module}" for change in factors),
         ranks={change.module: len(change.a) for change in factors},

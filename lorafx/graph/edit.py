@@ -128,8 +128,8 @@ class Edit:
         return self._entry(site).tensors
 
     def _entry(self, site: Site | None) -> Inserted:
-        module, block = (site.module, site.block) if site is not None else ("", None)
-        return self._inserted.setdefault(module, Inserted(module, block, {}))
+        module, block, many = (site.module, site.block, site.matrices) if site is not None else ("", None, 1)
+        return self._inserted.setdefault(module, Inserted(module, block, {}, many))
 
     def tensor(self, name: str) -> fx.Node:
         """The node that reads the tensor ``name``; one a graph, at its top."""
@@ -347,4 +347,4 @@ class Edit:
     @cached_property
     def _weights(self) -> dict[fx.Node, str]:
         """What the weights are called that the operators use."""
-        return {site.node: site.module for site in self.program.sites() if site.node.target in WEIGHT_OPS}
+        return {s.reader or s.node: s.module for s in self.program.sites() if s.node.target in WEIGHT_OPS or s.reader}

@@ -87,11 +87,15 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class Inserted:
-    """What a pass put at one site: tensor names by their short names (``{"lora_A": "….lora_A.weight"}``)."""
+    """What a pass put at one site: tensor names by their short names (``{"lora_A": "….lora_A.weight"}``).
+
+    ``matrices`` says how many the site's weight is a stack of.
+    """
 
     module: str
     block: int | None
     tensors: dict[str, str]
+    matrices: int = 1
 
 
 @dataclass(frozen=True)

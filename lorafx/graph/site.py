@@ -6,7 +6,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -56,6 +56,17 @@ WEIGHT_OPS: dict[Any, WeightOp] = {
     aten.conv3d.default: WeightOp("conv3d", 1, 2, 0),
 }
 
+#: The kind of a weight of three dimensions that one of these operators uses matrix by matrix. By name: transformers
+#: registers its own operator when its experts are first imported.
+STACK = "stack"
+_STACK_OPS = frozenset(
+    (
+        *("transformers.grouped_mm_fallback.default", "aten._grouped_mm.default", "aten.bmm.default"),
+        *("aten.baddbmm.default", "aten.matmul.default", "aten.einsum.default", "aten.index.Tensor"),
+        *("aten.index_select.default", "aten.select.int", "aten.unbind.int"),
+    )
+)
+
 
 @dataclass(frozen=True)
 class Site:
@@ -66,14 +77,18 @@ class Site:
             ``bert.encoder.layer.0.attention.self.query``; of several that one module uses, the path of the module that
             owns it (``self_attn.out_proj``) or its own name (``self_attn.q_proj_weight``)
         parameter: name of the weight
-        kind: ``linear``, ``addmm`` (weight stored (in, out)), ``embedding``, ``conv1d/2d/3d`` or the operator's name
-        out_features, in_features: the weight as a matrix (for a convolution, in × kernel)
+        kind: ``linear``, ``addmm`` (weight stored (in, out)), ``embedding``, ``conv1d/2d/3d``, ``stack`` (of matrices
+            that are used one by one, those of a mixture's experts) or the operator's name
+        out_features, in_features: the weight as a matrix (for a convolution, in × kernel; of a stack, each as stored)
         block: index of the block, read from the module path; None outside blocks
         role: what the weight does, e.g. ``attn.query``
         node: the operator's node in the program's graph
         blocks: how many blocks its stack has (an encoder's and a decoder's are two); 0 outside blocks
         names: what else it answers to, where the module that uses it is not its owner or has several weights: that
             module's path, and the weight's own name
+        matrices: how many a stack has
+        stored, reader: of a stack, the node of the weight as it is stored, with what passes made of it, and the
+            operator that takes it from there: the site's own, or one that shows the stack to it from another side
     """
 
     module: str
@@ -86,9 +101,13 @@ class Site:
     node: fx.Node = field(repr=False, compare=False)
     blocks: int = 0
     names: tuple[str, ...] = ()
+    matrices: int = 1
+    stored: fx.Node | None = field(default=None, repr=False, compare=False)
+    reader: fx.Node | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
-        return f"{self.module} ({self.kind} {self.out_features}x{self.in_features}, {self.role})"
+        many = f"{self.matrices}x" if self.kind == STACK else ""
+        return f"{self.module} ({self.kind} {many}{self.out_features}x{self.in_features}, {self.role})"
 
     @property
     def op(self) -> WeightOp:
@@ -152,12 +171,12 @@ def find_sites(graph: fx.Graph, root: nn.Module, in_head: Callable[[str], bool])
 
     ``in_head`` says of a module's path whether it lies in the task head.
     """
-    read: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    read: dict[fx.Node, list[_Use]] = defaultdict(list)
     for weight in graph.find_nodes(op="get_attr"):
         if _is_matrix(root, weight):
-            for user in _users(weight):
-                read[user].append(weight)
-    sites = [_site(root, in_head, node, weight) for node in graph.nodes for weight in read[node]]
+            for use in _uses(weight, weight):
+                read[use.user].append(use)
+    sites = [_site(root, in_head, use) for node in graph.nodes for use in read[node]]
     blocks: dict[str, int] = defaultdict(int)
     for site in sites:
         if site.block is not None:
@@ -204,7 +223,9 @@ def _told_apart(root: nn.Module, sites: list[Site]) -> list[Site]:
     for site in several:
         owner, _, leaf = own[site].rpartition(".")
         called[site] = owner if leaf == "weight" and _within(owner, site.module) else site.module
-    called = {site: name for site, name in called.items() if site.node.target in WEIGHT_OPS}
+    # (a stack always: PEFT names it so, and its module's other parameters are biases) ...
+    called = {site: own[site] if site.kind == STACK else name for site, name in called.items()}
+    called = {site: name for site, name in called.items() if site.node.target in WEIGHT_OPS or site.kind == STACK}
     # ... what still has to share a name is called as the tensor is ...
     for site in _rivals(called, which):
         called[site] = called[site] if own[site] == f"{called[site]}.weight" else own[site]
@@ -250,20 +271,38 @@ def _named(site: Site, own: str, called: str) -> Site:
 
 #: Operators that show a stack of weights from another side; the use is what follows.
 _SIDES = (aten.transpose.int, aten.permute.default)
+#: Operators by which passes change a stack; the use is what reads the result.
+_CHANGES = (aten.add.Tensor, aten.to.dtype)
 
 
-def _users(weight: fx.Node) -> Iterator[fx.Node]:
-    for user in weight.users:
-        stacked = user.target in _SIDES and weight.meta["val"].dim() > 2
-        yield from user.users if stacked else (user,)
+class _Use(NamedTuple):
+    """The node of a weight, what it is where it is stored, who takes it from there, and who uses it."""
+
+    weight: fx.Node
+    stored: fx.Node
+    reader: fx.Node
+    user: fx.Node
 
 
-def _site(root: nn.Module, in_head: Callable[[str], bool], node: fx.Node, weight: fx.Node) -> Site:
-    name = str(weight.target)
+def _uses(weight: fx.Node, stored: fx.Node) -> Iterator[_Use]:
+    stacked = weight.meta["val"].dim() > 2
+    for reader in stored.users:
+        if stacked and reader.target in _CHANGES and INSERTED_BY in reader.meta:
+            yield from _uses(weight, reader)
+        else:
+            for user in reader.users if stacked and reader.target in _SIDES else (reader,):
+                yield _Use(weight, stored, reader, user)
+
+
+def _site(root: nn.Module, in_head: Callable[[str], bool], found: _Use) -> Site:
+    node, name = found.user, str(found.weight.target)
     shape = get_tensor(root, name).shape
     use = WEIGHT_OPS.get(node.target)
-    if use is not None and len(node.args) > use.weight and node.args[use.weight] is weight:
+    stacked = use is None and len(shape) == 3 and str(node.target) in _STACK_OPS
+    if use is not None and len(node.args) > use.weight and node.args[use.weight] is found.weight:
         kind, (out_features, in_features) = use.kind, use.size(shape)
+    elif stacked:
+        kind, (out_features, in_features) = STACK, shape[1:]
     else:
         # As the input of a weight operator, a parameter is a table of activations.
         kind = _operator_name(node) if use is None else f"{use.kind}-input"
@@ -273,7 +312,8 @@ def _site(root: nn.Module, in_head: Callable[[str], bool], node: fx.Node, weight
     # A weight used through an operator of its own module has that module's path; one read from outside (a tied
     # output layer, a fused operator) is named by the module that runs it.
     role = "head" if in_head(module) else role_of(module, kind)
-    return Site(module, name, kind, out_features, in_features, block_of(module), role, node)
+    site = Site(module, name, kind, out_features, in_features, block_of(module), role, node)
+    return replace(site, matrices=shape[0], stored=found.stored, reader=found.reader) if stacked else site
 
 
 def _operator_name(node: fx.Node) -> str:

@@ -16,14 +16,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SiteState:
-    """The tensors one pass keeps for one module, by short name."""
+    """The tensors one pass keeps for one module, by short name; ``matrices`` says how many its weight is a stack of."""
 
     module: str
     block: int | None
     tensors: dict[str, Tensor]
+    matrices: int = 1
 
     def __getitem__(self, short: str) -> Tensor:
         return self.tensors[short]
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (matrices, rank, in) and B (matrices, out, rank): of each matrix of a stack, or of the one there is."""
+        a, b = self["lora_A"], self["lora_B"]
+        each = b.reshape(b.shape[0], -1, self.matrices).permute(2, 0, 1)
+        return a.reshape(self.matrices, -1, a.shape[1]), each
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,8 @@ def method_state(
 ) -> MethodState:
     """The state of one entry of a program's history; ``tensor`` gives the tensors by name."""
     states = [
-        SiteState(i.module, i.block, {k: tensor(name) for k, name in i.tensors.items()}) for i in applied.inserted
+        SiteState(entry.module, entry.block, {k: tensor(name) for k, name in entry.tensors.items()}, entry.matrices)
+        for entry in applied.inserted
     ]
     shared = next((state.tensors for state in states if not state.module), {})
     return MethodState(tuple(state for state in states if state.module), step, total_steps, shared)

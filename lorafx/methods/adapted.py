@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import fx, nn
@@ -18,6 +18,7 @@ from ..graph.program import Program
 from ..graph.selection import Selection
 from ..graph.site import Site, module_path
 from .low_rank import ExactLora
+from .stacks import StackShape, delta, plus
 
 aten = torch.ops.aten
 
@@ -72,15 +73,6 @@ class AdapterLora(ExactLora):
         return edit.call(aten.div.Tensor, magnitude, edit.call(aten.detach.default, length))
 
 
-class StackShape(NamedTuple):
-    """The low-rank update of a stack of matrices: see :class:`lorafx.formats.changes.Stack`."""
-
-    rank: int
-    experts: int
-    transposed: bool
-    scale: float
-
-
 @dataclass(frozen=True)
 class AdapterWeights(Method):
     """Change weights themselves: update stacks of them, replace rows of tables, or take tensors that trained in full.
@@ -114,22 +106,15 @@ class AdapterWeights(Method):
 
     def _update(self, edit: Edit, name: str, stack: StackShape) -> None:
         site, leaf = site_of(edit.program, name), name.rpartition(".")[2]
-        shape = edit.program.tensor(name).shape[-2:]
-        out, features = reversed(shape) if stack.transposed else shape
-        a = edit.parameter(site, f"{leaf}_lora_A", (stack.experts * stack.rank, features))
-        b = edit.parameter(site, f"{leaf}_lora_B", (out, stack.experts * stack.rank))
+        shape_a, shape_b = stack.factors(edit.program.tensor(name).shape)
+        a = edit.parameter(site, f"{leaf}_lora_A", shape_a)
+        b = edit.parameter(site, f"{leaf}_lora_B", shape_b)
         for node in _reads(edit, name):
             with edit.after(node):
-                each_a = edit.call(aten.view.default, a, [stack.experts, stack.rank, features])
-                each_b = edit.call(aten.view.default, b, [out, stack.rank, stack.experts])
-                delta = edit.call(aten.bmm.default, edit.call(aten.permute.default, each_b, [2, 0, 1]), each_a)
-                if stack.transposed:
-                    delta = edit.call(aten.transpose.int, delta, 1, 2)
+                change = delta(edit, a, b, stack)
                 if node.meta["val"].dim() == 2:
-                    delta = edit.call(aten.squeeze.dim, delta, 0)
-                delta = edit.call(aten.mul.Tensor, delta, stack.scale)
-                whole = edit.call(aten.add.Tensor, edit.cast(node, delta.meta["val"].dtype), delta)
-                edit.replace(node, edit.cast(whole, node.meta["val"].dtype))
+                    change = edit.call(aten.squeeze.dim, change, 0)
+                edit.replace(node, plus(edit, node, change))
 
     def _replace_rows(self, edit: Edit, name: str, rows: tuple[int, ...]) -> None:
         site, leaf = site_of(edit.program, name), name.rpartition(".")[2]

@@ -1,7 +1,7 @@
 """The low-rank branch beside a weight: what every method of the LoRA family inserts, and the few places they differ.
 
-A branch computes ``delta = leave(B · s · within(A · x))``. A pass says the rank, the scale and the initial values, and
-may work on the rank-r activation (``within``) or on the result (``leave``); everything else is the same for all.
+A branch computes ``delta = leave(B · s · g ⊙ A · x)``. A pass says the rank, the scale and the initial values, and may
+multiply each rank by something (``each_rank``) or work on the result (``leave``); everything else is the same for all.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from ..base import Method, Promise, option
 from ..errors import UsageError
 from ..graph.edit import Edit
 from ..graph.program import Program
-from ..graph.site import Site
+from ..graph.site import STACK, Site
 from ..graph.target import ALL_LINEAR, Target
 from ..graph.tree import get_tensor, has_tensor, hooks_gradient
+from .stacks import StackShape, stack_shape, update_stack
 
 aten = torch.ops.aten
 
@@ -47,7 +48,7 @@ class LowRank(Method):
 
     A: (rank, in) Kaiming-uniform, B: (out, rank) zero, both fp32. For an embedding, A reads the one-hot index; for a
     convolution A has the kernel and B is 1×1. The scale acts on the rank-r activation: the same maths as on the output
-    at rank/out of the traffic.
+    at rank/out of the traffic. A stack of matrices is updated itself (:mod:`.stacks`), by passes that name the kind.
     """
 
     promise: ClassVar[Promise] = Promise.EXACT
@@ -78,12 +79,12 @@ class LowRank(Method):
         """The node that reads B (out, rank)."""
         return edit.parameter(site, "lora_B.weight", shape)
 
-    def within(self, edit: Edit, site: Site, hidden: fx.Node) -> fx.Node:
-        """Work on the rank-r activation ``A x`` (…, rank), before the scale."""
-        return hidden
+    def each_rank(self, edit: Edit, site: Site, ranks: int) -> fx.Node | None:
+        """The node of what ranks are multiplied by (ranks,), those of a stack's matrices in turn; None for nothing."""
+        return None
 
     def leave(self, edit: Edit, site: Site, delta: fx.Node) -> fx.Node:
-        """Work on the branch's result (…, out), before it is added."""
+        """Work on the branch's result (…, out), before it is added; a stack has none."""
         return delta
 
     # ---- what all share
@@ -101,7 +102,13 @@ class LowRank(Method):
             return "grouped convolutions are not handled"
         if any(f"{site.module}.".startswith(f"{path}.") for path in self._in_full(program)):
             return "trains in full"
-        return super().refuse(program, site) or self._too_small(site)
+        reason = super().refuse(program, site) or self._too_small(site)
+        if reason is None and site.kind == STACK and self.dropout > 0:
+            raise UsageError(
+                f"{self.pass_name()}: dropout = {self.dropout:g} at {site.module}, a stack of matrices, which are "
+                "changed themselves and have no input to drop; set dropout = 0 or leave it out of targets"
+            )
+        return reason
 
     def _too_small(self, site: Site) -> str | None:
         """Why a weight cannot hold the rank, when ``all-linear`` names it (a gate of one output, say). Of one that is
@@ -120,10 +127,22 @@ class LowRank(Method):
 
     def rewrite(self, edit: Edit, site: Site) -> None:
         rank, scale = self.rank_of(site), self.scale_of(site)
+        if site.reader is not None:
+            with edit.before(site.reader):
+                self._update(edit, site, stack_shape(edit.program, site, rank, scale))
+            return
         with edit.after(site.node):
             delta = _BRANCHES[site.kind](self, edit, site, rank, scale)
             delta = edit.cast(self.leave(edit, site, delta), site.node.meta["val"].dtype)
             edit.replace(site.node, edit.call(aten.add.Tensor, site.node, delta))
+
+    def _update(self, edit: Edit, site: Site, stack: StackShape) -> None:
+        shape_a, shape_b = stack.factors(edit.program.tensor(site.parameter).shape)
+        a, b = self.factor_a(edit, site, shape_a), self.factor_b(edit, site, shape_b)
+        factor = self.each_rank(edit, site, shape_a[0])
+        if factor is not None:
+            a = edit.call(aten.mul.Tensor, a, edit.call(aten.unsqueeze.default, factor, 1))
+        update_stack(edit, site, a, b, stack)
 
     def finish(self, edit: Edit) -> None:
         train_in_full(edit, self.trainable)
@@ -160,7 +179,8 @@ def _input(step: LowRank, edit: Edit, site: Site, weight: fx.Node) -> fx.Node:
 
 
 def _scaled(step: LowRank, edit: Edit, site: Site, hidden: fx.Node, scale: float) -> fx.Node:
-    hidden = step.within(edit, site, hidden)
+    factor = step.each_rank(edit, site, step.rank_of(site))
+    hidden = hidden if factor is None else edit.call(aten.mul.Tensor, hidden, factor)
     return hidden if scale == 1.0 else edit.call(aten.mul.Tensor, hidden, scale)
 
 
@@ -199,7 +219,7 @@ _BRANCHES = {"linear": _linear, "addmm": _linear, "embedding": _embedding, "conv
 class ExactLora(LowRank):
     """Plain LoRA whose rank and scale are given for each module, by its path."""
 
-    kinds: ClassVar[tuple[str, ...]] = tuple(_BRANCHES)
+    kinds: ClassVar[tuple[str, ...]] = (*_BRANCHES, STACK)
 
     ranks: Mapping[str, int] = option({}, "rank, by module path")
     scales: Mapping[str, float] = option({}, "factor, by module path")
