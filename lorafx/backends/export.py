@@ -34,6 +34,7 @@ from ..proof.certificate import write_certificate
 from ..proof.checkpoint import Check, hold_checkpoint, proof_of_files, refuse_check
 from ..proof.exports import held_against, parity_record, reference_of, refuse_untrained, unproven
 from ..proof.open import open_runner
+from ..proof.requantised import requantised
 from ..proof.tensors import TensorProof
 from ..public import Program
 from ..reporting.report import write_report
@@ -187,6 +188,8 @@ def _compared(
         result = held_against(reference, written(), trust_remote_code=trusted)
     if not result.ok:
         raise ParityError(f"{kind} export differs from the program: {result.summary}")
+    lost = requantised(final, folder) if kind == "hf" else None
+    result = result if lost is None else dataclasses.replace(result, notes=(*result.notes, lost))
     if proof is None and kind == "hf" and dtype is None:
         proof = proof_of_files(reference, final, folder, trust_remote_code=trusted)
     return result, proof

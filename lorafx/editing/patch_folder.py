@@ -24,6 +24,7 @@ from ..files.folder import MANIFEST, FileEntry, find_manifest, new_folder
 from ..formats.companions import copy_entry, inner_companions, is_weights
 from ..formats.shards import write_pieces, write_weights
 from ..models.checkpoint import check_safetensors, read_config, weight_files
+from ..models.quantized import Quantization
 from ..version import __version__
 from .patch import Change, Patch, make
 
@@ -108,7 +109,12 @@ def slots(checkpoint: Path) -> dict[str, Slot]:
         raise UsageError(
             f"{checkpoint}: a folder of kind {manifest.kind}, not a checkpoint; patches are for checkpoints"
         )
-    read_config(checkpoint)
+    quantization = Quantization.of(read_config(checkpoint))
+    if quantization is not None:
+        raise ArtifactError(
+            f"{checkpoint}: its weights are quantised ({quantization.method}), and a patch needs them in full; fold or "
+            "export it as a checkpoint first"
+        )
     files = weight_files(checkpoint, allow_pickle=True)
     odd = [file for file in files if file.suffix != ".safetensors"]
     if odd or not files:

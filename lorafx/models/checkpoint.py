@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import struct
+import warnings
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 from ..errors import ArtifactError, UsageError, did_you_mean, first_line
 from ..files.folder import LFS_START, MANIFEST, file_hash, find_manifest
 from .layered import own_configs
+from .quantized import Quantization
 
 _log = logging.getLogger(__name__)
 
@@ -171,16 +173,21 @@ def open_model(
     cls = auto_class(task) if task is not None else _named_class(path, config)
     # Said either way: left open, transformers asks at the terminal.
     options = {"trust_remote_code": False, **options}
+    quantization = Quantization.of(config)
+    if quantization is not None:
+        dtype, reading = options.get("dtype"), quantization.options(path)
+        options |= {"dtype": torch.float32 if dtype in (None, "auto") else dtype, **({} if meta else reading)}
     try:
         if meta:
             return _build_on_meta(cls, path, options), frozenset()
         if not weight_files(path, allow_pickle=allow_pickle):
             raise ArtifactError(f"{path}: no weights (*.safetensors); fetch the checkpoint, or capture with meta=True")
-        with own_configs():
+        with own_configs(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You passed `quantization_config`")  # as is meant: to dequantise
             model, info = cls.from_pretrained(
                 path, output_loading_info=True, **{**options, "ignore_mismatched_sizes": True}
             )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         _check_trust(path, error)
         raise ArtifactError(f"{path}: transformers cannot open it: {first_line(error)}") from error
     except TypeError as error:
@@ -188,6 +195,7 @@ def open_model(
         if odd is None:
             raise
         raise UsageError(f"{path}: transformers takes no {odd!r} for this model; leave that option out") from error
+    model = model if quantization is None else quantization.dequantized(path, model)
     misfits = _misfits(path, model, info, allowed=bool(options.get("ignore_mismatched_sizes")))
     chosen = task is not None or bool(config.get("architectures"))
     masks = _masks(path)
@@ -330,6 +338,7 @@ def _build_on_meta(cls: Any, path: Path, options: dict[str, Any]) -> nn.Module:
             trusted = {"trust_remote_code": options["trust_remote_code"]}
             model = cls.from_config(config, **trusted) if cls.__name__.startswith("Auto") else cls(config)
             model.tie_weights()  # left out with the initial values, which meta tensors have not
+            vars(model.config).pop("quantization_config", None)  # its weights are taken in full
             return model
     finally:
         torch.set_default_dtype(previous)

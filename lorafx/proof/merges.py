@@ -19,7 +19,8 @@ from ..formats.adapter import Adapter
 from ..formats.changes import Change, Factors, Whole
 from ..frontend.adapters import Adapters, read_adapters, resize, weighted
 from ..graph.tree import named_tensors, persistent, ties
-from ..models.checkpoint import open_model
+from ..models.checkpoint import open_model, read_config
+from ..models.quantized import Quantization
 from .fits import Made, judge
 
 
@@ -91,8 +92,13 @@ def check_merge(base: str | Path, adapters: Adapters, merged: str | Path, *, tas
 
     Raises:
         ArtifactError: a folder that cannot be opened, an adapter that does not fit the base
-        UsageError: the two checkpoints are of different classes
+        UsageError: the two checkpoints are of different classes, or the merged one is quantised
     """
+    if Quantization.of(read_config(Path(merged))) is not None:
+        raise UsageError(
+            f"{merged}: its weights are quantised, which moved every one of them off base + adapter; check the merge "
+            "as it was before that"
+        )
     old, fresh = open_model(Path(base), task, {"dtype": "auto"})
     new, _ = open_model(Path(merged), task, {"dtype": "auto"})
     if type(old) is not type(new):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
+from examples.assets import smollm2
 from lorafx.cli import main
 from lorafx.recipes.recipe import Recipe
+from tests import foreign
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
@@ -29,6 +34,39 @@ def test_the_first_example_runs_verbatim(
     exec(compile(blocks("python")[0], "README.md", "exec"), {"__name__": "readme"})
     assert (tmp_path / "onnx" / "model.onnx").is_file()
     assert capsys.readouterr().out.startswith("equal: ")
+
+
+def spoken(line: str) -> str:
+    """What a line of a shell block prints."""
+    program, *arguments = shlex.split(line)
+    assert program == "lorafx"
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_an_adapter_of_peft_in_three_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers as hf
+
+    (lines,) = (block.splitlines() for block in blocks("sh") if "lorafx fold SmolLM2" in block)
+    assert [line.split()[1] for line in lines] == ["fold", "generate", "export"]
+    (tmp_path / "SmolLM2").symlink_to(smollm2())
+    monkeypatch.chdir(tmp_path)
+    base: Any = hf.AutoModelForCausalLM.from_pretrained("SmolLM2")
+    tokenizer: Any = hf.AutoTokenizer.from_pretrained("SmolLM2")
+    (prompt,) = (word for line in lines for word in shlex.split(line) if "France" in word)
+    tokens = tokenizer(prompt, return_tensors="pt")
+    plain = base.generate(**tokens, max_new_tokens=64, do_sample=False)
+    options = {"r": 8, "lora_alpha": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    adapted = foreign.adapted(base, options)
+    foreign.save(adapted, tmp_path / "adapter")
+    expected = adapted.generate(**tokens, max_new_tokens=64, do_sample=False)
+    assert not torch.equal(plain, expected), "the adapter does something"
+    wanted = tokenizer.decode(expected[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    printed = [spoken(line) for line in lines]
+    assert printed[1].strip() == wanted
+    assert spoken(lines[1].replace("merged", "decoder")).strip() == wanted
 
 
 def test_the_recipe_parses() -> None:

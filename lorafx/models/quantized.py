@@ -1,0 +1,132 @@
+"""Checkpoints whose weights are quantised: opened as the numbers that their weights stand for, or refused in one line.
+
+What is folded is then an ordinary model in fp32, whatever its base was stored as; nothing behind this knows of it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArtifactError
+
+_log = logging.getLogger(__name__)
+
+#: Where a ``config.json`` says how its weights are quantised; a model of several parts may say it of one.
+_KEYS = ("quantization_config", "compression_config")
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How transformers dequantises a kind: as it reads the files, or the model or its tensors once it is open; and the
+    package that this takes."""
+
+    when: Literal["reading", "model", "tensors"]
+    package: str = ""
+
+
+_KINDS: Mapping[str, _Kind] = {
+    "bitsandbytes": _Kind("model", "bitsandbytes"),
+    "torchao": _Kind("tensors", "torchao"),
+    "compressed-tensors": _Kind("reading", "compressed-tensors"),
+    "fp8": _Kind("reading"),
+    "mxfp8": _Kind("reading"),
+    "mxfp4": _Kind("reading"),
+}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What a checkpoint's config says of its weights: the method's name, and all it says of it."""
+
+    method: str
+    config: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Quantization | None:
+        """That of a ``config.json``; None for weights in full."""
+        parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+        found = next((part[key] for part in parts for key in _KEYS if isinstance(part.get(key), Mapping)), None)
+        if not found:
+            return None
+        bits = found.get("load_in_4bit") or found.get("load_in_8bit")
+        return cls(str(found.get("quant_method") or ("bitsandbytes" if bits else "a method without a name")), found)
+
+    def options(self, path: Path) -> dict[str, Any]:
+        """How transformers is to open the checkpoint in ``path``.
+
+        Raises:
+            ArtifactError: a method that is not dequantised here, or a package that is not installed
+        """
+        kind = _KINDS.get(self.method)
+        if kind is None:
+            raise ArtifactError(
+                f"{path}: its weights are quantised ({self.method}), which is not dequantised here (known: "
+                f"{', '.join(_KINDS)}); give the checkpoint it was made from"
+            )
+        if kind.package and find_spec(kind.package.replace("-", "_")) is None:
+            raise ArtifactError(
+                f"{path}: its weights are quantised, and {kind.package} that reads them is not installed "
+                f"(pip install {kind.package})"
+            )
+        if kind.when != "reading":
+            return {"device_map": "cpu"}
+        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as CONFIGS
+
+        return {"quantization_config": CONFIGS[self.method](dequantize=True)}
+
+    def applied(self, cls: Any, path: Path, options: Mapping[str, Any]) -> Any:
+        """A checkpoint of weights in full that this method quantised, as the numbers that its weights stand for then.
+
+        Errors are those of transformers and the method's package: many need a device or data to calibrate with.
+        """
+        from transformers.quantizers.auto import AutoQuantizationConfig
+
+        again = AutoQuantizationConfig.from_dict(dict(self.config))
+        model = cls.from_pretrained(path, quantization_config=again, device_map="cpu", dtype=torch.float32, **options)
+        return self._plain(path, model)
+
+    def dequantized(self, path: Path, model: Any) -> Any:
+        """The model that was opened so, of plain tensors. ArtifactError: something of it is still quantised."""
+        model = self._plain(path, model)
+        _log.warning("%s: its weights are quantised (%s); they are taken in float32", path, self.method)
+        return model
+
+    def _plain(self, path: Path, model: Any) -> Any:
+        when = _KINDS[self.method].when
+        if when == "model":
+            # It rounds to the dtype that it once quantised from, unless told otherwise.
+            for value in model.parameters():
+                state = getattr(value, "quant_state", None)
+                if state is not None:
+                    state.dtype = torch.float32
+            model = model.dequantize(dtype=torch.float32)
+        elif when == "tensors":
+            _make_plain(model)
+            model.hf_quantizer.remove_quantization_config(model)
+        odd = next((name for name, value in model.named_parameters() if not _is_plain(value)), None)
+        if odd is not None or getattr(model.config, "quantization_config", None) is not None:
+            raise ArtifactError(
+                f"{path}: its weights are quantised ({self.method}), and transformers leaves "
+                f"{odd or 'its config'} so; give the checkpoint it was made from"
+            )
+        return model
+
+
+def _make_plain(model: nn.Module) -> None:
+    for module in model.modules():
+        for name, value in module.named_parameters(recurse=False):
+            if not _is_plain(value):
+                stored: Any = value.data
+                setattr(module, name, nn.Parameter(stored.dequantize().float(), requires_grad=False))
+
+
+def _is_plain(value: Tensor) -> bool:
+    return type(value.data) is Tensor and value.is_floating_point() and value.dtype.itemsize > 1

@@ -1,0 +1,230 @@
+"""Quantised checkpoints: opened as the numbers their weights stand for, or refused in one line; never as bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+import lorafx
+from lorafx.cli import main
+from lorafx.editing.patch_folder import slots
+from lorafx.errors import ArtifactError, UsageError
+from lorafx.models.checkpoint import open_model
+from lorafx.models.quantized import Quantization
+from lorafx.passes.lora import Lora
+from lorafx.proof.merges import check_merge
+from lorafx.proof.requantised import requantised
+from tests import foreign, zoo
+
+#: What opens on any machine, without further packages.
+ANYWHERE = ("fp8", "mxfp8", "mxfp4")
+#: What transformers calls by another name where it has several classes for one method.
+METHODS = {name.partition("_4bit")[0].partition("_8bit")[0] for name in AUTO_QUANTIZATION_CONFIG_MAPPING}
+
+
+def say(folder: Path, quantization: dict[str, Any]) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": quantization}))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quantised") / "base"
+    zoo.build("llama").save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+    return folder
+
+
+def copy(base: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for file in base.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def in_fp8(base: Path, folder: Path) -> dict[str, Tensor]:
+    """The checkpoint with its projections in blocks of 16 × 16 numbers of 8 bits; what they stand for, in fp64."""
+    copy(base, folder)
+    stored, exact = {}, {}
+    for name, value in load_file(base / "model.safetensors").items():
+        stored[name] = value
+        if "_proj" in name:
+            blocks = value.reshape(value.shape[0] // 16, 16, value.shape[1] // 16, 16)
+            scale = blocks.abs().amax((1, 3)) / 448
+            numbers = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+            stored |= {name: numbers.reshape(value.shape), f"{name}_scale_inv": scale}
+            exact[name] = (numbers.double() * scale.double()[:, None, :, None]).reshape(value.shape)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    say(folder, {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]})
+    return exact
+
+
+# ---- refused
+
+
+@pytest.mark.parametrize("method", [*sorted(METHODS - set(ANYWHERE)), "of-tomorrow", ""])
+def test_what_cannot_be_read_is_one_line(
+    method: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorafx.models.quantized.find_spec", lambda name: None)
+    say(copy(base, tmp_path / "base"), {"quant_method": method, "bits": 4})
+    for meta in (False, True):
+        with pytest.raises(ArtifactError) as error:
+            open_model(tmp_path / "base", None, {}, meta=meta)
+        text = str(error.value)
+        assert text.startswith(f"{tmp_path / 'base'}: its weights are quantised")
+        assert "\n" not in text
+        installable = method in ("bitsandbytes", "torchao", "compressed-tensors")
+        assert (f"(pip install {method})" if installable else "is not dequantised here (known: bits") in text
+        assert (method or "a method without a name") in text
+
+
+def test_a_command_says_so_too(base: Path, tmp_path: Path) -> None:
+    say(copy(base, tmp_path / "base"), {"quant_method": "gptq", "bits": 4})
+    for command in (["inspect"], ["rewrite", "--pass", "lora", "-o", str(tmp_path / "run")]):
+        result = CliRunner().invoke(main, [*command, str(tmp_path / "base")])
+        assert result.exit_code == 5
+        assert "its weights are quantised (gptq)" in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_where_a_config_says_it() -> None:
+    assert Quantization.of({"hidden_size": 3, "quantization_config": None}) is None
+    assert Quantization.of({"text_config": {"hidden_size": 3}}) is None
+    for config in (
+        {"quantization_config": {"load_in_4bit": True}},
+        {"text_config": {"quantization_config": {"load_in_8bit": True}}},
+    ):
+        found = Quantization.of(config)
+        assert found is not None
+        assert found.method == "bitsandbytes"
+    old = Quantization.of({"compression_config": {"quant_method": "compressed-tensors"}})
+    assert old is not None
+    assert old.method == "compressed-tensors"
+
+
+def test_what_is_left_quantised_is_refused(base: Path) -> None:
+    """A layer that transformers did not dequantise would be folded as whole numbers."""
+    model: Any = open_model(base, None, {})[0]
+    model.lm_head.weight = nn.Parameter(torch.ones(3, 3, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ArtifactError, match=r"transformers leaves lm_head\.weight so"):
+        Quantization("fp8", {}).dequantized(base, model)
+    model.lm_head.weight = nn.Parameter(torch.ones(3, 3, dtype=torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ArtifactError, match=r"transformers leaves lm_head\.weight so"):
+        Quantization("fp8", {}).dequantized(base, model)
+
+
+def test_patches_and_merges_are_of_weights_in_full(base: Path, tmp_path: Path) -> None:
+    in_fp8(base, tmp_path / "fp8")
+    with pytest.raises(ArtifactError, match=r"quantised \(fp8\), and a patch needs them in full"):
+        slots(tmp_path / "fp8")
+    with pytest.raises(UsageError, match="quantised, which moved every one of them"):
+        check_merge(base, tmp_path / "adapter", tmp_path / "fp8")
+
+
+# ---- dequantised
+
+
+def test_fp8_is_folded_as_what_it_stands_for(base: Path, tmp_path: Path) -> None:
+    exact = in_fp8(base, tmp_path / "fp8")
+    model: Any = open_model(tmp_path / "fp8", None, {})[0]
+    for name, value in exact.items():
+        # One product in fp32: half of its last place.
+        assert ((model.get_parameter(name).double() - value).abs() <= 2.0**-24 * value.abs()).all()
+    adapted = foreign.adapted(model, {**foreign.R, "target_modules": ["q_proj", "down_proj"]})
+    foreign.save(adapted, tmp_path / "adapter")
+    paths = [str(tmp_path / name) for name in ("fp8", "adapter", "out")]
+    result = CliRunner().invoke(main, ["fold", paths[0], "--adapter", paths[1], "-o", paths[2]])
+    assert result.exit_code == 0, result.output
+    assert "quantised again as its base was (fp8)" in " ".join(result.output.split())
+    merged: Any = hf.LlamaForCausalLM.from_pretrained(paths[2]).eval()
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    inputs = zoo.text(3, 6)
+    assert zoo.distance(foreign.answers(adapted, inputs), zoo.eager(merged, inputs)) < 1e-5
+    assert CliRunner().invoke(main, ["check", paths[2]]).exit_code == 0
+    assert check_merge(paths[0], paths[1], paths[2]).ok
+
+
+@pytest.mark.slow
+def test_a_run_of_it_trains_in_full(base: Path, tmp_path: Path) -> None:
+    """A rewrite that reads the config only, opened again with the weights."""
+    in_fp8(base, tmp_path / "fp8")
+    steps = ["--pass", "lora", "--lora.rank", "4", "--lora.targets", "q_proj"]
+    result = CliRunner().invoke(main, ["rewrite", str(tmp_path / "fp8"), *steps, "-o", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    program = lorafx.load(tmp_path / "run")
+    assert {value.dtype for value in program.root.parameters()} == {torch.float32}
+    eager: Any = open_model(tmp_path / "fp8", None, {})[0]
+    inputs = zoo.text(3, 6)
+    # B = 0, and the same kernels over the same weights.
+    assert zoo.distance(zoo.eager(eager, inputs), zoo.run(program, inputs)) < 1e-6
+
+
+def test_mxfp4_experts_are_what_they_stand_for(tmp_path: Path) -> None:
+    """gpt-oss as it is published: two numbers of 4 bits a byte, a power of two for 32 of them."""
+    sizes: dict[str, Any] = {**zoo.DECODER, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}
+    config = hf.GptOssConfig(**sizes, max_window_layers=1)
+    hf.GptOssForCausalLM(config).save_pretrained(tmp_path / "base")
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values = torch.cat([values, -values])
+    generator = torch.Generator().manual_seed(0)
+    stored, exact = {}, {}
+    for name, value in load_file(tmp_path / "base" / "model.safetensors").items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            stored[name] = value
+            continue
+        experts, features, out = value.shape
+        codes = torch.randint(0, 16, (experts, out, features // 32, 32), generator=generator)
+        scales = torch.randint(120, 127, (experts, out, features // 32), generator=generator)
+        stored[f"{name}_blocks"] = (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8)
+        stored[f"{name}_scales"] = scales.to(torch.uint8)
+        numbers = values[codes] * torch.exp2(scales - 127.0)[..., None]
+        exact[name] = numbers.reshape(experts, out, features).transpose(1, 2)
+    save_file(stored, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    say(tmp_path / "base", {"quant_method": "mxfp4", "modules_to_not_convert": ["self_attn", "router", "lm_head"]})
+    model: Any = open_model(tmp_path / "base", None, {})[0]
+    assert len(exact) == 4
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in exact.items())
+
+
+# ---- what quantising again would cost
+
+
+def test_the_error_of_quantising_again(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that rounds to whole 64ths, once to the base and once to what was folded."""
+
+    def rounded(folder: Path) -> Any:
+        model: Any = open_model(folder, None, {})[0]
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                value.copy_((value * 64).round() / 64 if "_proj" in name else value)
+        return model
+
+    rounded(base).save_pretrained(tmp_path / "base")
+    program = lorafx.capture(tmp_path / "base")
+    torch.manual_seed(0)
+    program = zoo.randomised(lorafx.rewrite(program, [Lora(targets="q_proj", rank=2)]), 0.01)
+    folded = lorafx.fold(program)
+    lorafx.export(folded, tmp_path / "out", format="hf")
+    assert requantised(folded, tmp_path / "out") is None
+    say(tmp_path / "base", {"quant_method": "fp8"})
+    monkeypatch.setattr(Quantization, "applied", lambda self, cls, path, options: rounded(path))
+    line = requantised(folded, tmp_path / "out")
+    names = [f"model.layers.{block}.self_attn.q_proj.weight" for block in (0, 1)]
+    new = torch.cat([folded.tensor(name).detach() for name in names]).double()
+    old = torch.cat([program.tensor(name).detach() for name in names]).double()
+    lost, moved = (float((other - new).norm() / new.norm()) for other in ((new * 64).round() / 64, old))
+    assert line is not None
+    assert "the 2 weights that folding changed move by " in line
+    found = [float(word) for word in line.replace(";", "").split() if word.replace(".", "").replace("e-", "").isdigit()]
+    # As they are printed: three digits.
+    assert found[1] == pytest.approx(lost, rel=5e-3)
+    assert found[-1] == pytest.approx(moved, rel=5e-3)
