@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import struct
-import warnings
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import nn
 from ..errors import ArtifactError, UsageError, did_you_mean, first_line
 from ..files.folder import LFS_START, MANIFEST, file_hash, find_manifest
 from .layered import own_configs
-from .quantized import Quantization
+from .quantized import Quantization, read_in_full
 
 _log = logging.getLogger(__name__)
 
@@ -180,13 +179,10 @@ def open_model(
     try:
         if meta:
             return _build_on_meta(cls, path, options), frozenset()
-        if not weight_files(path, allow_pickle=allow_pickle):
+        files = weight_files(path, allow_pickle=allow_pickle)
+        if not files:
             raise ArtifactError(f"{path}: no weights (*.safetensors); fetch the checkpoint, or capture with meta=True")
-        with own_configs(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "You passed `quantization_config`")  # as is meant: to dequantise
-            model, info = cls.from_pretrained(
-                path, output_loading_info=True, **{**options, "ignore_mismatched_sizes": True}
-            )
+        model, info = read_in_full(cls, path, files, options, quantization)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         _check_trust(path, error)
         raise ArtifactError(f"{path}: transformers cannot open it: {first_line(error)}") from error
@@ -195,10 +191,9 @@ def open_model(
         if odd is None:
             raise
         raise UsageError(f"{path}: transformers takes no {odd!r} for this model; leave that option out") from error
-    model = model if quantization is None else quantization.dequantized(path, model)
     misfits = _misfits(path, model, info, allowed=bool(options.get("ignore_mismatched_sizes")))
     chosen = task is not None or bool(config.get("architectures"))
-    masks = _masks(path)
+    masks = _masks(path) if quantization is None else ()  # whole numbers may be weights there
     unread = sorted(key for key in info["unexpected_keys"] if key not in masks)
     _check_unread(path, model, unread, chosen=chosen)
     return model, frozenset(info["missing_keys"]) | misfits

@@ -6,7 +6,9 @@ What is folded is then an ordinary model in fp32, whatever its base was stored a
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,19 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArtifactError
+from .layered import own_configs
+from .packed import KEYS, check_layout, check_owners, unpacked
 
 _log = logging.getLogger(__name__)
-
-#: Where a ``config.json`` says how its weights are quantised; a model of several parts may say it of one.
-_KEYS = ("quantization_config", "compression_config")
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """How transformers dequantises a kind: as it reads the files, or the model or its tensors once it is open; and the
-    package that this takes."""
+    """How a kind is dequantised: by transformers as it reads the files, or once the model is open all of it or tensor
+    by tensor, and the package that this takes; or before, here (:mod:`.packed`)."""
 
-    when: Literal["reading", "model", "tensors"]
+    when: Literal["reading", "model", "tensors", "before"]
     package: str = ""
 
 
@@ -39,6 +40,8 @@ _KINDS: Mapping[str, _Kind] = {
     "fp8": _Kind("reading"),
     "mxfp8": _Kind("reading"),
     "mxfp4": _Kind("reading"),
+    "gptq": _Kind("before"),
+    "awq": _Kind("before"),
 }
 
 
@@ -53,7 +56,7 @@ class Quantization:
     def of(cls, config: Mapping[str, Any]) -> Quantization | None:
         """That of a ``config.json``; None for weights in full."""
         parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
-        found = next((part[key] for part in parts for key in _KEYS if isinstance(part.get(key), Mapping)), None)
+        found = next((part[key] for part in parts for key in KEYS if isinstance(part.get(key), Mapping)), None)
         if not found:
             return None
         bits = found.get("load_in_4bit") or found.get("load_in_8bit")
@@ -76,11 +79,20 @@ class Quantization:
                 f"{path}: its weights are quantised, and {kind.package} that reads them is not installed "
                 f"(pip install {kind.package})"
             )
+        if kind.when == "before":
+            check_layout(path, self.method, self.config)
+            return {}
         if kind.when != "reading":
             return {"device_map": "cpu"}
         from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as CONFIGS
 
         return {"quantization_config": CONFIGS[self.method](dequantize=True)}
+
+    def folder(self, path: Path, files: list[Path]) -> AbstractContextManager[tuple[Path, list[str]]]:
+        """The folder to open for the checkpoint in ``path`` with these weight ``files``, and the modules of which the
+        weights were unpacked into it."""
+        packed = _KINDS[self.method].when == "before"
+        return unpacked(path, files, self.method, self.config) if packed else nullcontext((path, []))
 
     def applied(self, cls: Any, path: Path, options: Mapping[str, Any]) -> Any:
         """A checkpoint of weights in full that this method quantised, as the numbers that its weights stand for then.
@@ -93,8 +105,10 @@ class Quantization:
         model = cls.from_pretrained(path, quantization_config=again, device_map="cpu", dtype=torch.float32, **options)
         return self._plain(path, model)
 
-    def dequantized(self, path: Path, model: Any) -> Any:
-        """The model that was opened so, of plain tensors. ArtifactError: something of it is still quantised."""
+    def dequantized(self, path: Path, model: Any, unpacked: Collection[str] = ()) -> Any:
+        """The model that was opened so, of plain tensors. ArtifactError: something of it is still quantised, or was
+        unpacked for a layer of another layout."""
+        check_owners(path, model, unpacked)
         model = self._plain(path, model)
         _log.warning("%s: its weights are quantised (%s); they are taken in float32", path, self.method)
         return model
@@ -118,6 +132,22 @@ class Quantization:
                 f"{odd or 'its config'} so; give the checkpoint it was made from"
             )
         return model
+
+
+def read_in_full(
+    cls: Any, path: Path, files: list[Path], options: Mapping[str, Any], quantization: Quantization | None
+) -> tuple[nn.Module, Mapping[str, Any]]:
+    """The model that ``cls`` reads from a checkpoint's weight ``files``, of weights in full, and what it says of them.
+
+    Errors are those of transformers, and ArtifactError for what cannot be dequantised.
+    """
+    whole = nullcontext((path, ())) if quantization is None else quantization.folder(path, files)
+    with own_configs(), warnings.catch_warnings(), whole as (folder, unpacked):
+        warnings.filterwarnings("ignore", "You passed `quantization_config`")  # as is meant: to dequantise
+        model, info = cls.from_pretrained(
+            folder, output_loading_info=True, **{**options, "ignore_mismatched_sizes": True}
+        )
+    return (model if quantization is None else quantization.dequantized(path, model, unpacked)), info
 
 
 def _make_plain(model: nn.Module) -> None:

@@ -26,7 +26,7 @@ from lorafx.proof.requantised import requantised
 from tests import foreign, zoo
 
 #: What opens on any machine, without further packages.
-ANYWHERE = ("fp8", "mxfp8", "mxfp4")
+ANYWHERE = ("fp8", "mxfp8", "mxfp4", "gptq", "awq")
 #: What transformers calls by another name where it has several classes for one method.
 METHODS = {name.partition("_4bit")[0].partition("_8bit")[0] for name in AUTO_QUANTIZATION_CONFIG_MAPPING}
 
@@ -88,11 +88,11 @@ def test_what_cannot_be_read_is_one_line(
 
 
 def test_a_command_says_so_too(base: Path, tmp_path: Path) -> None:
-    say(copy(base, tmp_path / "base"), {"quant_method": "gptq", "bits": 4})
+    say(copy(base, tmp_path / "base"), {"quant_method": "hqq", "bits": 4})
     for command in (["inspect"], ["rewrite", "--pass", "lora", "-o", str(tmp_path / "run")]):
         result = CliRunner().invoke(main, [*command, str(tmp_path / "base")])
         assert result.exit_code == 5
-        assert "its weights are quantised (gptq)" in result.output
+        assert "its weights are quantised (hqq)" in result.output
     assert not (tmp_path / "run").exists()
 
 
@@ -193,6 +193,113 @@ def test_mxfp4_experts_are_what_they_stand_for(tmp_path: Path) -> None:
     model: Any = open_model(tmp_path / "base", None, {})[0]
     assert len(exact) == 4
     assert all(torch.equal(model.get_parameter(name), value) for name, value in exact.items())
+
+
+def fields(numbers: Tensor, bits: int) -> Tensor:
+    """Whole numbers (rows, columns), several to a word of 32 bits in each row, the first in the lowest bits."""
+    each = numbers.reshape(len(numbers), -1, 32 // bits).long()
+    words = (each << torch.arange(0, 32, bits)).sum(2)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def packed(base: Path, folder: Path, quantization: dict[str, Any]) -> dict[str, Tensor]:
+    """The checkpoint with random numbers packed for its projections; what they stand for (out, in)."""
+    copy(base, folder)
+    method, bits, size = (quantization[key] for key in ("quant_method", "bits", "group_size"))
+    generator = torch.Generator().manual_seed(0)
+    stored, exact = {}, {}
+    for name, value in load_file(base / "model.safetensors").items():
+        if "_proj" not in name:
+            stored[name] = value
+            continue
+        (out, features), module = value.shape, name.removesuffix(".weight")
+        codes = torch.randint(0, 2**bits, (features, out), generator=generator)
+        zeros = torch.randint(1, 2**bits - 1, (features // size, out), generator=generator)
+        scales = (0.01 + 0.1 * torch.rand(features // size, out, generator=generator)).half()
+        groups = torch.randperm(features, generator=generator) // size
+        if method == "awq":
+            groups = groups.sort().values
+            # AutoAWQ's order within a word, of which the reader has the inverse.
+            order = [0, 2, 4, 6, 1, 3, 5, 7]
+            words = [fields(part.reshape(len(part), -1, 8)[..., order].flatten(1), bits) for part in (codes, zeros)]
+            stored |= {f"{module}.qweight": words[0], f"{module}.qzeros": words[1], f"{module}.scales": scales}
+        else:
+            less = 0 if quantization.get("checkpoint_format") == "gptq_v2" else 1
+            stored |= {f"{module}.qweight": fields(codes.t(), bits).t().contiguous(), f"{module}.scales": scales}
+            stored |= {f"{module}.qzeros": fields(zeros - less, bits), f"{module}.g_idx": groups.int()}
+        exact[name] = (scales.double()[groups] * (codes - zeros[groups])).t()
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    say(folder, quantization)
+    return exact
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True},
+        {"quant_method": "gptq", "bits": 8, "group_size": 16, "checkpoint_format": "gptq_v2"},
+        {"quant_method": "gptq", "bits": 2, "group_size": 16, "checkpoint_format": "gptq"},
+        {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True},
+    ],
+    ids=["gptq", "gptq-v2", "gptq-2-bits", "awq"],
+)
+def test_packed_weights_are_what_they_stand_for(quantization: dict[str, Any], base: Path, tmp_path: Path) -> None:
+    exact = packed(base, tmp_path / "packed", quantization)
+    model, fresh = open_model(tmp_path / "packed", None, {})
+    assert not fresh
+    assert len(exact) == 14
+    # A whole number of 8 bits and one of the 11 of fp16: their product is exact in fp32.
+    assert all(torch.equal(model.get_parameter(name).double(), value) for name, value in exact.items())
+    assert all(
+        torch.equal(model.get_parameter(name), value)
+        for name, value in load_file(base / "model.safetensors").items()
+        if name not in exact
+    )
+
+
+def test_what_is_packed_otherwise_is_refused(base: Path, tmp_path: Path) -> None:
+    plain = {"quant_method": "gptq", "bits": 4, "group_size": 16}
+    packed(base, tmp_path / "packed", plain)
+    for more, why in (
+        ({"bits": 3}, "gptq with 3 bits"),
+        ({"checkpoint_format": "marlin"}, "gptq with checkpoint_format marlin"),
+        ({"dynamic": {"lm_head": {}}}, "gptq with dynamic set"),
+        ({"quant_method": "awq", "version": "gemv"}, "awq with version gemv"),
+        ({"quant_method": "awq"}, r"down_proj: its qweight, qzeros, scales and groups do not fit"),
+        ({"bits": 8}, r"down_proj: its qweight, qzeros, scales and groups do not fit"),
+    ):
+        say(tmp_path / "packed", {**plain, **more})
+        with pytest.raises(ArtifactError, match=why):
+            open_model(tmp_path / "packed", None, {})
+    say(tmp_path / "packed", plain)
+    file = tmp_path / "packed" / "model.safetensors"
+    stored = load_file(file)
+    name = "model.layers.0.mlp.up_proj"
+    save_file({**stored, f"{name}.qzeros": torch.full_like(stored[f"{name}.qzeros"], -1)}, file)
+    with pytest.raises(ArtifactError, match="zeros that GPTQ's first layout cannot hold"):
+        open_model(tmp_path / "packed", None, {})
+    save_file({key: value for key, value in stored.items() if key != f"{name}.scales"}, file)
+    with pytest.raises(ArtifactError, match=r"up_proj has a qweight and no scales beside it"):
+        open_model(tmp_path / "packed", None, {})
+
+
+def test_a_layer_of_another_layout_is_refused(tmp_path: Path) -> None:
+    """GPT-2's are stored (in, out), which a square one would not show."""
+    zoo.build("gpt2").save_pretrained(tmp_path / "base")  # pyright: ignore[reportCallIssue]
+    file = tmp_path / "base" / "model.safetensors"
+    stored = load_file(file)
+    name = next(key for key in stored if key.endswith("attn.c_proj.weight")).removesuffix(".weight")
+    codes, zeros = torch.ones(32, 32, dtype=torch.long), torch.ones(2, 32, dtype=torch.long)
+    parts = {
+        "qweight": fields(codes, 4).t().contiguous(),
+        "qzeros": fields(zeros, 4),
+        "scales": torch.ones(2, 32).half(),
+    }
+    del stored[f"{name}.weight"]
+    save_file({**stored, **{f"{name}.{part}": value for part, value in parts.items()}}, file, {"format": "pt"})
+    say(tmp_path / "base", {"quant_method": "gptq", "bits": 4, "group_size": 16})
+    with pytest.raises(ArtifactError, match="c_proj is quantised and a Conv1D, of which the layout is not known"):
+        open_model(tmp_path / "base", None, {})
 
 
 # ---- what quantising again would cost
