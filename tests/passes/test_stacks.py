@@ -21,6 +21,7 @@ from lorafx.base import Method, Pass
 from lorafx.errors import NoSitesError, UsageError
 from lorafx.formats.adapter import read_adapter
 from lorafx.frontend.adapters import adapted, read_adapters, weighted
+from lorafx.graph.site import INSERTED_BY
 from lorafx.passes.finegates import Finegates
 from lorafx.passes.lora import Lora
 from lorafx.passes.prilora import Prilora
@@ -281,7 +282,8 @@ def test_orthogonality_is_that_of_each_matrix() -> None:
 
 
 def test_a_stack_of_a_plain_module() -> None:
-    """No transformers, no attribute: (experts, out, in) is what PEFT takes it for; indexed, and used twice."""
+    """No transformers, no attribute: (experts, out, in) is what PEFT takes it for; indexed, and turned once
+    for two uses."""
 
     class Mixed(nn.Module):
         def __init__(self) -> None:
@@ -291,13 +293,18 @@ def test_a_stack_of_a_plain_module() -> None:
 
         def forward(self, x: Tensor, which: Tensor) -> Tensor:
             chosen = torch.bmm(self.weights[which], x.unsqueeze(2)).squeeze(2)
-            return self.out(torch.matmul(chosen, self.weights.transpose(1, 2)).sum(0))
+            turned = self.weights.transpose(1, 2)
+            return self.out(torch.matmul(torch.matmul(chosen, turned), turned).sum(0))
 
     torch.manual_seed(0)
     inputs = {"x": torch.randn(4, 6), "which": torch.tensor([0, 2, 1, 2])}
     program = lorafx.capture(Mixed(), inputs=inputs)
     program = zoo.randomised(lorafx.rewrite(program, [Lora(targets="weights", rank=2, alpha=2.0)]))
-    assert len(program.names("adapter")) == 2, "one A and one B for both uses"
+    assert len(program.names("adapter")) == 2, "one A and one B for all uses"
+    added = [
+        node for node in program.graph.nodes if INSERTED_BY in node.meta and node.target is torch.ops.aten.bmm.default
+    ]
+    assert len(added) == 2, "one update for what indexes it, one for what turns it"
     a, b = (program.tensor(f"weights_lora_{short}.weight").detach() for short in "AB")
     changed = program.tensor("weights") + torch.einsum("ore,eri->eoi", b.view(6, 2, 3), a.view(3, 2, 6))
     eager: Any = copy.deepcopy(program.source.model)
@@ -305,6 +312,6 @@ def test_a_stack_of_a_plain_module() -> None:
         eager.weights.copy_(changed)
     folded = lorafx.fold(program)
     for one in (program, folded):
-        # fp32 rounding of three products in a row.
+        # fp32 rounding of four products in a row.
         torch.testing.assert_close(one.module().eval()(**inputs), eager(**inputs), rtol=1e-4, atol=1e-4)
     assert not folded.names("adapter")
