@@ -171,7 +171,7 @@ def test_a_run_of_it_trains_in_full(base: Path, tmp_path: Path) -> None:
 def test_mxfp4_experts_are_what_they_stand_for(tmp_path: Path) -> None:
     """gpt-oss as it is published: two numbers of 4 bits a byte, a power of two for 32 of them."""
     sizes: dict[str, Any] = {**zoo.DECODER, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}
-    config = hf.GptOssConfig(**sizes, max_window_layers=1)
+    config = hf.GptOssConfig(**sizes)
     hf.GptOssForCausalLM(config).save_pretrained(tmp_path / "base")
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     values = torch.cat([values, -values])
