@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..formats.slots import ADAPTER, SLOTS, Pair, Slots, fingerprint, read_slots
+from ..graph.site import STACK
 from ..graph.tree import put_tensor, tensor_hash
 from ..passes.lora import Lora
 from ..public import Program
@@ -51,6 +52,8 @@ def add_slots(model: ir.Model, program: Program, targets: str | Sequence[str], *
     places, modules = _places(model.graph), _modules(program, dtype)
     pairs = {}
     for module, site in {site.module: site for site in step.sites(program).taken}.items():
+        if site.kind == STACK:
+            raise UsageError(f"{module}: a stack of matrices, for which there is no slot; leave it out of targets")
         weight = site.op.matrix(program.tensor(site.parameter)).t()
         key = _known(weight, dtype)
         if key not in places or len(modules[key]) > 1:

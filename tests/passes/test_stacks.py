@@ -10,6 +10,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import peft
 import pytest
 import torch
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lorafx
+from lorafx.backends.slots import add_slots
 from lorafx.base import Method, Pass
 from lorafx.errors import NoSitesError, UsageError
 from lorafx.formats.adapter import read_adapter
@@ -32,7 +34,10 @@ from lorafx.public import Program
 from tests import foreign, zoo
 
 OWNERS = {"qwen3-moe": "mlp.experts", "gpt-oss": "mlp.experts", "llama4": "feed_forward.experts"}
-layouts = pytest.mark.parametrize("model", ["qwen3-moe", "gpt-oss", pytest.param("llama4", marks=pytest.mark.slow)])
+#: The first is in the quick tests of adapters, and Mixtral below is stored as it is.
+layouts = pytest.mark.parametrize(
+    "model", [model if model == "gpt-oss" else pytest.param(model, marks=pytest.mark.slow) for model in OWNERS]
+)
 
 
 def parameters(model: str) -> list[str]:
@@ -188,11 +193,12 @@ def test_onnx(model: str, tmp_path: Path) -> None:
 # ---- where it does not stand
 
 
-def test_all_linear_leaves_stacks_out() -> None:
-    program = lorafx.rewrite(zoo.captured("mixtral"), [Lora()])
+@pytest.mark.parametrize("targets", ["all-linear", "role:ffn.*,role:attn.*"])
+def test_stacks_are_taken_by_name_only(targets: str) -> None:
+    program = lorafx.rewrite(zoo.captured("mixtral"), [Lora(targets=targets)])
     missed = {miss.site.module: miss.reason for miss in program.history[-1].missed}
     for name in ("layers.0.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"):
-        assert missed[f"model.{name}"] == "stack is not a linear layer"
+        assert missed[f"model.{name}"] in ("stack is not a linear layer", "not named by targets")
 
 
 @pytest.mark.parametrize(
@@ -214,6 +220,20 @@ def test_there_is_no_input_to_drop() -> None:
         lorafx.rewrite(zoo.captured("mixtral"), [Lora(targets="gate_up_proj", dropout=0.1)])
     with pytest.raises(UsageError, match=r"rank 33 at .*gate_up_proj, whose weight allows 1 to 32"):
         lorafx.rewrite(zoo.captured("mixtral"), [Lora(targets="gate_up_proj", rank=33)])
+
+
+def test_what_holds_linear_weights_only_says_so(tmp_path: Path) -> None:
+    """Slots, and an adapter of another method's branches beside a stack."""
+    with pytest.raises(UsageError, match=r"experts\.gate_up_proj: a stack of matrices, for which there is no slot"):
+        add_slots(
+            ir.Model(ir.Graph([], [], nodes=[]), ir_version=10),
+            zoo.captured("mixtral"),
+            "gate_up_proj",
+            shared_names=False,
+        )
+    steps = [Lora(targets="down_proj", rank=2), Salora(targets="q_proj", rank=2)]
+    with pytest.raises(UsageError, match=r"down_proj_lora_A\.weight belongs to no low-rank update of a linear weight"):
+        lorafx.export(lorafx.rewrite(zoo.captured("mixtral"), steps), tmp_path / "out", format="peft")
 
 
 # ---- the other methods
