@@ -27,22 +27,31 @@ _INDEX = "model.safetensors.index.json"
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 #: Where AWQ puts each of eight neighbours in a word.
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
-#: The layouts by what their config calls them, where it does; any other is laid out in another way.
-_LAYOUTS = {"gptq": ("checkpoint_format", ("gptq", "gptq_v2")), "awq": ("version", ("gemm",))}
+#: The layouts that are known, the one that is meant where a config names none first, and the keys by which they are
+#: named: those of AutoGPTQ, AutoAWQ, and of GPTQModel since it reads both.
+_LAYOUTS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
+_NAMED_BY = ("checkpoint_format", "version", "format")
+#: What else a config may say that changes what the numbers stand for.
+_CHANGES = ("dynamic", "planar", "adapter", "rotation")
 _BITS = {"gptq": (2, 4, 8), "awq": (4,)}
 
 
 def check_layout(path: Path, method: str, config: Mapping[str, Any]) -> None:
     """ArtifactError for a layout that is not known here."""
-    key, known = _LAYOUTS[method]
-    layout, bits = str(config.get(key) or known[0]).lower(), config.get("bits", config.get("w_bit"))
-    odd = f"{key} {layout}" if layout not in known else f"{bits} bits" if bits not in _BITS[method] else ""
-    odd = odd or next((f"{name} set" for name in ("dynamic", "planar") if config.get(name)), "")
+    named, bits = _named(config), config.get("bits", config.get("w_bit"))
+    strange = [name for name in named if name not in _LAYOUTS[method]] or named[1:]  # of two names, which is right?
+    odd = f"layout {strange[0]}" if strange else f"{bits} bits" if bits not in _BITS[method] else ""
+    odd = odd or next((f"{name} set" for name in _CHANGES if config.get(name)), "")
     if odd:
         raise ArtifactError(
             f"{path}: its weights are quantised ({method} with {odd}), which is not dequantised here; give the "
             "checkpoint it was made from"
         )
+
+
+def _named(config: Mapping[str, Any]) -> list[str]:
+    """The layouts that a config names, each once."""
+    return list(dict.fromkeys(str(config[key]).lower() for key in _NAMED_BY if config.get(key)))
 
 
 @contextmanager
@@ -113,7 +122,7 @@ def _weight(where: str, held: Mapping[str, Tensor], method: str, config: Mapping
         codes, zeros = (_in_order(value) for value in (_fields(held["qweight"], bits), zeros))
     else:
         codes = _fields(held["qweight"].t(), bits).t()
-        zeros = _stored_one_less(where, zeros, bits) if config.get("checkpoint_format") != "gptq_v2" else zeros
+        zeros = _stored_one_less(where, zeros, bits) if _named(config) != ["gptq_v2"] else zeros
     zeros = zeros[:, : scales.shape[1]]
     size = int(config.get("group_size", config.get("q_group_size", -1)))
     groups = held.get("g_idx", torch.arange(len(codes)) // (size if size > 0 else len(codes))).long()

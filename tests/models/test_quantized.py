@@ -224,7 +224,7 @@ def packed(base: Path, folder: Path, quantization: dict[str, Any]) -> dict[str, 
             words = [fields(part.reshape(len(part), -1, 8)[..., order].flatten(1), bits) for part in (codes, zeros)]
             stored |= {f"{module}.qweight": words[0], f"{module}.qzeros": words[1], f"{module}.scales": scales}
         else:
-            less = 0 if quantization.get("checkpoint_format") == "gptq_v2" else 1
+            less = 0 if "gptq_v2" in quantization.values() else 1
             stored |= {f"{module}.qweight": fields(codes.t(), bits).t().contiguous(), f"{module}.scales": scales}
             stored |= {f"{module}.qzeros": fields(zeros - less, bits), f"{module}.g_idx": groups.int()}
         exact[name] = (scales.double()[groups] * (codes - zeros[groups])).t()
@@ -238,10 +238,11 @@ def packed(base: Path, folder: Path, quantization: dict[str, Any]) -> dict[str, 
     [
         {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True},
         {"quant_method": "gptq", "bits": 8, "group_size": 16, "checkpoint_format": "gptq_v2"},
+        {"quant_method": "gptq", "bits": 4, "group_size": 16, "format": "gptq_v2"},
         {"quant_method": "gptq", "bits": 2, "group_size": 16, "checkpoint_format": "gptq"},
         {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True},
     ],
-    ids=["gptq", "gptq-v2", "gptq-2-bits", "awq"],
+    ids=["gptq", "gptq-v2", "gptq-v2-format", "gptq-2-bits", "awq"],
 )
 def test_packed_weights_are_what_they_stand_for(quantization: dict[str, Any], base: Path, tmp_path: Path) -> None:
     exact = packed(base, tmp_path / "packed", quantization)
@@ -262,9 +263,11 @@ def test_what_is_packed_otherwise_is_refused(base: Path, tmp_path: Path) -> None
     packed(base, tmp_path / "packed", plain)
     for more, why in (
         ({"bits": 3}, "gptq with 3 bits"),
-        ({"checkpoint_format": "marlin"}, "gptq with checkpoint_format marlin"),
+        ({"checkpoint_format": "marlin"}, "gptq with layout marlin"),
+        ({"checkpoint_format": "gptq", "format": "gptq_v2"}, "gptq with layout gptq_v2"),
         ({"dynamic": {"lm_head": {}}}, "gptq with dynamic set"),
-        ({"quant_method": "awq", "version": "gemv"}, "awq with version gemv"),
+        ({"adapter": {"path": "eora"}}, "gptq with adapter set"),
+        ({"quant_method": "awq", "version": "gemv"}, "awq with layout gemv"),
         ({"quant_method": "awq"}, r"down_proj: its qweight, qzeros, scales and groups do not fit"),
         ({"bits": 8}, r"down_proj: its qweight, qzeros, scales and groups do not fit"),
     ):
