@@ -193,7 +193,7 @@ def test_onnx(model: str, tmp_path: Path) -> None:
 # ---- where it does not stand
 
 
-@pytest.mark.parametrize("targets", ["all-linear", "role:ffn.*,role:attn.*"])
+@pytest.mark.parametrize("targets", ["all-linear", "role:attn.*"])
 def test_stacks_are_taken_by_name_only(targets: str) -> None:
     program = lorafx.rewrite(zoo.captured("mixtral"), [Lora(targets=targets)])
     missed = {miss.site.module: miss.reason for miss in program.history[-1].missed}
