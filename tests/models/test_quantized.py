@@ -122,6 +122,16 @@ def test_what_is_left_quantised_is_refused(base: Path) -> None:
         Quantization("fp8", {}).dequantized(base, model)
 
 
+def test_whole_numbers_that_nothing_takes_are_refused(base: Path, tmp_path: Path) -> None:
+    """In a checkpoint in full they are the masks of older classes."""
+    in_fp8(base, tmp_path / "fp8")
+    file = tmp_path / "fp8" / "model.safetensors"
+    more = {"model.layers.0.self_attn.q_proj.codes": torch.ones(4, 4, dtype=torch.int32)}
+    save_file({**load_file(file), **more}, file, {"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"hold model\.layers\.0\.self_attn\.q_proj\.codes, for which"):
+        open_model(tmp_path / "fp8", None, {})
+
+
 def test_patches_and_merges_are_of_weights_in_full(base: Path, tmp_path: Path) -> None:
     in_fp8(base, tmp_path / "fp8")
     with pytest.raises(ArtifactError, match=r"quantised \(fp8\), and a patch needs them in full"):
