@@ -189,7 +189,9 @@ def _compared(
     if not result.ok:
         raise ParityError(f"{kind} export differs from the program: {result.summary}")
     lost = requantised(final, folder) if kind == "hf" else None
-    result = result if lost is None else dataclasses.replace(result, notes=(*result.notes, lost))
+    if lost is not None:
+        _log.warning("%s: %s", final.source.path, lost)
+        result = dataclasses.replace(result, notes=(*result.notes, lost))
     if proof is None and kind == "hf" and dtype is None:
         proof = proof_of_files(reference, final, folder, trust_remote_code=trusted)
     return result, proof
