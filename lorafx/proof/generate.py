@@ -87,7 +87,7 @@ def generate(
     if room < 1 or (limit is not None and ids.shape[1] > limit):
         raise UsageError(f"{folder}: takes {limit} tokens, and the prompt has {ids.shape[1]}; give a shorter one")
     ends, added, times, said = _ends(runner, Path(folder)), [], [time.perf_counter()], ""
-    steps = _by_steps(runner, ids) if runner.decoder else _at_once(runner, ids, start, folder)
+    steps = _by_steps(runner, ids, folder) if runner.decoder else _at_once(runner, ids, start, folder)
     for token in steps:
         times.append(time.perf_counter())
         if token in ends:
@@ -143,12 +143,12 @@ def _start(runner: Runner, folder: Path) -> tuple[int, ...]:
     return starts(runner.config, folder, runner.folder) if pair else ()
 
 
-def _by_steps(runner: Runner, prompt: Tensor) -> Iterator[int]:
+def _by_steps(runner: Runner, prompt: Tensor, folder: Path) -> Iterator[int]:
     speaker, ids, _ = runner.decoder.begin(prompt, torch.ones_like(prompt))
     past, given = speaker.empty(1), ids
     while True:
         logits, past = speaker.step(given, torch.ones_like(ids), past)
-        given = logits[:, -1:].argmax(-1)
+        given = _likeliest(logits, folder)
         ids = torch.cat((ids, given), 1)
         yield int(given)
 
@@ -160,6 +160,14 @@ def _at_once(runner: Runner, prompt: Tensor, start: tuple[int, ...], folder: Pat
         logits = outputs.get("logits")
         if logits is None or logits.shape[:2] != ids.shape:
             raise UsageError(f"{folder}: it gives no logits for each token, so it generates no text")
-        token = logits[:, -1:].argmax(-1).cpu()
+        token = _likeliest(logits, folder)
         ids = torch.cat((ids, token), 1)
         yield int(token)
+
+
+def _likeliest(logits: Tensor, folder: Path) -> Tensor:
+    """The next token [1, 1]. ArtifactError where no token is likelier than another: any would look like an answer."""
+    last = logits[:, -1:].cpu()
+    if last.isnan().any():
+        raise ArtifactError(f"{folder}: its logits are NaN: a weight is, or a number outgrew its dtype; write it again")
+    return last.argmax(-1)

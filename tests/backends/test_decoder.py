@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers as hf
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorafx
@@ -269,3 +270,12 @@ def test_bad_prompts_are_refused_in_one_line(checkpoint: Path, tmp_path: Path) -
         file.unlink()
     lost = call(bare, "--prompt", "w1")
     assert (lost.exit_code, "no tokenizer" in lost.output) == (2, True)
+
+
+def test_no_token_is_said_where_logits_are_not_numbers(checkpoint: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(checkpoint, tmp_path / "broken"))
+    tensors = load_file(broken / "model.safetensors")
+    next(value for name, value in tensors.items() if "norm" in name).view(-1)[0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    result = call(broken, "--prompt", "w3 w7 w1")
+    assert (result.exit_code, "its logits are NaN" in result.output) == (5, True)
