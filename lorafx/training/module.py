@@ -224,10 +224,14 @@ class RewrittenModel(nn.Module):
         for method, state in self._states("after_step"):
             method.after_step(state)
 
-    @torch.no_grad()
     def settled(self) -> bool:
         """Whether no method's schedule is under way: weights from before are none to choose, or to stop at."""
-        return all(method.settled(state) for method, state in self._states("settled"))
+        return not self.unsettled()
+
+    @torch.no_grad()
+    def unsettled(self) -> list[str]:
+        """The methods whose weights are not yet what they promise."""
+        return [method.pass_name() for method, state in self._states("settled") if not method.settled(state)]
 
     @torch.no_grad()
     def conclude(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from os import PathLike
 from pathlib import Path
@@ -19,6 +20,8 @@ from ..graph.tree import get_tensor
 from ..models.checkpoint import check_safetensors
 from .module import RewrittenModel
 from .sharding import Block, assign, shard_again, split_state, whole, whole_state
+
+_log = logging.getLogger(__name__)
 
 # The mixin's methods call the Trainer that follows it in the order of classes.
 _TrainerBase = transformers.Trainer if TYPE_CHECKING else object
@@ -138,6 +141,10 @@ class LorafxCallback(TrainerCallback):
             inner.conclude()
             after = state_of(inner)
             self.concluded = any(not torch.equal(before[name], value) for name, value in after.items())
+            return
+        for name in inner.unsettled():
+            far = f"{name} did not get to what it was asked for in {state.global_step} steps"
+            _log.warning("%s; its report says how far: train longer, or raise its rates", far)
 
 
 class MethodTrainerMixin(_TrainerBase):

@@ -133,6 +133,15 @@ def test_a_training_broken_off_is_brought_to_its_end(name: str, tmp_path: Path) 
     check_metrics(program, result)
 
 
+@pytest.mark.parametrize("rate", [1e-6, 0.5])
+def test_a_budget_that_was_missed_is_said(rate: float, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    program = adapted(captured(), Finegates(budget=0.4, ramp=0.5, gate_rate=rate, multiplier_rate=5.0))
+    fit(program, tmp_path)
+    missed = float(kept_share(state(program))) > 0.4 + HEAD
+    assert missed == (rate == 1e-6)
+    assert ("finegates did not get to what it was asked for in 48 steps" in caplog.text) == missed
+
+
 def test_without_an_evaluation_after_the_schedule_the_last_weights_stay(tmp_path: Path) -> None:
     program = adapted(captured(), RoseLora(rank=3, density=0.1, end=1.0))
     result = fit(program, tmp_path, keep_best=True, save_steps=10)
