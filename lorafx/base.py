@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from .errors import NoSitesError
 from .graph.blocks import Blocks
+from .graph.nearest import nearest
 from .graph.selection import Miss, Selection
-from .graph.target import Selector, Target, nearest
+from .graph.target import Selector, Target
 from .ranges import Range, check_ranges
 
 if TYPE_CHECKING:

@@ -201,9 +201,10 @@ def _stored_in_out(adapted: list[_Adapted]) -> bool:
     return {entry.site.kind for entry in adapted} & {"linear", "addmm", STACK} == {"addmm"}
 
 
-def exact_targets(wanted: Collection[str], paths: Iterable[str]) -> list[str] | str:
-    """The shortest ``target_modules`` that name the modules ``wanted`` among all ``paths``, and no other."""
-    short = _shortest(wanted, set(paths) - set(wanted))
+def exact_targets(wanted: Collection[str], paths: Iterable[str], stacks: Collection[str] = ()) -> list[str] | str:
+    """The shortest ``target_modules`` that name the modules ``wanted`` among all ``paths``, and no other; ``stacks``
+    are named with the module that they belong to."""
+    short = _shortest(wanted, set(paths) - set(wanted), stacks)
     return short if short is not None else "|".join(re.escape(path) for path in sorted(wanted))
 
 
@@ -216,21 +217,21 @@ def _exact_parameters(program: Program, wanted: Collection[str]) -> list[str]:
     return found
 
 
-def _shortest(wanted: Iterable[str], others: Iterable[str]) -> list[str] | None:
+def _shortest(wanted: Iterable[str], others: Iterable[str], stacks: Collection[str] = ()) -> list[str] | None:
     """For each wanted path its shortest dotted ending that is the end of none of ``others``; None if one has none."""
-    foreign = {ending for path in others for ending in _endings(path)}
+    foreign = {ending for path in others for ending in _endings(path, path in stacks)}
     chosen: set[str] = set()
     for path in wanted:
-        own = next((ending for ending in _endings(path) if ending not in foreign), None)
+        own = next((ending for ending in _endings(path, path in stacks) if ending not in foreign), None)
         if own is None:
             return None
         chosen.add(own)
     return sorted(chosen)
 
 
-def _endings(path: str) -> list[str]:
+def _endings(path: str, stack: bool) -> list[str]:
     parts = path.split(".")
-    return [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
+    return [".".join(parts[-length:]) for length in range(min(1 + stack, len(parts)), len(parts) + 1)]
 
 
 # ---- what else was learned

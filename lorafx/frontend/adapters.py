@@ -300,8 +300,8 @@ def _lora(program: Program, adapter: Adapter, weight: float, changes: list[Branc
     config = adapter.config
     paths = [path for path, _ in program.source.model.named_modules(remove_duplicate=False) if path]
     # What answers to a name in a recipe is more than PEFT's modules: stacks by the name of their parameter.
-    paths += [module for _, module, kind in _uses(program) if kind == STACK]
-    targets = exact_targets([_module(change) for change in changes], paths)
+    stacks = {module for _, module, kind in _uses(program) if kind == STACK}
+    targets = exact_targets([_module(change) for change in changes], [*paths, *stacks], stacks)
     return Lora(
         targets=targets if isinstance(targets, str) else tuple(targets),
         rank=config.r,

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from ..models.roles import role_of
 from .derived_roles import Projection, derived_roles
+from .target import STACK
 from .tree import get_tensor, named_tensors
 
 aten = torch.ops.aten
@@ -56,9 +57,8 @@ WEIGHT_OPS: dict[Any, WeightOp] = {
     aten.conv3d.default: WeightOp("conv3d", 1, 2, 0),
 }
 
-#: The kind of a weight of three dimensions that one of these operators uses matrix by matrix. By name: transformers
-#: registers its own operator when its experts are first imported.
-STACK = "stack"
+#: The operators that use a stack matrix by matrix. By name: transformers registers its own operator when its experts
+#: are first imported.
 _STACK_OPS = frozenset(
     (
         *("transformers.grouped_mm_fallback.default", "aten._grouped_mm.default", "aten.bmm.default"),

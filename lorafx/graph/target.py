@@ -13,6 +13,9 @@ A spec is one string or a list of strings. Each item of it is one of
 A module that uses several weights, as ``nn.MultiheadAttention`` does, stands for all of them as a name; each has one of
 its own: ``attn`` (its fused projection, also ``attn.in_proj_weight``), ``attn.out_proj``.
 
+A stack of matrices, as of a mixture's experts, is taken by an item that says the name of the module it belongs to, too
+(``experts.down_proj``, ``*.experts.*``): the end of its path alone names modules, as in PEFT.
+
 ``name:``, ``glob:`` and ``re:`` in front remove all doubt. Without them, an item that starts with ``.*`` or
 holds any of ``\ ( ) | [ ] ^ $ +`` is a regular expression; else one with ``*``, ``?`` or ``{`` is a glob;
 else it is a name. Commas outside brackets separate items within a string: ``"query,value"``. A regular
@@ -33,9 +36,11 @@ from ..errors import UsageError, did_you_mean
 from ..models.roles import ROLES, role_of
 from .blocks import Blocks
 
-__all__ = ["ROLES", "Candidate", "Item", "Selector", "Target", "nearest", "role_of"]
+__all__ = ["ROLES", "STACK", "Candidate", "Item", "Selector", "Target", "role_of"]
 
 ALL_LINEAR = "all-linear"
+#: The kind of a weight of three dimensions that is used matrix by matrix.
+STACK = "stack"
 _LINEAR_KINDS = ("linear", "addmm")
 _PREFIXES = {"re": "regex", "glob": "glob", "name": "name", "role": "role"}
 _PREFIX = re.compile(r"([A-Za-z]+):")
@@ -101,14 +106,26 @@ class Item:
         if self.pattern is None:
             return self.body in _endings(candidate)
         subject = candidate.role if self.kind == "role" else candidate.module
-        return self.pattern.fullmatch(subject) is not None
+        if self.pattern.fullmatch(subject) is None:
+            return False
+        other = elsewhere(candidate)
+        return other is None or self.pattern.fullmatch(other) is None
+
+
+def elsewhere(candidate: Candidate) -> str | None:
+    """The path that a stack would have in a module of another name: what names that, too, does not name the stack."""
+    parts = candidate.module.split(".")
+    if candidate.kind != STACK or len(parts) < 2:
+        return None
+    return ".".join([*parts[:-2], "\N{WHITE SQUARE}", parts[-1]])
 
 
 def _endings(candidate: Candidate) -> set[str]:
-    """The names that are a candidate's: the dotted endings of its path."""
+    """The names that are a candidate's: the dotted endings of its path; of a stack those with its module's name."""
     # A module that uses several weights stands for all of them, and each has a name of its own.
     paths = [path.split(".") for path in (candidate.module, *getattr(candidate, "names", ()))]
-    return {".".join(parts[start:]) for parts in paths for start in range(len(parts))}
+    alone = candidate.kind == STACK
+    return {".".join(parts[start:]) for parts in paths for start in range(max(1, len(parts) - alone))}
 
 
 @dataclass(frozen=True)
@@ -172,6 +189,8 @@ class Target:
             if candidate.kind not in _LINEAR_KINDS:
                 return f"{candidate.kind} is not a linear layer"
             return f"{ALL_LINEAR!r} leaves out the output layer"
+        if candidate.kind == STACK:
+            return f"a stack, taken where {'.'.join(candidate.module.split('.')[-2:])} is named"
         return "not named by targets"
 
 
@@ -201,46 +220,6 @@ class Selector:
     def hits(self, candidates: Iterable[Candidate]) -> dict[str, int]:
         """How many candidates each item of ``targets`` names, before ``exclude`` and ``blocks``."""
         return self.targets.hits(candidates)
-
-
-def nearest(spec_item: str, candidates: Iterable[Candidate]) -> str:
-    """For an item that :meth:`Selector.hits` counts 0: what may have been meant, to append to a message."""
-    item = Target.parse(spec_item).items[0]
-    found = list(candidates)
-    paths = list(dict.fromkeys(candidate.module for candidate in found))
-    if not found or item.kind == ALL_LINEAR:
-        return ""
-    if item.kind == "role":
-        return f" (roles here: {', '.join(sorted({candidate.role for candidate in found}))})"
-    ends = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
-    names = ", ".join(ends[:6]) + (", …" if len(ends) > 6 else "")
-    return _wider(item, paths) or _misspelt(item, paths) or f" (names here: {names})"
-
-
-def _wider(item: Item, paths: list[str]) -> str:
-    """The usual slip: the item fits a part of a path where it has to fit all of it (a name: its end)."""
-    if item.kind == "regex":
-        inside = item.pattern is not None and any(item.pattern.search(path) for path in paths)
-        return " (it must match the whole path: begin and end it with '.*')" if inside else ""
-    glob = item.body if item.kind == "glob" else re.sub(r"[*?{},]", "?", item.body)
-    for wider in (f"*.{glob}", f"{glob}.*", f"*.{glob}.*"):
-        pattern = re.compile(_glob_regex(_Source(wider, 0, wider)))
-        if any(pattern.fullmatch(path) for path in paths):
-            return f" (did you mean {wider!r}?)"
-    return ""
-
-
-def _misspelt(item: Item, paths: list[str]) -> str:
-    """The closest suffix for a name; else the closest component for the first word that no path has."""
-    if item.kind == "name":
-        length = item.body.count(".") + 1
-        suffixes = dict.fromkeys(".".join(path.split(".")[-length:]) for path in paths)
-        close = did_you_mean(item.body, [*suffixes, ALL_LINEAR])
-        if close:
-            return close
-    words = re.findall(r"[A-Za-z_]\w*", re.sub(r"\\.", ".", item.body))
-    known = dict.fromkeys(part for path in paths for part in path.split("."))
-    return next((close for word in words if word not in known and (close := did_you_mean(word, known))), "")
 
 
 @lru_cache

@@ -25,7 +25,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lorafx.errors import UsageError
 from lorafx.graph.blocks import Blocks
-from lorafx.graph.target import Candidate, Item, Selector, Target, nearest, role_of
+from lorafx.graph.nearest import nearest
+from lorafx.graph.target import Candidate, Item, Selector, Target, role_of
 from lorafx.models.roles import ROLES
 
 

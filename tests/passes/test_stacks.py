@@ -193,20 +193,35 @@ def test_onnx(model: str, tmp_path: Path) -> None:
 # ---- where it does not stand
 
 
-@pytest.mark.parametrize("targets", ["all-linear", "role:attn.*"])
-def test_stacks_are_taken_by_name_only(targets: str) -> None:
-    program = lorafx.rewrite(zoo.captured("mixtral"), [Lora(targets=targets)])
+@pytest.mark.parametrize(
+    "targets", ["all-linear", "role:attn.*", "q_proj", r".*\.(q_proj|down_proj)", "*_proj", "*.layers.*"]
+)
+def test_stacks_are_taken_by_name_only(targets: Any) -> None:
+    """And by the name of their module: PEFT's ``target_modules`` means modules that end so, never parameters."""
+    program = lorafx.rewrite(zoo.captured("mixtral"), [Lora(targets=targets, rank=2)])
     missed = {miss.site.module: miss.reason for miss in program.history[-1].missed}
     for name in ("layers.0.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"):
-        assert missed[f"model.{name}"] in ("stack is not a linear layer", "not named by targets")
+        stack = f"a stack, taken where {name.partition('mlp.')[2]} is named"
+        assert missed[f"model.{name}"] in ("stack is not a linear layer", stack)
+
+
+def test_the_end_of_a_stack_s_path_alone_names_no_module() -> None:
+    with pytest.raises(NoSitesError, match=r"'down_proj' matched 0 of .* the stacks experts\.down_proj\?"):
+        lorafx.rewrite(zoo.captured("mixtral"), [Lora(targets="down_proj,q_proj")])
+
+
+@pytest.mark.parametrize("targets", ["experts.down_proj", r".*\.experts\.down_proj", "*.experts.down*", "*.experts.*"])
+def test_a_stack_is_named_with_its_module(targets: str) -> None:
+    program = lorafx.rewrite(zoo.captured("mixtral"), [Lora(targets=targets)])
+    assert "model.layers.0.mlp.experts.down_proj" in {entry.module for entry in program.history[-1].inserted}
 
 
 @pytest.mark.parametrize(
     ("step", "reason"),
     [
-        (TiedLora(targets="gate_up_proj"), "tied-lora shares A and B between one matrix a block"),
-        (Finegates(targets="gate_up_proj"), "finegates gates the rows and columns of one matrix"),
-        (Prilora(targets="gate_up_proj"), "prunes A by the norms of inputs, .* fraction = 0"),
+        (TiedLora(targets="experts.gate_up_proj"), "tied-lora shares A and B between one matrix a block"),
+        (Finegates(targets="experts.gate_up_proj"), "finegates gates the rows and columns of one matrix"),
+        (Prilora(targets="experts.gate_up_proj"), "prunes A by the norms of inputs, .* fraction = 0"),
     ],
     ids=["tied-lora", "finegates", "prilora"],
 )
@@ -217,9 +232,9 @@ def test_methods_of_one_matrix_say_so(step: Method, reason: str) -> None:
 
 def test_there_is_no_input_to_drop() -> None:
     with pytest.raises(UsageError, match=r"dropout = 0\.1 at model\.layers\.0\.mlp\.experts\.gate_up_proj, a stack"):
-        lorafx.rewrite(zoo.captured("mixtral"), [Lora(targets="gate_up_proj", dropout=0.1)])
+        lorafx.rewrite(zoo.captured("mixtral"), [Lora(targets="experts.gate_up_proj", dropout=0.1)])
     with pytest.raises(UsageError, match=r"rank 33 at .*gate_up_proj, whose weight allows 1 to 32"):
-        lorafx.rewrite(zoo.captured("mixtral"), [Lora(targets="gate_up_proj", rank=33)])
+        lorafx.rewrite(zoo.captured("mixtral"), [Lora(targets="experts.gate_up_proj", rank=33)])
 
 
 def test_what_holds_linear_weights_only_says_so(tmp_path: Path) -> None:
@@ -228,10 +243,10 @@ def test_what_holds_linear_weights_only_says_so(tmp_path: Path) -> None:
         add_slots(
             ir.Model(ir.Graph([], [], nodes=[]), ir_version=10),
             zoo.captured("mixtral"),
-            "gate_up_proj",
+            "experts.gate_up_proj",
             shared_names=False,
         )
-    steps = [Lora(targets="down_proj", rank=2), Salora(targets="q_proj", rank=2)]
+    steps = [Lora(targets="experts.down_proj", rank=2), Salora(targets="q_proj", rank=2)]
     with pytest.raises(UsageError, match=r"down_proj_lora_A\.weight belongs to no low-rank update of a linear weight"):
         lorafx.export(lorafx.rewrite(zoo.captured("mixtral"), steps), tmp_path / "out", format="peft")
 
@@ -242,9 +257,9 @@ def test_what_holds_linear_weights_only_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "step",
     [
-        Prilora(targets="gate_up_proj,down_proj,q_proj", rank_first=2, rank_last=5, fraction=0.0),
-        Salora(targets="gate_up_proj,down_proj,q_proj", rank=4),
-        RoseLora(targets="gate_up_proj,down_proj,q_proj", rank=3, density=0.25, start=2.0, end=4.0),
+        Prilora(targets="experts.gate_up_proj,experts.down_proj,q_proj", rank_first=2, rank_last=5, fraction=0.0),
+        Salora(targets="experts.gate_up_proj,experts.down_proj,q_proj", rank=4),
+        RoseLora(targets="experts.gate_up_proj,experts.down_proj,q_proj", rank=3, density=0.25, start=2.0, end=4.0),
     ],
     ids=["prilora", "salora", "rose-lora"],
 )
@@ -283,7 +298,7 @@ def test_each_matrix_is_one(step: Method) -> None:
 
 def test_orthogonality_is_that_of_each_matrix() -> None:
     torch.manual_seed(3)
-    step = Salora(targets="down_proj", rank=3, orthogonality=1.0)
+    step = Salora(targets="experts.down_proj", rank=3, orthogonality=1.0)
     program = zoo.randomised(lorafx.rewrite(zoo.captured("mixtral"), [step]))
     model = program.module()
     expected = []
