@@ -16,9 +16,12 @@ def _settle() -> None:
     """Set what torch and transformers read from the environment on import, in subprocesses too."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # a test never asks a model hub for anything
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # forking after a parallel tokenisation warns
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
+    workers = os.environ.get("PYTEST_XDIST_WORKER_COUNT")
+    if workers is not None:  # more threads than cores wait for each other, and take twice the time
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        wanted = os.environ.get("OMP_NUM_THREADS", "")
+        most = max(1, cores // int(workers))
+        os.environ["OMP_NUM_THREADS"] = str(min(most, int(wanted) if wanted.isdigit() else most))
 
 
 _settle()

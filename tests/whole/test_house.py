@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import networkx as nx
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = "lorafx"
@@ -108,3 +110,10 @@ def test_folders_say_what_they_are_and_hold_nothing_else() -> None:
             body = ast.parse(file.read_text(encoding="utf-8")).body
             assert len(body) == 1, f"{name}: more than a docstring"
             assert ast.get_docstring(ast.Module(body, []))
+
+
+def test_workers_share_the_cores() -> None:
+    """More threads than cores wait for each other: the whole suite took far longer so."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    assert torch.get_num_threads() * workers <= max(cores, workers)
