@@ -119,25 +119,31 @@ def _cut(value: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _moved(program: Program, graph: nn.Module) -> str:
-    """The first buffer that evaluating the graph twice leaves with other values than evaluating it once, if any."""
+    """The first buffer that evaluating the graph changes, if it answers the same question otherwise after that.
+
+    What is only counted, or written the same each time, changes no answer.
+    """
     names = {str(node.target) for node in written(program.graph) if node.op == "get_attr"}
     watched = {name: value for name, value in graph.named_buffers() if name in names}
     if not watched:
         return ""
-    first = {name: value.clone() for name, value in watched.items()}
+    before = {name: value.clone() for name, value in watched.items()}
     try:
-        once = [_after(graph, program.example, watched) for _ in range(2)]
+        first, second = (_answer(graph, program.example) for _ in range(2))
+        changed = [name for name, value in watched.items() if not torch.equal(value, before[name])]
     finally:
         for name, value in watched.items():
-            value.copy_(first[name])
-    return next((name for name in watched if not torch.equal(once[0][name], once[1][name])), "")
+            value.copy_(before[name])
+    alike = all(not isinstance(a, Tensor) or torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    return "" if alike or not changed else changed[0]
 
 
-def _after(graph: nn.Module, inputs: Mapping[str, Any], watched: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _answer(graph: nn.Module, inputs: Mapping[str, Any]) -> list[Any]:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        graph(**inputs)
-    return {name: value.clone() for name, value in watched.items()}
+        # A result may be the very buffer that is written next.
+        given = pytree.tree_leaves(graph(**inputs))
+        return [value.clone() if isinstance(value, Tensor) else value for value in given]
 
 
 def _differ(model: nn.Module, graph: nn.Module, inputs: Mapping[str, Any]) -> bool | None:

@@ -118,8 +118,8 @@ def _random_state() -> Callable[[], None]:
 
 @contextmanager
 def unwritten(model: nn.Module) -> Iterator[None]:
-    """Undo what running ``model`` writes into its parameters (``nn.Embedding(max_norm=…)`` does); none is copied that
-    is not written."""
+    """Undo what running ``model`` writes into its parameters (``nn.Embedding(max_norm=…)`` does) and buffers; none is
+    copied that is not written."""
     writes = _Writes(model)
     try:
         with writes:
@@ -131,11 +131,12 @@ def unwritten(model: nn.Module) -> Iterator[None]:
 
 
 class _Writes(TorchDispatchMode):
-    """Copies a parameter before the first operator that writes into its storage."""
+    """Copies a tensor of a model before the first operator that writes into its storage."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.watched = {_storage(value): value for value in model.parameters() if not value.is_meta}
+        held = [*model.parameters(), *model.buffers()]
+        self.watched = {_storage(value): value for value in held if not value.is_meta}
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

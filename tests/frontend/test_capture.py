@@ -501,3 +501,25 @@ def test_a_buffer_that_is_written_the_same_each_time_is_captured():
     program = lorafx.capture(model, inputs={"x": x})
     for kept in (program, lorafx.fold(program)):
         assert torch.equal(kept.module().eval()(x=x), model.eval()(x))
+
+
+class CallCounting(nn.Module):
+    """Counts its calls, and answers the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        calls: Any = self.calls
+        calls.add_(1)
+        return self.layer(x)
+
+
+def test_what_is_only_counted_is_captured_as_it_was():
+    model, x = CallCounting(), torch.randn(2, 4)
+    program = lorafx.capture(model, inputs={"x": x})
+    assert not model.calls.any()  # type: ignore[operator, union-attr]
+    assert not program.tensor("calls").any()
+    assert torch.equal(lorafx.fold(program).module().eval()(x=x), model.eval()(x))
