@@ -47,6 +47,7 @@ LONGEST = (
     "whole/test_matrix.py",
     "backends/test_decoder.py",
     "training/test_training.py",
+    "training/test_duties.py",
     "passes/test_laws.py",
     "whole/test_kill.py",
     "editing/test_editing.py",
