@@ -46,9 +46,7 @@ class Finegates(Method):
     """
 
     promise: ClassVar[Promise] = Promise.EXACT
-    unhandled: ClassVar[dict[str, str]] = {
-        "stack": "finegates gates the rows and columns of one matrix, not of a stack"
-    }
+    unhandled: ClassVar[dict[str, str]] = {"stack": "finegates gates the rows and columns of one matrix, no stack's"}
 
     couple: bool = option(True, "one gate for what can only be removed together")
     mode: Literal["achieved", "target", "penalty"] = option("achieved", "what drives gates to close")
