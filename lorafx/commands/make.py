@@ -165,9 +165,10 @@ def fold(run: Path, out: Path, double: bool, overwrite: bool, **o: Any) -> None:
         observers = [VerifyEach(double=True)] if double and checked else []
         removal = removal_of("cpu", **widths(o))
         folded = merge(program, observers, removal=removal, gather="never", check=checked, stream=stream)
-        result = write(folded, out, folded_format(folded), check=check, overwrite=overwrite)
+        kind = folded_format(folded)
+        result = write(folded, out, kind, check=check, overwrite=overwrite)
     report = folded.report.plus(parity=parity_record(result, unproven(checked)), output=str(out))
-    tell(report, o, _opened_by(out, folded_format(folded)), out)
+    tell(report, o, _opened_by(out, kind), out)
 
 
 @click.command()
@@ -179,8 +180,9 @@ def fold(run: Path, out: Path, double: bool, overwrite: bool, **o: Any) -> None:
     type=click.Choice(_FORMATS),
     default="onnx",
     show_default=True,
-    help="onnx: for ONNX Runtime; hf: an ordinary transformers checkpoint; pt2: torch.export's; peft: a LoRA adapter "
-    "for PEFT; onnx-adapter: a file that a base with slots takes at run time (--slots).",
+    help="onnx: for ONNX Runtime; hf: an ordinary transformers checkpoint; layered: one whose layers have other widths "
+    "each, for lorafx; pt2: torch.export's; peft: a LoRA adapter for PEFT; onnx-adapter: a file that a base with slots "
+    "takes at run time (--slots).",
 )
 @provider_option
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Convert to this dtype.")
