@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import CaptureError
+from ..errors import CaptureError, first_line
 from ..graph.domain import Domain, leaves_of
 from ..graph.effects import written
 from ..models.eager import answers, outcome, same
@@ -33,7 +33,7 @@ def judged(program: Program) -> Program:
 
     Raises:
         CaptureError: they differ on the example, or at sizes that the trace says it is right for; or what they compute
-            changes from one evaluation to the next
+            changes from one evaluation to the next; or the model was traced and does not run
     """
     domain, model = program.signature.domain, program.source.model
     graph = build_module(unjudged(program)).eval()
@@ -41,7 +41,10 @@ def judged(program: Program) -> Program:
     with intact(model):
         model.eval()
         for sizes in _larger(domain, usual):
-            if _differ(model, graph, _resized(program.example, domain, sizes)):
+            differ = _differ(model, graph, _resized(program.example, domain, sizes))
+            if differ is None and sizes == usual:
+                raise _does_not_run(program)
+            if differ:
                 raise CaptureError(
                     f"{program.name} computes something else as a graph{_at(domain, sizes)}; its code may read sizes "
                     "or values in a way a graph cannot follow: try dynamic=False, or example inputs of your own"
@@ -56,6 +59,19 @@ def judged(program: Program) -> Program:
             domain, usual, lambda sizes: _differ(model, graph, _resized(program.example, domain, sizes)) is False
         )
     return _with_domain(program, domain.lowered(**lows))
+
+
+def _does_not_run(program: Program) -> CaptureError:
+    """What to say of a model that does not take its own example: a comparison with it would say nothing."""
+    why = "it runs now and then"
+    try:
+        answers(program.source.model, program.example)
+    except Exception as error:  # whatever a model raises
+        why = first_line(error)
+    return CaptureError(
+        f"{program.name} was traced, but does not run on its example inputs, so the graph has nothing to be compared "
+        f"with: {why}; give inputs that it takes (check=False compares nothing)"
+    )
 
 
 def _lows(domain: Domain, usual: dict[str, int], agree: Callable[[dict[str, int]], bool]) -> dict[str, int]:

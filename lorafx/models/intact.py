@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -128,19 +129,27 @@ def unwritten(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for value, before in writes.before.values():
                 value.copy_(before)
+        if writes.compiled:  # what was compiled under a mode fails without it, in the caller's hands
+            torch._dynamo.reset()
 
 
 class _Writes(TorchDispatchMode):
     """Copies a tensor of a model before the first operator that writes into its storage."""
+
+    #: Else an operator over functions (a branch that a model leaves to ``torch.cond``) does not run under this mode.
+    supports_higher_order_operators = True
 
     def __init__(self, model: nn.Module):
         super().__init__()
         held = [*model.parameters(), *model.buffers()]
         self.watched = {_storage(value): value for value in held if not value.is_meta}
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        self.compiled = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.is_mutable:
+        if isinstance(func, HigherOrderOperator):
+            self.compiled = True  # their functions are compiled, and write into nothing
+        elif func._schema.is_mutable:
             given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
             given.update(kwargs or {})
             for argument in func._schema.arguments:

@@ -165,3 +165,45 @@ def test_what_is_written_over_keeps_its_dtype(write: Callable[[Tensor], Tensor])
     program = lorafx.capture(model, inputs={"x": torch.randn(2, 4)})
     assert not any("_." in str(node.target) for node in program.graph.nodes if node.op == "call_function")
     assert torch.equal(program.module().eval()(x=x), model(x))
+
+
+class Branching(nn.Module):
+    """Leaves a branch on values to the graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, self.first, self.second, (x,))
+
+
+def test_a_model_with_operators_over_functions_is_judged_and_still_runs():
+    model = Branching().double().eval()
+    x = torch.rand(2, 4, dtype=torch.float64)
+    want = model(x), model(-x)
+    program = lorafx.capture(model, inputs={"x": x})
+    assert all(torch.equal(model(given), value) for given, value in zip((x, -x), want, strict=True))
+    graph = program.module().eval()
+    for given, value in zip((x, -x), want, strict=True):
+        torch.testing.assert_close(graph(x=given), value)
+
+
+class Traced(nn.Module):
+    """Takes nothing but a tracer."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            raise RuntimeError("not here")
+        return self.linear(x)
+
+
+def test_a_model_that_does_not_run_on_its_example_is_refused():
+    with pytest.raises(CaptureError, match=r"does not run on its example inputs.*: not here; give inputs"):
+        lorafx.capture(Traced(), inputs={"x": torch.rand(2, 4)})
+    unchecked = lorafx.capture(Traced(), inputs={"x": torch.rand(2, 4)}, check=False)
+    assert unchecked.module().eval()(x=torch.rand(2, 4)).shape == (2, 3)
