@@ -104,12 +104,17 @@ def _seed(seed: int) -> None:
 @click.option("--eval", "eval_data", type=click.Path(path_type=Path), help="Evaluation table.")
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Write the trained run here (default: into RUN).")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of an interrupted training.")
+@click.option(
+    "--teacher",
+    type=click.Path(path_type=Path),
+    help="A run or checkpoint that --distill and --distill-hidden learn from (default: RUN as it is).",
+)
 @train_flags
 @opening_options
 @overwrite_option
 @details_option
 @as_json_option
-def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, resume: bool, **o: Any) -> None:
+def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, **o: Any) -> None:
     """Train the run folder RUN on a table, with HF Trainer."""
     from ..files.folder import check_free
     from ..formats.run import save_run
@@ -122,8 +127,10 @@ def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, resum
     check_free(target, overwrite)  # before hours of training, not after
     with quiet():
         program = load(run, **opening(o))
+        teacher = o["teacher"] and open_program(o["teacher"], task=program.source.task, **{**opening(o), "base": None})
         with training_folder(Path(f"{target}.checkpoints"), {}) as checkpoints:
-            result = fit(program, data, eval_data=eval_data, output_dir=checkpoints, resume=resume, **options)
+            told = {"eval_data": eval_data, "output_dir": checkpoints, "resume": o["resume"], "teacher": teacher}
+            result = fit(program, data, **told, **options)
             if not result.is_main:
                 return
             save_run(program, target, overwrite, train=options)

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from ..models.tasks import output_layer
 from .domain import Domain
 from .site import Site, find_sites
-from .tree import copy_tree, get_tensor, named_tensors
+from .tree import copy_tree, get_tensor, has_tensor, named_tensors, tensor_hash
 
 if TYPE_CHECKING:
     from .selection import Miss
@@ -219,6 +219,11 @@ class Program:
                 seen.add(id(value))
                 result[name] = value.detach()
         return result
+
+    def untrained(self) -> list[str]:
+        """Names of the tensors that are as they were drawn at random: no file holds them, and nothing trained them."""
+        drawn = {name: digest for name, digest in self.source.drawn.items() if has_tensor(self.root, name)}
+        return sorted(name for name, digest in drawn.items() if tensor_hash(self.tensor(name)) == digest)
 
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Copy ``values`` into the tensors of those names. KeyError: an unknown name; ValueError: a wrong shape."""

@@ -64,22 +64,31 @@ class CompiledGraph:
         *,
         checkpoint: bool = False,
         units: Mapping[str, Callable[..., Any]] | None = None,
+        states: dict[str, Any] | None = None,
     ) -> tuple[Any, ...]:
-        """The flat outputs. ``units`` run the segments of some blocks: ``units[block](function, *values taken)``."""
+        """The flat outputs. ``units`` run the segments of some blocks: ``units[block](function, *values taken)``;
+        ``states`` gets what the blocks of :attr:`streams` hand on."""
         device = next((value.device for value in inputs if isinstance(value, Tensor)), None)
         if device is not None and self.device not in (None, device):
-            return self.on(device)(module, inputs, checkpoint=checkpoint, units=units)
-        if checkpoint or units:
-            return self.by_segment(inputs, partial(_run, module, units or {}, checkpoint))
+            return self.on(device)(module, inputs, checkpoint=checkpoint, units=units, states=states)
+        if checkpoint or units or states is not None:
+            return self.by_segment(inputs, partial(_run, module, units or {}, checkpoint), states)
         return self.whole(module, *inputs)
 
-    def by_segment(self, inputs: list[Any], run: Callable[[Segment, list[Any]], tuple[Any, ...]]) -> tuple[Any, ...]:
+    def by_segment(
+        self,
+        inputs: list[Any],
+        run: Callable[[Segment, list[Any]], tuple[Any, ...]],
+        states: dict[str, Any] | None = None,
+    ) -> tuple[Any, ...]:
         """The flat outputs, one segment after another: ``run`` computes what one gives of the values it takes."""
         names = [node.name for node in self.graph.find_nodes(op="placeholder")]
         values: dict[str, Any] = dict(zip(names, inputs, strict=True))
         for segment in self.segments:
             given = run(segment, [values[name] for name in segment.takes])
             values.update(zip(segment.gives, given, strict=True))
+        if states is not None:
+            states.update({block: values[name] for block, name in self.streams.items()})
         (result,) = self.graph.output_node().args
         assert isinstance(result, tuple | list)  # a program gives a flat row of values (Program.signature)
         return tuple(values[value.name] if isinstance(value, fx.Node) else value for value in result)
@@ -103,6 +112,18 @@ class CompiledGraph:
             else:
                 runs.append((block, [node]))
         return [_segment(block, nodes) for block, nodes in runs]
+
+    @cached_property
+    def streams(self) -> dict[str, str]:
+        """The hidden states that each block hands on to others, (rows, tokens, channels), by the block's path: the last
+        such value that it computes, as the node's name."""
+        hidden = {node.name for node in self.graph.nodes if _is_hidden(node.meta.get("val"))}
+        given = [(segment.block, name) for segment in self.segments for name in segment.gives if name in hidden]
+        return {block: name for block, name in given if block}
+
+
+def _is_hidden(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 3 and value.is_floating_point()
 
 
 def _devices(node: fx.Node) -> list[torch.device]:

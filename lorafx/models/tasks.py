@@ -31,8 +31,12 @@ def loss_function(model: nn.Module) -> Callable[..., Tensor] | None:
 
 def count_targets(model: nn.Module, labels: Tensor) -> Tensor:
     """How many of ``labels`` the loss of ``model`` is over, counted as HF Trainer counts a batch."""
-    shifted = loss_type(model) == "ForCausalLM" and not getattr(model.config, "is_encoder_decoder", False)
-    return (labels[..., 1:] if shifted else labels).ne(-100).sum()
+    return (labels[..., 1:] if is_shifted(model) else labels).ne(-100).sum()
+
+
+def is_shifted(model: nn.Module) -> bool:
+    """Whether an output of ``model`` stands for the label after it, as a causal language model's does."""
+    return loss_type(model) == "ForCausalLM" and not getattr(model.config, "is_encoder_decoder", False)
 
 
 def output_layer(model: nn.Module) -> nn.Module | None:

@@ -13,7 +13,6 @@ from ..deferred.programs import resident
 from ..errors import UsageError
 from ..graph.evaluation import evaluation_form
 from ..graph.rounding import SAMPLES, jittered
-from ..graph.tree import has_tensor, tensor_hash
 from ..parity.answers import Answers, example_batches
 from ..parity.comparison import Comparison
 from ..public import Program
@@ -39,8 +38,7 @@ def reference_of(program: Program) -> Program:
 
 def refuse_untrained(program: Program) -> None:
     """UsageError for a program that computes what its base computes with values no file holds and no training gave."""
-    drawn = {name: digest for name, digest in program.source.drawn.items() if has_tensor(program.root, name)}
-    random = sorted(name for name, digest in drawn.items() if tensor_hash(program.tensor(name)) == digest)
+    random = program.untrained()
     base = program.captured
     if not random or base is None:
         return

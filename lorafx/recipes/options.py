@@ -45,6 +45,11 @@ class TrainOptions(Options):
     warmup: float = option(0.0, "share of the steps spent warming up", least=0, below=1)
     weight_decay: float = option(0.0, "AdamW weight decay", least=0)
     max_grad_norm: float = option(1.0, "gradient clipping", least=0)
+    distill: float = option(
+        0.0, "share of the loss learned from a teacher's answers, not from labels", least=0, most=1, group="Teacher"
+    )
+    distill_temperature: float = option(2.0, "what logits are divided by before they are compared", above=0)
+    distill_hidden: float = option(0.0, "weight of the distance from the teacher's hidden states, by block", least=0)
     text: str = option("text", "column of the text", group="Data")
     text_pair: str | None = option(None, "column of a second text")
     label: str | None = option(

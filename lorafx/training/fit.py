@@ -88,6 +88,7 @@ def train(
     eval_data: Any = None,
     tokenizer: Any = None,
     collator: Any = None,
+    teacher: Program | None = None,
     output_dir: str | PathLike[str] | None = None,
     resume: bool | str | PathLike[str] = False,
     callbacks: Sequence[TrainerCallback] = (),
@@ -105,6 +106,8 @@ def train(
         eval_data: the same, evaluated before the first step and after every epoch
         tokenizer: read from the checkpoint folder when None
         collator: makes batches of a dataset of model inputs; without, a tokenizer pads them, labels of tokens with -100
+        teacher: whose answers and hidden states are learned, if the options ``distill`` and ``distill_hidden`` ask for
+            it; by default the program as it is before this training
         output_dir: where resumable checkpoints go, one more when training is interrupted; a temporary folder when None
         resume: True to go on from the last checkpoint in ``output_dir``, or the folder of one
         callbacks: transformers callbacks
@@ -117,6 +120,7 @@ def train(
     """
     settings = parse_options(TrainOptions, options, "training options")
     _check(program, settings, eval_data, output_dir, resume)
+    teacher = _teacher(program, settings, teacher)
     tokenizer = _tokenizer_of(program) if tokenizer is None else tokenizer
     if settings.samples and tokenizer is None:
         raise UsageError(
@@ -132,6 +136,9 @@ def train(
         arguments = training_arguments(settings, folder, held_out is not None, metric, progress)
         arguments.eval_on_start = arguments.eval_on_start and checkpoint is None
         trainer = _trainer(program, arguments, rows, held_out, metric, settings, callbacks)
+        if teacher is not None:
+            how = (settings.distill, settings.distill_temperature, settings.distill_hidden)
+            rewritten_model(trainer.model).learn_from(teacher, *how)
         with nullcontext() if output_dir is None else saving_at_interrupt(trainer):
             result = _run(program, trainer, checkpoint)
         samples: list[dict[str, str]] = []
@@ -159,6 +166,23 @@ def _check(program: Program, settings: TrainOptions, eval_data: Any, output_dir:
         raise UsageError("resume needs output_dir, the folder of the checkpoints")
     if output_dir is None and _saves(settings) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("several processes share their checkpoints; give output_dir")
+
+
+def _teacher(program: Program, settings: TrainOptions, teacher: Program | None) -> Program | None:
+    """Whom the program learns from, if it does."""
+    if not (settings.distill or settings.distill_hidden):
+        if teacher is not None:
+            raise UsageError("a teacher teaches by distill or distill_hidden; give one of them, or no teacher")
+        return None
+    if teacher is not None:
+        return teacher
+    random = program.untrained()
+    if random and settings.distill:
+        raise UsageError(
+            f"{program.name}: {random[0]} was drawn at random and not trained, so the program has no answers to learn; "
+            "train it without distill first, or give a teacher"
+        )
+    return program.copy()
 
 
 def _saves(settings: TrainOptions) -> bool:

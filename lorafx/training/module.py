@@ -22,6 +22,7 @@ from ..graph.segments import CompiledGraph, compile_graph
 from ..graph.state import MethodState, method_state
 from ..graph.tree import copy_tree, get_tensor, own_when_trained
 from ..models.tasks import count_targets, loss_function, loss_type
+from .distilling import Teaching
 from .duties import Duties, watch
 from .sharding import Block, average, is_sharded, shard_again, units, whole, whole_tensors
 
@@ -52,6 +53,8 @@ class RewrittenModel(nn.Module):
     units: dict[str, Block] | None = None
     #: What a loop owes the methods, and what it has done since the last step.
     duties: Duties
+    #: What it learns beside the labels, and from whom; see :meth:`learn_from`.
+    teaching: Teaching | None = None
     #: What computes in training, and what in evaluation; a class of its own for each program holds them.
     _graphs: ClassVar[Mapping[bool, CompiledGraph]]
 
@@ -59,12 +62,22 @@ class RewrittenModel(nn.Module):
         """A model with tensors of its own, tied as here, and a program over them; graphs and eager model are shared."""
         twin = self.__new__(type(self))
         memo[id(self)] = twin
-        own = {k: v for k, v in self.__dict__.items() if k not in ("program", "duties")}
+        own = {k: v for k, v in self.__dict__.items() if k not in ("program", "duties", "teaching")}
         twin.__dict__.update(copy.deepcopy(own, memo))
         root = copy.deepcopy(self.program.root, memo)
         object.__setattr__(twin, "program", dataclasses.replace(self.program.copy(), root=root))
         twin.duties = watch(twin, [method for method, _ in twin._methods()])
+        twin.teaching = self.teaching
         return twin
+
+    def learn_from(self, teacher: Program, share: float = 0.5, temperature: float = 2.0, hidden: float = 0.0) -> None:
+        """Let the loss of a training forward with labels be learned from a teacher as well: see :class:`.Teaching`.
+
+        ``program.copy()``, taken before training, teaches what this program computes now. UsageError: other inputs,
+        outputs or blocks, or nothing to learn.
+        """
+        self.teaching = Teaching(build_module(teacher).eval(), share, temperature, hidden)
+        self.teaching.check(self)
 
     def train(self, mode: bool = True) -> RewrittenModel:
         """Choose the training graph (or the evaluation graph); what trains from now on changes this program alone."""
@@ -99,7 +112,12 @@ class RewrittenModel(nn.Module):
         """The Hugging Face config of the base model."""
         return self.program.config
 
-    def _run(self, inputs: dict[str, Any]) -> Any:
+    def graph_of(self, training: bool) -> CompiledGraph:
+        """What computes in training, or in evaluation."""
+        return self._graphs[training]
+
+    def run(self, inputs: dict[str, Any], states: dict[str, Any] | None = None) -> Any:
+        """The outputs without a loss; ``states`` gets the hidden states that the blocks hand on, by their paths."""
         if self.training and self.program.untrainable:
             raise UsageError(f"{self.program.untrainable}; call eval() first")
         leaves = flatten(self.program, inputs)
@@ -109,7 +127,7 @@ class RewrittenModel(nn.Module):
         if self.units is None and is_sharded(self):
             raise UsageError(f"{self.program.name} is sharded as a whole; fully_shard each of model.blocks() first")
         flat = self._graphs[self.training](
-            self, leaves, checkpoint=self.checkpointing and self.training, units=self.units
+            self, leaves, checkpoint=self.checkpointing and self.training, units=self.units, states=states
         )
         return pytree.tree_unflatten(flat, self.program.signature.out_spec)
 
@@ -199,9 +217,11 @@ class RewrittenModel(nn.Module):
         if penalty is None:
             return loss
         self.duties.carried = penalty.detach()
-        if items is None:
-            return loss + penalty
-        return loss + penalty * (count_targets(self.program.source.model, labels["labels"]) / items)
+        return loss + self._by_targets(penalty, labels, items)
+
+    def _by_targets(self, term: Tensor, labels: dict[str, Any], items: Any) -> Tensor:
+        """A term of the loss for a micro-batch that is a part of a step's ``items`` targets: its share by targets."""
+        return term if items is None else term * (count_targets(self.program.source.model, labels["labels"]) / items)
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -264,10 +284,17 @@ def _forward(self: RewrittenModel, *args: Any, **kwargs: Any) -> Any:
     items = inputs.pop("num_items_in_batch", None)
     targets = {name: inputs.pop(name) for name in _LABELS if name in inputs and name not in self.program.example}
     labels = {name: value for name, value in targets.items() if value is not None}
-    outputs = self._run(inputs)
+    taught = self.teaching if self.training else None
+    if taught is not None and not labels and torch.is_grad_enabled():
+        raise UsageError(f"{self.program.name} learns from a teacher in its own loss; give labels, or no teacher")
+    states: dict[str, Any] | None = {} if taught is not None and taught.hidden else None
+    outputs = self.run(inputs, states)
     if not labels:
         return outputs
     loss = self._loss(outputs, labels, items)
+    if taught is not None:
+        lesson = taught.loss(inputs, outputs, labels, states)
+        loss = (1 - taught.share) * loss + self._by_targets(lesson, labels, items)
     if self.training:
         loss = self._with_penalty(loss, labels, items)
     return type(outputs)(loss=loss, **outputs)
