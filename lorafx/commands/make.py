@@ -127,7 +127,7 @@ def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, **o: 
     check_free(target, overwrite)  # before hours of training, not after
     with quiet():
         program = load(run, **opening(o))
-        teacher = o["teacher"] and open_program(o["teacher"], task=program.source.task, **{**opening(o), "base": None})
+        teacher = o["teacher"] and open_program(o["teacher"], **{**opening(o), "base": None})
         with training_folder(Path(f"{target}.checkpoints"), {}) as checkpoints:
             told = {"eval_data": eval_data, "output_dir": checkpoints, "resume": o["resume"], "teacher": teacher}
             result = fit(program, data, **told, **options)
