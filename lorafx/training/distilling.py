@@ -8,19 +8,33 @@ al. 2022 (CoFi), arXiv 2204.00408, section 3.2; here block by block over one res
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import UsageError
 from ..models.tasks import is_shifted
 
 if TYPE_CHECKING:
-    from .module import RewrittenModel
+    from ..graph.program import Program
+    from ..graph.segments import CompiledGraph
+
+
+class Model(Protocol):
+    """What of a :class:`~lorafx.training.module.RewrittenModel` learning is about."""
+
+    program: Program
+
+    @property
+    def config(self) -> Any: ...
+    def run(self, inputs: dict[str, Any], states: dict[str, Any] | None = None) -> Any: ...
+    def graph_of(self, training: bool) -> CompiledGraph: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def to(self, device: torch.device, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -34,12 +48,12 @@ class Teaching:
         hidden: weight of the hidden states' mean squared difference, relative to the teacher's power
     """
 
-    teacher: RewrittenModel
+    teacher: Model
     share: float
     temperature: float = 2.0
     hidden: float = 0.0
 
-    def check(self, model: RewrittenModel) -> None:
+    def check(self, model: Model) -> None:
         """UsageError where ``model`` cannot learn from the teacher: other inputs, outputs or blocks, or nothing to."""
         ours, theirs = model.program, self.teacher.program
         if not (self.share or self.hidden):
@@ -118,7 +132,7 @@ class Teaching:
         return gap / max(len(given), 1) * self.temperature**2
 
 
-def _problem(teacher: RewrittenModel, given: Tensor, labels: Mapping[str, Tensor]) -> str:
+def _problem(teacher: Model, given: Tensor, labels: Mapping[str, Tensor]) -> str:
     """How transformers' loss of a classifier reads its logits; another model's are of classes or words."""
     config, target = teacher.config, labels.get("labels")
     if getattr(config, "problem_type", None):
