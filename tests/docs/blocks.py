@@ -1,0 +1,103 @@
+"""The fenced blocks of pages, and how each language of them is run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from click.testing import CliRunner
+
+from lorafx.cli import main
+from lorafx.recipes.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]
+#: Languages of a fence that say something a person would type or save.
+SHELLS = ("bash", "sh")
+RUNNABLE = ("python", "toml", *SHELLS)
+
+_FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^`\n]+)\n(?P<text>.*?)^(?P=indent)``` *$", re.DOTALL | re.MULTILINE)
+_EXCUSE = re.compile(r"no-run: *(?P<why>.+)")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block: where it stands, its language, the reason not to run it (if it has one), its text."""
+
+    page: str
+    line: int
+    language: str
+    excuse: str | None
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def pages() -> list[Path]:
+    """The README and every page of the documentation that people write."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks(page: Path) -> list[Block]:
+    """The blocks of a page that name a language which is run."""
+    return [block for block in _fenced(page) if block.language in RUNNABLE]
+
+
+def _fenced(page: Path) -> Iterator[Block]:
+    text = page.read_text(encoding="utf-8")
+    for found in _FENCE.finditer(text):
+        language, _, info = found["info"].strip().partition(" ")
+        excuse = _EXCUSE.search(info)
+        lines = [line.removeprefix(found["indent"]) for line in found["text"].splitlines()]
+        number = text.count("\n", 0, found.start()) + 1
+        name = page.relative_to(ROOT).as_posix()
+        yield Block(name, number, language, excuse["why"].strip() if excuse else None, "\n".join(lines) + "\n")
+
+
+def run(block: Block, names: dict[str, Any]) -> str:
+    """Run a block in the current folder, as a person would; what it printed. ``names`` are what Python blocks share.
+
+    A table of a recipe is read as one. AssertionError says which block failed, and what it said.
+    """
+    if block.language == "python":
+        # Padded, so that a traceback has the line of the page.
+        exec(compile("\n" * block.line + block.text, block.page, "exec"), names)
+        return ""
+    if block.language == "toml":
+        assert Recipe.parse(tomllib.loads(block.text)).passes, block
+        return ""
+    lines = commands(block.text)
+    if all(line[:1] == ["lorafx"] for line in lines):
+        return "".join(spoken(line[1:], str(block)) for line in lines)
+    return _in_shell(block)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of each command of a shell block: comments left out, continued lines joined."""
+    whole = text.replace("\\\n", " ").splitlines()
+    return [words for line in whole if (words := shlex.split(line, comments=True))]
+
+
+def spoken(words: list[str], where: str = "") -> str:
+    """What ``lorafx`` with these words prints, run in this process, which has its imports made."""
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, f"{where}: lorafx {shlex.join(words)}: {result.output}\n{result.exception!r}"
+    return result.stdout
+
+
+def _in_shell(block: Block) -> str:
+    """A block of other commands, with this environment's programs first."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    command = ["bash", "-euo", "pipefail", "-c", block.text]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, f"{block}: {done.stderr}"
+    return done.stdout

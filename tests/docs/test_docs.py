@@ -1,0 +1,105 @@
+"""Every block of code in the README and the documentation runs as it stands, on small models; the site builds strictly.
+
+What cannot run here says why in its fence, ```` ```bash no-run: needs a GPU ````, with one of the reasons below.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.docs.blocks import ROOT, SHELLS, blocks, commands, pages, run
+from tests.docs.given import Givens, given
+
+#: Why a block may not run in a test; nothing else is left out.
+EXCUSES = {
+    "installs packages",
+    "needs a GPU",
+    "needs a clone and minutes",
+    "needs node and its packages",
+    "needs onnxruntime-genai",
+    "opens a browser",
+}
+PAGES = [page for page in pages() if any(block.excuse is None for block in blocks(page))]
+#: Pages that other programs write have no code.
+WRITTEN = ("docs/families.md", "docs/peft.md")
+
+
+@pytest.fixture(scope="session")
+def givens(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, tiny_table: Path) -> Givens:
+    return Givens(tmp_path_factory.mktemp("given"), tiny_checkpoint, tiny_table)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.filterwarnings("default")  # the converter's own, and what a reader's script would see
+def test_every_block_of_a_page_runs(
+    page: Path, givens: Givens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    givens.put(given(page), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"__name__": "docs"}
+    for block in blocks(page):
+        if block.excuse is None:
+            run(block, names)
+
+
+def test_what_is_left_out_has_one_of_the_reasons() -> None:
+    for page in pages():
+        for block in blocks(page):
+            assert block.excuse is None or block.excuse in EXCUSES, f"{block}: {block.excuse!r} is no reason"
+
+
+def test_no_reason_is_left_over() -> None:
+    used = {block.excuse for page in pages() for block in blocks(page)}
+    assert used - {None} == EXCUSES
+
+
+def test_every_fence_names_what_it_is() -> None:
+    """A block that nobody runs is plain text, so that no command hides in it."""
+    plain = {"text", "json", "csv", "jsonl", "javascript"}
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        named = re.findall(r"^ *```([^`\n]*)$", text, re.MULTILINE)[::2]
+        kinds = {name.split(" ")[0] for name in named}
+        assert kinds <= {*plain, *SHELLS, "python", "toml"}, f"{page}: {kinds}"
+        for body in re.findall(r"^ *```text\n(.*?)```", text, re.DOTALL | re.MULTILINE):
+            assert not re.search(r"^(lorafx|pip|python) ", body, re.MULTILINE), f"{page}: {body}"
+
+
+def test_a_planted_block_that_fails_is_named(tmp_path: Path) -> None:
+    from tests.docs.blocks import Block
+
+    with pytest.raises(AssertionError, match=r"here\.md:7: lorafx fold nothing -o out"):
+        run(Block("here.md", 7, "bash", None, "lorafx fold nothing -o out\n"), {})
+    with pytest.raises(AssertionError, match=r"here\.md:8"):
+        run(Block("here.md", 8, "bash", None, "test -e nothing\n"), {})
+    with pytest.raises(NameError):
+        run(Block("here.md", 9, "python", None, "nothing\n"), {})
+
+
+def test_comments_and_continued_lines_of_a_shell_block() -> None:
+    text = "# first\nlorafx fold a \\\n  -o b   # then\n\nlorafx check b\n"
+    assert commands(text) == [["lorafx", "fold", "a", "-o", "b"], ["lorafx", "check", "b"]]
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    for page in pages()[1:]:
+        html = (tmp_path / "site" / page.relative_to(ROOT / "docs")).with_suffix(".html").read_text(encoding="utf-8")
+        asked = re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"?https?://[^\"> ]*", html)
+        assert not asked, f"{page}: asks another host for {asked}"
+        assert "arithmatex" not in html, f"{page}: a formula was left as text"
+        assert ":func:" not in html, f"{page}: a role of another markup was left as text"
+        assert ":class:" not in html, f"{page}: a role of another markup was left as text"
+        assert "no-run" not in html, f"{page}: what is for the tests is shown"
