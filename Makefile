@@ -11,7 +11,7 @@ STAMP   := .venv/.lorafx-installed
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick check format clean
+.PHONY: help install demo test quick check docs format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -38,6 +38,10 @@ check: $(STAMP) ## Lint (ruff) and type-check (pyright)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(STAMP) ## Build the documentation into build/site; a warning is an error
+	@$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
 
 format: $(STAMP) ## Apply ruff's fixes and formatting
 	@$(BIN)/ruff check --fix .

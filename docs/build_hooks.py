@@ -11,6 +11,7 @@ import inspect
 import re
 import typing
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -22,6 +23,7 @@ from lorafx.recipes.options import ModelOptions, TrainOptions
 from lorafx.recipes.recipe import type_name
 from lorafx.recipes.registry import known, options, pass_class
 
+_ROOT = Path(__file__).parents[1]
 #: Of a fence, what only the tests read: ```` ```bash no-run: needs a GPU ````.
 _EXCUSE = re.compile(r"^( *```\w+) no-run:.*$", re.MULTILINE)
 _ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):(<code>)[~.]?")
@@ -114,8 +116,20 @@ def _help(command: click.Command, name: str, above: click.Context) -> Iterator[s
 
 def _results() -> Iterator[str]:
     """The measurements, whose links lead from another folder."""
-    with open("benchmarks/RESULTS.md", encoding="utf-8") as stream:
-        yield stream.read().replace("](../docs/", "](../")
+    yield (_ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8").replace("](../docs/", "](../")
+
+
+def _order() -> Iterator[str]:
+    """The order of the folders, as contributors are told it."""
+    text = (_ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    yield from ("```text", text[text.index("## The order of the folders") :].split("```")[1].strip(), "```")
+
+
+def _folders() -> Iterator[str]:
+    """The README's table of folders."""
+    text = (_ROOT / "README.md").read_text(encoding="utf-8")
+    start = text.index("| folder |")
+    yield text[start : text.index("\n\n", start)]
 
 
 _MARKERS: dict[str, Callable[[], Iterator[str]]] = {
@@ -124,4 +138,6 @@ _MARKERS: dict[str, Callable[[], Iterator[str]]] = {
     "training options": _of(TrainOptions),
     "model options": _of(ModelOptions),
     "results": _results,
+    "order": _order,
+    "folders": _folders,
 }

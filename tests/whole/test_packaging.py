@@ -112,3 +112,27 @@ def test_exactly_one_onnx_runtime_in_every_environment(
     required = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
     named = [r.name for r in required if r.marker is None or r.marker.evaluate(environment)]
     assert [name for name in named if name.startswith("onnxruntime")] == [runtime]
+
+
+def test_the_list_for_cpus_is_what_is_required_with_the_other_onnx_runtime(
+    wheel: zipfile.ZipFile, metadata: Message
+) -> None:
+    """On a machine for which the GPU build is the default; elsewhere the two are the same."""
+    environment = {"platform_system": "Linux", "platform_machine": "x86_64", "extra": ""}
+    required = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
+    needed = {r.name: r.specifier for r in required if r.marker is None or r.marker.evaluate(environment)}
+    needed["onnxruntime"] = needed.pop("onnxruntime-gpu")
+    lines = wheel.read("lorafx/requirements-cpu.txt").decode().splitlines()
+    listed = [Requirement(line) for line in lines if not line.startswith("#")]
+    assert {r.name: r.specifier for r in listed} == needed
+    assert all(r.marker is None for r in listed)
+
+
+def test_importing_lorafx_to_find_the_list_needs_nothing_installed() -> None:
+    """``pip install --no-deps lorafx`` comes first, and then this asks for the list."""
+    line = "import lorafx; print(*lorafx.__path__)"
+    command = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {line}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert (Path(done.stdout.strip()) / "requirements-cpu.txt").is_file()
+    page = (ROOT / "docs" / "how-to" / "install.md").read_text(encoding="utf-8")
+    assert f"pip install -r \"$(python -c '{line}')/requirements-cpu.txt\"" in page

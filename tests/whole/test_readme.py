@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
@@ -15,12 +16,24 @@ from examples.assets import smollm2
 from lorafx.cli import main
 from lorafx.recipes.recipe import Recipe
 from tests import foreign
+from tests.docs.blocks import blocks as blocks_of
+from tests.docs.blocks import commands, spoken
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+PAGE = Path(__file__).parents[2] / "README.md"
+README = PAGE.read_text(encoding="utf-8")
+#: Why a block is a list of commands, of which each line is held to what the command takes.
+PARSED = "one line a command, each parsed"
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return [block.text for block in blocks_of(PAGE) if block.language == language]
+
+
+def test_every_block_is_run_here_or_is_a_list() -> None:
+    run = [block.language for block in blocks_of(PAGE) if block.excuse is None]
+    assert sorted(run) == ["python", "sh", "toml"], "a test below runs each of them"
+    (setup,) = (block for block in blocks_of(PAGE) if block.excuse not in (None, PARSED))
+    assert [words[:2] for words in commands(setup.text)] == [["make", "demo"], ["make", "test"]]
 
 
 @pytest.mark.slow
@@ -36,13 +49,11 @@ def test_the_first_example_runs_verbatim(
     assert capsys.readouterr().out.startswith("equal: ")
 
 
-def spoken(line: str) -> str:
+def said(line: str) -> str:
     """What a line of a shell block prints."""
     program, *arguments = shlex.split(line)
     assert program == "lorafx"
-    result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
+    return spoken(arguments, "README.md")
 
 
 @pytest.mark.slow
@@ -64,9 +75,9 @@ def test_an_adapter_of_peft_in_three_commands(tmp_path: Path, monkeypatch: pytes
     expected = adapted.generate(**tokens, max_new_tokens=64, do_sample=False)
     assert not torch.equal(plain, expected), "the adapter does something"
     wanted = tokenizer.decode(expected[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    printed = [spoken(line) for line in lines]
+    printed = [said(line) for line in lines]
     assert printed[1].strip() == wanted
-    assert spoken(lines[1].replace("merged", "decoder")).strip() == wanted
+    assert said(lines[1].replace("merged", "decoder")).strip() == wanted
 
 
 def test_the_recipe_parses() -> None:
@@ -76,16 +87,34 @@ def test_the_recipe_parses() -> None:
     assert [step.pass_name() for step in Recipe.parse(tomllib.loads(text)).passes] == ["lora"]
 
 
-def test_the_commands_exist() -> None:
-    commands = set(re.findall(r"^lorafx ([\w-]+)", "\n".join(blocks("sh")), re.MULTILINE))
-    assert commands >= {"rewrite", "train", "fold", "export", "verify", "bench", "inspect", "passes"}
-    for command in commands:
+def test_every_line_of_the_list_is_what_its_command_takes() -> None:
+    """Parsed as it is typed: commands, options and their values; nothing is run."""
+    (listed,) = (block for block in blocks_of(PAGE) if block.excuse == PARSED)
+    lines = commands(listed.text)
+    assert {words[1] for words in lines} >= {"rewrite", "train", "fold", "export", "verify", "bench", "inspect"}
+    for program, name, *arguments in lines:
+        assert program == "lorafx"
+        command = main.commands[name]
+        if isinstance(command, click.Group):
+            name, *arguments = arguments
+            command = command.commands[name]
+        taken = command.make_context(name, list(arguments))
+        assert not taken.args, f"{name}: {taken.args}"
+
+
+def test_a_planted_option_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(click.NoSuchOption):
+        main.commands["fold"].make_context("fold", ["run", "--never", "-o", "folded"])
+
+
+def test_every_command_has_help() -> None:
+    for command in main.commands:
         assert CliRunner().invoke(main, [command, "--help"]).exit_code == 0
 
 
 def test_the_folder_table_names_every_folder() -> None:
     root = Path(__file__).parents[2]
-    table = README[README.index("## Folder") : README.index("## Command line")]
+    table = README[README.index("## For contributors: folder") :]
     rows = {
         tuple(re.findall(r"`([^`]*)`", line.split("|")[1])): line
         for line in table.splitlines()
