@@ -25,17 +25,20 @@ RUNNABLE = ("python", "toml", *SHELLS)
 
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^`\n]+)\n(?P<text>.*?)^(?P=indent)``` *$", re.DOTALL | re.MULTILINE)
 _EXCUSE = re.compile(r"no-run: *(?P<why>.+)")
+_TITLE = re.compile(r'title="(?P<name>[^"]+)"')
 
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block: where it stands, its language, the reason not to run it (if it has one), its text."""
+    """One fenced block: where it stands, its language, its text; the reason not to run it, and the file that its title
+    says it is, if it has them."""
 
     page: str
     line: int
     language: str
-    excuse: str | None
     text: str
+    excuse: str | None = None
+    title: str | None = None
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
@@ -55,18 +58,20 @@ def _fenced(page: Path) -> Iterator[Block]:
     text = page.read_text(encoding="utf-8")
     for found in _FENCE.finditer(text):
         language, _, info = found["info"].strip().partition(" ")
-        excuse = _EXCUSE.search(info)
+        excuse, title = _EXCUSE.search(info), _TITLE.search(info)
         lines = [line.removeprefix(found["indent"]) for line in found["text"].splitlines()]
-        number = text.count("\n", 0, found.start()) + 1
-        name = page.relative_to(ROOT).as_posix()
-        yield Block(name, number, language, excuse["why"].strip() if excuse else None, "\n".join(lines) + "\n")
+        at = (page.relative_to(ROOT).as_posix(), text.count("\n", 0, found.start()) + 1)
+        own = (excuse["why"].strip() if excuse else None, title["name"] if title else None)
+        yield Block(*at, language, "\n".join(lines) + "\n", *own)
 
 
 def run(block: Block, names: dict[str, Any]) -> str:
     """Run a block in the current folder, as a person would; what it printed. ``names`` are what Python blocks share.
 
-    A table of a recipe is read as one. AssertionError says which block failed, and what it said.
+    A recipe is read as one; a block with a title is saved under it first. AssertionError says which block failed.
     """
+    if block.title is not None:
+        Path(block.title).write_text(block.text, encoding="utf-8")
     if block.language == "python":
         # Padded, so that a traceback has the line of the page.
         exec(compile("\n" * block.line + block.text, block.page, "exec"), names)
@@ -76,8 +81,16 @@ def run(block: Block, names: dict[str, Any]) -> str:
         return ""
     lines = commands(block.text)
     if all(line[:1] == ["lorafx"] for line in lines):
-        return "".join(spoken(line[1:], str(block)) for line in lines)
+        return "".join(_typed(line[1:], str(block)) for line in lines)
     return _in_shell(block)
+
+
+def _typed(words: list[str], where: str) -> str:
+    """What a line prints; nothing where it goes into a file."""
+    if words[-2:-1] != [">"]:
+        return spoken(words, where)
+    Path(words[-1]).write_text(spoken(words[:-2], where), encoding="utf-8")
+    return ""
 
 
 def commands(text: str) -> list[list[str]]:

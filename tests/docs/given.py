@@ -1,4 +1,4 @@
-"""What pages begin with: small random models, tables and runs, under the names that the pages use.
+"""What pages begin with: small random models, tables, and what other pages make, under the names that pages use.
 
 A page names them in its front matter (``given: [all-MiniLM-L6-v2, train.csv]``), and its blocks run in a folder that
 holds these and nothing else.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,20 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from tests import foreign
-from tests.docs.blocks import ROOT, spoken
+from tests.docs.blocks import ROOT, blocks, run
 
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
     "{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+#: What a tutorial leaves behind, and other pages go on with.
+MADE_BY = {
+    **dict.fromkeys(("run", "folded", "onnx"), "tutorials/classification.md"),
+    "decoder": "tutorials/language-model.md",
+}
 _SPECIAL = ["<pad>", "</s>", "<unk>"]
-_SIZES = {"vocab_size": 259, "pad_token_id": 0, "eos_token_id": 1}
+_SIZES: dict[str, Any] = {"vocab_size": 259, "pad_token_id": 0, "eos_token_id": 1}
 
 
 def given(page: Path) -> list[str]:
@@ -37,40 +43,50 @@ def given(page: Path) -> list[str]:
     return yaml.safe_load(text.split("---\n")[1]).get("given", [])
 
 
-class Givens:
-    """Makes each thing once, below ``home``, and puts what a page asks for into its folder."""
+class Pages:
+    """Runs pages below ``home``, each once, and makes what they begin with, each once."""
 
     def __init__(self, home: Path, encoder: Path, table: Path):
         self.home = home
-        self.encoder = encoder
         self.table = table
+        self.ran: dict[Path, Path] = {}
         self.makers: dict[str, Callable[[Path], Any]] = {
             "all-MiniLM-L6-v2": lambda path: shutil.copytree(encoder, path),
-            "SmolLM2-135M": self._decoder,
             "SmolLM2": self._decoder,
             "t5-small": self._encoder_decoder,
             "adapter": self._adapter,
-            "examples": lambda path: shutil.copytree(ROOT / "examples", path),
             "train.csv": lambda path: _write(path, self._rows(1, 49)),
             "test.csv": lambda path: _write(path, self._rows(49, 65)),
             "texts.csv": lambda path: _write(path, self._texts()),
             "chats.jsonl": lambda path: _write(path, _chats()),
             "pairs.csv": lambda path: _write(path, _pairs()),
-            "run": self._run,
         }
+
+    def run(self, page: Path) -> Path:
+        """The folder that a page's blocks ran in, one after the other, as one reader types them."""
+        if page not in self.ran:
+            folder = self.home / "pages" / page.relative_to(ROOT).with_suffix("")
+            folder.mkdir(parents=True)
+            for name in given(page):
+                source = self.make(name)
+                (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
+            names: dict[str, Any] = {"__name__": "docs"}
+            torch.manual_seed(0)
+            with chdir(folder):
+                for block in blocks(page):
+                    if block.excuse is None:
+                        run(block, names)
+            self.ran[page] = folder
+        return self.ran[page]
 
     def make(self, name: str) -> Path:
         """The thing called ``name``, made when it is asked for first."""
+        if name in MADE_BY:
+            return self.run(ROOT / "docs" / MADE_BY[name]) / name
         path = self.home / name
         if not path.exists():
             self.makers[name](path)
         return path
-
-    def put(self, names: list[str], folder: Path) -> None:
-        """Copies of what is asked for, so that no page sees what another did; a run finds its base where it was."""
-        for name in names:
-            source = self.make(name)
-            (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
 
     def _rows(self, first: int, last: int) -> list[str]:
         lines = self.table.read_text(encoding="utf-8").splitlines()
@@ -80,8 +96,8 @@ class Givens:
         return ["text", *(line.rpartition(",")[0] for line in self._rows(1, 33)[1:])]
 
     def _decoder(self, path: Path) -> None:
-        ends = {**_SIZES, "bos_token_id": None, "num_hidden_layers": 2, "max_position_embeddings": 256}
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        ends: dict[str, Any] = {**_SIZES, "bos_token_id": None, "num_hidden_layers": 2, "max_position_embeddings": 256}
+        heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
         config = hf.LlamaConfig(hidden_size=32, intermediate_size=64, tie_word_embeddings=True, **ends, **heads)
         _save(hf.LlamaForCausalLM, config, path)
         tokenizer = _bytes(ends_texts=False)
@@ -89,20 +105,15 @@ class Givens:
         tokenizer.save_pretrained(path)
 
     def _encoder_decoder(self, path: Path) -> None:
-        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-        config = hf.T5Config(decoder_start_token_id=0, **_SIZES, **sizes)
+        sizes: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+        config = hf.T5Config(**_SIZES, **sizes, **{"decoder_start_token_id": 0})
         _save(hf.T5ForConditionalGeneration, config, path)
         _bytes(ends_texts=True).save_pretrained(path)
 
     def _adapter(self, path: Path) -> None:
-        base = hf.AutoModelForCausalLM.from_pretrained(self.make("SmolLM2-135M"))
+        base = hf.AutoModelForCausalLM.from_pretrained(self.make("SmolLM2"))
         options = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
         foreign.save(foreign.adapted(base, options), path)
-
-    def _run(self, path: Path) -> None:
-        encoder, recipe, data = self.make("all-MiniLM-L6-v2"), ROOT / "examples" / "lora.toml", self.make("train.csv")
-        spoken(["rewrite", str(encoder), "--recipe", str(recipe), "-o", str(path)])
-        spoken(["train", str(path), "--data", str(data), "--epochs", "1"])
 
 
 def _save(kind: Any, config: Any, path: Path) -> None:
@@ -119,7 +130,7 @@ def _bytes(ends_texts: bool) -> Any:
     core.decoder = decoders.ByteLevel()
     if ends_texts:
         core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    kinds = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    kinds: dict[str, Any] = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     return hf.PreTrainedTokenizerFast(
         tokenizer_object=core, model_max_length=256, model_input_names=["input_ids", "attention_mask"], **kinds
     )

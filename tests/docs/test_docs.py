@@ -10,13 +10,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from tests.docs.blocks import ROOT, SHELLS, blocks, commands, pages, run
-from tests.docs.given import Givens, given
+from tests.docs.given import MADE_BY, Pages, given
 
 #: Why a block may not run in a test; nothing else is left out.
 EXCUSES = {
@@ -25,28 +23,34 @@ EXCUSES = {
     "needs a clone and minutes",
     "needs onnxruntime-genai",
     "one line a command, each parsed",
+    "as in the README",
 }
 PAGES = [page for page in pages()[1:] if any(block.excuse is None for block in blocks(page))]
 
 
 @pytest.fixture(scope="session")
-def givens(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, tiny_table: Path) -> Givens:
-    return Givens(tmp_path_factory.mktemp("given"), tiny_checkpoint, tiny_table)
+def ran(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, tiny_table: Path) -> Pages:
+    return Pages(tmp_path_factory.mktemp("docs"), tiny_checkpoint, tiny_table)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 @pytest.mark.filterwarnings("default")  # the converter's own, and what a reader's script would see
-def test_every_block_of_a_page_runs(
-    page: Path, givens: Givens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    givens.put(given(page), tmp_path)
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    names: dict[str, Any] = {"__name__": "docs"}
-    for block in blocks(page):
-        if block.excuse is None:
-            run(block, names)
+def test_every_block_of_a_page_runs(page: Path, ran: Pages) -> None:
+    assert ran.run(page).is_dir()
+
+
+def test_pages_begin_with_what_others_make() -> None:
+    asked = {name for page in PAGES for name in given(page)}
+    assert set(MADE_BY) <= asked
+
+
+def test_what_is_as_in_the_readme_is_in_the_readme() -> None:
+    readme, *others = ({block.text: block for block in blocks(page)} for page in pages())
+    quoted = [block for page in others for block in page.values() if block.excuse == "as in the README"]
+    assert quoted
+    for block in quoted:
+        assert block.text in readme, f"{block}: the README has another"
 
 
 def test_what_is_left_out_has_one_of_the_reasons() -> None:
@@ -76,11 +80,11 @@ def test_a_planted_block_that_fails_is_named(tmp_path: Path) -> None:
     from tests.docs.blocks import Block
 
     with pytest.raises(AssertionError, match=r"here\.md:7: lorafx fold nothing -o out"):
-        run(Block("here.md", 7, "bash", None, "lorafx fold nothing -o out\n"), {})
+        run(Block("here.md", 7, "bash", "lorafx fold nothing -o out\n"), {})
     with pytest.raises(AssertionError, match=r"here\.md:8"):
-        run(Block("here.md", 8, "bash", None, "test -e nothing\n"), {})
+        run(Block("here.md", 8, "bash", "test -e nothing\n"), {})
     with pytest.raises(NameError):
-        run(Block("here.md", 9, "python", None, "nothing\n"), {})
+        run(Block("here.md", 9, "python", "nothing\n"), {})
 
 
 def test_comments_and_continued_lines_of_a_shell_block() -> None:
