@@ -49,6 +49,7 @@ LONGEST = (
     "training/test_training.py",
     "training/test_duties.py",
     "passes/test_laws.py",
+    "docs/test_docs.py",
     "whole/test_kill.py",
     "editing/test_editing.py",
     "commands/test_cli.py",

@@ -106,7 +106,7 @@ class Pages:
 
     def _encoder_decoder(self, path: Path) -> None:
         sizes: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-        config = hf.T5Config(**_SIZES, **sizes, **{"decoder_start_token_id": 0})
+        config = hf.T5Config(**_SIZES, **sizes, decoder_start_token_id=0)
         _save(hf.T5ForConditionalGeneration, config, path)
         _bytes(ends_texts=True).save_pretrained(path)
 
