@@ -40,7 +40,7 @@ check: $(STAMP) ## Lint (ruff) and type-check (pyright)
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(STAMP) ## Build the documentation into build/site; a warning is an error
-	@$(BIN)/python -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "open build/site/index.html"
 
 format: $(STAMP) ## Apply ruff's fixes and formatting

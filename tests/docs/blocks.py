@@ -87,10 +87,17 @@ def run(block: Block, names: dict[str, Any]) -> str:
 
 def _typed(words: list[str], where: str) -> str:
     """What a line prints; nothing where it goes into a file."""
-    if words[-2:-1] != [">"]:
-        return spoken(words, where)
-    Path(words[-1]).write_text(spoken(words[:-2], where), encoding="utf-8")
+    own, file = redirected(words)
+    said = spoken(own, where)
+    if file is None:
+        return said
+    Path(file).write_text(said, encoding="utf-8")
     return ""
+
+
+def redirected(words: list[str]) -> tuple[list[str], str | None]:
+    """The words of a command, and the file that its output goes into (``> FILE``), if any."""
+    return (words[:-2], words[-1]) if words[-2:-1] == [">"] else (words, None)
 
 
 def commands(text: str) -> list[list[str]]:

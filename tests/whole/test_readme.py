@@ -17,7 +17,7 @@ from lorafx.cli import main
 from lorafx.recipes.recipe import Recipe
 from tests import foreign
 from tests.docs.blocks import blocks as blocks_of
-from tests.docs.blocks import commands, spoken
+from tests.docs.blocks import commands, redirected, spoken
 
 PAGE = Path(__file__).parents[2] / "README.md"
 README = PAGE.read_text(encoding="utf-8")
@@ -91,8 +91,8 @@ def test_every_line_of_the_list_is_what_its_command_takes() -> None:
     """Parsed as it is typed: commands, options and their values; nothing is run."""
     (listed,) = (block for block in blocks_of(PAGE) if block.excuse == PARSED)
     lines = commands(listed.text)
-    assert {words[1] for words in lines} >= {"rewrite", "train", "fold", "export", "verify", "bench", "inspect"}
-    for program, name, *arguments in lines:
+    assert {line[1] for line in lines} >= {"rewrite", "train", "fold", "export", "verify", "bench", "inspect"}
+    for program, name, *arguments in (redirected(line)[0] for line in lines):
         assert program == "lorafx"
         command = main.commands[name]
         if isinstance(command, click.Group):
