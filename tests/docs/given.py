@@ -32,6 +32,7 @@ MADE_BY = {
     "decoder": "tutorials/language-model.md",
 }
 _SPECIAL = ["<pad>", "</s>", "<unk>"]
+_STARTS: dict[str, Any] = {"decoder_start_token_id": 0}
 _SIZES: dict[str, Any] = {"vocab_size": 259, "pad_token_id": 0, "eos_token_id": 1}
 
 
@@ -106,7 +107,7 @@ class Pages:
 
     def _encoder_decoder(self, path: Path) -> None:
         sizes: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-        config = hf.T5Config(**_SIZES, **sizes, decoder_start_token_id=0)
+        config = hf.T5Config(**_SIZES, **sizes, **_STARTS)
         _save(hf.T5ForConditionalGeneration, config, path)
         _bytes(ends_texts=True).save_pretrained(path)
 
