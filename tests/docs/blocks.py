@@ -72,6 +72,8 @@ def run(block: Block, names: dict[str, Any]) -> str:
     """
     if block.title is not None:
         Path(block.title).write_text(block.text, encoding="utf-8")
+        if block.language == "python":
+            return ""  # a module, which other blocks import
     if block.language == "python":
         # Padded, so that a traceback has the line of the page.
         exec(compile("\n" * block.line + block.text, block.page, "exec"), names)

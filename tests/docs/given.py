@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from contextlib import chdir
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,8 @@ class Pages:
             for name in given(page):
                 source = self.make(name)
                 (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
-            names: dict[str, Any] = {"__name__": "docs"}
-            torch.manual_seed(0)
-            with chdir(folder):
+            with _inside(folder):
+                names: dict[str, Any] = {"__name__": "docs"}
                 for block in blocks(page):
                     if block.excuse is None:
                         run(block, names)
@@ -115,6 +115,21 @@ class Pages:
         base = hf.AutoModelForCausalLM.from_pretrained(self.make("SmolLM2"))
         options = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
         foreign.save(foreign.adapted(base, options), path)
+
+
+@contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    """As a reader's session begins in a folder of their own: modules that are saved there can be imported."""
+    torch.manual_seed(0)
+    sys.path.insert(0, str(folder))
+    try:
+        with chdir(folder):
+            yield
+    finally:
+        sys.path.remove(str(folder))
+        for name, module in list(sys.modules.items()):
+            if Path(getattr(module, "__file__", None) or "/").is_relative_to(folder):
+                del sys.modules[name]
 
 
 def _save(kind: Any, config: Any, path: Path) -> None:
