@@ -97,7 +97,7 @@ class Pages:
         return ["text", *(line.rpartition(",")[0] for line in self._rows(1, 33)[1:])]
 
     def _decoder(self, path: Path) -> None:
-        ends: dict[str, Any] = {**_SIZES, "bos_token_id": None, "num_hidden_layers": 2, "max_position_embeddings": 256}
+        ends: dict[str, Any] = {**_SIZES, "bos_token_id": None, "num_hidden_layers": 1, "max_position_embeddings": 256}
         heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
         config = hf.LlamaConfig(hidden_size=32, intermediate_size=64, tie_word_embeddings=True, **ends, **heads)
         _save(hf.LlamaForCausalLM, config, path)
@@ -106,7 +106,7 @@ class Pages:
         tokenizer.save_pretrained(path)
 
     def _encoder_decoder(self, path: Path) -> None:
-        sizes: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+        sizes: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
         config = hf.T5Config(**_SIZES, **sizes, **_STARTS)
         _save(hf.T5ForConditionalGeneration, config, path)
         _bytes(ends_texts=True).save_pretrained(path)
