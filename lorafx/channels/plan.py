@@ -71,6 +71,7 @@ class Plan:
 
     def carry_out(self, edit: Edit) -> None:
         """Remove what the plan says from the program it was made for."""
+        edit.values.learn(edit.program.graph)  # what stays as it is need not be computed again
         for node in list(edit.program.graph.nodes):
             if node.target in LINEARS:
                 _absorb(edit, self, node)

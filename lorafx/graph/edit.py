@@ -45,7 +45,7 @@ class Edit:
         self._fresh: set[fx.Node] = set()
         vals = [node.meta["val"] for node in program.graph.nodes if isinstance(node.meta.get("val"), FakeTensor)]
         self._fake: FakeTensorMode = detect_fake_mode(vals) or FakeTensorMode(allow_non_fake_inputs=True)
-        self._values = FakeValues(self._fake, program)
+        self.values = FakeValues(self._fake, program)
         self._tensors = TensorIndex(program.root, program.graph)
 
     @property
@@ -328,7 +328,7 @@ class Edit:
 
     def evaluate(self, node: fx.Node) -> Any:
         """The node's value on fake tensors."""
-        return self._values.of(node)
+        return self.values.of(node)
 
     def _fake_like(self, value: Tensor) -> Tensor:
         # Everything lies on the device of the captured graph (meta, when captured without weights), so that operators

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import networkx as nx
@@ -51,24 +51,31 @@ def _writes(node: fx.Node) -> list[fx.Node]:
     if node.target is aten.batch_norm.default:  # its schema does not say so
         running = node.args[3:5] if node.args[5] else ()
         return [value for value in running if isinstance(value, fx.Node)]
-    return _operands(node, lambda alias: alias.is_write)
+    return _operands(node, written=True)
 
 
 def sharing(node: fx.Node) -> list[fx.Node]:
     """The operands whose memory the node's result may be."""
     if node.target in _SHARING:
         return list(node.all_input_nodes[:1])
-    return _operands(node, lambda alias: True)
+    return _operands(node, written=False)
 
 
-def _operands(node: fx.Node, wanted: Callable[[Any], bool]) -> list[fx.Node]:
-    """The operands whose aliasing, as the operator's schema declares it, is of the kind wanted."""
+def _operands(node: fx.Node, *, written: bool) -> list[fx.Node]:
+    """The operands whose memory the operator's schema declares to be shared, or to be written to."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return []
     found: list[fx.Node] = []
-    for position, argument in enumerate(node.target._schema.arguments):
-        if argument.alias_info is not None and wanted(argument.alias_info):
-            value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+    for position, name, writes in _aliased(node.target):
+        if writes or not written:
+            value = node.args[position] if position < len(node.args) else node.kwargs.get(name)
             items = value if isinstance(value, (list, tuple)) else [value]
             found += [item for item in items if isinstance(item, fx.Node)]
     return found
+
+
+@functools.cache  # a schema is made anew each time it is asked for
+def _aliased(target: Any) -> tuple[tuple[int, str, bool], ...]:
+    """Place and name of each aliased argument of an operator, and whether the operator writes to it."""
+    arguments = enumerate(target._schema.arguments)
+    return tuple((place, a.name, a.alias_info.is_write) for place, a in arguments if a.alias_info is not None)

@@ -31,9 +31,13 @@ class FakeValues:
         self.root = program.root
         self._known: dict[Any, Any] = vars(mode).setdefault("lorafx_known", {})
         if not self._known:
-            for node in program.graph.nodes:
-                if "val" in node.meta and isinstance(node.target, torch._ops.OpOverload) and not _has_inner(node):
-                    self._known.setdefault(self._key(node), node.meta["val"])
+            self.learn(program.graph)
+
+    def learn(self, graph: fx.Graph) -> None:
+        """Take the values that the operators of ``graph`` carry as those of their like; what they carry is right."""
+        for node in graph.nodes:
+            if "val" in node.meta and isinstance(node.target, torch._ops.OpOverload) and not _has_inner(node):
+                self._known.setdefault(self._key(node), node.meta["val"])
 
     def of(self, node: fx.Node) -> Any:
         """The value of ``node``, from those its operands carry."""
@@ -65,9 +69,16 @@ class FakeValues:
             return self._likeness(self._operand(value))
         if isinstance(value, (list, tuple)):
             return tuple(self._likeness(item) for item in value)
-        if isinstance(value, Tensor):
-            sizes = self._likeness(value.shape), self._likeness(value.stride())
-            return sizes, value.dtype, value.device, value.requires_grad
-        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            return value.node.expr
-        return type(value), value
+        return likeness(value)
+
+
+def likeness(value: Any) -> Any:
+    """What two fake values, sizes or plain ones have in common when they are alike, as something hashable."""
+    if isinstance(value, Tensor):
+        sizes = likeness(tuple(value.shape)), likeness(value.stride())
+        return sizes, value.dtype, value.device, value.requires_grad
+    if isinstance(value, tuple):
+        return tuple(likeness(item) for item in value)
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value.node.expr
+    return type(value), value

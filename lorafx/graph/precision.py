@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from ..errors import UsageError
+from .fake import likeness
 from .program import P
 from .tree import named_tensors, persistent, put_tensor
 
@@ -110,9 +111,20 @@ def _move_graph(graph: fx.Graph, dtype: torch.dtype | None, device: torch.device
             return dtype or value
         return device or value if isinstance(value, torch.device) else value
 
+    known: dict[Any, Tensor] = {}  # blocks repeat, and a fake value is nothing but its metadata
+
     def moved_value(value: FakeTensor) -> Tensor:
-        with value.fake_mode, torch.no_grad():
-            return value.to(dtype=dtype if value.is_floating_point() else None, device=device)
+        wanted = dtype or value.dtype if value.is_floating_point() else value.dtype
+        if wanted == value.dtype and device in (None, value.device):
+            return value
+        key = likeness(value), id(value.fake_mode)
+        if key not in known:
+            # As it lies in memory, which a conversion would change for what has gaps.
+            with value.fake_mode:
+                known[key] = torch.empty_strided(
+                    value.shape, value.stride(), dtype=wanted, device=device or value.device
+                )
+        return known[key]
 
     for node in graph.nodes:
         if node.op == "call_function":
