@@ -5,6 +5,7 @@ Also what all moves of channels share: the carrier of what is moved.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeAlias
 
@@ -55,20 +56,30 @@ class Carrier(Loser, Protocol):
         ...
 
 
+#: Dimensions of a value and their sizes.
+Sizes: TypeAlias = "tuple[tuple[int, Any], ...]"
 Move: TypeAlias = "Callable[[Carrier, fx.Node, Callable[[object], list[Any]]], list[Any]]"
 
 
-def _segments(ins: list[tuple[int, Any]], outs: list[tuple[int, Any]]) -> Iterator[tuple[list[int], list[int]]]:
+def _segments(ins: Sizes, outs: Sizes) -> tuple[tuple[list[int], list[int]], ...]:
     """Runs of dimensions that hold the same elements before and after; dimensions of size 1 are left out."""
-    before = [(dim, sympy.sympify(size)) for dim, size in ins if size != 1]
-    after = [(dim, sympy.sympify(size)) for dim, size in outs if size != 1]
+    before, after = (tuple((dim, sympy.sympify(size)) for dim, size in sizes if size != 1) for sizes in (ins, outs))
+    return _runs(before, after)
+
+
+@functools.lru_cache(maxsize=4096)  # algebra is slow, while blocks repeat and every graph is analysed a few times
+def _runs(ins: Sizes, outs: Sizes) -> tuple[tuple[list[int], list[int]], ...]:
+    return tuple(_found(list(ins), list(outs)))
+
+
+def _found(before: list[tuple[int, Any]], after: list[tuple[int, Any]]) -> Iterator[tuple[list[int], list[int]]]:
     while before or after:
         if not before or not after:  # what is left can only be free sizes that are 1
             yield [dim for dim, _ in before], [dim for dim, _ in after]
             return
         (i, left), (o, right) = before.pop(0), after.pop(0)
         taken, given = [i], [o]
-        while sympy.simplify(left - right) != 0:
+        while left != right and sympy.simplify(left - right) != 0:
             ratio = sympy.cancel(right / left)
             longer = ratio > 1 if ratio.is_number else sympy.denom(ratio) == 1
             if longer and before:
@@ -90,7 +101,7 @@ def reshaped(
     """The axes of a value of sizes ``before`` that is viewed with sizes ``after``."""
     rank = len(before)  # dimensions of the result are numbered from here on while both are in play
     current = list(axes)
-    for taken, given in _segments(list(enumerate(before)), list(enumerate(after))):
+    for taken, given in _segments(tuple(enumerate(before)), tuple(enumerate(after))):
         touched = [axis for axis in current if set(axis.dims) & set(taken)]
         current = [axis for axis in current if axis not in touched]
         if len(taken) == len(given) == 1:
