@@ -18,7 +18,7 @@ from tests.random_graphs import FAILURES, failure
 
 #: Parts of the slow tier and graphs in each. They are new ones each time, unless LORAFX_JUDGE_SEED says the first seed:
 #: a failure prints its seed and the graph made small, which then becomes a test by name.
-_PARTS, _EACH = 10, 25
+_PARTS, _EACH = 10, 50
 
 
 def check(seed: int) -> None:
