@@ -117,7 +117,7 @@ def export(
     layered = format == "layered"
     if layered:  # else it is a checkpoint like any other
         format = "hf"  # noqa: A001
-    check_quantized(quantize, data, format, provider, dtype, adapters)
+    check_quantized(quantize, data, format, provider, dtype, adapters, generate=generate)
     if adapters == "slots" or slots is not None or format == "onnx-adapter":
         from .slots import check_slots
 

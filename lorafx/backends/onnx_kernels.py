@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 
 def suit(model: ir.Model, provider: str) -> None:
     """Leave of transformers' fusions what ONNX Runtime computes with ``provider``, as it computes it fastest; in place.
 
-    Of a graph that generates: its step is short, so that a table is worth turning and an idle operator is worth taking
-    out.
+    Of a graph that generates: its step is short, so that an idle operator is worth taking out.
     """
     unfuse_batch_transposes(model)
     drop_idle_reshapes(model)
     if provider == "cpu":
         unfuse_skip_norms(model)
-        turn_tied_heads(model)
+        turn_weights_once(model)
 
 
 def unfuse_skip_norms(model: ir.Model) -> int:
@@ -85,70 +86,76 @@ def _remove(graph: ir.Graph, node: ir.Node) -> None:
             graph.initializers.pop(value.name or "", None)
 
 
-def turn_tied_heads(model: ir.Model) -> int:
-    """Keep a table of embeddings that is also a last layer's weight as that layer multiplies by it; in place.
+def turn_weights_once(model: ir.Model) -> int:
+    """Take out of each product the transposition of a weight, for ONNX Runtime to do when it loads the graph; in place.
 
-    ONNX Runtime packs the factor of a product for the CPU when it loads it, but not one that is to be transposed, and
-    the largest product of a small decoder is slower then. So the table is stored transposed, and the few rows that are
-    looked up are columns of it. Returns how many tables were turned; one that anything else reads is left as it is.
+    Such is a last layer that multiplies by the table of embeddings. ONNX Runtime packs the factor of a product for the
+    CPU when it loads it, but not one that the product is to transpose. What depends on weights alone it computes then
+    too, so that the turned weight is packed, and tokens are looked up in the table as it is: of a table stored turned
+    they would be columns, and a prompt takes a cache line for each number of each token. Returns how many.
     """
     count = 0
-    for table in list(model.graph.initializers.values()):
-        lookups, products = [], []
-        for use in table.uses():
-            if _looks_up(use.node, use.idx):
-                lookups.append(use.node)
-            elif _multiplies(use.node, use.idx):
-                products.append(use.node)
-        if lookups and products and len(lookups) + len(products) == len(table.uses()):
-            _turn(model.graph, table, lookups, products)
-            count += 1
+    for graph in model.graphs():
+        for node in list(graph):
+            weight = turned_weight(node)
+            if weight is not None and node.op_type == "FusedMatMul":
+                turn = ir.node("Transpose", [weight], {"perm": [1, 0]})
+                turn.outputs[0].type, shape = weight.type, weight.shape
+                turn.outputs[0].shape = None if shape is None else ir.Shape(reversed(tuple(shape)))
+                plain = ir.node("MatMul", [node.inputs[0], turn.outputs[0]], name=node.name)
+                _put_instead(graph, node, [turn, plain], plain.outputs)
+                count += 1
     return count
 
 
-def _looks_up(node: ir.Node, index: int) -> bool:
-    ids = node.inputs[1] if node.op_type == "Gather" else None
-    known = ids is not None and ids.shape is not None
-    return known and index == 0 and node.attributes.get_int("axis", 0) == 0
+def turned_weight(node: ir.Node) -> ir.Value | None:
+    """The matrix among the weights by whose transpose a product multiplies, and does nothing else; None for others."""
+    factor = node.inputs[1] if len(node.inputs) > 1 and node.op_type in ("MatMul", "FusedMatMul") else None
+    if factor is not None and node.op_type == "MatMul":
+        maker = factor.producer()
+        perm = None if maker is None or maker.op_type != "Transpose" else maker.attributes.get_ints("perm")
+        factor = maker.inputs[0] if maker is not None and tuple(perm or ()) == (1, 0) else None
+    elif factor is not None:
+        others = {name: node.attributes.get_int(name, 0) for name in ("transA", "transBatchA", "transBatchB")}
+        alone = not any(others.values()) and node.attributes.get_float("alpha", 1.0) == 1.0
+        factor = factor if alone and node.attributes.get_int("transB", 0) == 1 else None
+    return factor if factor is not None and factor.is_initializer() and len(factor.shape or ()) == 2 else None
 
 
-def _multiplies(node: ir.Node, index: int) -> bool:
-    """Whether a node is a plain product with its second factor transposed."""
-    others = {name: node.attributes.get_int(name, 0) for name in ("transA", "transBatchA", "transBatchB")}
-    alone = not any(others.values()) and node.attributes.get_float("alpha", 1.0) == 1.0
-    return node.op_type == "FusedMatMul" and index == 1 and alone and node.attributes.get_int("transB", 0) == 1
+def turn_weights(model: ir.Model) -> None:
+    """Multiply by the transpose of each :func:`turned_weight`, computed, for tools that look for weights; in place.
+
+    What else reads a weight reads it as it is.
+    """
+    for graph in model.graphs():
+        for node in list(graph):
+            weight = turned_weight(node)
+            if weight is not None and weight.const_value is not None:
+                held = _weight(graph, f"{weight.name}.T", weight.const_value.numpy().T)
+                plain = ir.node("MatMul", [node.inputs[0], held], name=node.name)
+                _put_instead(graph, node, [plain], plain.outputs)
+                for turn, _ in weight.uses():
+                    if turn.op_type == "Transpose" and not any(
+                        out.uses() or out.is_graph_output() for out in turn.outputs
+                    ):
+                        _remove(graph, turn)
+                if not weight.uses():
+                    graph.initializers.pop(weight.name or "", None)
 
 
-def _turn(graph: ir.Graph, table: ir.Value, lookups: list[ir.Node], products: list[ir.Node]) -> None:
-    held = table.const_value
-    assert held is not None
-    assert table.name is not None
-    turned = ir.Value(name=table.name, type=table.type, const_value=ir.tensor(held.numpy().T.copy(), name=table.name))
-    turned.shape = ir.Shape(reversed(held.shape.numpy()))
-    for node in products:
-        plain = ir.node("MatMul", [node.inputs[0], turned], name=node.name)
-        _put_instead(graph, node, [plain], plain.outputs[0])
-    for node in lookups:
-        ids, rank = node.inputs[1], _rank(node)
-        columns = ir.node("Gather", [turned, ids], {"axis": 1}, name=node.name)
-        columns.outputs[0].type = table.type
-        rows = ir.node("Transpose", [columns.outputs[0]], {"perm": [*range(1, rank), 0]})
-        _put_instead(graph, node, [columns, rows], rows.outputs[0])
-    graph.initializers.pop(table.name)
-    graph.register_initializer(turned)
+def _weight(graph: ir.Graph, name: str, value: np.ndarray) -> ir.Value:
+    """A weight of a graph, which has it by that name if it has been asked for before (layers may share one)."""
+    if name not in graph.initializers:
+        held = ir.Value(name=name, const_value=ir.tensor(np.ascontiguousarray(value), name=name))
+        held.dtype, held.shape = ir.DataType.from_numpy(value.dtype), ir.Shape(value.shape)
+        graph.register_initializer(held)
+    return graph.initializers[name]
 
 
-def _rank(lookup: ir.Node) -> int:
-    ids = lookup.inputs[1]
-    assert ids is not None
-    assert ids.shape is not None
-    return ids.shape.rank() + 1
-
-
-def _put_instead(graph: ir.Graph, node: ir.Node, nodes: list[ir.Node], result: ir.Value) -> None:
-    old = node.outputs[0]
-    result.type, result.shape = old.type, old.shape
-    ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [old], [result])
+def _put_instead(graph: ir.Graph, node: ir.Node, nodes: list[ir.Node], results: Sequence[ir.Value]) -> None:
+    for old, new in zip(node.outputs, results, strict=True):
+        new.type, new.shape = old.type, old.shape
+    ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, node.outputs, results)
 
 
 def _same_shape_before(node: ir.Node) -> ir.Value | None:

@@ -241,7 +241,7 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ke
     to = getattr(torch, dtype) if dtype else None
     checkpoint = kind in ("hf", "layered")
     refuse_check(check, "hf" if checkpoint else kind, to)  # before the weights are read
-    check_quantized(o["quantize"], o["data"], kind, provider, to, kept)
+    check_quantized(o["quantize"], o["data"], kind, provider, to, kept, generate=generate)
     removal = removal_of(provider, **widths(o))
     if removal is not None and (kind in ("peft", "onnx-adapter") or kept != "merged"):
         raise UsageError("widths are those left by folding, and nothing is folded here; leave the width options out")

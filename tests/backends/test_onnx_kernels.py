@@ -15,7 +15,8 @@ from onnx import TensorProto, helper
 
 from lorafx.backends.onnx_kernels import (
     drop_idle_reshapes,
-    turn_tied_heads,
+    turn_weights,
+    turn_weights_once,
     unfuse_batch_transposes,
     unfuse_skip_norms,
 )
@@ -211,22 +212,43 @@ def tied(read_too: bool = False, **fused: Any) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-def test_a_tied_head_is_stored_as_it_is_multiplied_by() -> None:
-    before = tied()
+@pytest.mark.parametrize("read_too", [False, True])
+@pytest.mark.parametrize("computed", [False, True])
+def test_a_tied_head_is_turned_apart_and_the_table_stays(computed: bool, read_too: bool) -> None:
+    """Apart, for a session to compute, or computed for tools that look for weights."""
+    before = tied(read_too)
     model = ir.from_proto(before)
-    assert turn_tied_heads(model) == 1
+    if computed:
+        turn_weights(model)
+    else:
+        assert turn_weights_once(model) == 1
     after = ir.to_proto(model)
     onnx.checker.check_model(after)
-    assert {node.op_type for node in after.graph.node} == {"Gather", "Transpose", "MatMul"}
-    assert [list(value.dims) for value in after.graph.initializer] == [[4, 7]]
+    added = {"MatMul"} if computed else {"Transpose", "MatMul"}
+    assert {node.op_type for node in after.graph.node} == {"Gather", *added, *(["Neg"] if read_too else [])}
+    sizes = {value.name: list(value.dims) for value in after.graph.initializer}
+    assert sizes == {"table": [7, 4], **({"table.T": [4, 7]} if computed else {})}
     ids = np.array([[0, 6, 3], [2, 2, 5]])
-    (ours,), (theirs,) = (_tokens(one, ids) for one in (after, before))
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)  # fp32, sums in another order
+    for ours, theirs in zip(_tokens(after, ids), _tokens(before, ids), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)  # fp32, sums in another order
 
 
-@pytest.mark.parametrize("changes", [{"read_too": True}, {"alpha": 0.5}, {"transA": 1}])
-def test_other_tables_stay(changes: dict[str, Any]) -> None:
-    assert turn_tied_heads(ir.from_proto(tied(**changes))) == 0
+def test_a_session_turns_a_tied_head_when_it_loads_it(tmp_path: Path) -> None:
+    model = ir.from_proto(tied())
+    turn_weights_once(model)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
+    onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    loaded = Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+    assert loaded == {"Gather": 1, "MatMul": 1}
+
+
+@pytest.mark.parametrize("changes", [{"alpha": 0.5}, {"transA": 1}])
+def test_products_that_do_more_than_turn_a_weight_stay(changes: dict[str, Any]) -> None:
+    model = ir.from_proto(tied(**changes))
+    assert turn_weights_once(model) == 0
+    turn_weights(model)
+    assert {node.op_type for node in model.graph} == {"Gather", "FusedMatMul"}
 
 
 def _tokens(model: onnx.ModelProto, ids: Any) -> list[Any]:

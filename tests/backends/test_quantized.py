@@ -16,9 +16,11 @@ import transformers as hf
 from click.testing import CliRunner
 
 import lorafx
-from lorafx.backends.quantized import KINDS, quantize
+from lorafx.backends.quantized import KINDS, check_quantized, quantize
 from lorafx.cli import main
 from lorafx.errors import LorafxError, UsageError
+from lorafx.passes.lora import Lora
+from lorafx.passes.magnitude import Magnitude
 from lorafx.public import Program
 from tests import zoo
 from tests.small import WORDS, bert, captured, gpt2, llama, words
@@ -111,6 +113,31 @@ def test_a_decoder_scores_its_perplexity_before_and_after(bits: str, tmp_path: P
 
 
 @pytest.mark.slow
+def test_a_decoder_that_was_pruned_unevenly_has_its_own_weights_in_eight_bits(tmp_path: Path) -> None:
+    program = captured(llama, head_dim=16, intermediate_size=192)
+    passes = [Magnitude(targets="all-linear", blocks=block, keep=keep) for block, keep in ((0, 0.5), (1, 0.75))]
+    program = zoo.randomised(lorafx.rewrite(program, [Lora(targets="all-linear", rank=2, alpha=4.0), *passes]))
+    plain, few = tmp_path / "plain", tmp_path / "few"
+    lorafx.export(program, plain, generate=True)
+    lorafx.export(program, few, generate=True, quantize="int8", check=False)
+    found = json.loads((few / "report.json").read_text(encoding="utf-8"))["sections"]["quantized"]
+    weights = {
+        name: value.const_value.numpy()
+        for name, value in ir.load(plain / "onnx" / "model.onnx").graph.initializers.items()
+        if value.const_value is not None
+    }
+    held = blocks(few / "onnx" / "model.onnx")
+    assert (found["products"], found["products_left"]) == (len(held), 0)
+    assert len({value.shape for value, _ in held.values()}) > 5  # other widths in each layer
+    for name, (value, steps) in held.items():
+        own = weights[name] if name in weights else weights[name.removesuffix(".T")].T
+        assert (np.abs(value - own) <= 0.5001 * steps).all()  # to the nearest; the rest is fp32
+    assert found["after"] == pytest.approx(found["before"], rel=0.05)  # eight bits of every weight
+    assert found["after"] != found["before"]
+    assert found["bytes_after"] < found["bytes_before"]
+
+
+@pytest.mark.slow
 def test_without_data_a_decoder_reads_what_it_wrote(tmp_path: Path) -> None:
     lorafx.export(captured(gpt2), tmp_path / "onnx", generate=True, quantize="int4")
     found = json.loads((tmp_path / "onnx" / "report.json").read_text(encoding="utf-8"))["sections"]["quantized"]
@@ -142,29 +169,130 @@ def product(folder: Path, weight: np.ndarray) -> Path:
     return folder / "model.onnx"
 
 
-@pytest.mark.parametrize(("bits", "steps"), [("int8", 127), ("int4", 7)])
-def test_each_weight_is_within_a_step_of_what_it_was(bits: Any, steps: int, tmp_path: Path) -> None:
-    """36 numbers of a column: not a multiple of the blocks of 32."""
+@pytest.mark.parametrize(("bits", "generates", "steps"), [("int8", False, 127), ("int8", True, 127), ("int4", True, 7)])
+def test_each_weight_is_within_a_step_of_what_it_was(bits: Any, generates: bool, steps: int, tmp_path: Path) -> None:
+    """36 numbers of a column: not a multiple of the blocks of 32 or 128."""
     weight = np.random.default_rng(0).standard_normal((36, 5)).astype(np.float32)
-    assert quantize(product(tmp_path, weight), bits) == (1, 0)
+    assert quantize(product(tmp_path, weight), bits, generates) == (1, 0)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
     session: Any = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     found = session.run(None, {"x": np.eye(36, dtype=np.float32)})[0]
     assert 0 < np.abs(found - weight).max() < 2.2 * np.abs(weight).max() / steps  # both factors are rounded
 
 
-def test_a_weight_that_is_turned_where_it_is_used_is_counted_as_left(tmp_path: Path) -> None:
+def blocks(file: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The weight that each ``MatMulNBits`` of a file stands for, by its name, and the step that each number of it has.
+
+    ``(q - zero) * step`` of one byte a number, or of two numbers a byte, the lower half first: ONNX Runtime's docs of
+    the operator.
+    """
+    found, model = {}, ir.load(file)
+    held = {
+        name: value.const_value for name, value in model.graph.initializers.items() if value.const_value is not None
+    }
+    for node in model.graph:
+        if node.op_type == "MatMulNBits":
+            names = [value.name or "" for value in node.inputs[1:4] if value is not None]
+            packed, scales, zeros = (_array(held[name]) for name in names)
+            rows, columns, bits, size = (node.attributes[key].as_int() for key in ("K", "N", "bits", "block_size"))
+            numbers, zero = (_numbers(value.reshape(columns, -1), bits) for value in (packed, zeros))
+            steps = np.repeat(scales.reshape(columns, -1), size, axis=1)
+            whole = (numbers - np.repeat(zero[:, : steps.shape[1] // size], size, axis=1)) * steps
+            found[names[0].removesuffix(f"_Q{bits}")] = whole[:, :rows].T, steps[:, :rows].T
+    return found
+
+
+def _array(tensor: Any) -> np.ndarray:
+    assert tensor is not None
+    return tensor.numpy()
+
+
+def _numbers(packed: np.ndarray, bits: int) -> np.ndarray:
+    parts = [packed] if bits == 8 else [packed & 15, packed >> 4]
+    return np.stack(parts, -1).reshape(len(packed), -1).astype(np.float32)
+
+
+@pytest.mark.parametrize("bits", KINDS)
+def test_what_generates_multiplies_by_blocks_of_its_weights(bits: Any, tmp_path: Path) -> None:
+    """300 numbers of a column: three blocks of 128, the last one not full."""
+    chance = np.random.default_rng(0)
+    weight = (chance.standard_normal((300, 6)) * 10.0 ** chance.integers(-3, 3, (300, 1))).astype(np.float32)
+    x = (chance.standard_normal((4, 300)) * 100.0 ** chance.integers(-1, 2, (1, 300))).astype(np.float32)
+    file = product(tmp_path, weight)
+    assert quantize(file, bits, generates=True) == (1, 0)
+    ((held, steps),) = blocks(file).values()
+    assert (np.abs(held - weight) <= 0.5001 * steps).all()  # to the nearest; the rest is fp32
+    session: Any = onnxruntime.InferenceSession(file)
+    found = session.run(None, {"x": x})[0]
+    size = 128 if bits == "int8" else 32
+    inputs = np.repeat([np.abs(part).max(1) for part in np.split(x, range(size, 300, size), axis=1)], size, 0)[:300].T
+    # A factor is rounded to one of 127 steps to either side, in blocks as the weight; fp32 sums 300 of them.
+    bound = (inputs / 127 / 2) @ np.abs(held) + 300 * 2.0**-24 * np.abs(x) @ np.abs(held)
+    assert (np.abs(found - x @ held) <= bound).all()
+
+
+def test_of_one_scale_for_all_inputs_small_ones_are_lost(tmp_path: Path) -> None:
+    """Why what generates has blocks: a decoder's products have inputs of all sizes."""
+    weight = np.random.default_rng(0).standard_normal((256, 8)).astype(np.float32)
+    x = np.ones((1, 256), dtype=np.float32)
+    x[0, 0], weight[0] = 4000.0, 0.0
+    lost = []
+    for name, generates in (("all", False), ("blocks", True)):
+        (tmp_path / name).mkdir()
+        file = product(tmp_path / name, weight)
+        quantize(file, "int8", generates)
+        session: Any = onnxruntime.InferenceSession(file)
+        lost.append(np.abs(session.run(None, {"x": x})[0] - x @ weight).max() / np.abs(x @ weight).max())
+    assert lost[0] > 0.9  # each 1 is less than half a step of 4000 / 255
+    assert lost[1] < 0.9  # those of the second block are there
+    assert lost[1] < lost[0]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("bits", KINDS)
+def test_a_weight_that_is_turned_where_it_is_used_is_turned_before(bits: Any, fused: bool, tmp_path: Path) -> None:
+    """As a table of embeddings is, which others look tokens up in."""
+    weight = np.random.default_rng(0).standard_normal((36, 36)).astype(np.float32)
+    file = product(tmp_path, weight)
+    model = ir.load(file)
+    (first,) = model.graph
+    held = model.graph.initializers["w"]
+    turned = ir.node("Transpose", [held], {"perm": [1, 0]})
+    last = ir.node("MatMul", [first.outputs[0], turned.outputs[0]])
+    if fused:
+        last = ir.node("FusedMatMul", [first.outputs[0], held], {"transB": 1}, domain="com.microsoft")
+        model.opset_imports["com.microsoft"] = 1
+    last.outputs[0].name, last.outputs[0].dtype = "z", ir.DataType.FLOAT
+    last.outputs[0].shape = first.outputs[0].shape
+    model.graph.extend([last] if fused else [turned, last])
+    model.graph.outputs[:] = [last.outputs[0]]
+    ir.save(model, file)
+    assert quantize(file, bits, generates=True) == (2, 0)
+    assert {node.op_type for node in ir.load(file).graph} == {"MatMulNBits"}
+    x = np.eye(36, dtype=np.float32)
+    session: Any = onnxruntime.InferenceSession(file)
+    plain, other = (held for held, _ in blocks(file).values())
+    steps = max(step.max() for _, step in blocks(file).values())
+    assert np.abs(plain.T - other).max() <= steps  # each is within half of one of the same weight
+    found, expected = session.run(None, {"x": x})[0], plain @ other
+    assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()  # what is multiplied is rounded to 8 bits
+
+
+def test_a_product_that_the_tools_leave_is_counted(tmp_path: Path) -> None:
+    """Two matrices at once are no weight in blocks."""
     file = product(tmp_path, np.random.default_rng(0).standard_normal((36, 36)).astype(np.float32))
     model = ir.load(file)
     (first,) = model.graph
-    turned = ir.node("Transpose", [model.graph.initializers["w"]], {"perm": [1, 0]})
-    last = ir.node("MatMul", [first.outputs[0], turned.outputs[0]])
+    two = ir.tensor(np.ones((2, 36, 3), dtype=np.float32), name="two")
+    both = ir.val("two", const_value=two, dtype=ir.DataType.FLOAT, shape=ir.Shape([2, 36, 3]))
+    model.graph.register_initializer(both)
+    last = ir.node("MatMul", [first.outputs[0], both])
     last.outputs[0].name, last.outputs[0].dtype = "z", ir.DataType.FLOAT
-    last.outputs[0].shape = first.outputs[0].shape
-    model.graph.extend([turned, last])
+    last.outputs[0].shape = ir.Shape([2, "rows", 3])
+    model.graph.append(last)
     model.graph.outputs[:] = [last.outputs[0]]
     ir.save(model, file)
-    assert quantize(file, "int4") == (1, 1)
+    assert quantize(file, "int8", generates=True) == (1, 1)
 
 
 def test_a_graph_without_a_weight_to_multiply_by_is_refused(tmp_path: Path) -> None:
@@ -174,8 +302,9 @@ def test_a_graph_without_a_weight_to_multiply_by_is_refused(tmp_path: Path) -> N
     ir.save(model, file)
     before = file.read_bytes()
     for bits in KINDS:
-        with pytest.raises(UsageError, match=f"no weight that {bits} is for"):
-            quantize(file, bits)
+        for generates in (False, True):
+            with pytest.raises(UsageError, match=f"no weight that {bits} is for"):
+                quantize(file, bits, generates)
     assert (file.read_bytes(), len(list(tmp_path.iterdir()))) == (before, 1)
 
 
@@ -195,10 +324,18 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
     refused(
         UsageError, "int8 is made of a float32 graph for cpu, not of float16", program, path, **int8, dtype=torch.half
     )
+    half = r"int4 is made of a float32 graph for cpu, not of float16"
+    refused(UsageError, half, program, path, quantize="int4", dtype=torch.half)
     refused(UsageError, "has its adapters in its weights", program, path, **int8, adapters="separate")
     refused(UsageError, "data is what a quantised graph is scored on", program, path, data={"text": ["w1"]})
     arguments = ["export", str(tmp_path), "-o", str(path), "--quantize", "int8", "--provider", "cuda"]
     assert CliRunner().invoke(main, arguments).exit_code == 2
+
+
+def test_eight_bits_of_what_generates_are_for_the_gpu_as_well() -> None:
+    check_quantized("int8", None, "onnx", "cuda", torch.half, generate=True)
+    with pytest.raises(UsageError, match="int8 is made of a float32 graph for cpu, not of float16"):
+        check_quantized("int8", None, "onnx", "cpu", torch.half, generate=True)
 
 
 def test_data_that_cannot_be_scored_leaves_nothing(tmp_path: Path) -> None:
