@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import networkx as nx
 import numpy as np
 
 from ..deferred.slices import nonzero
@@ -69,6 +68,8 @@ def axis_groups(program: Program) -> list[Group]:
 
 def _parts(axes: Axes) -> Iterator[list[tuple[int, str, int]]]:
     """Connected parts of the graph whose nodes are dimensions and whose edges are shared classes."""
+    import networkx as nx  # slow to load, and most programs have nothing to group
+
     graph = nx.Graph()
     first: dict[int, tuple[int, str, int]] = {}
     for place, (name, dims) in enumerate(axes.members.items()):

@@ -30,6 +30,7 @@ from .shared import (
     quiet,
     recipe_options,
     removal_of,
+    seldom_collecting,
     stream_option,
     streams,
     task_options,
@@ -60,6 +61,7 @@ _FLAGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 @details_option
 @as_json_option
 @click.pass_context
+@seldom_collecting()
 def rewrite(ctx: click.Context, checkpoint: Path, recipe: Path | None, passes: tuple[str, ...], **o: Any) -> None:
     """Insert a recipe's passes into CHECKPOINT, or a LoRA adapter of PEFT's, and write a trainable run folder."""
     from ..apply import Dump, Observer
@@ -151,6 +153,7 @@ def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, **o: 
 @overwrite_option
 @details_option
 @as_json_option
+@seldom_collecting()
 def fold(run: Path, out: Path, double: bool, overwrite: bool, **o: Any) -> None:
     """Fold everything RUN learned into its base and write an ordinary checkpoint: where its layers have other widths
     each and transformers does not read them yet, one that lorafx opens; where no config can say them, a .pt2.

@@ -11,6 +11,7 @@ import gc
 import io
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -117,7 +118,7 @@ def trace_with(attempt: Callable[[Any], T], model: nn.Module, shapes: Any) -> T:
     Raises:
         CaptureError: both failed
     """
-    with cacheless(model), lean(), without_notices():
+    with cacheless(model), lean(), _patched_where_loaded(), without_notices():
         try:
             return attempt(shapes)
         except CaptureError:  # it says what it is about
@@ -151,6 +152,30 @@ def lean() -> Iterator[None]:
         fx_config.do_not_emit_stack_traces = quiet
         if collecting:
             gc.enable()
+
+
+#: Where transformers has a model's code.
+_CODE = re.compile(r"transformers\.models\.\w+\.modeling_\w+")
+
+
+@contextmanager
+def _patched_where_loaded() -> Iterator[None]:
+    """transformers' exporters patch classes of some forty models while they trace, and load the code of each for it.
+    Where it is not loaded there is no model of that class: it stays so, which saves most of a second."""
+    from transformers.exporters import utils
+
+    find = utils.import_dotted_path
+
+    def loaded(path: str, missing_ok: bool = False) -> Any:
+        code = _CODE.match(path)
+        absent = missing_ok and code is not None and code[0] not in sys.modules
+        return None if absent else find(path, missing_ok)
+
+    utils.import_dotted_path = loaded
+    try:
+        yield
+    finally:
+        utils.import_dotted_path = find
 
 
 def _trace(model: nn.Module, example: Mapping[str, Any], shapes: Any) -> ExportedProgram:

@@ -6,7 +6,6 @@ import functools
 import operator
 from typing import Any
 
-import networkx as nx
 import torch
 from torch import fx
 
@@ -27,6 +26,8 @@ def written(graph: fx.Graph) -> frozenset[fx.Node]:
     writers = [node for node in graph.nodes if _writes(node)]
     if not writers:
         return frozenset()
+    import networkx as nx  # few graphs write to anything, and it is slow to load
+
     shared = nx.Graph()
     by_name: dict[str, fx.Node] = {}
     for node in graph.nodes:

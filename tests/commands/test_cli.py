@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from click.testing import CliRunner, Result
 
 from lorafx.cli import main
 from lorafx.commands.flags import train_options
+from lorafx.commands.shared import seldom_collecting
 from lorafx.errors import UsageError
 
 RECIPE = """
@@ -32,6 +34,15 @@ alpha = 8.0
 
 def call(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_garbage_is_searched_for_seldom_only_while_a_command_runs():
+    often = gc.get_threshold()
+    with seldom_collecting():
+        assert gc.get_threshold() == (100 * often[0], *often[1:])
+    assert gc.get_threshold() == often
+    assert call("fold", "nowhere", "-o", "out").exit_code == 5
+    assert gc.get_threshold() == often, "after an error, too"
 
 
 @pytest.fixture(scope="module")
