@@ -41,7 +41,7 @@ def test_garbage_is_searched_for_seldom_only_while_a_command_runs():
     with seldom_collecting():
         assert gc.get_threshold() == (100 * often[0], *often[1:])
     assert gc.get_threshold() == often
-    assert call("fold", "nowhere", "-o", "out").exit_code == 5
+    assert call("rewrite", "nowhere", "--pass", "lora", "-o", "out").exit_code == 5
     assert gc.get_threshold() == often, "after an error, too"
 
 
