@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 import lorafx
 from lorafx.errors import LorafxError, NoSitesError
 from lorafx.graph.precision import recast
-from lorafx.passes.finegates import Finegates
+from lorafx.passes.finegates import FineGates
 from lorafx.passes.lora import Lora
 from lorafx.public import Program
 
@@ -149,7 +149,7 @@ class _Checks:
         self._fold(program)
 
     def gates(self) -> None:
-        program = self._rewritten(Finegates(mode="target"))
+        program = self._rewritten(FineGates(mode="target"))
         if program is None:
             return
         generator = torch.Generator().manual_seed(2)

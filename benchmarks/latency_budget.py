@@ -43,10 +43,10 @@ def gated_seconds(latency: dict[str, float]) -> float:
     import lorafx
     from lorafx.channels.costs import prices
     from lorafx.channels.units import RemovableUnits, Units
-    from lorafx.passes.finegates import Finegates
+    from lorafx.passes.finegates import FineGates
 
     program = lorafx.capture(assets.minilm(), task="text-classification", num_labels=2)
-    taken = Finegates(targets=prune.methods.TARGETS).uses(program).taken
+    taken = FineGates(targets=prune.methods.TARGETS).uses(program).taken
     analysis = RemovableUnits(program, taken, prices("latency", SHAPE[1], latency))
     units = [found for site in taken if isinstance(found := analysis.find(site), Units)]
     return analysis.total + sum(unit.mixing for unit in units)

@@ -27,7 +27,7 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 
 import lorafx  # noqa: E402  (after the settings above)
 from examples import assets  # noqa: E402
-from lorafx.passes.finegates import Finegates  # noqa: E402
+from lorafx.passes.finegates import FineGates  # noqa: E402
 from lorafx.passes.lora import Lora  # noqa: E402
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def shrink(
     program: lorafx.Program, options: argparse.Namespace, started: float
 ) -> tuple[lorafx.Program, TrainResult, Comparison | None]:
     """Add gates, train on, fold; write the run and the verified ONNX model."""
-    program = lorafx.rewrite(program, [Finegates(targets=ENCODER, budget=options.budget)])
+    program = lorafx.rewrite(program, [FineGates(targets=ENCODER, budget=options.budget)])
     say(f"FineGates on {len(program.history[-1].taken)} of them: a gate a head and a neuron", started)
     trained = fit(program, options.gated_epochs, options.rows)
     say(f"LoRA and FineGates: held-out accuracy {accuracy(trained):.3f}", started)

@@ -21,6 +21,8 @@ _HOME = {
     "train": "training.fit",
     "export": "backends.export",
     "verify": "proof.verify",
+    "bench": "proof.bench",
+    "inspect": "frontend.inspect",
     "load": "frontend.load",
     "LorafxError": "errors",
 }
@@ -31,9 +33,11 @@ __all__ = [
     "Recipe",
     "Report",
     "__version__",
+    "bench",
     "capture",
     "export",
     "fold",
+    "inspect",
     "load",
     "rewrite",
     "train",
@@ -44,8 +48,10 @@ if TYPE_CHECKING:
     from .backends.export import export
     from .errors import LorafxError
     from .frontend.capture import capture
+    from .frontend.inspect import inspect
     from .frontend.load import load
     from .pipeline import fold, rewrite
+    from .proof.bench import bench
     from .proof.verify import verify
     from .public import Program
     from .recipes.recipe import Recipe
@@ -57,3 +63,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -15,6 +15,7 @@ from .commands.check import check, check_merge
 from .commands.edit import edit, patch
 from .commands.look import bench, generate, inspect, latency, passes, report, verify
 from .commands.make import export, fold, rewrite, run, train
+from .commands.new_pass import new_pass
 from .errors import ArtifactError, LorafxError, first_line
 from .version import __version__
 
@@ -22,7 +23,7 @@ from .version import __version__
 _COMMANDS = (
     *(rewrite, train, fold, export, run),
     *(verify, check, check_merge, bench, generate),
-    *(inspect, report, latency, passes, edit, patch),
+    *(inspect, report, latency, passes, new_pass, edit, patch),
 )
 
 

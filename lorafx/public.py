@@ -14,7 +14,7 @@ from .reporting.report import Report, report_of
 from .training.module import RewrittenModel, build_module
 
 
-@dataclass
+@dataclass(repr=False)
 class Program(program.Program):
     """One captured model: its data is that of :class:`lorafx.graph.program.Program`. Rewrites return a new one."""
 
@@ -34,3 +34,6 @@ class Program(program.Program):
     def report(self) -> Report:
         """What happened so far, as one value."""
         return report_of(self)
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()

@@ -25,7 +25,7 @@ from ..methods.steering import Steering
 
 
 @dataclass(frozen=True)
-class Finegates(Method):
+class FineGates(Method):
     """Gate frozen weights, so that training can close what it does not need (FineGates).
 
     Before: ``y = W x + b`` (with whatever earlier passes put beside W)
@@ -104,12 +104,9 @@ class Finegates(Method):
             gated = self._gated(edit, units.site, "gate", units.site.input, len(units.costs), of)
             edit.replace_input(units.site, gated)
 
-    def _gated(
-        self, edit: Edit, site: Site, short: str, value: fx.Node, size: int, of: Tensor | None = None
-    ) -> fx.Node:
-        theta = edit.parameter(site, short, (size,), self._start, "gate")
-        gate = ClampedGaussian.insert(edit, theta, self.noise)
-        return multiplied(edit, value, gate, of if of is None else edit.tensor(edit.statistic("unit_of", of, site)))
+    def _gated(self, edit: Edit, site: Site, short: str, at: fx.Node, size: int, of: Tensor | None = None) -> fx.Node:
+        gate = ClampedGaussian.insert(edit, edit.parameter(site, short, (size,), self._start, "gate"), self.noise)
+        return multiplied(edit, at, gate, of if of is None else edit.tensor(edit.statistic("unit_of", of, site)))
 
     def _start(self, theta: Tensor) -> None:
         nn.init.normal_(theta, self.initial, self.deviation).clamp_(min=ClampedGaussian.OPEN)
@@ -148,3 +145,6 @@ class Finegates(Method):
 
     def describe(self, state: MethodState) -> Mapping[str, Any]:
         return gate_facts(state)
+
+
+Finegates = FineGates  # the name up to version 0.1

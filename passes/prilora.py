@@ -21,7 +21,7 @@ from ..methods.masks import check_group, density, lowest_by_group
 
 
 @dataclass(frozen=True)
-class Prilora(LowRank):
+class PriLoRA(LowRank):
     """Insert low-rank branches whose ranks grow with depth, and prune A while training.
 
     Before: ``y = W x + b``
@@ -131,3 +131,6 @@ def ranks_by_block(state: MethodState) -> list[dict[str, Any]]:
 
 def _density(site: SiteState) -> dict[str, Any]:
     return {"module": site.module, "rank": site.factors()[0].shape[1], "density": density(site["lora_A"])}
+
+
+Prilora = PriLoRA  # the name up to version 0.1

@@ -20,7 +20,7 @@ from ..methods.schedules import cubic, start_of, steps_of
 
 
 @dataclass(frozen=True)
-class RoseLora(LowRank):
+class RoseLoRA(LowRank):
     """Keep low-rank updates sparse, row by row of A and column by column of B, while training (RoseLoRA).
 
     Before: ``y = W x + b``, or with ``adapters = "existing"`` ``y = W x + b + B (s · A x)`` of an earlier pass
@@ -125,3 +125,6 @@ def _row(site: SiteState) -> dict[str, Any]:
     a, b = site.factors()
     changed = density((b != 0).double() @ (a != 0).double())
     return {"module": site.module, "rank": a.shape[1], "A": density(a), "B": density(b), "weights changed": changed}
+
+
+RoseLora = RoseLoRA  # the name up to version 0.1

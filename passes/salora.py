@@ -21,7 +21,7 @@ from ..methods.steering import Steering
 
 
 @dataclass(frozen=True)
-class Salora(LowRank):
+class SaLoRA(LowRank):
     """Insert low-rank branches whose ranks are found by L0 gates (SaLoRA, structure-aware).
 
     Before: ``y = W x + b``
@@ -139,3 +139,6 @@ def _orthogonality(site: SiteState) -> Tensor:
     target = torch.diag_embed(is_open)
     a, b = a * is_open[:, :, None], b * is_open[:, None]
     return ((a @ a.mT - target) ** 2).sum() + ((b.mT @ b - target) ** 2).sum()
+
+
+Salora = SaLoRA  # the name up to version 0.1

@@ -25,7 +25,7 @@ _FACTORS = ("A", "B", "u", "v")
 
 
 @dataclass(frozen=True)
-class TiedLora(LowRank):
+class TiedLoRA(LowRank):
     """Insert low-rank branches whose A and B all blocks share, with scalings u, v of each block's own (Tied-LoRA).
 
     Before: ``y_l = W_l x + b_l``
@@ -141,3 +141,6 @@ class TiedLora(LowRank):
 
 def _plain(place: str) -> str:
     return place.replace(".", "_")
+
+
+TiedLora = TiedLoRA  # the name up to version 0.1

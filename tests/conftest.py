@@ -103,8 +103,8 @@ def pytest_runtest_teardown() -> Iterator[None]:
     """A test that changed a capture others share has failed, whatever it asserted."""
     yield
     _set_aside()
-    if "tests.captures" in sys.modules:  # not imported here: it imports torch, which not every test needs
-        sys.modules["tests.captures"].check()
+    if captures := sys.modules.get("lorafx.testing.captures"):  # not imported here: it imports torch, which not every
+        captures.check()  # test needs
 
 
 _seen = 0

@@ -15,10 +15,10 @@ from lorafx.recipes import registry
 SOURCE = Path(__file__).parent / "plugin"
 
 
-def install(folder: Path) -> Path:
-    """pip-install the plug-in below ``folder``; returns what to put on the import path."""
+def install(folder: Path, package: Path = SOURCE) -> Path:
+    """pip-install a package, the plug-in, below ``folder``; returns what to put on the import path."""
     # A copy, because building writes beside the sources.
-    source = shutil.copytree(SOURCE, folder / "source", ignore=shutil.ignore_patterns("__pycache__"))
+    source = shutil.copytree(package, folder / "source", ignore=shutil.ignore_patterns("__pycache__"))
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "install", *options, "--target", str(folder / "site"), str(source)]
     subprocess.run(command, check=True, capture_output=True, timeout=120)

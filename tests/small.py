@@ -16,10 +16,10 @@ from lorafx.frontend.capture import capture
 from lorafx.graph.edit import Edit
 from lorafx.graph.site import Site
 from lorafx.graph.state import MethodState
-from lorafx.graph.tree import aliases, get_tensor, put_tensor
 from lorafx.passes.lora import Lora
 from lorafx.pipeline import rewrite
 from lorafx.public import Program
+from lorafx.testing.captures import own as own
 from tests.captures import shared
 
 WORDS = [f"w{number}" for number in range(40)]
@@ -158,12 +158,3 @@ def learned(program: Program) -> dict[str, Tensor]:
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     assert a.keys() == b.keys()
     return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
-
-
-def own(root: nn.Module, name: str) -> nn.Parameter:
-    """Give a tensor of a program, under all of its names, storage of its own, which a test may write to."""
-    old = get_tensor(root, name)
-    fresh = nn.Parameter(old.detach().clone(), old.requires_grad)
-    for alias in aliases(root, name):
-        put_tensor(root, alias, fresh)
-    return fresh

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,78 +13,45 @@ from torch.utils import _pytree as pytree
 from lorafx.frontend.capture import capture
 from lorafx.graph.tree import named_tensors, persistent, put_tensor
 from lorafx.public import Program
+from lorafx.testing.models import (
+    DROPOUT,
+    FAMILIES,
+    IMAGE_SIZES,
+    LABELS,
+    TEXT_SIZES,
+    VOCABULARY,
+    Entry,
+    built,
+    generator,
+    hidden_dropout,
+    image,
+    tensors,
+    text,
+)
+from lorafx.testing.models import captured as laws_have
 from tests.captures import shared
-
-VOCABULARY = 120
-LABELS = 3
-#: Dropout probabilities are not 0 while capturing, so that the training graph has them and evaluation must drop them.
-DROPOUT = 0.1
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One family.
-
-    Attributes:
-        build: makes the model, given the dropout probability
-        inputs: makes inputs for a batch size and a length
-        free_length: whether the length of the inputs is free (images and sound have one size)
-    """
-
-    build: Callable[[float], nn.Module]
-    inputs: Callable[[int, int], dict[str, Any]]
-    free_length: bool = True
-
 
 # ---- inputs
 
 
-def _generator(batch: int, length: int) -> torch.Generator:
-    return torch.Generator().manual_seed(1000 * batch + length)
-
-
-def text(batch: int, length: int) -> dict[str, Any]:
-    """Token ids and a mask; the last row is padded to the right once it is longer than one token."""
-    ids = torch.randint(5, VOCABULARY, (batch, length), generator=_generator(batch, length))
-    mask = torch.ones_like(ids)
-    mask[-1, length // 2 + 1 :] = 0
-    # Token 1 pads in every config below; RoBERTa reads positions from it and decoders' heads the last token.
-    return {"input_ids": torch.where(mask.bool(), ids, torch.ones_like(ids)), "attention_mask": mask}
-
-
 def two_texts(batch: int, length: int) -> dict[str, Any]:
     """Encoder and decoder inputs; the decoder's sequence is one longer, so that no dimension is shared by accident."""
-    target = torch.randint(5, VOCABULARY, (batch, length + 1), generator=_generator(batch, length))
+    target = torch.randint(5, VOCABULARY, (batch, length + 1), generator=generator(batch, length))
     return {**text(batch, length), "decoder_input_ids": target}
-
-
-def image(batch: int, length: int) -> dict[str, Any]:
-    """Pixels, 3 × 16 × 16."""
-    return {"pixel_values": torch.randn(batch, 3, 16, 16, generator=_generator(batch, length))}
 
 
 def sound(batch: int, length: int) -> dict[str, Any]:
     """Mel features, 8 bins × 32 frames."""
-    return {"input_features": torch.randn(batch, 8, 32, generator=_generator(batch, length))}
+    return {"input_features": torch.randn(batch, 8, 32, generator=generator(batch, length))}
 
 
 # ---- builders
 
-_TEXT: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-_TEXT |= {"intermediate_size": 48, "max_position_embeddings": 80, "num_labels": LABELS, "pad_token_id": 1}
-DECODER: dict[str, Any] = {**_TEXT, "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 2, "eos_token_id": 3}
-
-
-def _hidden(p: float) -> dict[str, Any]:
-    return {"hidden_dropout_prob": p, "attention_probs_dropout_prob": p}
-
-
-def _bert(p: float) -> nn.Module:
-    return hf.BertForSequenceClassification(hf.BertConfig(**_TEXT, **_hidden(p)))
+DECODER: dict[str, Any] = {**TEXT_SIZES, "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 2, "eos_token_id": 3}
 
 
 def _roberta(p: float) -> nn.Module:
-    return hf.RobertaForSequenceClassification(hf.RobertaConfig(**_TEXT, **_hidden(p)))
+    return hf.RobertaForSequenceClassification(hf.RobertaConfig(**TEXT_SIZES, **hidden_dropout(p)))
 
 
 def _distilbert(p: float) -> nn.Module:
@@ -109,12 +74,12 @@ def _deberta(p: float) -> nn.Module:
         "share_att_key": True,
         "max_relative_positions": -1,
     }
-    config = hf.DebertaV2Config(**_TEXT, **_hidden(p), **relative, **buckets, pooler_dropout=p)
+    config = hf.DebertaV2Config(**TEXT_SIZES, **hidden_dropout(p), **relative, **buckets, pooler_dropout=p)
     return hf.DebertaV2ForSequenceClassification(config)
 
 
 def _albert(p: float) -> nn.Module:
-    config = hf.AlbertConfig(**_TEXT, **_hidden(p), embedding_size=16, classifier_dropout_prob=p)
+    config = hf.AlbertConfig(**TEXT_SIZES, **hidden_dropout(p), embedding_size=16, classifier_dropout_prob=p)
     return hf.AlbertForSequenceClassification(config)
 
 
@@ -127,15 +92,9 @@ def _modernbert(p: float) -> nn.Module:
     }
     window: dict[str, Any] = {"local_attention": 8, "layer_types": ["full_attention", "sliding_attention"]}
     config = hf.ModernBertConfig(
-        **_TEXT, **dropouts, **window, bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3
+        **TEXT_SIZES, **dropouts, **window, bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3
     )
     return hf.ModernBertForSequenceClassification(config)
-
-
-def _gpt2(p: float) -> nn.Module:
-    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 80}
-    dropouts: dict[str, Any] = {"resid_pdrop": p, "embd_pdrop": p, "attn_pdrop": p}
-    return hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, **dropouts, bos_token_id=2, eos_token_id=3, pad_token_id=1))
 
 
 def _llama(p: float) -> nn.Module:
@@ -180,17 +139,8 @@ def _t5(p: float) -> nn.Module:
     return hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=VOCABULARY, **sizes, **tokens, dropout_rate=p))
 
 
-_IMAGE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-_IMAGE |= {"image_size": 16, "patch_size": 8}
-_LABELS: dict[str, Any] = {"num_labels": LABELS}
-
-
-def _vit(p: float) -> nn.Module:
-    return hf.ViTForImageClassification(hf.ViTConfig(**_IMAGE, **_hidden(p), **_LABELS))
-
-
 def _clip(p: float) -> nn.Module:
-    return hf.CLIPVisionModel(hf.CLIPVisionConfig(**_IMAGE, attention_dropout=p))
+    return hf.CLIPVisionModel(hf.CLIPVisionConfig(**IMAGE_SIZES, attention_dropout=p))
 
 
 def _whisper(p: float) -> nn.Module:
@@ -205,20 +155,20 @@ def _whisper(p: float) -> nn.Module:
 
 
 ZOO: dict[str, Entry] = {
-    "bert": Entry(_bert, text),
+    "bert": FAMILIES["bert"],
     "roberta": Entry(_roberta, text),
     "distilbert": Entry(_distilbert, text),
     "deberta-v2": Entry(_deberta, text),
     "albert": Entry(_albert, text),
     "modernbert": Entry(_modernbert, text),
-    "gpt2": Entry(_gpt2, text),
+    "gpt2": FAMILIES["gpt2"],
     "llama": Entry(_llama, text),
     "qwen3": Entry(_qwen3, text),
     "gemma": Entry(_gemma, text),
     "mistral": Entry(_mistral, text),
     "mixtral": Entry(_mixtral, text),
     "t5": Entry(_t5, two_texts),
-    "vit": Entry(_vit, image, free_length=False),
+    "vit": FAMILIES["vit"],
     "clip-vision": Entry(_clip, image, free_length=False),
     "whisper-encoder": Entry(_whisper, sound, free_length=False),
 }
@@ -237,27 +187,18 @@ def entry(name: str) -> Entry:
 
 
 def build(name: str, dropout: float = DROPOUT, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A fresh model, the same at each call, in evaluation mode. Every parameter is moved off its initial value, so that
-    no bias is accidentally 0 and no norm 1."""
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
-        model = entry(name).build(dropout)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.to(dtype).eval()
+    """A fresh model, the same at each call, in evaluation mode (:func:`lorafx.testing.models.built`)."""
+    return built(entry(name), dropout, dtype)
+
+
+def captured(name: str, dropout: float = DROPOUT, dtype: torch.dtype = torch.float32) -> Program:
+    """The captured model, made once (:mod:`lorafx.testing.captures`), whoever asks."""
+    return (laws_have if name in FAMILIES else _captured)(name, dropout, dtype)
 
 
 @shared
-def captured(name: str, dropout: float = DROPOUT, dtype: torch.dtype = torch.float32) -> Program:
-    """The captured model, made once (:mod:`tests.captures`)."""
+def _captured(name: str, dropout: float, dtype: torch.dtype) -> Program:
     return capture(build(name, dropout, dtype))
-
-
-def tensors(outputs: Any) -> dict[str, Tensor]:
-    """The tensors of a model output, by name."""
-    flat, _ = pytree.tree_flatten_with_path(outputs)
-    return {pytree.keystr(path): value for path, value in flat if isinstance(value, Tensor)}
 
 
 def eager(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -265,15 +206,6 @@ def eager(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
     cacheless = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     with torch.no_grad():
         return tensors(model(**inputs, **cacheless))
-
-
-def randomised(program: Program, size: float = 0.3) -> Program:
-    """``program`` with normal random numbers in every adapter tensor that is zero, so that adapters do something."""
-    generator = torch.Generator().manual_seed(1)
-    values = {name: program.tensor(name) for name in program.names("adapter")}
-    zero = [name for name, value in values.items() if not value.any()]
-    program.load({name: size * torch.randn(values[name].shape, generator=generator) for name in zero})
-    return program
 
 
 def doubled(program: Program) -> Program:

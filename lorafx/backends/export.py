@@ -149,8 +149,8 @@ def export(
             _log.warning("%s: %s", path, reason)
         else:
             notes = [f"attention: {facts['attention']}"] if "attention" in facts else []
-            # Not the folder it is written into until it is whole.
-            result = dataclasses.replace(result, b=str(path), notes=(*result.notes, *notes))
+            # Not the folder it is written into until it is whole, nor where the writer keeps it.
+            result = dataclasses.replace(result, b=Path(path).resolve().name, notes=(*result.notes, *notes))
         few = None if quantize is None else quantized(final, folder, quantize, data, data_options)
         parity = approximate(parity_record(result, reason), few)
         write_report(final.report.plus(parity=parity, decoder=facts or None, quantized=few), folder)

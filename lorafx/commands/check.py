@@ -38,8 +38,15 @@ def check_merge(base: Path, adapters: tuple[str, ...], merged: Path, task: str |
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--base", type=click.Path(path_type=Path), help="Where the base checkpoint is now.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Where its adapter is now; of several each, in the order they were put on.",
+)
 @as_json_option
-def check(folder: Path, base: Path | None, as_json: bool) -> None:
+def check(folder: Path, base: Path | None, adapters: tuple[Path, ...], as_json: bool) -> None:
     """Check the certificate of a folder that lorafx wrote: its files, and what they were made of; exit 4 if broken.
 
     Where base and adapters are, every tensor is composed of them anew.
@@ -50,7 +57,7 @@ def check(folder: Path, base: Path | None, as_json: bool) -> None:
     from ..proof.certificate import check_folder
 
     with quiet():
-        found = check_folder(folder, base)
+        found = check_folder(folder, base, adapters)
     emit({"ok": found.ok, **dataclasses.asdict(found)}, found.text(), as_json)
     if not found.ok:
         raise ParityError(f"{folder}: its certificate does not hold: {found.broken[0]}")

@@ -68,10 +68,11 @@ def edit(checkpoint: Path, edits: Path, out: Path, prompts: Path | None, sequent
 def _write(result: EditResult, checkpoint: Path, out: Path, overwrite: bool) -> None:
     from ..editing.patch import PATCH
     from ..files.folder import new_folder
+    from ..files.places import checkpoint_name
     from ..models.checkpoint import weight_hashes
 
     names = [PATCH] if result.sequential else [f"patch-{n:03d}.safetensors" for n in range(len(result.patches))]
-    base = {"path": str(checkpoint.absolute()), "hashes": weight_hashes(checkpoint)}
+    base = {"name": checkpoint_name(checkpoint), "hashes": weight_hashes(checkpoint)}
     meta = {"base": base, "patches": names, "options": dataclasses.asdict(result.options)}
     with new_folder(out, "edit", meta, overwrite) as folder:
         for name, patch in zip(names, result.patches, strict=True):

@@ -24,7 +24,7 @@ from ..errors import UsageError, did_you_mean
 from ..frontend.capture import capture
 from ..graph.tree import has_tensor, tensor_hash
 from ..models.tasks import loss_type
-from ..passes.rose_lora import RoseLora
+from ..passes.rose_lora import RoseLoRA
 from ..pipeline import merge, rewrite
 from ..public import Program
 from ..reporting.render import draw_text, section_of
@@ -291,8 +291,8 @@ class _Editor:
         )
 
 
-def _step(options: EditOptions) -> RoseLora:
-    return RoseLora(
+def _step(options: EditOptions) -> RoseLoRA:
+    return RoseLoRA(
         targets=options.targets,
         blocks=options.blocks,
         rank=options.rank,

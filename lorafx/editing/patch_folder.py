@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import ArtifactError, UsageError
 from ..files.folder import MANIFEST, FileEntry, find_manifest, new_folder
+from ..files.places import checkpoint_name
 from ..formats.companions import copy_entry, inner_companions, is_weights
 from ..formats.shards import write_pieces, write_weights
 from ..models.checkpoint import check_safetensors, read_config, weight_files
@@ -141,7 +142,7 @@ def _exchange(checkpoint: Any, patch: Patch, out: Any, *, undo: bool, overwrite:
     pairs = [(change, slot) for change in patch.changes for slot in _found(folder, held, change)]
     for change, slot in pairs:  # all before the first byte is copied: a wrong base is seen at once
         change.check(slot.read(), str(folder), undo=undo)
-    meta = {"checkpoint": str(folder.absolute()), "patch": "reverted" if undo else "applied", "changed": patch.changed}
+    meta = {"checkpoint": checkpoint_name(folder), "patch": "reverted" if undo else "applied", "changed": patch.changed}
     files = {slot.file for slot in held.values()}
     size = sum(file.stat().st_size for file in files)
     writers = {file.name: partial(_write_patched, file, _of(pairs, file), undo) for file in sorted(files)}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..files.places import checkpoint_name, place_from
 from ..graph.site import STACK, module_path
 from ..graph.tree import below, get_tensor, has_tensor, named_tensors, same_values, ties
 
@@ -95,6 +96,8 @@ def _named_pair(program: Program, entry: Inserted) -> dict[str, str]:
 def adapter_config(program: Program) -> tuple[dict[str, Any] | None, str]:
     """The ``adapter_config.json`` with which PEFT computes this program's function; or None, and why there is none."""
     try:
+        if waiting := program.waiting():
+            raise _InexpressibleError(f"{waiting[0]} has its values when the run is opened with the base's weights")
         adapted = _adapted(program)
         _check_rest(program, adapted)
         modules = {entry.module for entry in adapted}
@@ -104,7 +107,7 @@ def adapter_config(program: Program) -> tuple[dict[str, Any] | None, str]:
         config = {
             "peft_type": "LORA",
             "task_type": _task_type(program.name, paths, saved),
-            "base_model_name_or_path": program.source.path,
+            "base_model_name_or_path": _base_of(program),
             "inference_mode": True,
             "target_modules": exact_targets(modules - set(stacks), paths),
             **({"target_parameters": _exact_parameters(program, stacks)} if stacks else {}),
@@ -116,6 +119,15 @@ def adapter_config(program: Program) -> tuple[dict[str, Any] | None, str]:
     except _InexpressibleError as reason:
         return None, str(reason)
     return config, ""
+
+
+def _base_of(program: Program) -> str | None:
+    """What PEFT opens the base by: its name on the hub where it came from there, else its place as the process sees it
+    that writes this (PEFT keeps what it was given)."""
+    path = program.source.path
+    if path is None or "/" in (name := checkpoint_name(path)):
+        return None if path is None else name
+    return place_from(".", path)
 
 
 # ---- which modules are adapted

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..base import passes_of
 from ..errors import LorafxError, UsageError
 from ..files.folder import FileEntry, file_hash, new_folder
+from ..files.places import checkpoint_name, place_from
 from ..graph.precision import dtype_name
 from ..graph.program import Program
 from ..graph.tree import ties
@@ -72,15 +73,17 @@ def save_run(
     _refuse_foreign(program)
     inputs, capturing = _capture_record(program)
     keys = adapter_keys(program)
+    waiting = program.waiting()
     values = {keys[name]: value.detach() for name, value in program.learned().items() if not value.is_meta}
     peft, reason = adapter_config(program)
     tied = ties(program.root)
     meta = {
-        "base": base_record(program),
+        "base": {"path": place_from(path, source.path), **base_record(program)},
         "capture": capturing,
         "seed": seed,
         "aliases": {alias: name for name in keys for alias in tied[name] if alias != name},
         "peft": reason or "adapter_config.json",
+        **({"of_weights": waiting} if waiting else {}),
         **({"made_from": dict(made_from)} if made_from is not None else {}),
     }
     known: dict[str, FileEntry] = {}
@@ -102,6 +105,11 @@ def _refuse_foreign(program: Program) -> None:
     odd = next((step for step in passes_of(program) if not in_recipes(step)), None)
     if odd is None and not program.source.adapters:
         return
+    if odd is not None and not type(odd).__module__.startswith("lorafx."):
+        raise UsageError(
+            f"the pass {odd.pass_name()} is in no installed package, so its run could not be opened again; declare "
+            'it under [project.entry-points."lorafx.passes"] (lorafx new-pass NAME --package writes such a package)'
+        )
     what = sorted(program.source.adapters)[0] if odd is None else "more than the lora pass makes"
     raise UsageError(
         f"this adapter holds {what}, which a run cannot train on; fold or export it, or train plain LoRA of rank up to "
@@ -110,13 +118,13 @@ def _refuse_foreign(program: Program) -> None:
 
 
 def base_record(program: Program) -> dict[str, Any]:
-    """Where a program's base came from, as JSON values: path, task, options, and the hashes of its files."""
+    """What a program was made of, as JSON values: the name of its base, task, options, and the hashes of its files."""
     source = program.source
     hashes = dict(source.hashes)
     if source.path is not None and (Path(source.path) / "config.json").is_file():
         hashes["config.json"] = file_hash(Path(source.path) / "config.json")
     return {
-        "path": source.path,
+        "name": checkpoint_name(source.path) if source.path is not None else None,
         "model": program.name,
         "task": source.task,
         "options": {name: _option(name, value) for name, value in source.options.items()},

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import ArtifactError, LorafxError, UsageError
 from ..files.folder import MANIFEST, Manifest, find_manifest, read_manifest
+from ..files.places import found_from
 from ..formats.peft import adapter_keys
 from ..formats.run import INPUTS, RECIPE, VALUES
 from ..graph.tree import has_tensor
@@ -116,6 +117,7 @@ class _Run:
     inputs: list[str] | None
     seed: int
     aliases: dict[str, str]
+    of_weights: frozenset[str]
 
 
 def _record(manifest: Manifest) -> _Run:
@@ -123,7 +125,7 @@ def _record(manifest: Manifest) -> _Run:
         base, capturing = manifest.meta["base"], manifest.meta["capture"]
         return _Run(
             path=manifest.path,
-            base=str(base["path"]),
+            base=str(found_from(manifest.path, str(base["path"]))),
             task=base["task"],
             options=dict(base["options"]),
             hashes=dict(base["hashes"]),
@@ -132,6 +134,7 @@ def _record(manifest: Manifest) -> _Run:
             inputs=capturing.get("inputs"),
             seed=int(manifest.meta["seed"]),
             aliases=dict(manifest.meta["aliases"]),
+            of_weights=frozenset(manifest.meta.get("of_weights", ())),
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ArtifactError(f"{manifest.path / MANIFEST}: broken manifest; write the run again") from None
@@ -166,11 +169,12 @@ def _check_base(folder: Path, expected: Mapping[str, str], found: Mapping[str, s
 
 
 def _load_values(program: Program, run: _Run) -> None:
-    """Fill in what was learned. A run from the meta device has no values for what the base's class adds (a head)."""
+    """Fill in what was learned. A run from the meta device has no values for what the base's class adds (a head), nor
+    for what is made of weights: rewriting the base with its weights just gave these."""
     file = run.path / VALUES
     stored = _read_tensors(file)
     names = {key: name for name, key in adapter_keys(program).items()}
-    inserted = set(program.names("adapter", "gate", "statistic"))
+    inserted = set(program.names("adapter", "gate", "statistic")) - run.of_weights
     unknown = sorted(stored.keys() - names.keys())
     missing = [name for key, name in names.items() if key not in stored and (name in inserted or not run.meta)]
     if unknown or missing:

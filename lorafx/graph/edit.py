@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ..errors import OperatorError
 from .fake import FakeValues
+from .initial import initial_value
 from .program import Inserted, Step
 from .site import INSERTED_BY, INSERTED_FOR, WEIGHT_OPS
 from .tensors import TensorIndex
@@ -63,8 +64,9 @@ class Edit:
         init: Callable[[Tensor], object] | None = None,
         role: str = "adapter",
         owner: str | None = None,
+        of_weight: Callable[[Tensor], Tensor] | None = None,
     ) -> fx.Node:
-        """A trainable parameter of ``site``'s module, made and initialised on first use.
+        """A parameter of ``site``'s module, made and initialised on first use.
 
         Two uses of one module (a block shared by all layers) get one parameter. Dtype is fp32, or wider if the weight
         is: adapters train in fp32 whatever the base.
@@ -73,7 +75,9 @@ class Edit:
             short: name below the module, e.g. ``lora_A.weight``
             shape: its shape
             init: fills the new tensor in place; it is zero without
-            role: one of :data:`lorafx.graph.program.ROLES`
+            role: one of :data:`lorafx.graph.program.ROLES`; a ``statistic`` does not train
+            of_weight: makes the new tensor, instead of ``init``, of the weight as a matrix (out, in) in that dtype (a
+                stack as it is stored); without weights it waits until the run is opened with them
             owner: the path to keep it under instead of the module's; all who name one owner share its tensor, which is
                 stored once
         """
@@ -83,14 +87,10 @@ class Edit:
             entry.tensors[key] = self._owned[owner, key]
         if key not in entry.tensors:
             base = self.program.tensor(site.parameter)
-            # Made on the CPU, so that a seed gives the same values on every device.
-            value = torch.zeros(shape, dtype=torch.promote_types(torch.float32, base.dtype))
-            if init is not None:
-                with torch.no_grad():
-                    init(value)
+            value = initial_value(site, base, shape, init, of_weight)
             value = value if base.is_meta else value.to(base.device)
             name = self._unique(below(self.program.root, owner or site.module, short))
-            self._tensors.put(name, nn.Parameter(value))
+            self._tensors.put(name, nn.Parameter(value, requires_grad=role != "statistic"))
             self.program.roles[name] = role
             entry.tensors[key] = self._owned[owner or site.module, key] = name
         return self.tensor(entry.tensors[key])

@@ -225,6 +225,15 @@ class Program:
         drawn = {name: digest for name, digest in self.source.drawn.items() if has_tensor(self.root, name)}
         return sorted(name for name, digest in drawn.items() if tensor_hash(self.tensor(name)) == digest)
 
+    def waiting(self) -> list[str]:
+        """The inserted tensors whose values are made of weights that the program does not have yet."""
+        return [name for name in self.names("adapter", "gate", "statistic") if self.tensor(name).is_meta]
+
+    def __repr__(self) -> str:
+        steps = ", ".join(applied.step.pass_name() for applied in self.history) or "as captured"
+        trained, all_of_them = (parameter_count(of) for of in (self.trainable().values(), self.root.parameters()))
+        return f"<{type(self).__name__} {self.name}: {steps}; {trained:,} of {all_of_them:,} parameters train>"
+
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Copy ``values`` into the tensors of those names. KeyError: an unknown name; ValueError: a wrong shape."""
         for name, value in values.items():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..graph.precision import dtype_name
+from ..notebook import shown
 
 #: Numbers compared at a time.
 _BLOCK = 1 << 22
@@ -149,6 +150,12 @@ class Comparison:
     def __str__(self) -> str:
         return self.summary
 
+    def __repr__(self) -> str:
+        return f"<Comparison of {self.a} and {self.b}: {self.summary}>"
+
+    def _repr_html_(self) -> str:
+        return shown([f"{self.a} and {self.b}: {self.summary}", *self.problems, *self.notes], [_Cases(self)])
+
     def text(self) -> str:
         """The summary, then a line for each output, problem and note."""
         lines = [f"{self.a} against {self.b}", self.summary]
@@ -187,6 +194,23 @@ class Comparison:
             "notes": list(self.notes),
             "cases": cases,
         }
+
+
+@dataclass(frozen=True)
+class _Cases:
+    """A comparison's cases as a table for people."""
+
+    of: Comparison
+
+    title = "Outputs and inputs"
+    columns = ("output", "inputs", "largest difference", "of its scale")
+
+    @property
+    def rows(self) -> Iterator[tuple[str, ...]]:
+        """One a case."""
+        for case in self.of.cases:
+            gap = (case.problem, "") if case.problem else (f"{case.max_abs:.3g}", f"{self.of.relative(case):.3g}")
+            yield case.output, case.inputs, *gap
 
 
 def _finite(value: float) -> float | None:

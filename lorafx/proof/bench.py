@@ -25,8 +25,10 @@ from torch import Tensor
 from ..errors import ArtifactError, UsageError
 from ..graph.precision import dtype_name
 from ..models.tokenizers import length_limit, pad_token
+from ..notebook import shown
 from ..parity.inputs import Generator, merged
 from ..parity.runner import Runner
+from ..reporting.render import Section, draw_text
 from .memory import peak_memory
 from .open import open_runner
 
@@ -110,21 +112,38 @@ class BenchResult:
 
     def text(self, width: int = 110) -> str:
         """The result as tables no wider than ``width`` columns."""
-        from ..reporting.render import Section, draw_text
+        return draw_text(self._lines(), self._tables(), width)
 
-        first = self.candidates[0].label
-        columns = ("shape", "candidate", "median ms", "p10 … p90", f"times as fast as {first}", "p10 … p90 ")
-        times = Section("Latency", columns, tuple(map(_time_row, self.timings)))
-        what = ("candidate", "kind", "dtype", "provider", "threads", "MB on disk", "peak MB", "libraries MB")
-        sizes = Section("Size", what, tuple(map(_size_row, self.candidates)))
+    def _lines(self) -> list[str]:
         machine = ", ".join(f"{name} {value}" for name, value in self.machine.items())
         notes = [f"{c.label}: {c.note}" for c in self.candidates if c.note]
         noisy = max((timing.spread for timing in self.timings), default=0.0)
-        notes.append(f"Times scatter by up to {noisy:.0%} of their median from p10 to p90.")
-        return draw_text([machine, *notes], [times, sizes], width)
+        return [machine, *notes, f"Times scatter by up to {noisy:.0%} of their median from p10 to p90."]
+
+    def _tables(self) -> list[Section]:
+        first = self.candidates[0].label
+        columns = ("shape", "candidate", "median ms", "p10 … p90", f"times as fast as {first}", "p10 … p90 ")
+        what = ("candidate", "kind", "dtype", "provider", "threads", "MB on disk", "peak MB", "libraries MB")
+        times = Section("Latency", columns, tuple(map(_time_row, self.timings)))
+        return [times, Section("Size", what, tuple(map(_size_row, self.candidates)))]
 
     def __str__(self) -> str:
         return self.text()
+
+    def __repr__(self) -> str:
+        fastest = max(self.timings, key=lambda timing: timing.ratio, default=None)
+        found = f": {_said(fastest, self.candidates[0].label)}" if fastest is not None else ""
+        return f"<BenchResult of {', '.join(c.label for c in self.candidates)}{found}>"
+
+    def _repr_html_(self) -> str:
+        return shown(self._lines(), self._tables(), opened=True)
+
+
+def _said(timing: Timing, first: str) -> str:
+    shape = _time_row(timing)[0]
+    if timing.candidate == first:
+        return f"{timing.median * 1e3:.1f} ms at {shape}"
+    return f"at best {timing.candidate} is {timing.ratio:.2f} times as fast as {first}, at {shape}"
 
 
 def _time_row(timing: Timing) -> tuple[str, ...]:

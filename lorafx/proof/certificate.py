@@ -7,7 +7,7 @@ is; what it says of the base and of adapters, where those are.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 
 from ..errors import ArtifactError, UsageError
 from ..files.folder import MANIFEST, FileEntry, find_manifest, found
+from ..files.places import found_from, relative_place
 from ..files.progress import PASSING
 from ..formats.adapter import read_adapter
 from ..formats.run import base_record
@@ -64,8 +65,12 @@ def write_certificate(
         "format": _FORMAT,
         "versions": {"lorafx": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "kind": kind,
-        "base": base_record(program),
-        "adapters": [{key: one[key] for key in ("path", "weight", "files")} for one in program.source.added],
+        "base": {"path": _place_of(folder, program.source.path), **base_record(program)},
+        "adapters": [
+            {"path": _place_of(folder, one["path"]), "name": Path(one["path"]).name}
+            | {key: one[key] for key in ("weight", "files")}
+            for one in program.source.added
+        ],
         "nothing_but_adapters": _alone(reference),
         "passes": [applied.step.pass_name() for applied in program.history],
         "result": {name: {"bytes": entry.size, "sha256": entry.sha256} for name, entry in entries.items()},
@@ -82,6 +87,10 @@ def _alone(reference: Program) -> bool:
     """Whether a program is its base with adapters as their files hold them: nothing was inserted or trained since."""
     added = reference.source.added
     return bool(added) and all(one.get("learned") == learned_digest(reference) for one in added)
+
+
+def _place_of(folder: Path, path: str | None) -> str | None:
+    return None if path is None else relative_place(folder, path)
 
 
 def _tensors(proof: TensorProof | None) -> dict[str, Any] | None:
@@ -136,15 +145,17 @@ class Found:
         return "\n".join(f"{mark}: {line}" for mark, lines in marks for line in lines)
 
 
-def check_folder(path: Path, base: Path | None = None) -> Found:
+def check_folder(path: Path, base: Path | None = None, adapters: Sequence[Path] = ()) -> Found:
     """Check the certificate of a folder against its files, and against base and adapters where they are.
 
     Args:
         path: a folder that :func:`lorafx.export` wrote
         base: where its base is now
+        adapters: where its adapters are now, in the order they were put on
 
     Raises:
         ArtifactError: there is no certificate, or one that cannot be read
+        UsageError: places of more or fewer adapters than there are
     """
     record = _read(path)
     holds: list[str] = []
@@ -152,27 +163,30 @@ def check_folder(path: Path, base: Path | None = None) -> Found:
     broken = list(_changed(path, {name: entry["sha256"] for name, entry in record["result"].items()}))
     broken += _added(path, record["result"])
     holds += [] if broken else [f"{len(record['result'])} files of {path} are those that were written"]
-    sources = [(base or _place(record["base"]["path"]), record["base"]["hashes"], "base")]
-    sources += [(_place(one["path"]), one["files"], "adapter") for one in record["adapters"]]
+    first, others = _origins(record, path, base, adapters)
     there = True
-    for folder, files, what in sources:
-        if folder is None or not folder.is_dir():
-            unseen.append(f"its {what}{f' {folder}' if folder is not None else ''} is not here")
+    for one in (first, *others):
+        if one.place is None or not one.place.is_dir():
+            unseen.append(f"its {one.what} {one.place or one.name} is not here; give its place (--{one.what})")
             there = False
             continue
-        changed = list(_changed(folder, files))
-        broken += [f"{what}: {line}" for line in changed]
-        holds += [] if changed else [f"{len(files)} files of {what} {folder} are those that it was made from"]
+        changed = list(_changed(one.place, one.files))
+        broken += [f"{one.what}: {line}" for line in changed]
+        holds += (
+            [] if changed else [f"{len(one.files)} files of {one.what} {one.place} are those that it was made from"]
+        )
     if there and not broken:
-        _check_composition(record, path, sources, holds, unseen, broken)
+        weights = [float(one["weight"]) for one in record["adapters"]]
+        summed = {str(one.place): weight for one, weight in zip(others, weights, strict=True)}
+        _check_composition(record, path, first.place, summed, (holds, unseen, broken))
     return Found(tuple(holds), tuple(unseen), tuple(broken))
 
 
 def _check_composition(
-    record: Mapping[str, Any], path: Path, sources: list[Any], holds: list[str], unseen: list[str], broken: list[str]
+    record: Mapping[str, Any], path: Path, base: Path | None, weights: Mapping[str, float], said: tuple[list[str], ...]
 ) -> None:
     """Compose every tensor anew from base and adapters, if that is all that the folder was made of."""
-    weights = {str(_place(one["path"])): float(one["weight"]) for one in record["adapters"]}
+    holds, unseen, broken = said
     if record["kind"] != "hf" or not record["nothing_but_adapters"] or record["removed"]:
         unseen.append("what its tensors are made of: more than a checkpoint and LoRA adapters that files hold")
         return
@@ -182,13 +196,45 @@ def _check_composition(
     except ArtifactError as error:
         unseen.append(f"what its tensors are made of: {error}")
         return
-    result = check_merge(sources[0][0], weights, path, task=record["base"]["task"])
+    assert base is not None
+    result = check_merge(base, weights, path, task=record["base"]["task"])
     holds += [result.text()] if result.ok else []
     broken += [str(fault) for fault in result.faults]
 
 
-def _place(path: Any) -> Path | None:
-    return Path(path) if isinstance(path, str) else None
+@dataclass(frozen=True)
+class _Origin:
+    """What a folder was made of, base or adapter: where that is, None where nothing says so, and its files by hash."""
+
+    what: str
+    name: str
+    place: Path | None
+    files: Mapping[str, str]
+
+
+def _origins(
+    record: Mapping[str, Any], path: Path, base: Path | None, adapters: Sequence[Path]
+) -> tuple[_Origin, list[_Origin]]:
+    """Base and adapters, where they are said to be now or else where the certificate found them."""
+    held = record["adapters"]
+    if adapters and len(adapters) != len(held):
+        names = ", ".join(_name(one) for one in held) or "none"
+        raise UsageError(f"{path}: its adapters are {names}; give the place of each, in this order (--adapter)")
+    given = adapters or [None] * len(held)
+    first = _Origin("base", _name(record["base"]), base or _place(path, record["base"]), record["base"]["hashes"])
+    return first, [
+        _Origin("adapter", _name(one), own or _place(path, one), one["files"])
+        for own, one in zip(given, held, strict=True)
+    ]
+
+
+def _place(path: Path, record: Mapping[str, Any]) -> Path | None:
+    return found_from(path, record["path"]) if isinstance(record["path"], str) else None
+
+
+def _name(record: Mapping[str, Any]) -> str:
+    """What was called so; older certificates have its path alone."""
+    return str(record.get("name") or Path(str(record["path"])).name)
 
 
 def _changed(folder: Path, files: Mapping[str, str]) -> Iterator[str]:

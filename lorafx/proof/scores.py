@@ -85,7 +85,7 @@ def _on_table(program: Program, runner: Runner, data: Any, options: TrainOptions
         raise UsageError(f"{program.name} has no accuracy and no perplexity to score on data; leave data out")
     prepared = prepare(data, program, _tokenizer(program), options)
     rows = [prepared.rows[index] for index in range(len(prepared.rows))]
-    name = str(data) if isinstance(data, (str, PathLike)) else "data"
+    name = Path(data).name if isinstance(data, (str, PathLike)) else "data"
 
     def ask(one: Runner) -> float:
         # A decoder takes no padding after a text.

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError
+from ..files.places import checkpoint_name
 from ..graph.facts import Gathered, ZeroButKept
 from ..models.checkpoint import by_header
+from ..notebook import shown
 from .answer import sentence
 from .contents import Contents
 from .facts import Facts, PassReport, RoleReport, json_value
@@ -58,6 +60,12 @@ class Report(Facts):
             return draw_text([*lines, *self.notes], sections_of_facts(self), width)
         return draw_text(lines, [*history(self.passes), role_section(self)], width) if overview else "\n".join(lines)
 
+    def __repr__(self) -> str:
+        return f"<Report {sentence(self, Contents.of(None))}>"
+
+    def _repr_html_(self) -> str:
+        return shown([sentence(self, Contents.of(None)), *self.notes], sections_of_facts(self))
+
     def html(self, folder: str | PathLike[str] | None = None, model: str = "") -> str:
         """The report as one HTML page that needs no other file; with links to what lies in ``folder``, of which the
         model itself is what lies below ``model``."""
@@ -94,7 +102,7 @@ def report_of(program: Program) -> Report:
     source = program.source
     model = {
         "class": program.name,
-        "checkpoint": source.path,
+        "checkpoint": checkpoint_name(source.path) if source.path is not None else None,
         "task": source.task,
         "stage": program.stage,
         "dtype": str(getattr(program.config, "dtype", None) or "").removeprefix("torch."),
@@ -223,6 +231,8 @@ def _notes(program: Program, roles: Mapping[str, RoleReport]) -> list[str]:
         notes.append(
             "No weight of the base was read: its files are known by their size and header until the run is trained."
         )
+    if waiting := program.waiting():
+        notes.append(f"{len(waiting)} tensors are made of weights, when the run is opened with them: {waiting[0]}, …")
     unproven: dict[str, list[str]] = {}
     for applied in program.history:
         if applied.proof.startswith("not checked"):

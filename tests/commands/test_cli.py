@@ -212,6 +212,18 @@ def test_what_is_written_can_be_read_by_others(run: Path, onnx_folder: Path) -> 
         assert ".tmp-" not in (folder / "report.json").read_text(), "the folder it was written into"
 
 
+def test_what_is_written_says_nothing_of_where_it_was_written(
+    run: Path, folded: Path, onnx_folder: Path, tiny_checkpoint: Path
+) -> None:
+    """But for PEFT's own note of the base, which is what it opens it by."""
+    inside = str(Path(os.path.commonpath([run, folded, onnx_folder, tiny_checkpoint]))).encode()
+    assert len(Path(inside.decode()).parts) > 1
+    for file in (file for folder in (run, folded, onnx_folder) for file in folder.rglob("*") if file.is_file()):
+        assert file.name == "adapter_config.json" or inside not in file.read_bytes(), file.name
+    record = json.loads((onnx_folder / "lorafx.json").read_text())["meta"]["base"]
+    assert record["name"] == tiny_checkpoint.name
+
+
 def test_the_folders_open_without_lorafx(run: Path, folded: Path, onnx_folder: Path, tiny_checkpoint: Path) -> None:
     """PEFT opens the run, transformers the folded folder and the ONNX folder, all with the same logits."""
     import torch

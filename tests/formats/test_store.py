@@ -23,6 +23,7 @@ import lorafx
 from lorafx.base import Method, Pass
 from lorafx.errors import ArtifactError, LorafxError, UsageError
 from lorafx.files.folder import MANIFEST, find_manifest, new_folder, read_manifest
+from lorafx.files.places import found_from
 from lorafx.formats.run import save_run
 from lorafx.frontend.load import run_recipe
 from lorafx.graph.program import Source
@@ -120,7 +121,8 @@ def test_the_folder_holds_what_the_design_says(run: Path, checkpoint: Checkpoint
     manifest = read_manifest(run, hashes=True)
     assert set(manifest.files) == names - {MANIFEST}
     assert manifest.kind == "run"
-    assert manifest.meta["base"]["path"] == str(checkpoint("bert"))
+    assert found_from(run, manifest.meta["base"]["path"]) == checkpoint("bert")
+    assert not Path(manifest.meta["base"]["path"]).is_absolute()
     assert manifest.meta["base"]["hashes"].keys() == {"model.safetensors", "config.json"}
     # Only what the base does not hold: far less than the base itself.
     stored = load_file(run / "adapter_model.safetensors")

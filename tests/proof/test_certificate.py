@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import lorafx
 from lorafx.cli import main
+from lorafx.errors import UsageError
 from lorafx.passes.lora import Lora
 from lorafx.proof.certificate import check_folder, write_certificate
 from tests import foreign, zoo
@@ -106,7 +107,7 @@ def test_files_that_are_right_and_tensors_that_are_not(place: Path, tmp_path: Pa
     record = json.loads((tmp_path / "out" / "certificate.json").read_text())
     record["result"]["model.safetensors"]["sha256"] = _sha(file)
     (tmp_path / "out" / "certificate.json").write_text(json.dumps(record))
-    found = check_folder(tmp_path / "out")
+    found = check_folder(tmp_path / "out", place / "base", [place / "adapter"])
     assert [line.partition(":")[0] for line in found.broken] == ["bert.encoder.layer.0.attention.self.query.weight"]
 
 
@@ -114,7 +115,26 @@ def test_what_is_not_here_is_said(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "out", tmp_path / "out")
     found = check_folder(tmp_path / "out", tmp_path / "nowhere")
     assert found.ok
-    assert found.unseen == (f"its base {tmp_path / 'nowhere'} is not here",)
+    moved = "its adapter {} is not here; give its place (--adapter)".format(tmp_path / "adapter")
+    assert found.unseen == (f"its base {tmp_path / 'nowhere'} is not here; give its place (--base)", moved)
+    assert call("check", tmp_path / "out", "--base", place / "base", "--adapter", place / "adapter").exit_code == 0
+    with pytest.raises(UsageError, match="its adapters are adapter; give the place of each"):
+        check_folder(tmp_path / "out", None, [place / "adapter", place / "adapter"])
+
+
+def test_it_tells_no_place_that_only_its_writer_has(place: Path, tmp_path: Path) -> None:
+    """Where base and adapter lie is said from the folder, so that all can be moved together."""
+    record = json.loads((place / "out" / "certificate.json").read_text())
+    assert (record["base"]["path"], record["adapters"][0]["path"]) == ("../base", "../adapter")
+    for name in ("out", "base", "adapter"):
+        shutil.copytree(place / name, tmp_path / name)
+    found = check_folder(tmp_path / "out")
+    assert found.ok
+    assert not found.unseen
+    record["base"]["path"], record["adapters"][0]["path"] = None, None  # of one with no parent in common
+    (tmp_path / "out" / "certificate.json").write_text(json.dumps(record))
+    names = [line.partition(" is not here")[0] for line in check_folder(tmp_path / "out").unseen]
+    assert names == ["its base base", "its adapter adapter"]
 
 
 def test_an_adapter_that_trained_on_is_not_its_file(place: Path, tmp_path: Path) -> None:

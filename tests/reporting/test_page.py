@@ -1,15 +1,18 @@
 """The page of a report: the answer first, pictures from numbers that are there, and nothing that can be wider than a
 phone outside a box that scrolls.
 
-No browser runs here, so what only a layout engine tells is not seen: the widths that fonts come to, words that touch
-in a chart, colours. What is held is what makes a page overflow: widths in pixels, charts that do not shrink, tables
-outside their box.
+What makes a page overflow is held without a browser: widths in pixels, charts that do not shrink, tables outside their
+box. Where Chromium is installed it lays the page out too, at the widths of a phone and of a screen; what only eyes see,
+words that touch in a chart and colours, no test does.
 """
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -269,6 +272,39 @@ def test_nothing_is_wider_than_a_phone() -> None:
     assert all(float(size) * (1 if unit == "px" else 16) <= PHONE for size, unit in widths), widths
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
     assert "prefers-color-scheme: dark" in style
+
+
+#: Lays out a page in frames of several widths, everything unfolded, and says how wide each is and what it would need.
+MEASURE = """<!doctype html><title></title><script>onload = () => {
+  document.title = JSON.stringify([...document.querySelectorAll("iframe")].map(frame => {
+    const page = frame.contentDocument;
+    page.querySelectorAll("details").forEach(part => part.open = true);
+    return [frame.clientWidth, page.documentElement.clientWidth, page.documentElement.scrollWidth];
+  }));
+}</script>"""
+
+
+def laid_out(page: str, widths: tuple[int, ...], folder: Path) -> list[list[int]]:
+    """The width of each frame, of the page inside beside its scroll bar, and of what is on it; [] without Chromium."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        return []
+    frames = "".join(f'<iframe srcdoc="{html.escape(page)}" width={width} height=900></iframe>' for width in widths)
+    (folder / "frames.html").write_text(MEASURE + frames, encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
+    command = [browser, *options, f"--user-data-dir={folder / 'profile'}", (folder / "frames.html").as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"<title>(.+?)</title>", shown)
+    assert found is not None, shown[:200]
+    return json.loads(found[1])
+
+
+def test_it_is_no_wider_than_a_phone_or_a_screen(tmp_path: Path) -> None:
+    text = everything().html()
+    wide = text.replace("</header>", "<p style='width:500px'>wide</p></header>")
+    for shown, overflows in ((text, []), (wide, [390])):
+        found = laid_out(shown, (390, 1280), tmp_path)
+        assert [frame for frame, inside, needed in found if needed > inside] == (overflows if found else [])
 
 
 def test_charts_take_the_colour_of_the_page() -> None:

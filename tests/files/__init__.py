@@ -1,0 +1,1 @@
+"""Tests of bytes on disk: where folders are said to lie."""
