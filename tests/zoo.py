@@ -29,6 +29,7 @@ from lorafx.testing.models import (
     text,
 )
 from lorafx.testing.models import captured as laws_have
+from lorafx.testing.models import randomised as randomised
 from tests.captures import shared
 
 # ---- inputs

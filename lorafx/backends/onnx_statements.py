@@ -1,4 +1,5 @@
-"""What an ONNX file says beside the graph: nothing that its tensors contradict, nothing of the machine it was made on.
+"""What an ONNX file says beside the graph: nothing that its tensors contradict, nothing of the machine it was made on,
+and operators by names that ONNX has.
 
 Converters leave behind what was true at an earlier stage, and runtimes forgive it; ``onnx.checker``, shape inference
 and the quantisers built on it do not.
@@ -10,10 +11,15 @@ import onnx_ir as ir
 
 #: Where in the author's files a node came from, as torch's converter notes it.
 _TRACE = "pkg.torch.onnx.stack_trace"
+#: The version of ONNX's operators that has ``RMSNormalization``.
+_OPSET = 23
+#: What means something else there than it did before 21; everything else only takes more types.
+_CHANGED = "GroupNormalization"
 
 
 def leave_out(model: ir.Model) -> None:
-    """Drop types and shapes stated of constants, which the constants say themselves, and traces of files; in place.
+    """Drop types and shapes stated of constants, which the constants say themselves, and traces of files; call norms
+    as ONNX does (:func:`name_norms`); in place.
 
     A tool that puts another tensor under a constant's name (ONNX Runtime's quantisers transpose the weights of
     ``Gemm``) does not look for a second statement of its shape.
@@ -25,3 +31,22 @@ def leave_out(model: ir.Model) -> None:
                 value.metadata_props.clear()
         for node in graph:
             node.metadata_props.pop(_TRACE, None)
+    name_norms(model)
+
+
+def name_norms(model: ir.Model) -> int:
+    """Call each ``SimplifiedLayerNormalization`` what ONNX calls it since version 23, ``RMSNormalization``; in place.
+
+    ONNX Runtime keeps the former name, its own, among the standard operators, where nobody else knows it. Both are one
+    kernel there. Returns how many; none in a graph that would mean something else by the newer version.
+    """
+    nodes = [node for graph in model.graphs() for node in graph]
+    plain = [node for node in nodes if node.op_type == "SimplifiedLayerNormalization" and node.domain == ""]
+    plain = [node for node in plain if not any(value.uses() or value.is_graph_output() for value in node.outputs[1:])]
+    if not plain or any(node.op_type == _CHANGED for node in nodes):
+        return 0
+    for node in plain:
+        node.op_type = "RMSNormalization"
+        node.resize_outputs(1)
+    model.opset_imports[""] = max(_OPSET, model.opset_imports.get("", 0))
+    return len(plain)

@@ -125,9 +125,10 @@ def _base_of(program: Program) -> str | None:
     """What PEFT opens the base by: its name on the hub where it came from there, else its place as the process sees it
     that writes this (PEFT keeps what it was given)."""
     path = program.source.path
-    if path is None or "/" in (name := checkpoint_name(path)):
-        return None if path is None else name
-    return place_from(".", path)
+    if path is None:
+        return None
+    name = checkpoint_name(path)
+    return name if "/" in name else place_from(".", path)
 
 
 # ---- which modules are adapted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
@@ -23,10 +24,9 @@ def inspect(source: Program | str | PathLike[str], **options: Any) -> Report:
         ArtifactError: the folder cannot be used, or is not of a model
         UsageError: options for what is not opened
     """
-    if not isinstance(source, Program):
-        manifest = find_manifest(source)
-        if manifest is None or manifest.kind in ("run", "hf"):
-            return load(source, **options).report
+    manifest = None if isinstance(source, Program) else find_manifest(source)
+    if not isinstance(source, Program) and (manifest is None or manifest.kind in ("run", "hf")):
+        return load(source, **options).report
     if options:
         raise UsageError(f"{next(iter(options))} is for opening a run or a checkpoint; leave it out")
-    return source.report if isinstance(source, Program) else read_report(manifest.path)
+    return source.report if isinstance(source, Program) else read_report(Path(source))

@@ -23,7 +23,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from ..base import Method, Pass, Promise
-from ..frontend.capture import capture
 from ..frontend.load import load
 from ..graph.program import ROLES
 from ..graph.tree import named_tensors
@@ -37,7 +36,7 @@ from ..public import Program
 from ..recipes import registry
 from ..recipes.recipe import Recipe, parse_options, pass_dict
 from ..recipes.registry import in_recipes, options
-from .captures import own, shared
+from .captures import of_folder, own, shared
 from .models import FAMILIES, captured, randomised, saved
 from .strategies import options_of
 
@@ -106,9 +105,9 @@ def held(program: Program) -> int:
 
 
 @cache
-def _weightless(folders: pytest.TempPathFactory) -> Path:
+def _weightless(below: Path) -> Path:
     """A folder that holds a config alone."""
-    folder = folders.mktemp("configs")
+    folder = below / "lorafx-config"
     config = captured("bert").source.model.config
     config.save_pretrained(folder)  # type: ignore[union-attr]
     return folder
@@ -288,7 +287,7 @@ class MethodLaws(PassLaws):
     def test_a_run_is_loaded_as_it_was_saved(
         self, subject: Pass, model: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
     ) -> None:
-        program = randomised(run(capture(saved(model, tmp_path_factory)), [subject]))
+        program = randomised(run(of_folder(saved(model, tmp_path_factory.getbasetemp())), [subject]))
         with as_installed(type(subject)):
             program.save(tmp_path / "run")
             again = load(tmp_path / "run")
@@ -303,11 +302,12 @@ class MethodLaws(PassLaws):
         """On the meta device a method has its values, but for those that are made of weights: a run has them as soon
         as it is opened with these."""
         inserted = ("adapter", "gate", "statistic")
-        program = run(capture(_weightless(tmp_path_factory), "text-classification", meta=True), [subject])
+        below = tmp_path_factory.getbasetemp()
+        program = run(of_folder(_weightless(below), task="text-classification", meta=True), [subject])
         assert program.history[-1].inserted
         if not any(program.tensor(key).is_meta for key in program.names(*inserted)):
             return
-        base = capture(saved("bert", tmp_path_factory), "text-classification", meta=True)
+        base = of_folder(saved("bert", below), task="text-classification", meta=True)
         with as_installed(type(subject)):
             run(base, [subject]).save(tmp_path / "run")
             opened = load(tmp_path / "run")

@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
@@ -89,7 +88,8 @@ def _gpt2(p: float) -> nn.Module:
 
 
 def _vit(p: float) -> nn.Module:
-    return hf.ViTForImageClassification(hf.ViTConfig(**IMAGE_SIZES, **hidden_dropout(p), num_labels=LABELS))
+    labels: dict[str, Any] = {"num_labels": LABELS}
+    return hf.ViTForImageClassification(hf.ViTConfig(**IMAGE_SIZES, **hidden_dropout(p), **labels))
 
 
 #: By name.
@@ -119,9 +119,9 @@ def captured(name: str, dropout: float = DROPOUT, dtype: torch.dtype = torch.flo
 
 
 @cache
-def saved(name: str, folders: pytest.TempPathFactory) -> Path:
-    """One of :data:`FAMILIES` as a checkpoint folder, written once."""
-    folder = folders.mktemp("checkpoints") / name
+def saved(name: str, below: Path) -> Path:
+    """One of :data:`FAMILIES` as a checkpoint folder, written once below a folder for the whole session."""
+    folder = below / "lorafx-models" / name
     model: Any = built(FAMILIES[name])
     model.save_pretrained(folder)
     return folder

@@ -26,6 +26,7 @@ from lorafx.errors import CaptureError, LorafxError, ParityError, UsageError
 from lorafx.proof.decoder import MODEL
 from lorafx.proof.open import open_runner
 from lorafx.public import Program
+from tests.backends.as_it_is import accepted
 from tests.small import POSITIONS, bert, captured, gpt2, llama, words
 
 TEMPLATE = "{% for message in messages %}[CLS] {{ message['content'] }} [SEP]{% endfor %}"
@@ -62,6 +63,15 @@ def exported(checkpoint: Path) -> Path:
     assert result is not None
     assert result.ok
     return folder
+
+
+@pytest.mark.filterwarnings("default")  # the quantiser's own
+def test_the_tools_of_onnx_take_it_as_it_is(exported: Path, tmp_path: Path) -> None:
+    file = exported / MODEL
+    size, off = accepted(file, tmp_path)
+    assert size < sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*"))
+    # One of 255 steps over what each weight and activation spans, through two layers.
+    assert off < 0.1
 
 
 def greedy(folder: Path, prompt: list[int], new: int) -> list[int]:

@@ -21,7 +21,9 @@ from lorafx.cli import main
 from lorafx.errors import LorafxError, UsageError
 from lorafx.passes.magnitude import Magnitude
 from lorafx.public import Program
+from lorafx.testing.laws import stages
 from tests import zoo
+from tests.backends.as_it_is import accepted
 from tests.small import WORDS, bert, captured, gpt2, llama, words
 
 ROWS = [" ".join(WORDS[start : start + 3 + start % 4]) for start in range(12)]
@@ -78,6 +80,20 @@ def test_an_encoder_scores_its_accuracy_before_and_after(tmp_path: Path) -> None
     feed = {value.name: encoded[value.name].numpy() for value in session.get_inputs()}
     after = np.argmax(session.run(None, feed)[0], -1)
     assert found["after"] == pytest.approx(np.mean(after == np.array(labels)))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the quantiser's own
+@pytest.mark.parametrize("gather", ["never", "always"])
+def test_the_tools_of_onnx_take_a_pruned_encoder_as_it_is(gather: Any, tmp_path: Path) -> None:
+    folded = lorafx.fold(stages("bert")["zeros"], gather=gather)
+    assert any(applied.taken for applied in folded.history if applied.step.pass_name() == "dead-channels")
+    lorafx.export(folded, tmp_path / "onnx")
+    file = tmp_path / "onnx" / "model.onnx"
+    size, off = accepted(file, tmp_path)
+    assert size < sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*"))
+    # One of 255 steps over what each weight and activation spans, through two layers.
+    assert off < 0.1
 
 
 @pytest.mark.slow

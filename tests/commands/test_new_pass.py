@@ -64,4 +64,4 @@ def test_a_package_passes_its_own_tests_and_is_known_once_installed(tmp_path: Pa
     environment["PYTHONPATH"] = os.pathsep.join((str(install(tmp_path / "installed", package)), str(ROOT)))
     shown = [sys.executable, "-m", "lorafx.cli", "passes", "my-scale"]
     done = subprocess.run(shown, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert "pull (float at least 0; default 0.0)" in done.stdout
+    assert "pull (a number at least 0; default 0.0)" in done.stdout
