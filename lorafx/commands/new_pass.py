@@ -118,6 +118,12 @@ pythonpath = ["."]
 """)
 
 
+_CONFTEST = '''"""Tests that change a model which others are handed too fail."""
+
+pytest_plugins = ["lorafx.testing"]
+'''
+
+
 @click.command("new-pass")
 @click.argument("name")
 @click.option("--package", is_flag=True, help="Write a package that can be installed, in a folder of its own.")
@@ -170,6 +176,7 @@ def _files(words: dict[str, Any], package: bool) -> dict[str, str]:
         return {f"{words['stem']}.py": code, f"test_{words['stem']}.py": test}
     return {
         "pyproject.toml": _PROJECT.substitute(words),
+        "conftest.py": _CONFTEST,
         f"{words['package']}/__init__.py": f'"""The pass {words["name"]} for lorafx."""\n',
         f"{words['package']}/{words['stem']}.py": code,
         f"tests/test_{words['stem']}.py": test,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,16 +52,26 @@ def test_a_name_that_cannot_be_is_refused(name: str, why: str, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+#: What the plug-in of the package's conftest.py finds.
+SPOILS = """from lorafx.testing import captured
+
+def test_spoils() -> None:
+    next(captured("vit").root.parameters()).data.zero_()
+"""
+
+
 @pytest.mark.slow
 def test_a_package_passes_its_own_tests_and_is_known_once_installed(tmp_path: Path) -> None:
     result = call("new-pass", "my-scale", "--package", "-o", tmp_path)
     assert result.exit_code == 0, result.output
     package = tmp_path / "lorafx-my-scale"
+    (package / "tests" / "test_others.py").write_text(SPOILS)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "error::pytest.PytestUnknownMarkWarning"]
     tests = [sys.executable, "-m", "pytest", *options, str(package)]
     done = subprocess.run(tests, cwd=package, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
+    assert re.search(r"^\d+ passed, 1 error in", done.stdout, re.MULTILINE), done.stdout
+    assert "ERROR tests/test_others.py::test_spoils - AssertionError: the shared captured" in done.stdout
     environment["PYTHONPATH"] = os.pathsep.join((str(install(tmp_path / "installed", package)), str(ROOT)))
     shown = [sys.executable, "-m", "lorafx.cli", "passes", "my-scale"]
     done = subprocess.run(shown, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
