@@ -121,9 +121,11 @@ def as_installed(cls: type[Pass]) -> Iterator[None]:
         yield
         return
     names = {**registry.known(), name: f"{cls.__module__}:{cls.__qualname__}"}
-    with mock.patch.object(registry, "known", return_value=names):
-        yield
-    registry.pass_class.cache_clear()
+    try:
+        with mock.patch.object(registry, "known", return_value=names):
+            yield
+    finally:
+        registry.pass_class.cache_clear()  # it may have found the pass meanwhile
 
 
 class PassLaws:
