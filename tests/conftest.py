@@ -47,6 +47,7 @@ LONGEST = (
     "docs/test_docs.py",
     "whole/test_examples.py",
     "whole/test_matrix.py",
+    "whole/test_tasks.py",
     "passes/test_laws.py",
     "commands/test_cli.py",
     "passes/test_method_laws.py",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError, UsageError
 from ..files.folder import MANIFEST, check_free, file_hash, is_free, manifest_of, read_manifest
+from ..files.table import read_table
 from ..recipes.recipe import Recipe
 from ..reporting.report import PAGE, REPORT, Report, read_report, write_report
 from ..training.folder import check_training_folder, differences, training_folder
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from ..proof.bench import BenchResult
     from ..public import Program
 
+#: What the classes of models are called that learn images.
+_OF_IMAGES = "ForImageClassification"
 #: Where training keeps what it resumes from.
 CHECKPOINTS = "checkpoints"
 
@@ -36,7 +40,7 @@ class Job:
     Attributes:
         recipe: passes, and the defaults of the model and of training
         checkpoint: the base folder
-        data, eval_data: tables to train and evaluate on
+        data, eval_data: tables, or folders of images, to train and evaluate on
         out: the folder that gets ``run``, ``folded`` and ``onnx``
         train: training options
         provider: ONNX Runtime provider
@@ -59,7 +63,7 @@ class Job:
         ArtifactError when a data file or the base is missing or damaged.
         """
         tables = {"data": self.data, "evaluation data": self.eval_data}
-        missing = next((path for path in tables.values() if path is not None and not path.is_file()), None)
+        missing = next((path for path in tables.values() if path is not None and not path.exists()), None)
         if missing is not None:
             raise ArtifactError(f"{missing}: no such data file")
         base = {f"{name} of the base": digest for name, digest in _base_hashes(self.checkpoint).items()}
@@ -67,9 +71,19 @@ class Job:
         return {
             "recipe": _digest(Recipe(self.recipe.passes, model).to_toml()),
             "training options": _digest(json.dumps(dict(self.train), sort_keys=True)),
-            **{name: file_hash(path) for name, path in tables.items() if path is not None},
+            **{name: _data_digest(path, self._images()) for name, path in tables.items() if path is not None},
             **base,
         }
+
+    def _images(self) -> str | None:
+        """The column of images of a table, for a base that learns them."""
+        from ..models.checkpoint import read_config
+
+        named = read_config(self.checkpoint).get("architectures") or ()
+        task = self.recipe.model.get("task")
+        if task != "image-classification" and (task or not any(name.endswith(_OF_IMAGES) for name in named)):
+            return None
+        return str(self.train.get("text") or "image")
 
     def opening(self) -> dict[str, Any]:
         """How the base may be opened."""
@@ -182,6 +196,18 @@ def _base_hashes(checkpoint: Path) -> dict[str, str]:
     beside = [name for name in companions(checkpoint) if name != GENERATION and (checkpoint / name).is_file()]
     beside += ["config.json", *(file.name for file in checkpoint.glob("*.index.json"))]
     return weights | {name: file_hash(checkpoint / name) for name in sorted(beside)}
+
+
+def _data_digest(path: Path, images: str | None) -> str:
+    """The digest of a table, with the files that its column of images names, or of all files of a folder."""
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    elif images is not None:
+        named = dict.fromkeys(str(name) for name in read_table(path).columns.get(images, ()))
+        files = [path, *(path.parent / name for name in named if (path.parent / name).is_file())]
+    else:
+        return file_hash(path)
+    return _digest(json.dumps({os.path.relpath(file, path): file_hash(file) for file in files}))
 
 
 def _digest(text: str) -> str:

@@ -40,6 +40,7 @@ from .shared import (
 )
 
 _FORMATS = ["onnx", "hf", "layered", "pt2", "peft", "onnx-adapter"]
+_TABLE = "Training table: csv, jsonl or parquet; or a folder with a folder of images for each class."
 _KEPT = ["merged", "separate", "slots"]
 _FLAGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 
@@ -102,7 +103,7 @@ def _seed(seed: int) -> None:
 
 @click.command(cls=GroupedCommand)
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="Training table: csv, jsonl or parquet.")
+@click.option("--data", required=True, type=click.Path(path_type=Path), help=_TABLE)
 @click.option("--eval", "eval_data", type=click.Path(path_type=Path), help="Evaluation table.")
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Write the trained run here (default: into RUN).")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of an interrupted training.")
@@ -317,7 +318,7 @@ def _asked(given: dict[str, Any]) -> dict[str, Any]:
 @click.command(cls=GroupedCommand)
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="The base folder (default: the recipe's).")
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="Training table: csv, jsonl or parquet.")
+@click.option("--data", required=True, type=click.Path(path_type=Path), help=_TABLE)
 @click.option("--eval", "eval_data", type=click.Path(path_type=Path), help="Evaluation table.")
 @out_option
 @provider_option

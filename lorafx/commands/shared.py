@@ -60,7 +60,7 @@ details_option = click.option("--details", is_flag=True, help="Print every table
 
 
 def _tasks(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    from ..models.checkpoint import TASKS
+    from ..models.tasks import TASKS
 
     return [name for name in TASKS if name.startswith(incomplete)]
 

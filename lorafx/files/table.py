@@ -10,7 +10,7 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,13 @@ class Table:
         name: what messages call it: the path of the file
         columns: a list of values per column, all of one length; None where a row has no value
         places: where each row is, e.g. ``line 7``
+        classes: the class names that a dataset has for the integers of a column, by column
     """
 
     name: str
     columns: Mapping[str, list[Any]]
     places: Sequence[str]
+    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -193,21 +195,53 @@ _READERS: dict[str, Callable[[Path], Table]] = {
 
 
 def table_of(value: Any, name: str = "data") -> Table:
-    """A table from a path, a mapping of columns, rows (mappings), or a ``datasets.Dataset``."""
+    """A table from a path, a mapping of columns, rows (mappings), a ``datasets.Dataset``, or a frame of pandas."""
+    if isinstance(value, Table):
+        return value
     if isinstance(value, (str, PathLike)):
         return read_table(value)
-    if hasattr(value, "column_names"):
-        value = {column: list(value[column]) for column in value.column_names}
+    if is_frame(value):
+        return _of_columns(name, _frame_columns(value, name))
+    if hasattr(value, "column_names") and hasattr(value, "__len__"):
+        columns = {column: list(value[column]) for column in value.column_names}
+        return _of_columns(name, columns, _declared(getattr(value, "features", None) or {}))
     if isinstance(value, Mapping):
-        lengths = {column: len(values) for column, values in value.items()}
-        most = max(lengths.values(), default=0)
-        lacking = [column for column, length in lengths.items() if length != most]
-        if lacking:
-            found = lengths[lacking[0]]
-            raise ArtifactError(f"{name}: column {lacking[0]!r} has {found} values where others have {most}")
-        columns = {str(column): list(values) for column, values in value.items()}
-        return Table(name, columns, [f"row {number}" for number in range(1, most + 1)])
+        return _of_columns(name, value)
     if not isinstance(value, Iterable):
         raise UsageError(f"{name}: expected a file, columns or rows, got {type(value).__name__}")
     rows = list(value)
     return _from_rows(name, rows, [f"row {number}" for number in range(1, len(rows) + 1)])
+
+
+def _of_columns(name: str, value: Mapping[Any, Any], classes: Mapping[str, Sequence[str]] | None = None) -> Table:
+    lengths = {column: len(values) for column, values in value.items()}
+    most = max(lengths.values(), default=0)
+    lacking = [column for column, length in lengths.items() if length != most]
+    if lacking:
+        found = lengths[lacking[0]]
+        raise ArtifactError(f"{name}: column {lacking[0]!r} has {found} values where others have {most}")
+    columns = {str(column): list(values) for column, values in value.items()}
+    return Table(name, columns, [f"row {number}" for number in range(1, most + 1)], classes or {})
+
+
+# ---- what others hold tables in
+
+
+def is_frame(value: Any) -> bool:
+    """Whether ``value`` is a frame of pandas; without importing it."""
+    return type(value).__module__.partition(".")[0] == "pandas" and hasattr(value, "columns")
+
+
+def _frame_columns(frame: Any, name: str) -> dict[str, list[Any]]:
+    if not frame.columns.is_unique:
+        twice = frame.columns[frame.columns.duplicated()][0]
+        raise ArtifactError(f"{name}: two columns are called {twice!r}")
+    # What pandas has for no value (NaN, NaT, NA) is None here. A list in a cell is a value.
+    plain = frame.astype(object).where(frame.notna(), None)
+    return {str(column): plain[column].tolist() for column in plain.columns}
+
+
+def _declared(features: Mapping[str, Any]) -> dict[str, Sequence[str]]:
+    """The class names of ``datasets.ClassLabel`` columns, and of lists of them."""
+    found = {name: getattr(getattr(feature, "feature", feature), "names", None) for name, feature in features.items()}
+    return {name: list(names) for name, names in found.items() if names}

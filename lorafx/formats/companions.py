@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError, UsageError, first_line
 from ..files.folder import MANIFEST
+from ..models.sentences import MODULES, SentenceEncoder, pooling_of, write_modules
 from ..reporting.report import PAGE, REPORT
 
 if TYPE_CHECKING:
     from ..graph.program import Program
 
 GENERATION = "generation_config.json"
-#: sentence-transformers' list of what follows the encoder: pooling, normalisation, dense layers, each in a folder.
-MODULES = "modules.json"
 
 #: Weights, in the formats they come in, and the indexes of their parts.
 _WEIGHTS = (
@@ -77,6 +76,7 @@ def copy_companions(program: Program, folder: Path) -> list[str]:
         UsageError: a model from memory whose generation settings contradict each other
     """
     if program.source.path is None:
+        write_modules(program.source.model, folder)
         return _write_generation(program, folder)
     base = Path(program.source.path)
     if not (base / "config.json").is_file():
@@ -86,6 +86,7 @@ def copy_companions(program: Program, folder: Path) -> list[str]:
     copied = [name for name in names if name == GENERATION or not (folder / name).exists()]
     for name in copied:
         copy_entry(base / name, folder / name)
+    write_modules(program.source.model, folder)
     return copied
 
 
@@ -118,7 +119,9 @@ def _not_of(program: Program, base: Path) -> list[str]:
     """Companions of the base that are not true of this program: of a head it has no more, of generation it cannot."""
     left = [] if _generates(program) else [GENERATION]
     named = json.loads((base / "config.json").read_text(encoding="utf-8")).get("architectures") or [program.name]
-    if program.name not in named:
+    # Who opens a folder that says how its encoder is pooled takes it for a sentence encoder.
+    bare = not isinstance(program.source.model, SentenceEncoder) and pooling_of(base, asked=False) is not None
+    if program.name not in named or bare:
         left += [name for name in companions(base) if _matches(name, _OF_THE_ENCODER)]
         left += [module.relative_to(base).as_posix() for module in _module_folders(base)]
     return left

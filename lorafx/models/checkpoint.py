@@ -15,34 +15,14 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ..errors import ArtifactError, UsageError, did_you_mean, first_line
+from ..errors import ArtifactError, UsageError, first_line
 from ..files.folder import LFS_START, MANIFEST, file_hash, find_manifest
 from .layered import own_configs
 from .quantized import Quantization, read_in_full
+from .sentences import pooled
+from .tasks import SETTINGS, auto_class
 
 _log = logging.getLogger(__name__)
-
-#: Task names (those of transformers' pipelines) and the Auto class that opens each.
-TASKS = {
-    "text-classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    "question-answering": "AutoModelForQuestionAnswering",
-    "multiple-choice": "AutoModelForMultipleChoice",
-    "fill-mask": "AutoModelForMaskedLM",
-    "text-generation": "AutoModelForCausalLM",
-    "text2text-generation": "AutoModelForSeq2SeqLM",
-    "image-classification": "AutoModelForImageClassification",
-    "feature-extraction": "AutoModel",
-}
-
-
-def auto_class(task: str) -> Any:
-    """The transformers Auto class for ``task``; UsageError for an unknown one."""
-    import transformers
-
-    if task not in TASKS:
-        raise UsageError(f"unknown task {task!r}{did_you_mean(task, TASKS)}; known: {', '.join(TASKS)}")
-    return getattr(transformers, TASKS[task])
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -163,7 +143,7 @@ def open_model(
     """The eager model of a checkpoint folder, and the names of parameters the folder did not hold.
 
     Args:
-        task: a key of :data:`TASKS`; None opens the class named in the config
+        task: a key of :data:`lorafx.models.tasks.TASKS`; None opens the class named in the config
         options: passed to transformers (``num_labels``, ``dtype``, ``trust_remote_code``, …)
         meta: build it on the meta device from the config alone; no weight is read
     """
@@ -171,14 +151,14 @@ def open_model(
     config = read_config(path)
     cls = auto_class(task) if task is not None else _named_class(path, config)
     # Said either way: left open, transformers asks at the terminal.
-    options = {"trust_remote_code": False, **options}
+    options = {"trust_remote_code": False, **SETTINGS.get(task, {}), **options}
     quantization = Quantization.of(config)
     if quantization is not None:
         dtype, reading = options.get("dtype"), quantization.options(path)
         options |= {"dtype": torch.float32 if dtype in (None, "auto") else dtype, **({} if meta else reading)}
     try:
         if meta:
-            return _build_on_meta(cls, path, options), frozenset()
+            return pooled(_build_on_meta(cls, path, options), path, task), frozenset()
         files = weight_files(path, allow_pickle=allow_pickle)
         if not files:
             raise ArtifactError(f"{path}: no weights (*.safetensors); fetch the checkpoint, or capture with meta=True")
@@ -196,7 +176,7 @@ def open_model(
     masks = _masks(path) if quantization is None else ()  # whole numbers may be weights there
     unread = sorted(key for key in info["unexpected_keys"] if key not in masks)
     _check_unread(path, model, unread, chosen=chosen)
-    return model, frozenset(info["missing_keys"]) | misfits
+    return pooled(model, path, task), frozenset(info["missing_keys"]) | misfits
 
 
 def _misfits(path: Path, model: nn.Module, info: Mapping[str, Any], *, allowed: bool) -> frozenset[str]:

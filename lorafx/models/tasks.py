@@ -1,4 +1,4 @@
-"""What a model is for: its head, and the loss that trains it."""
+"""What a model is for: the task that opens it, its head, and the loss that trains it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,39 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from torch import Tensor, nn
+
+from ..errors import UsageError, did_you_mean
+
+#: Task names (those of transformers' pipelines, and two that those leave to the config) and the Auto class of each.
+TASKS = {
+    "text-classification": "AutoModelForSequenceClassification",
+    "multi-label-classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "multiple-choice": "AutoModelForMultipleChoice",
+    "fill-mask": "AutoModelForMaskedLM",
+    "text-generation": "AutoModelForCausalLM",
+    "text2text-generation": "AutoModelForSeq2SeqLM",
+    "image-classification": "AutoModelForImageClassification",
+    "feature-extraction": "AutoModel",
+    "sentence-similarity": "AutoModel",
+}
+
+#: What such a task says in the config, so that whoever opens the checkpoint later knows it.
+SETTINGS: dict[str | None, dict[str, Any]] = {
+    "multi-label-classification": {"problem_type": "multi_label_classification"},
+    "regression": {"problem_type": "regression", "num_labels": 1},
+}
+
+
+def auto_class(task: str) -> Any:
+    """The transformers Auto class for ``task``; UsageError for an unknown one."""
+    import transformers
+
+    if task not in TASKS:
+        raise UsageError(f"unknown task {task!r}{did_you_mean(task, TASKS)}; known: {', '.join(TASKS)}")
+    return getattr(transformers, TASKS[task])
 
 
 def loss_type(model: nn.Module) -> str | None:

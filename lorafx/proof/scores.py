@@ -1,7 +1,7 @@
 """How good a model that computes another function on purpose still is: one figure for it, and one for the original.
 
-On a table of texts that is what training evaluates: accuracy or perplexity. Without one it is what the original says
-of its own examples: the perplexity of the texts that a decoder writes, or how often both answer alike.
+On a table that is what training evaluates: accuracy, F1, an error, perplexity. Without one it is what the original
+says of its own examples: the perplexity of the texts that a decoder writes, or how often both answer alike.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,14 +17,17 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..models.tokenizers import find_tokenizer, length_limit, pad_token
+from ..models.sentences import in_a_row, side_by_side
+from ..models.tokenizers import length_limit, pad_token
 from ..parity.inputs import SHAPES, Generator
 from ..parity.runner import Runner
 from ..public import Program
 from ..recipes.options import TrainOptions
 from ..recipes.recipe import parse_options
-from ..training.data import prepare
-from ..training.metrics import NEXT_PERPLEXITY, Metric, metric_of
+from ..training.data import prepare, tokenizer_of
+from ..training.metrics import ACCURACY, NEXT_PERPLEXITY, Metric, metric_of
+from ..training.module import LABELS
+from ..training.tokens import IGNORED
 from .decoding import spoken
 
 
@@ -34,8 +36,8 @@ class Scores:
     """What is asked of a model and of another that is to stand in for it.
 
     Attributes:
-        metric: ``accuracy``, ``perplexity``, ``agreement`` (share of answers that are the model's) or ``similarity``
-            (mean cosine of outputs with the model's)
+        metric: what training measures (``accuracy``, ``f1``, ``perplexity`` …), ``agreement`` (share of answers that
+            are the model's) or ``similarity`` (mean cosine of outputs with the model's)
         on: of what
         before: what the model scores
         ask: what another scores
@@ -57,7 +59,7 @@ def scores_of(program: Program, runner: Runner, data: Any, options: Mapping[str,
     """What ``runner``, which was made of ``program``, scores on a table, or on its own examples when that is None.
 
     Raises:
-        UsageError: the model does not learn from a table, or has no accuracy and no perplexity
+        UsageError: the model does not learn from a table, or has nothing that is measured
         ArtifactError: the table cannot be used
     """
     if data is not None:
@@ -71,19 +73,14 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _tokenizer(program: Program) -> Any:
-    folder = Path(program.source.path) if program.source.path is not None else None
-    return find_tokenizer(folder, trust_remote_code=bool(program.source.options.get("trust_remote_code")))
-
-
 # ---- a table
 
 
 def _on_table(program: Program, runner: Runner, data: Any, options: TrainOptions) -> Scores:
-    metric = metric_of(program)
+    prepared = prepare(data, program, tokenizer_of(program), options)
+    metric = prepared.metric or metric_of(program)
     if metric is None:
-        raise UsageError(f"{program.name} has no accuracy and no perplexity to score on data; leave data out")
-    prepared = prepare(data, program, _tokenizer(program), options)
+        raise UsageError(f"{program.name} has no measure to score on data; leave data out")
     rows = [prepared.rows[index] for index in range(len(prepared.rows))]
     name = Path(data).name if isinstance(data, (str, PathLike)) else "data"
 
@@ -102,19 +99,32 @@ def _score(metric: Metric, runner: Runner, batches: Sequence[Any], collator: Any
         torch.manual_seed(0)  # tokens to guess are masked by chance: the same ones for every model
         for rows in batches:
             batch = dict(collator(rows))
-            labels = batch.pop("labels")
-            found = metric.reduce(runner(batch)["logits"], labels)
-            alike = found.shape == labels.shape  # a class each: token by token or not
-            reduced.append((found.flatten() if alike else found).numpy())
-            wanted.append((labels.flatten() if alike else labels[:, 0]).numpy())
-    return metric.score(np.concatenate(reduced), np.concatenate(wanted))
+            labels = [batch.pop(name) for name in LABELS if name in batch]
+            batch, sides = in_a_row(batch)
+            outputs = runner(batch)
+            if sides:
+                outputs = side_by_side(outputs, sides)
+            first = outputs.get("logits", next(iter(outputs.values())))
+            reduced.append(metric.reduce(list(outputs.values()) if metric.whole else first, labels[0]))
+            wanted.append(labels[0])
+    return metric.score(_joined(reduced), _joined(wanted))
+
+
+def _joined(batches: Sequence[Tensor]) -> np.ndarray:
+    """One array of batches whose rows differ in length, which HF Trainer pads so, too."""
+    widest = max(batch.shape[-1] for batch in batches) if batches[0].dim() > 1 else 0
+    padded = [
+        torch.nn.functional.pad(batch, (0, widest - batch.shape[-1]), value=IGNORED) if widest else batch
+        for batch in batches
+    ]
+    return torch.cat(padded).numpy()
 
 
 # ---- no table
 
 
 def _on_own_texts(program: Program, runner: Runner) -> Scores:
-    tokenizer = _tokenizer(program)
+    tokenizer = tokenizer_of(program)
     texts = [ids for ids in spoken(runner, tokenizer) if len(ids) > 1]
     kind = "prompts" if tokenizer is not None else "made-up prompts"
 
@@ -133,7 +143,7 @@ def _on_examples(program: Program, runner: Runner) -> Scores:
     generator = Generator(runner.inputs, pad=pad_token(runner.config), limit=length_limit(runner.config))
     batches = [batch.values for batch in generator.batches(SHAPES)]
     expected = [_answer(runner, values) for values in batches]
-    classes = all(answer.dim() == 2 and answer.shape[1] > 1 for answer in expected) and metric_of(program) is not None
+    classes = all(answer.dim() == 2 and answer.shape[1] > 1 for answer in expected) and metric_of(program) is ACCURACY
     count = sum(len(answer) for answer in expected)
 
     def ask(one: Runner) -> float:

@@ -50,12 +50,19 @@ class TrainOptions(Options):
     )
     distill_temperature: float = option(2.0, "what logits are divided by before they are compared", above=0)
     distill_hidden: float = option(0.0, "weight of the distance from the teacher's hidden states, by block", least=0)
-    text: str = option("text", "column of the text", group="Data")
-    text_pair: str | None = option(None, "column of a second text")
+    text: str | None = option(
+        None,
+        "column of the text, 'text' by default; of words to tag 'tokens', of questions 'question', of images 'image'",
+        group="Data",
+    )
+    text_pair: str | None = option(None, "column of a second text; of what questions are about 'context' by default")
     label: str | None = option(
-        None, "column of the label, 'label' by default; of a causal model the text that follows, by default none"
+        None,
+        "column of the label, 'label' by default; of words to tag 'tags', of questions 'answers'; of a causal model "
+        "the text that follows, by default none; columns of 0 and 1, separated by commas, are several labels",
     )
     max_length: int = option(128, "tokens kept of a text", least=1)
+    stride: int = option(32, "tokens that two windows of a context share, of one longer than max_length", least=0)
     chat: bool = option(
         False,
         "learn what the assistant says in the column 'messages', or as label to a user's text, by the chat template",

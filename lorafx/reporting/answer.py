@@ -27,6 +27,18 @@ class Figure:
         return self.said or f"{self.label} {self.value}"
 
 
+#: Measures that are shares of 1: three decimals say the same of all of them.
+SHARES = ("accuracy", "F1")
+#: What people call a measure whose key says it otherwise.
+_CALLED = {"f1": "F1", "rmse": "root mean squared error"}
+
+
+def called(key: str) -> str:
+    """What people call a figure of an evaluation (``eval_f1``)."""
+    name = key.removeprefix("eval_")
+    return _CALLED.get(name, name.replace("_", " "))
+
+
 @dataclass(frozen=True)
 class Score:
     """What training did: one measure, before (None when it was not taken) and after, and what on."""
@@ -39,7 +51,7 @@ class Score:
     @property
     def value(self) -> str:
         """The two, or the one there is."""
-        form = ".3f" if self.name == "accuracy" else ".3g"
+        form = ".3f" if self.name in SHARES else ".3g"
         return " → ".join(format(figure, form) for figure in (self.before, self.after) if figure is not None)
 
 
@@ -63,9 +75,10 @@ def score_of(facts: Facts) -> Score | None:
     metrics = training.get("metrics") if isinstance(training, Mapping) else None
     if not isinstance(metrics, Mapping):
         return None
-    for key, name in (("eval_accuracy", "accuracy"), ("eval_perplexity", "perplexity"), ("eval_loss", "loss")):
+    keys = (f"eval_{training.get('metric')}", "eval_accuracy", "eval_perplexity", "eval_loss")
+    for key in keys:
         if isinstance(metrics.get(key), (int, float)):
-            return Score(name, _before(training, key), float(metrics[key]), "on the evaluation data")
+            return Score(called(key), _before(training, key), float(metrics[key]), "on the evaluation data")
     loss = metrics.get("train_loss")
     return Score("training loss", None, float(loss), "on the training data") if isinstance(loss, (int, float)) else None
 

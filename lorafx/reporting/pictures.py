@@ -8,18 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..graph.site import block_of, stack_of
-from .answer import shaped, timings
+from .answer import called, shaped, timings
 from .charts import Bars, Chart, Grid, Lines, shortened
 from .facts import Facts
 from .render import Section, section_of
 
-#: What training logs that is worth a curve, by what people call it.
-_CURVES = {
-    "loss": "training loss",
-    "eval_loss": "loss on the evaluation data",
-    "eval_accuracy": "accuracy on the evaluation data",
-    "eval_perplexity": "perplexity on the evaluation data",
-}
+#: What training logs that is worth a curve.
+_CURVES = ("loss", "eval_loss", "eval_accuracy", "eval_perplexity")
 _OF = re.compile(r"(\d+) of (\d+)")
 
 
@@ -50,7 +45,9 @@ def _training(facts: Facts) -> Iterator[Picture]:
     training = facts.sections.get("training")
     history = training.get("history") if isinstance(training, Mapping) else None
     curves = []
-    for key, label in _CURVES.items():
+    measured = f"eval_{training.get('metric')}" if isinstance(training, Mapping) else "loss"
+    for key in dict.fromkeys((*_CURVES, measured)):
+        label = "training loss" if key == "loss" else f"{called(key)} on the evaluation data"
         points = tuple((float(row["step"]), float(row[key])) for row in history or () if _is_point(row, key))
         if len(points) > 1:
             penalised = key == "loss" and any("penalty" in row for row in history or ())

@@ -1,4 +1,4 @@
-"""How rows become batches: padded by the tokenizer, labels of tokens by -100."""
+"""How rows of model inputs become batches: padded by the tokenizer, labels of tokens by -100."""
 
 from __future__ import annotations
 
@@ -13,18 +13,6 @@ from ..models.tasks import loss_type
 
 if TYPE_CHECKING:
     from ..graph.program import Program
-
-
-def text_collator(kind: str, tokenizer: Any, program: Program) -> Any:
-    """What pads the rows of a table; ``kind`` as :func:`~lorafx.training.data.kind_of` names it."""
-
-    if kind == "masked-token":
-        return transformers.DataCollatorForLanguageModeling(tokenizer, mlm=True)
-    if kind in ("next-token", "sequence"):
-        # Pads labels with -100 by position. The collator for language modelling would do it by token, and with the
-        # end-of-text token as padding a model would never learn to end.
-        return transformers.DataCollatorForSeq2Seq(tokenizer, program.source.model if kind == "sequence" else None)
-    return transformers.DataCollatorWithPadding(tokenizer)
 
 
 #: transformers' names of the losses with a label for every token.

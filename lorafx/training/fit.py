@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,22 +27,22 @@ from transformers import ProgressCallback, TrainerCallback, TrainingArguments, d
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SchedulerType
 
-from ..errors import ArtifactError, UsageError, did_you_mean, first_line
+from ..errors import UsageError, did_you_mean, first_line
 from ..graph.tree import get_tensor, has_tensor, persistent, put_tensor
-from ..models.tokenizers import find_tokenizer
+from ..models.tasks import loss_type
 from ..recipes.options import TrainOptions
 from ..recipes.recipe import parse_options
 from .collating import Collator
-from .data import Prepared, kind_of, prepare
+from .data import check_varied, prepare, splits, tokenizer_of
+from .folder import output_folder, resumed
 from .interrupt import saving_at_interrupt
 from .metrics import Metric, metric_of
 from .module import RewrittenModel, build_module
+from .rows import Prepared
 from .samples import samples_of
 from .trainer import (
     Progress,
     Trainer,
-    checkpoint_flaw,
-    last_checkpoint,
     rewritten_model,
 )
 
@@ -57,8 +55,8 @@ class TrainResult:
     """What a training gave. The program's own tensors hold what was learned.
 
     Attributes:
-        metrics: ``train_loss``, ``steps``, ``epochs``; with evaluation data ``eval_loss`` and ``eval_accuracy`` or
-            ``eval_perplexity``, of the weights the program ended with
+        metrics: ``train_loss``, ``steps``, ``epochs``; with evaluation data ``eval_loss`` and what else was measured
+            (``eval_accuracy``, ``eval_f1``, ``eval_perplexity`` …), of the weights the program ended with
         history: every log entry of HF Trainer, oldest first
         seconds: wall time of the training, its evaluations included
         best_step: the optimiser step whose weights were kept, when ``keep_best`` chose them; None as well when no
@@ -66,6 +64,7 @@ class TrainResult:
         is_main: whether this process is the one that writes results (the first one under ``torchrun``)
         samples: for some evaluation rows of a causal model the ``prompt``, what was ``wanted`` and what was ``written``
         rows_cut: how many training rows were longer than ``max_length`` and lost their end
+        metric: which of ``metrics`` says most, with evaluation data; None when that is its loss
     """
 
     metrics: dict[str, float]
@@ -75,6 +74,7 @@ class TrainResult:
     is_main: bool = True
     rows_cut: int = 0
     samples: tuple[dict[str, str], ...] = ()
+    metric: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON values."""
@@ -89,6 +89,7 @@ def train(
     tokenizer: Any = None,
     collator: Any = None,
     teacher: Program | None = None,
+    compute_metrics: Callable[[Any], Mapping[str, float]] | None = None,
     output_dir: str | PathLike[str] | None = None,
     resume: bool | str | PathLike[str] = False,
     callbacks: Sequence[TrainerCallback] = (),
@@ -99,15 +100,22 @@ def train(
 
     A sequence classifier learns the column ``label`` from ``text`` (and ``text_pair``), a masked language model learns
     from ``text`` alone, an encoder-decoder writes ``label``. A causal language model learns ``text`` and its end, or
-    with ``label`` what follows it and nothing of the text. Under ``torchrun`` every process calls this.
+    with ``label`` what follows it and nothing of the text. A token classifier learns the ``tags`` of ``tokens``, one
+    that answers questions where the ``answers`` to a ``question`` stand in its ``context``, a classifier of images the
+    ``label`` of an ``image``; a sentence encoder brings ``text`` and ``text_pair`` near each other. Under
+    ``torchrun`` every process calls this.
 
     Args:
-        data: a csv, tsv, jsonl, json or parquet file, a mapping of columns, rows, or a dataset of model inputs
+        data: a csv, tsv, jsonl, json or parquet file, a mapping of columns, rows, a frame of pandas, a folder with a
+            folder of images for each class, a ``datasets.Dataset`` of columns or of model inputs, or a
+            ``DatasetDict``, of which ``train`` is learned and ``validation`` (else ``test``) evaluated
         eval_data: the same, evaluated before the first step and after every epoch
-        tokenizer: read from the checkpoint folder when None
+        tokenizer: the tokenizer, or the image processor; read from the checkpoint folder when None
         collator: makes batches of a dataset of model inputs; without, a tokenizer pads them, labels of tokens with -100
         teacher: whose answers and hidden states are learned, if the options ``distill`` and ``distill_hidden`` ask for
             it; by default the program as it is before this training
+        compute_metrics: what is measured instead of the task's own metric, as HF Trainer calls it: given the whole
+            outputs (``predictions``) and ``label_ids`` of an evaluation, figures by name
         output_dir: where resumable checkpoints go, one more when training is interrupted; a temporary folder when None
         resume: True to go on from the last checkpoint in ``output_dir``, or the folder of one
         callbacks: transformers callbacks
@@ -119,23 +127,28 @@ def train(
         ArtifactError: a data file or a checkpoint that cannot be used
     """
     settings = parse_options(TrainOptions, options, "training options")
+    data, eval_data = splits(data, eval_data)
     _check(program, settings, eval_data, output_dir, resume)
     teacher = _teacher(program, settings, teacher)
-    tokenizer = _tokenizer_of(program) if tokenizer is None else tokenizer
+    tokenizer = tokenizer_of(program) if tokenizer is None else tokenizer
     if settings.samples and tokenizer is None:
         raise UsageError(
             f"{program.name} was captured without a tokenizer beside it; pass tokenizer=, or leave samples out"
         )
     rows = prepare(data, program, tokenizer, settings, collator=collator)
+    check_varied(program, rows)
     held_out = None
     if eval_data is not None:
         held_out = prepare(eval_data, program, tokenizer, settings, collator=collator, like=rows)
-    metric = metric_of(program)
-    with _folder(output_dir) as folder:
-        checkpoint = _checkpoint(folder, resume)
+    metric = _metric(program, held_out, compute_metrics)
+    with output_folder(output_dir) as folder:
+        checkpoint = resumed(folder, resume)
         arguments = training_arguments(settings, folder, held_out is not None, metric, progress)
         arguments.eval_on_start = arguments.eval_on_start and checkpoint is None
-        trainer = _trainer(program, arguments, rows, held_out, metric, settings, callbacks)
+        measures: dict[str, Any] = {"compute_metrics": compute_metrics}
+        if metric is not None:
+            measures = {"compute_metrics": metric.compute, "preprocess_logits_for_metrics": metric.preprocess}
+        trainer = _trainer(program, arguments, rows, held_out, measures, settings, callbacks)
         if teacher is not None:
             how = (settings.distill, settings.distill_temperature, settings.distill_hidden)
             rewritten_model(trainer.model).learn_from(teacher, *how)
@@ -144,9 +157,20 @@ def train(
         samples: list[dict[str, str]] = []
         if held_out is not None and settings.samples and result.is_main:
             samples = samples_of(program, held_out, tokenizer, settings.samples)
-        result = dataclasses.replace(result, rows_cut=rows.cut, samples=tuple(samples))
+        told = metric.name if metric is not None and f"eval_{metric.name}" in result.metrics else None
+        result = dataclasses.replace(result, rows_cut=rows.cut, samples=tuple(samples), metric=told)
         program.trained = result.to_json()
         return result
+
+
+def _metric(program: Program, held_out: Prepared | None, own: Callable[[Any], Any] | None) -> Metric | None:
+    """What an evaluation measures: nothing of ours where the caller does."""
+    if own is not None:
+        if held_out is None:
+            raise UsageError("compute_metrics measures evaluation data; give eval_data, or leave it out")
+        return None
+    measured = held_out.metric if held_out is not None else None
+    return measured or metric_of(program)
 
 
 def _check(program: Program, settings: TrainOptions, eval_data: Any, output_dir: Any, resume: Any) -> None:
@@ -158,7 +182,7 @@ def _check(program: Program, settings: TrainOptions, eval_data: Any, output_dir:
         raise UsageError(f"{program.name} has nothing to train; rewrite it with a method, such as lora")
     if settings.keep_best and (eval_data is None or not settings.evaluate):
         raise UsageError("keep_best needs evaluation data to choose by; give eval_data (--eval) and leave evaluate on")
-    if settings.samples and (eval_data is None or kind_of(program) != "next-token"):
+    if settings.samples and (eval_data is None or loss_type(program.source.model) != "ForCausalLM"):
         raise UsageError(
             "samples are what a causal model makes of evaluation data; give eval_data (--eval), or leave it"
         )
@@ -187,46 +211,6 @@ def _teacher(program: Program, settings: TrainOptions, teacher: Program | None) 
 
 def _saves(settings: TrainOptions) -> bool:
     return settings.keep_best or settings.save_steps > 0
-
-
-def _tokenizer_of(program: Program) -> Any:
-    folder = Path(program.source.path) if program.source.path is not None else None
-    return find_tokenizer(folder, trust_remote_code=bool(program.source.options.get("trust_remote_code")))
-
-
-@contextmanager
-def _folder(output_dir: str | PathLike[str] | None) -> Iterator[Path]:
-    """``output_dir``, not left behind if it was not there and nothing was saved; or one that goes away afterwards."""
-    if output_dir is None:
-        with tempfile.TemporaryDirectory(prefix="lorafx-") as temporary:
-            yield Path(temporary)
-        return
-    folder, there = Path(output_dir), Path(output_dir).exists()
-    try:
-        yield folder
-    finally:
-        first = int(os.environ.get("RANK", "0")) == 0
-        if first and not there and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def _checkpoint(folder: Path, resume: bool | str | PathLike[str]) -> str | None:
-    """The checkpoint to start from, after checking that it is whole."""
-    if resume is False:
-        # Whole or not, and whoever wrote it: the Trainer removes the oldest of what is called so.
-        old = max(folder.glob("checkpoint-*"), key=lambda left: (len(left.name), left.name), default=None)
-        if old is not None:
-            raise UsageError(f"{old}: left by an earlier training; resume it, remove it, or choose another output_dir")
-        return None
-    if resume is not True:
-        flaw = checkpoint_flaw(Path(resume))
-        if flaw:
-            raise ArtifactError(f"{resume}: not a whole checkpoint: {flaw}")
-        return str(resume)
-    found = last_checkpoint(folder)
-    if found is None:
-        raise ArtifactError(f"{folder}: no whole checkpoint to resume from; train without resume")
-    return str(found)
 
 
 #: Our options by the names transformers has for them.
@@ -290,7 +274,7 @@ def _trainer(
     arguments: TrainingArguments,
     rows: Prepared,
     held_out: Prepared | None,
-    metric: Metric | None,
+    measures: Mapping[str, Any],
     settings: TrainOptions,
     callbacks: Sequence[TrainerCallback],
 ) -> Trainer:
@@ -306,9 +290,8 @@ def _trainer(
         data_collator=rows.collator or Collator(default_data_collator),
         train_dataset=rows.rows,
         eval_dataset=None if held_out is None else held_out.rows,
-        compute_metrics=None if metric is None else metric.compute,
-        preprocess_logits_for_metrics=None if metric is None else metric.preprocess,
         callbacks=list(callbacks),
+        **measures,
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
@@ -329,8 +312,12 @@ def _run(program: Program, trainer: Trainer, checkpoint: str | None) -> TrainRes
     metrics = {"train_loss": output.training_loss, "steps": state.global_step, "epochs": float(state.epoch or 0)}
     evaluations = [entry for entry in state.log_history if "eval_loss" in entry and best in (None, entry["step"])]
     last = final or (evaluations[-1] if evaluations else {})
-    metrics.update({name: last[name] for name in ("eval_loss", "eval_accuracy", "eval_perplexity") if name in last})
+    metrics.update({name: value for name, value in last.items() if name.startswith("eval_") and name not in _TIMES})
     return TrainResult(metrics, tuple(state.log_history), seconds, best, trainer.is_world_process_zero())
+
+
+#: What HF Trainer says of an evaluation that is no figure of the model.
+_TIMES = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
 
 
 def _bring_home(program: Program, model: RewrittenModel, home: torch.device) -> None:

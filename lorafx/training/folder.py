@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 
-from ..errors import UsageError
+from ..errors import ArtifactError, UsageError
 from ..files.folder import is_free
 
 #: The file that marks the folder, with what the training was made from.
@@ -61,6 +63,43 @@ def training_folder(folder: Path, made_from: Mapping[str, str]) -> Iterator[Path
             _clear(folder, made)
         raise
     _clear(folder, [folder])
+
+
+@contextmanager
+def output_folder(output_dir: str | PathLike[str] | None) -> Iterator[Path]:
+    """``output_dir``, not left behind if it was not there and nothing was saved; or one that goes away afterwards."""
+    if output_dir is None:
+        with tempfile.TemporaryDirectory(prefix="lorafx-") as temporary:
+            yield Path(temporary)
+        return
+    folder, there = Path(output_dir), Path(output_dir).exists()
+    try:
+        yield folder
+    finally:
+        first = int(os.environ.get("RANK", "0")) == 0
+        if first and not there and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def resumed(folder: Path, resume: bool | str | PathLike[str]) -> str | None:
+    """The checkpoint to start from, after checking that it is whole."""
+    from .trainer import checkpoint_flaw, last_checkpoint
+
+    if resume is False:
+        # Whole or not, and whoever wrote it: the Trainer removes the oldest of what is called so.
+        old = max(folder.glob("checkpoint-*"), key=lambda left: (len(left.name), left.name), default=None)
+        if old is not None:
+            raise UsageError(f"{old}: left by an earlier training; resume it, remove it, or choose another output_dir")
+        return None
+    if resume is not True:
+        flaw = checkpoint_flaw(Path(resume))
+        if flaw:
+            raise ArtifactError(f"{resume}: not a whole checkpoint: {flaw}")
+        return str(resume)
+    found = last_checkpoint(folder)
+    if found is None:
+        raise ArtifactError(f"{folder}: no whole checkpoint to resume from; train without resume")
+    return str(found)
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

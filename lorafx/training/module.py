@@ -21,6 +21,7 @@ from ..graph.evaluation import evaluation_form
 from ..graph.segments import CompiledGraph, compile_graph
 from ..graph.state import MethodState, method_state
 from ..graph.tree import copy_tree, get_tensor, own_when_trained
+from ..models.sentences import LOSS, in_a_row, side_by_side
 from ..models.tasks import count_targets, loss_function, loss_type
 from .distilling import Teaching
 from .duties import Duties, watch
@@ -29,7 +30,8 @@ from .sharding import Block, average, is_sharded, shard_again, units, whole, who
 if TYPE_CHECKING:
     from ..graph.program import Applied, Program
 
-_LABELS = ("labels", "start_positions", "end_positions")
+#: What transformers' losses call what is to be learned.
+LABELS = ("labels", "start_positions", "end_positions")
 #: Problem types whose loss in transformers is a mean over the micro-batch, whatever the number of items it is told.
 _MEANS = ("regression", "multi_label_classification")
 
@@ -282,13 +284,16 @@ class RewrittenModel(nn.Module):
 def _forward(self: RewrittenModel, *args: Any, **kwargs: Any) -> Any:
     inputs = {**by_name(self.program, args, kwargs), **kwargs}
     items = inputs.pop("num_items_in_batch", None)
-    targets = {name: inputs.pop(name) for name in _LABELS if name in inputs and name not in self.program.example}
+    targets = {name: inputs.pop(name) for name in LABELS if name in inputs and name not in self.program.example}
     labels = {name: value for name, value in targets.items() if value is not None}
     taught = self.teaching if self.training else None
     if taught is not None and not labels and torch.is_grad_enabled():
         raise UsageError(f"{self.program.name} learns from a teacher in its own loss; give labels, or no teacher")
     states: dict[str, Any] | None = {} if taught is not None and taught.hidden else None
+    inputs, sides = in_a_row(inputs) if self.loss_type == LOSS else (inputs, 0)
     outputs = self.run(inputs, states)
+    if sides:
+        outputs = type(outputs)(**side_by_side(outputs, sides))
     if not labels:
         return outputs
     loss = self._loss(outputs, labels, items)
@@ -314,7 +319,7 @@ def _label_names(program: Program) -> list[str]:
     function = loss_function(program.source.model)
     if function is None:
         return []
-    return [name for name in inspect.signature(function).parameters if name in _LABELS]
+    return [name for name in inspect.signature(function).parameters if name in LABELS]
 
 
 def build_module(program: Program) -> RewrittenModel:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .data import Prepared, positions
+from .data import positions
 from .module import build_module
+from .rows import Prepared
 from .tokens import IGNORED
 
 if TYPE_CHECKING:

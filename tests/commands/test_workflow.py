@@ -378,3 +378,26 @@ def test_a_model_that_cannot_be_timed_is_told_all_the_same(
     trained: Any = SimpleNamespace(source=SimpleNamespace(model=None))
     assert workflow._timed(job, trained, said.append) is None
     assert said == ["not timed: no inputs of that kind can be made"]
+
+
+def test_images_that_a_table_names_are_inputs_of_training(job: Job) -> None:
+    pictures = replace(job, recipe=replace(job.recipe, model={"task": "image-classification"}))
+    job.data.write_text("image,label\na.png,x\nb.png,y\n", encoding="utf-8")
+    for name in ("a", "b", "c"):
+        job.data.with_name(f"{name}.png").write_bytes(b"1")
+    before, text_before = pictures.training_inputs(), job.training_inputs()
+    job.data.with_name("c.png").write_bytes(b"2")  # which no row names
+    assert pictures.training_inputs() == before
+    job.data.with_name("b.png").write_bytes(b"2")
+    assert [name for name, digest in pictures.training_inputs().items() if digest != before[name]] == ["data"]
+    assert job.training_inputs() == text_before, "of a model of texts they are none"
+
+
+def test_all_files_of_a_folder_of_images_are_inputs_of_training(job: Job) -> None:
+    folder = job.data.with_name("images")
+    (folder / "x").mkdir(parents=True)
+    (folder / "x" / "a.png").write_bytes(b"1")
+    before = replace(job, data=folder).training_inputs()
+    assert replace(job, data=folder).training_inputs() == before
+    (folder / "x" / "a.png").rename(folder / "x" / "b.png")
+    assert replace(job, data=folder).training_inputs()["data"] != before["data"]

@@ -28,7 +28,8 @@ from lorafx.frontend.capture import capture
 from lorafx.public import Program
 from lorafx.recipes.options import TrainOptions
 from lorafx.training.collating import Collator
-from lorafx.training.data import Prepared, pad_like, positions, prepare
+from lorafx.training.data import pad_like, positions, prepare
+from lorafx.training.rows import Prepared
 from lorafx.training.tokens import Cuts, Texts
 from tests.small import POSITIONS, bert, bert_config, captured, example, gpt2, table, words
 
@@ -328,7 +329,11 @@ def tokens() -> nn.Module:
     return hf.BertForTokenClassification(bert_config())
 
 
-@pytest.mark.parametrize("build", [vision, tokens])
+def encoder() -> nn.Module:
+    return hf.BertModel(bert_config())
+
+
+@pytest.mark.parametrize("build", [vision, encoder])
 def test_other_models_ask_for_a_dataset_of_their_inputs(build: Callable[[], nn.Module]) -> None:
     with pytest.raises(UsageError, match="does not learn from a table of texts and labels; pass a dataset"):
         prepared(table(3), capture(build()))

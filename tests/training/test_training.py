@@ -22,8 +22,8 @@ from lorafx.frontend.load import load
 from lorafx.passes.lora import Lora
 from lorafx.pipeline import fold, rewrite
 from lorafx.public import Program
-from lorafx.training.data import Rows
 from lorafx.training.fit import TrainResult, train
+from lorafx.training.rows import Rows
 from lorafx.training.trainer import STATE, LorafxCallback, MethodTrainerMixin, Trainer, last_checkpoint, state_of
 from tests import ddp_worker
 from tests.processes import run_together

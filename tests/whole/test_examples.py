@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from examples.tables import TABLES, write_tables
 from lorafx.cli import main
 from lorafx.commands import job
 from lorafx.recipes.recipe import Recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))
+TASKS = sorted((Path(__file__).parents[2] / "examples" / "tasks").glob("*.toml"))
 FIVE = {"prilora", "salora", "tied-lora", "finegates", "rose-lora"}
 
 
@@ -62,3 +64,27 @@ def test_the_recipe_ends_in_a_verified_model(
     assert report["sections"]["training"]["metrics"]["steps"] == 12
     methods = {step.pass_name() for step in Recipe.read(recipe).passes} & FIVE
     assert {title.partition(":")[0] for title in report["sections"]} >= methods, "each method says what it learned"
+
+
+def test_there_is_a_recipe_for_every_task_and_a_table_for_every_text() -> None:
+    assert {file.stem for file in TASKS} == {*TABLES, "images"}
+    for file in TASKS:
+        assert Recipe.read(file).model["task"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TABLES)
+def test_the_recipe_of_a_task_ends_in_a_verified_model(
+    name: str, minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "_timed", lambda *given: None)  # twenty seconds each, and no part of the task
+    train, test = write_tables(name, tmp_path / "data", 96, 32)
+    recipe = next(file for file in TASKS if file.stem == name)
+    words = ["run", str(recipe), "--checkpoint", str(minilm), "--data", str(train), "--eval", str(test)]
+    result = CliRunner().invoke(main, [*words, "-o", str(tmp_path / "out"), "--max-steps", "12", "--batch-size", "8"])
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "onnx" / "report.json").read_text(encoding="utf-8"))
+    training = report["sections"]["training"]
+    assert training["metrics"]["steps"] == 12
+    assert training["metric"] is not None
+    assert report["sections"]["parity"]["ok"]
