@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from ..graph.operands import rank_of, same_size
 from ..graph.site import WEIGHT_OPS, WeightOp, is_tensor_node
+from .joined import join, scatter
 from .regions import AffineAnalysis, Bypass, Operand, Origin, Region, Rule, origin
 from .spread import spread
 from .spread_rules import LAYOUTS, VIEWS
@@ -300,6 +301,11 @@ def _view(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
     yield from spread(analysis, node)
 
 
+def _join(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
+    yield from spread(analysis, node)
+    yield from join(analysis, node)
+
+
 #: What the analysis knows of operators. Anything else ends a region.
 RULES: dict[Any, Rule] = {
     **dict.fromkeys(LAYOUTS, spread),
@@ -309,5 +315,7 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor), _add),
     **dict.fromkeys((aten.matmul.default, aten.mm.default), _product),
     **dict.fromkeys(SAME, _transparent),
+    aten.cat.default: _join,
+    aten.scatter.src: scatter,
     aten.zeros_like.default: _zeros,
 }

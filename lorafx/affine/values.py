@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -75,3 +75,35 @@ def diagonal_blocks(matrix: Tensor, count: int) -> Tensor:
     if count == 1:
         return matrix
     return torch.cat([row.chunk(count, 1)[index] for index, row in enumerate(matrix.chunk(count))])
+
+
+def joined(
+    rows: Sequence[Callable[[], Tensor] | None], sizes: Sequence[int], device: torch.device, *maps: Value
+) -> Value:
+    """Maps of one value side by side; where there is a row of constants, it stands there instead of the next map."""
+    left = iter(maps)
+    parts: list[Value] = []
+    for row, size in zip(rows, sizes, strict=True):
+        m, c = next(left) if row is None else (None, row())
+        parts.append((dense(m, size, device) if row is None else None, c))
+    width = next(m.shape[-1] for m, _ in parts if m is not None)
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=device)
+
+    filled = list(zip(sizes, parts, strict=True))
+    matrix = torch.cat([zeros(size, width) if m is None else m for size, (m, _) in filled])
+    if all(c is None for _, c in parts):
+        return matrix, None
+    return matrix, torch.cat([zeros(size) if c is None else c.to(device) for size, (_, c) in filled])
+
+
+def placed(under: Callable[[], Tensor], places: Callable[[], Tensor], shifts: bool, inner: Value) -> Value:
+    """The map whose features are written over a row of constants, each at its place."""
+    (m, c), offset, index = inner, under(), places()
+    whole = dense(m, len(index), index.device)
+    matrix = torch.zeros(len(offset), whole.shape[-1], dtype=torch.float64, device=index.device)
+    matrix = matrix.index_copy(0, index, whole)
+    if not shifts:
+        return matrix, None
+    return matrix, offset.to(index.device).index_copy(0, index, torch.zeros_like(whole[:, 0]) if c is None else c)

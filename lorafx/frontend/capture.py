@@ -37,7 +37,7 @@ from .judged import judged, unjudged
 from .masks import check_unpadded
 from .normal import normalise
 from .trace import export_graph, lean
-from .tuners import adapter_tensors, unwrapped
+from .tuners import adapter_constants, adapter_tensors, unwrapped
 
 _log = logging.getLogger(__name__)
 
@@ -234,7 +234,10 @@ def program_of(
     read = {id(held[str(node.target)]) for node in graph.nodes if node.op == "get_attr" and str(node.target) in held}
     heads = head_modules(model, source.fresh)
     roles = {name: _role(name, id(value) in read, heads) for name, value in held.items()}
-    roles.update({name: "constant" for name in held if name not in tensors})
+    lifted = [name for name in held if name not in tensors]
+    roles.update(dict.fromkeys(lifted, "constant"))
+    theirs = adapter_constants(model, root, graph, lifted) if source.adapters else frozenset()
+    source = dataclasses.replace(source, adapters=source.adapters | theirs)
     program = Program(graph, root, roles, signature, dict(example), source, heads)
     return dataclasses.replace(program.copy(), captured=program)
 

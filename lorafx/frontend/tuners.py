@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from ..graph.constants import Constants
+from ..graph.site import WEIGHT_OPS
 from ..graph.tree import named_tensors
 
 #: Where a layer with adapters keeps the layer that it adapts.
@@ -35,24 +37,48 @@ def adapter_tensors(model: nn.Module) -> frozenset[str]:
     Ties count by all their names: tensors that layers share may be kept outside of them. A model that was built without
     PEFT has none, and PEFT need not be there.
     """
-    library: Any = sys.modules.get("peft.tuners.tuners_utils")
-    if library is None:
-        return frozenset()
-    layers = {
-        path
-        for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, library.BaseTunerLayer) and hasattr(module, _BASE)
-    }
+    layers = _layers(model)
     tensors = dict(named_tensors(model))
     theirs, adapted = (set(_ids(tensors, layers, base)) for base in (False, True))
     return frozenset(name for name, value in tensors.items() if id(value) in theirs - adapted)
 
 
+def adapter_constants(model: nn.Module, root: nn.Module, graph: fx.Graph, names: Iterable[str]) -> frozenset[str]:
+    """Those of the constants ``names``, which a tracer lifted out of the code of ``model``, that PEFT's adapters brought.
+
+    A constant is called after the module whose code reads it first: a tuner layer, or one of its own. What reaches a
+    weight as its input has come from outside of that code.
+    """
+    layers, constants = _layers(model), Constants(root)
+    if not layers:
+        return frozenset()
+    weights = [node for node in graph.nodes if node.target in WEIGHT_OPS]
+    inputs = (node.args[WEIGHT_OPS[node.target].input] for node in weights)
+    given = frozenset[str]().union(*(constants.reads(n) or () for n in inputs if isinstance(n, fx.Node)))
+    return frozenset(name for name in names if name not in given and _holder(name, layers) is False)
+
+
+def _layers(model: nn.Module) -> set[str]:
+    """The paths of PEFT's tuner layers."""
+    library: Any = sys.modules.get("peft.tuners.tuners_utils")
+    if library is None:
+        return set()
+    return {
+        path
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, library.BaseTunerLayer) and hasattr(module, _BASE)
+    }
+
+
 def _ids(tensors: dict[str, Tensor], layers: set[str], base: bool) -> Iterator[int]:
-    """The tensors of the layers that they adapt (``base``), or of their own; the innermost layer decides."""
-    for name, value in tensors.items():
-        parts = name.split(".")
-        path = next((p for p in (".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1)) if p in layers), None)
-        held = parts[path.count(".") + 1 if path else 0] if path is not None else ""
-        if held and held not in _INSTEAD and (held == _BASE) == base:
-            yield id(value)
+    """The tensors of the layers that they adapt (``base``), or of their own."""
+    return (id(value) for name, value in tensors.items() if _holder(name, layers) is base)
+
+
+def _holder(name: str, layers: set[str]) -> bool | None:
+    """Whether a tensor is one of what a tuner layer adapts (True), or of its own (False); the innermost layer decides.
+    None when it is in neither."""
+    parts = name.split(".")
+    path = next((p for p in (".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1)) if p in layers), None)
+    held = parts[path.count(".") + 1 if path else 0] if path is not None else ""
+    return held == _BASE if held and held not in _INSTEAD else None

@@ -72,8 +72,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "Vera": {**WEIGHTS, "r": 4},
     "WaveFT": {**WEIGHTS, "n_frequency": 5},
 }
-#: What no weights compute: a router that looks at the input. Left over of FRoD is a product with a constant basis.
-NATURE = {"Lily": "by nature", "Frod": "kept"}
+#: What no weights compute: a router that looks at the input.
+NATURE = {"Lily": "by nature"}
 
 
 def inside(kind: str, base: nn.Module) -> Any:
