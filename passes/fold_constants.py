@@ -109,7 +109,8 @@ def _free(edit: Edit, site: Alike, region: dict[fx.Node, None]) -> list[str]:
     """Names of the tensors that only ``site`` is made of: nobody reads them, nor anything inside that reads them."""
     kept = [node for node in region if node not in site.nodes and any(user not in region for user in node.users)]
     read_on = set(_region(Alike(tuple(kept))))
-    names = {str(node.target): None for node in region if node.op == "get_attr" and node not in read_on}
+    tensors = [node for node in region if node.op == "get_attr" and str(node.target) in edit.program.roles]
+    names = {str(node.target): None for node in tensors if node not in read_on}
     return [name for name in names if all(user in region for user in edit.readers(name))]
 
 
@@ -119,9 +120,9 @@ def _name(edit: Edit, site: Alike, region: dict[fx.Node, None], shape: torch.Siz
     A base weight of that shape that is free, and the only one there: of several (a weight norm's direction and length)
     none holds the value.
     """
-    read = {str(node.target): node for node in region if node.op == "get_attr"}
-    free = _free(edit, site, region)
     learned, roles = added(edit.program), edit.program.roles
+    read = {str(node.target): node for node in region if node.op == "get_attr" and str(node.target) in roles}
+    free = _free(edit, site, region)
     base = [name for name in read if name not in learned and roles[name] != "constant"]
     fits = [name for name in base if name in free and read[name].meta["val"].shape == shape]
     names = (fits if len(base) == 1 else []) + [name for name in free if name in learned]

@@ -62,7 +62,7 @@ class Axes:
         self.program = program
         self.rules = rules
         self.distrusted = distrusted or {}
-        self.changing = written(program.graph)
+        self.changing = written(program.root, program.graph)
         self.known: dict[fx.Node, Known] = {}
         self.contracted: dict[fx.Node, list[Array]] = defaultdict(list)
         self.read: dict[fx.Node, list[tuple[Array, Array]]] = defaultdict(list)

@@ -100,7 +100,7 @@ def _run(program: Program, see: Callable[[fx.Node, Any], None]) -> Any:
     Nothing that the program or its example holds is changed, and two runs draw the same random numbers.
     """
     nodes = list(program.graph.nodes)
-    changing = written(program.graph)
+    changing = written(program.root, program.graph)
     last = {operand: node for node in nodes for operand in node.all_input_nodes}
     inputs = iter(flatten(program, program.example))
     values: dict[fx.Node, Any] = {}

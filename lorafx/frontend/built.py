@@ -24,7 +24,7 @@ def build(root: nn.Module, graph: fx.Graph, names: Iterable[str]) -> None:
 
     ``names`` are those that the tracer lifted; what the model holds by name may change when it trains.
     """
-    changed = written(graph)
+    changed = written(root, graph)
     if not changed:
         return
     fixed = _fixed(graph, changed, frozenset(names))

@@ -251,6 +251,9 @@ def _adopt(root: nn.Module, graph: fx.Graph, unlifted: nn.Module, names: Mapping
         for part in str(node.target).split("."):
             value = getattr(value, part)
         if isinstance(value, nn.Module):
+            for inner in (inner for inner in value.modules() if isinstance(inner, fx.GraphModule)):
+                normalise(inner.graph)
+                inner.recompile()
             root.add_module(str(node.target), value)
         elif id(value) in names:
             node.target = names[id(value)]

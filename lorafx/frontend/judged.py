@@ -139,7 +139,7 @@ def _moved(program: Program, graph: nn.Module) -> str:
 
     What is only counted, or written the same each time, changes no answer.
     """
-    names = {str(node.target) for node in written(program.graph) if node.op == "get_attr"}
+    names = {str(node.target) for node in written(program.root, program.graph) if node.op == "get_attr"}
     watched = {name: value for name, value in graph.named_buffers() if name in names}
     if not watched:
         return ""

@@ -44,7 +44,7 @@ def adapter_tensors(model: nn.Module) -> frozenset[str]:
 
 
 def adapter_constants(model: nn.Module, root: nn.Module, graph: fx.Graph, names: Iterable[str]) -> frozenset[str]:
-    """Those of the constants ``names``, which a tracer lifted out of the code of ``model``, that PEFT's adapters brought.
+    """Those of the constants ``names``, which a tracer lifted out of a model's code, that PEFT's adapters brought.
 
     A constant is called after the module whose code reads it first: a tuner layer, or one of its own. What reaches a
     weight as its input has come from outside of that code.

@@ -5,15 +5,22 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
-from .effects import written
+from .effects import writers, writes
+from .inner import body, inner_graph, interpret
 from .operands import node_at, operator_of
 from .site import WEIGHT_OPS
 from .tree import get_tensor, has_tensor, tensor_hash
+
+_WITHOUT_GRADIENTS = torch.ops.higher_order.wrap_with_set_grad_enabled
+#: Two computations of one fp64 value, relative to the largest: some thousand roundings, each of 1e-16.
+_ROUNDING = 1e-12
 
 
 def is_pure(node: fx.Node) -> bool:
@@ -78,7 +85,7 @@ class Constants:
         self.root = root
         self.activations = activations
         self._reads: dict[fx.Node, frozenset[str] | None] = {}
-        self._changing: dict[fx.Graph, frozenset[fx.Node]] = {}
+        self._writers: dict[fx.Graph, dict[fx.Node, list[fx.Node]]] = {}
         self._keys: dict[fx.Node, Hashable] = {}
         self._known: dict[Hashable, Hashable] = {}
 
@@ -88,19 +95,22 @@ class Constants:
             self._reads[behind] = self._find(behind)
         return self._reads[node]
 
-    def _is_changed(self, node: fx.Node) -> bool:
-        """Whether something in the graph writes to the node's value."""
-        if node.graph not in self._changing:
-            self._changing[node.graph] = written(node.graph)
-        return node in self._changing[node.graph]
+    def _changing(self, node: fx.Node) -> dict[fx.Node, list[fx.Node]]:
+        """What the graph around ``node`` changes in place, and by which nodes."""
+        if node.graph not in self._writers:
+            self._writers[node.graph] = writers(self.root, node.graph)
+        return self._writers[node.graph]
 
     def _find(self, node: fx.Node) -> frozenset[str] | None:
-        if self._is_changed(node):
+        changing = self._changing(node)
+        if node in changing and not self._is_overwritten(changing, node):
             return None
         if node.op == "get_attr":
-            name = str(node.target)  # a name without a tensor stands for an inner graph
-            return frozenset([name]) if has_tensor(self.root, name) else None
-        if not is_pure(node):
+            name = str(node.target)
+            if has_tensor(self.root, name):
+                return frozenset([name])
+            return None if inner_graph(self.root, node) is None else frozenset()
+        if not is_pure(node) and not self._is_region(node):
             return None
         use = WEIGHT_OPS.get(node.target)
         if use is not None and (self._reads[node_at(node, use.input)] or frozenset()) & self.activations:
@@ -111,20 +121,58 @@ class Constants:
             if read is None:
                 return None
             found |= read
-        return found
+        return found if is_pure(node) or not writes(self.root, node) or self._is_steady(node) else None
+
+    def _is_region(self, node: fx.Node) -> bool:
+        """Whether the node runs a region without gradients whose operators all give the same each time."""
+        called = body(self.root, node)
+        if called is None or node.target is not _WITHOUT_GRADIENTS:
+            return False
+        calls = [inside for inside in called.module.graph.nodes if inside.op not in ("placeholder", "output")]
+        return all(_is_repeatable(inside) for inside in calls)
+
+    def _is_overwritten(self, changing: Mapping[fx.Node, list[fx.Node]], node: fx.Node) -> bool:
+        """Whether the memory of a node is a tensor's that a region without gradients overwrites, and that is read by
+        nobody else: whoever follows reads what that region gives."""
+        (last, *others) = changing[node]
+        alike = [other for other in changing if changing[other] is changing[node]]
+        tensors = [other for other in alike if other.op == "get_attr"]
+        return not others and self._is_region(last) and all(set(tensor.users) == {last} for tensor in tensors)
+
+    def _is_steady(self, node: fx.Node) -> bool:
+        """Whether a region that overwrites a tensor makes the same of what it made of it, but for the rounding: a
+        projection, say. Then its first result is that of every evaluation."""
+        called = body(self.root, node)
+        assert called is not None, "only regions are asked"
+        given = [self.value(v, torch.float64) if isinstance(v, fx.Node) else v for _, v in called.operands]
+        tensors = [value for value in given if isinstance(value, Tensor)]
+        # Of what is on the meta device or comes later nothing is known.
+        if any(value.is_meta or type(value) not in (Tensor, nn.Parameter) for value in tensors):
+            return False
+        given = [value.clone() if isinstance(value, Tensor) else value for value in given]
+        runs = []
+        for _ in range(2):
+            result = interpret(called.module.graph, given, partial(_converted, torch.float64))
+            runs.append([value.clone() for value in pytree.tree_leaves((result, given)) if isinstance(value, Tensor)])
+        return all(map(_same, *runs))
 
     def value(self, node: fx.Node, dtype: torch.dtype | None = None) -> Tensor:
         """The value of a constant node; computed on floating tensors converted to ``dtype``, when one is given."""
 
         def compute(node: fx.Node, values: Mapping[fx.Node, Tensor]) -> Tensor:
+            module = inner_graph(self.root, node)
             if node.op == "get_attr":
-                result: Any = get_tensor(self.root, str(node.target)).detach()
+                result: Any = get_tensor(self.root, str(node.target)).detach() if module is None else module
+            elif called := body(self.root, node):
+                given = [fx.map_arg(operand, values.__getitem__) for _, operand in called.operands]
+                if writes(self.root, node):
+                    given = [value.clone() if isinstance(value, Tensor) else value for value in given]
+                result = interpret(called.module.graph, given, partial(_converted, dtype))
             else:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
                 with torch.no_grad():
                     result = operator_of(node)(*args, **kwargs)
-            floating = dtype is not None and isinstance(result, Tensor) and result.is_floating_point()
-            return result.to(dtype) if floating else result
+            return _converted(dtype, result)
 
         return computed(node, _operands, compute)
 
@@ -155,6 +203,24 @@ class Constants:
 
         kwargs = sorted((name, plain(item)) for name, item in node.kwargs.items())
         return str(node.target), tuple(map(plain, node.args)), tuple(kwargs)
+
+
+def _converted(dtype: torch.dtype | None, value: Any) -> Any:
+    floating = dtype is not None and isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(dtype) if floating else value
+
+
+def _is_repeatable(node: fx.Node) -> bool:
+    """As :func:`is_pure`, or changes values in place, which :mod:`lorafx.graph.effects` follows."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return torch.Tag.nondeterministic_seeded not in node.target.tags
+    return is_pure(node)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    return torch.allclose(a, b, rtol=0.0, atol=_ROUNDING * float(a.abs().max() if a.numel() else 0.0))
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:

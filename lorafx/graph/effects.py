@@ -7,7 +7,10 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
+
+from .inner import body, inner_graph
+from .tree import get_tensor, has_tensor
 
 aten = torch.ops.aten
 
@@ -21,25 +24,63 @@ _SHARING = (
 )
 
 
-def written(graph: fx.Graph) -> frozenset[fx.Node]:
-    """Nodes whose values some operator of ``graph`` changes in place, whoever shares their memory included."""
-    writers = [node for node in graph.nodes if _writes(node)]
-    if not writers:
-        return frozenset()
+def written(root: nn.Module, graph: fx.Graph) -> frozenset[fx.Node]:
+    """Nodes whose values some operator of ``graph`` changes in place, whoever shares their memory included; its tensors
+    and inner graphs are those of ``root``."""
+    return frozenset(writers(root, graph))
+
+
+def writers(root: nn.Module, graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For each node whose value is changed in place, the nodes that write into its memory."""
+    writing = {node: operands for node in graph.nodes if (operands := writes(root, node))}
+    if not writing:
+        return {}
+    memory, found = _memories(root, graph), dict[int, list[fx.Node]]()
+    for node, operands in writing.items():
+        for part in {memory[operand] for operand in operands}:
+            found.setdefault(part, []).append(node)
+    return {node: found[part] for node, part in memory.items() if part in found}
+
+
+def writes(root: nn.Module, node: fx.Node) -> list[fx.Node]:
+    """The operands that a node writes to: itself, or in the inner graphs that it calls."""
+    called = body(root, node)
+    if called is not None:
+        changed = written(called.module, called.module.graph)
+        return [operand for inside, operand in called.operands if inside in changed and isinstance(operand, fx.Node)]
+    graphs = [module for value in node.all_input_nodes if (module := inner_graph(root, value)) is not None]
+    if any(_writes(inside) for module in graphs for inside in module.graph.nodes):
+        # Of several graphs nobody knows which gets what.
+        return [value for value in node.all_input_nodes if inner_graph(root, value) is None]
+    return _writes(node)
+
+
+def _memories(root: nn.Module, graph: fx.Graph) -> dict[fx.Node, int]:
+    """The number of the memory that each node's value lies in, as far as is known."""
     import networkx as nx  # few graphs write to anything, and it is slow to load
 
     shared = nx.Graph()
-    by_name: dict[str, fx.Node] = {}
+    readers: dict[object, fx.Node] = {}
     for node in graph.nodes:
         shared.add_node(node)
         if node.op == "get_attr":
-            shared.add_edge(node, by_name.setdefault(str(node.target), node))
-        shared.add_edges_from((node, operand) for operand in sharing(node))
-    parts: dict[fx.Node, int] = {}
-    for number, part in enumerate(nx.connected_components(shared)):
-        parts.update(dict.fromkeys(part, number))
-    touched = {parts[operand] for node in writers for operand in _writes(node)}
-    return frozenset(node for node, part in parts.items() if part in touched)
+            name = str(node.target)
+            tensor = id(get_tensor(root, name)) if has_tensor(root, name) else name
+            shared.add_edge(node, readers.setdefault(tensor, node))
+        shared.add_edges_from((node, operand) for operand in (*sharing(node), *_given(root, node)))
+    return {node: number for number, part in enumerate(nx.connected_components(shared)) for node in part}
+
+
+def _given(root: nn.Module, node: fx.Node) -> list[fx.Node]:
+    """The operands whose memory the result of an inner graph may be."""
+    called = body(root, node)
+    if called is None:
+        return []
+    memory = _memories(called.module, called.module.graph)
+    results = {memory[result] for result in called.module.graph.output_node().all_input_nodes}
+    return [
+        operand for inside, operand in called.operands if memory[inside] in results and isinstance(operand, fx.Node)
+    ]
 
 
 def is_view(node: fx.Node) -> bool:

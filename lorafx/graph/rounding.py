@@ -30,7 +30,7 @@ def jittered(program: P, seed: int) -> P:
     Views and what is written in place stay; whole numbers, too: masks, counts and zeros come about without rounding.
     """
     result = program.copy()
-    held = written(result.graph)
+    held = written(result.root, result.graph)
     *_, last = result.graph.find_nodes(op="placeholder")
     body = last.next
     for number, node in enumerate(list(result.graph.nodes)):

@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..deferred.programs import deferring, resident
 from ..deferred.running import run_by_block
 from ..errors import UsageError
 from ..graph.call import flatten
+from ..graph.effects import written
 from ..graph.evaluation import evaluation_form, own_evaluation_form
 from ..graph.precision import coarsest, recast
 from ..graph.program import Program
 from ..graph.segments import compile_graph
+from ..graph.tree import aliases, copy_tree
 from ..models.tokenizers import TOKEN_TYPES
 from .inputs import InputSpec, specs_of
 
@@ -150,7 +152,7 @@ def program_runner(program: Program, place: Place, label: str, kind: str = "prog
         evaluation = deferring(evaluation)  # so that it is converted as it is used
     if place.dtype is not None or program.device != device:
         evaluation = recast(evaluation, place.dtype, device)
-    graph, root = compile_graph(evaluation.graph), evaluation.root
+    graph, root = compile_graph(evaluation.graph), _root(evaluation)
     constants = {name: value for name, value in program.example.items() if not isinstance(value, Tensor)}
 
     def call(inputs: dict[str, Any]) -> Any:
@@ -169,6 +171,14 @@ def program_runner(program: Program, place: Place, label: str, kind: str = "prog
         program.config,
         Path(program.source.path) if program.source.path is not None else None,
     )
+
+
+def _root(program: Program) -> nn.Module:
+    """The program's tensors; what its graph writes into is the runner's own, so that the program stays as it was."""
+    changed = written(program.root, program.graph)
+    names = {str(node.target) for node in changed if node.op == "get_attr"}
+    apart = {alias for name in names for alias in aliases(program.root, name)}
+    return copy_tree(program.root, apart) if apart else program.root
 
 
 def _graph_specs(program: Program) -> tuple[InputSpec, ...]:
