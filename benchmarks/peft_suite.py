@@ -39,6 +39,12 @@ from benchmarks.peft_judge import Finding, examine, trained, widened
 from lorafx.errors import first_line
 
 _PACKAGE = "peft_suite_tests"
+#: Why cases of a kind are kept, where what is left in the graph does not say it.
+NOTES = {
+    "OFT": "On convolutions OFT rotates patches and adds them up to an image again, in an order that is that of the "
+    "patches only where an image is a single patch: with more of them, PEFT's merged model computes something else "
+    "than its unmerged one. The cases kept have images of one patch, which their graph, of free sizes, does not say.",
+}
 VERDICTS = ("exact", "by nature", "kept", "refused", "wrong", "not built")
 
 
@@ -112,6 +118,7 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     for kind, counts in sorted(kinds.items(), key=lambda item: item[0].lower()):
         lines.append(f"| {kind} | {counts.total()} | " + " | ".join(str(counts[v] or "") for v in VERDICTS) + " |")
     others = [row for row in rows if row["verdict"] != "exact"]
+    lines += [f"\n{note}" for kind, note in NOTES.items() if kinds.get(kind, {}).get("kept")]
     if others:
         lines += ["", "| case | verdict | why |", "|---|---|---|"]
         lines += [f"| {row['kind']}: {row['title']} | {row['verdict']} | {_cell(row['reason'])} |" for row in others]

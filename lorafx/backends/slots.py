@@ -170,7 +170,8 @@ def _parts(matrix: np.ndarray, result: ir.Value) -> Iterator[tuple[np.ndarray, i
 def _insert(graph: ir.Graph, pair: Pair, places: Sequence[Place]) -> None:
     dtype = places[0].result.dtype or ir.DataType.FLOAT
     a = _input(graph, pair.a, (pair.inputs, f"{pair.a}.rank"), np.zeros((pair.inputs, 0), dtype.numpy()))
-    b = _input(graph, pair.b, (f"{pair.a}.rank", pair.outputs), np.zeros((0, pair.outputs), dtype.numpy()))
+    # Empty, it gives one column of zeros, not all of them: nothing as large as the activations is written for it.
+    b = _input(graph, pair.b, (f"{pair.a}.rank", f"{pair.b}.width"), np.zeros((0, 1), dtype.numpy()))
     for number, place in enumerate(places):
         name = f"{pair.a.removesuffix('.lora_A.MatMul.weight')}.slot_{number}"
         readers = [(use.node, use.idx) for use in place.result.uses()]
