@@ -175,6 +175,28 @@ def test_the_base_model_keeps_its_parametrisation(method: str, target: str) -> N
         assert [op for op in graphs[0] if op != torch.ops.aten.to.dtype] == graphs[1]
 
 
+class Held(nn.Module):
+    """Constants that no module registers: one scales what a layer reads, one goes through the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.held = nn.Linear(8, 8), [torch.rand(8), torch.randn(3, 8)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x * self.held[0]) @ self.layer(self.held[1]).t()
+
+
+def test_constants_of_the_base_are_not_its_adapter_s() -> None:
+    """The layer's own code reads both first, in part."""
+    torch.manual_seed(0)
+    config = peft.OFTConfig(oft_block_size=4, target_modules=["layer"], init_weights=False)
+    result = folded(adapted(Held(), config), {"x": torch.randn(2, 8)})
+    assert not any("lifted" in name for name in result.source.adapters)
+    targets = [node.target for node in result.graph.nodes]
+    assert torch.ops.aten.mul.Tensor in targets
+    assert targets.count(torch.ops.aten.linear.default) == 2
+
+
 def test_a_weight_of_several_tensors_is_kept_under_none_of_their_names() -> None:
     """A mask on a weight norm's product: it is neither the direction nor the length."""
 
