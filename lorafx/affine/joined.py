@@ -139,8 +139,8 @@ def _joined(
 
 def scatter(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
     """Each feature of a value written over another one of a row of constants: the same one in every row."""
-    base, _, index, value = node.args[:4]
-    if node.kwargs or not all(isinstance(operand, fx.Node) for operand in (base, index, value)):
+    base, index, value = node.args[0], node.args[2], node.args[3]
+    if not (isinstance(base, fx.Node) and isinstance(index, fx.Node) and isinstance(value, fx.Node)) or node.kwargs:
         return
     last = len(node.meta["val"].shape) - 1
     under, places = row(analysis.constants, base), row(analysis.constants, index)
