@@ -23,7 +23,7 @@ from .values import joined, placed
 aten = torch.ops.aten
 
 #: Operators that fill a value of a given size, whatever it is that they take the size of; and what with, if it is said.
-_FILLED = {
+_FILLED: dict[Any, float | None] = {
     **dict.fromkeys((aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default), 0.0),
     **dict.fromkeys((aten.ones.default, aten.ones_like.default, aten.new_ones.default), 1.0),
     **dict.fromkeys((aten.full.default, aten.full_like.default, aten.new_full.default), None),
