@@ -123,10 +123,8 @@ def decoder(folder: Path, new: int) -> int:
 
 def random(base: Program, step: Lora | TiedLora | Prilora) -> Program:
     """``base`` with an adapter of random numbers."""
-    program, generator = (
-        lorafx.rewrite(base, [step], check=False),
-        torch.Generator().manual_seed(step.pass_name() == "lora"),
-    )
+    program = lorafx.rewrite(base, [step], check=False)
+    generator = torch.Generator().manual_seed(METHODS.index(step))
     with torch.no_grad():
         for name in program.names("adapter"):
             program.tensor(name).normal_(std=0.05, generator=generator)
