@@ -127,7 +127,8 @@ def random(base: Program, step: Lora | TiedLora | Prilora) -> Program:
     generator = torch.Generator().manual_seed(METHODS.index(step))
     with torch.no_grad():
         for name in program.names("adapter"):
-            program.tensor(name).normal_(std=0.05, generator=generator)
+            value = program.tensor(name)  # a vector scales, a matrix is a factor
+            value.normal_(std=0.05 if value.dim() > 1 else 1.0, generator=generator)
     return program
 
 
