@@ -71,7 +71,7 @@ def methods(facts: Facts) -> str:
 
 def score_of(facts: Facts) -> Score | None:
     """How the trained model did: on evaluation data where there was some, else its loss; None when nothing trained."""
-    training = facts.sections.get("training")
+    training: Any = facts.sections.get("training")
     metrics = training.get("metrics") if isinstance(training, Mapping) else None
     if not isinstance(metrics, Mapping):
         return None
