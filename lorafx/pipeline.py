@@ -115,6 +115,7 @@ def fold(
     """
     from .channels.gather import CPU_COST, GPU_COST
     from .passes.dead_channels import DeadChannels
+    from .passes.dead_sublayers import DeadSublayers
     from .passes.gather_columns import GatherColumns
     from .passes.tidy import Tidy
 
@@ -123,8 +124,9 @@ def fold(
     liked = removal_for(provider)
     asked = [applied.step for applied in program.history if isinstance(applied.step, DeadChannels)]
     cost = GPU_COST if provider == "cuda" else CPU_COST
-    # Gathering comes after removal, which would have to see through a gather.
-    last = (removal or (asked or [liked])[-1], GatherColumns(gather, cost, liked.round_to), Tidy())
+    # A sublayer goes when its channels have gone: what a checkpoint keeps of it is small then. Gathering comes after
+    # removal, which would have to see through a gather.
+    last = (removal or (asked or [liked])[-1], DeadSublayers(), GatherColumns(gather, cost, liked.round_to), Tidy())
     start = deferring(program) if stream else program
     folded = run(start, (*_merging(), *last), observers, check=check)
     return dataclasses.replace(folded, origin=program.origin or program)

@@ -15,6 +15,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
+from ..graph.effects import CACHED
 from ..graph.operands import argument
 from ..public import Program
 
@@ -22,8 +23,6 @@ aten = torch.ops.aten
 
 #: What else can be done with a model whose cache is none of these.
 ELSE = "export it without generate, or as an ordinary checkpoint (--format hf)"
-#: In the meta of an operator that puts new keys or values behind the past: the index of the tensor in the cache.
-_CACHED = "lorafx_cached"
 #: In the meta of the operator that gives the number of past tokens.
 _LENGTH = "lorafx_past_length"
 #: In the meta of a past: the shape of what stands behind it.
@@ -57,7 +56,7 @@ def _empty(program: Program, past: fx.Node, number: int, sizes: Mapping[int, fx.
             with graph.inserting_before(user):
                 nothing = graph.call_function(aten.slice.Tensor, (new, 2, 0, 0))
             user.args = ([nothing, new], user.args[1])
-            user.meta[_CACHED] = number
+            user.meta[CACHED] = number
         else:
             read = f"its cache is read by {user.target}, not only put before what is new"
             raise CaptureError(f"{program.name}: {read}; {ELSE}")
@@ -71,15 +70,15 @@ def _behind(cat: fx.Node, past: fx.Node) -> bool:
 
 def cached(node: fx.Node) -> int:
     """Which tensor of the cache an output is; -1 for none."""
-    while _CACHED not in node.meta and node.target in (aten.clone.default, aten.alias.default):
+    while CACHED not in node.meta and node.target in (aten.clone.default, aten.alias.default):
         node = node.all_input_nodes[0]
-    return node.meta.get(_CACHED, -1)
+    return node.meta.get(CACHED, -1)
 
 
 def present(program: Program, count: int) -> list[fx.Node]:
     """What puts new keys and values behind a past, in the order of the cache; CaptureError when a pass took one."""
-    marked = (node for node in program.graph.nodes if _CACHED in node.meta)
-    found = {node.meta[_CACHED]: node for node in marked if node.target is aten.cat.default}
+    marked = (node for node in program.graph.nodes if CACHED in node.meta)
+    found = {node.meta[CACHED]: node for node in marked if node.target is aten.cat.default}
     if len(found) < count:
         raise CaptureError(f"{program.name}: a pass took keys or values away, so it has no whole cache; {ELSE}")
     return [found[number] for number in range(count)]

@@ -21,6 +21,7 @@ from ..graph.site import WEIGHT_OPS
 from ..graph.tree import get_tensor
 from .axes import Axes
 from .axis import Array, Axis, axis_of
+from .constant_mixing import NORMS, PRODUCTS, REDUCTIONS, combined, norm, product, reduction
 from .grouped import grouped_reads, is_grouped
 from .moves import MOVES
 from .rules import spread
@@ -96,6 +97,17 @@ class ConstantChannels:
         """The facts about a value, in the axes its labels have."""
         return self.known[value] if isinstance(value, fx.Node) else []
 
+    def vector(self, node: fx.Node) -> Array | None:
+        """The value of a node all of whose channels are constant, with a dimension for each of the value's, of size 1
+        where it is repeated; None where any channel is not."""
+        value = node.meta.get("val")
+        known = self.of(node) if isinstance(value, Tensor) and value.is_floating_point() else []
+        for axis in known:
+            if axis.data.size and not np.isnan(axis.data).any():
+                sizes = dict(zip(axis.dims, axis.data.shape, strict=True))
+                return axis.data.reshape([sizes.get(dim, 1) for dim in range(rank_of(node))])
+        return None
+
     def among(self, experts: slice, nodes: list[fx.Node]) -> ConstantChannels:
         """The facts about ``nodes``, in graph order, in the rows of these experts alone."""
         result = copy.copy(self)
@@ -133,6 +145,9 @@ class ConstantChannels:
             return [Axis(axis.dims, self._elementwise(node, axis)) for axis in labels]
         if node.target is aten.scaled_dot_product_attention.default:
             return [Axis(axis.dims, self._attention(node, axis)) for axis in labels]
+        if node.target in (*PRODUCTS, *REDUCTIONS, *NORMS) and _is_float(node):
+            mixed = product if node.target in PRODUCTS else reduction if node.target in REDUCTIONS else norm
+            return [Axis(axis.dims, np.where(np.isfinite(axis.data), axis.data, np.nan)) for axis in mixed(self, node)]
         last = self._computed(node)
         return [Axis((_place(node),), np.where(np.isfinite(last), last, np.nan))] if last is not None else []
 
@@ -204,7 +219,7 @@ class ConstantChannels:
             return None
         matrix = WEIGHT_OPS[node.target].matrix(matrix)
         known = entering.data if entering is not None and len(entering.dims) == 1 else np.full(matrix.shape[1], np.nan)
-        return _combined(matrix, known, shift)
+        return combined(matrix, known, shift)
 
     def _convolution(self, node: fx.Node) -> Array | None:
         value, kernel, bias = node.args[0], node.args[1], argument(node, "bias")
@@ -215,7 +230,7 @@ class ConstantChannels:
             return None
         known = entering.data if entering is not None and entering.dims == (1,) else np.full(weight.shape[1], np.nan)
         # The zeros around the border are no constant's: only a constant of 0 goes through a padded convolution.
-        return _combined(weight, np.where(known == 0, known, np.nan), shift)
+        return combined(weight, np.where(known == 0, known, np.nan), shift)
 
     def _grouped(self, node: fx.Node) -> Array | None:
         # Another constant than 0 would differ from expert to expert.
@@ -320,17 +335,3 @@ def _uniform(value: Tensor, dim: int) -> Array:
     if value.is_meta or not value.is_floating_point():
         return np.full(value.shape[dim], np.nan)
     return uniform(value.detach(), dim).numpy()
-
-
-def _combined(matrix: Tensor, known: Array, shift: Tensor | None) -> Array:
-    """The outputs of a weight (out, in, …) that read constants alone: their values. Of a kernel only 0 is constant."""
-    constant = torch.tensor(known)
-    free = constant.isnan()
-    depends = nonzero(matrix, 0, free)
-    result = torch.where(depends, torch.nan, torch.zeros(len(depends), dtype=torch.float64))
-    alone = (~depends & nonzero(matrix, 0, ~free)).nonzero().flatten()
-    if len(alone):
-        rows = value_of(matrix.index_select(0, alone.to(matrix.device))).double().cpu()
-        rows = rows.flatten(2).sum(2) if rows.dim() > 2 else rows
-        result[alone] = rows @ torch.where(free, 0.0, constant)
-    return (result if shift is None else result + value_of(shift).cpu()).numpy()

@@ -108,7 +108,8 @@ def _alike_batches(left: Axis, right: Axis, rank: int) -> bool:
 # ---- over a dimension
 
 
-def _dims(node: fx.Node, position: int) -> set[int]:
+def dims_of(node: fx.Node, position: int) -> set[int]:
+    """The dimensions that an argument names; all where it names none."""
     rank = rank_of(node.args[0])
     given = node.args[position] if len(node.args) > position else None
     chosen: Any = list(range(rank)) if given is None else given if isinstance(given, (list, tuple)) else [given]
@@ -130,7 +131,7 @@ def _whole(axes: Axes, node: fx.Node, found: list[Axis], over: set[int], why: st
 def normalised(axes: Axes, node: fx.Node) -> Known:
     """Softmax and its kind: the same sizes, computed over one dimension."""
     found = axes.axes(node.args[0])
-    _whole(axes, node, found, _dims(node, 1), f"{node.target} runs over it")
+    _whole(axes, node, found, dims_of(node, 1), f"{node.target} runs over it")
     return found
 
 
@@ -153,7 +154,7 @@ def layer_norm(axes: Axes, node: fx.Node) -> Known:
 
 def reduction(axes: Axes, node: fx.Node) -> Known:
     """A sum, mean or extreme over dimensions."""
-    found, over = axes.axes(node.args[0]), _dims(node, 1)
+    found, over = axes.axes(node.args[0]), dims_of(node, 1)
     _whole(axes, node, found, over, f"{node.target} runs over it")
     keep = bool(node.args[2]) if len(node.args) > 2 else bool(node.kwargs.get("keepdim", False))
     result = []

@@ -26,9 +26,8 @@ _CUTS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 
 def resize(edit: Edit, axes: Axes, removal: Removal) -> None:
     """Rewrite sizes, slices, splits and scales that the removal changed, and compute the values' shapes anew."""
+    loosen(edit.program.graph)
     for node in list(edit.program.graph.nodes):
-        if node.target in _VIEWS:  # a narrower value may lie in memory in another way, far from where it was cut too
-            node.target = aten.reshape.default
         if node.op != "call_function" or not _loses(node, axes, removal):
             continue
         if node.target in _SHAPES:
@@ -46,6 +45,13 @@ def resize(edit: Edit, axes: Axes, removal: Removal) -> None:
         elif node.target in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default):
             _groups(node, axes, removal)
     edit.recompute()
+
+
+def loosen(graph: fx.Graph) -> None:
+    """Ask views for numbers alone: a value that changed may lie in memory in another way, far from where it did."""
+    for node in graph.nodes:
+        if node.target in _VIEWS:
+            node.target = aten.reshape.default
 
 
 def _loses(node: fx.Node, axes: Axes, removal: Removal) -> bool:

@@ -13,6 +13,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ..errors import OperatorError
+from .effects import has_effect
 from .fake import FakeValues
 from .initial import initial_value
 from .program import Inserted, Step
@@ -306,7 +307,7 @@ class Edit:
         stack, gone = list(nodes), set()
         while stack:
             node = stack.pop()
-            if node in gone or node.users or node.op in ("placeholder", "output") or node.is_impure():
+            if node in gone or node.users or node.op in ("placeholder", "output") or has_effect(node):
                 continue
             stack.extend(node.all_input_nodes)
             self.program.graph.erase_node(node)

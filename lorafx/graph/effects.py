@@ -12,7 +12,13 @@ from torch import fx, nn
 from .inner import body, inner_graph
 from .tree import get_tensor, has_tensor
 
+from .operands import argument
+
 aten = torch.ops.aten
+
+#: In the meta of an operator that puts new keys or values behind a past: the index of the tensor in the cache. Whoever
+#: calls the model gets its value, though no output reads it while passes run.
+CACHED = "lorafx_cached"
 
 #: Operators whose result may be their operand's memory though their schema does not say so.
 _SHARING = (
@@ -81,6 +87,13 @@ def _given(root: nn.Module, node: fx.Node) -> list[fx.Node]:
     return [
         operand for inside, operand in called.operands if memory[inside] in results and isinstance(operand, fx.Node)
     ]
+
+
+def has_effect(node: fx.Node) -> bool:
+    """Whether running the node does more than give a value, so that it stays though nobody reads that: it writes, it
+    asserts, it draws from the random numbers of others. Attention draws none where nothing is dropped."""
+    attention = node.target is aten.scaled_dot_product_attention.default
+    return node.is_impure() and not (attention and argument(node, "dropout_p") == 0.0)
 
 
 def is_view(node: fx.Node) -> bool:

@@ -62,6 +62,18 @@ class Removed(Fact):
 
 
 @dataclass(frozen=True)
+class TakenOut(Fact):
+    """A branch whose value was one vector left the graph: the module that gave it, how many operators went with it, and
+    what is left of it (``nothing``, or ``a vector``)."""
+
+    title: ClassVar[str] = "Taken out"
+
+    module: str
+    operators: int
+    left: str
+
+
+@dataclass(frozen=True)
 class ZeroButKept(Fact):
     """So many positions (``zero`` of ``of``) along a dimension of a weight hold nothing but zeros and stay, and why."""
 
