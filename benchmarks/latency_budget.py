@@ -1,9 +1,10 @@
 """FineGates with a budget of latency: what the measured table predicts, beside the time of the exported model.
 
-    python -m benchmarks.latency_budget
+    python -m benchmarks.latency_budget [--batch 1 --length 64]
 
-Times MiniLM's weights and attention at 8x64 (`lorafx latency`), trains LoRA and FineGates for a budget in seconds as
-``benchmarks.prune`` trains them, exports, and times the result beside LoRA alone, which that benchmark has trained.
+Times MiniLM's weights and attention at 8x64, or another shape (`lorafx latency`), trains LoRA and FineGates for a
+budget in seconds as ``benchmarks.prune`` trains them, exports, and times the result beside LoRA alone, which that
+benchmark has trained.
 """
 
 from __future__ import annotations
@@ -16,29 +17,35 @@ from typing import Any
 from benchmarks import prune
 from examples import assets
 
+#: Texts and tokens of each, unless told otherwise. Prediction and measurement are to be compared on an idle machine.
 SHAPE = (8, 64)
 
 
-def table(out: Path) -> dict[str, float]:
+def _named(shape: tuple[int, int]) -> str:
+    """What is added to the names of files about a shape."""
+    return "" if shape == SHAPE else f"-{shape[0]}x{shape[1]}"
+
+
+def table(out: Path, shape: tuple[int, int]) -> dict[str, float]:
     """The table of latencies, measured once."""
     import lorafx
     from lorafx.proof.latency import latency_table
 
-    file = out / "latency.json"
+    file = out / f"latency{_named(shape)}.json"
     if not file.is_file():
         program = lorafx.capture(assets.minilm(), task="text-classification", num_labels=2)
-        measured = latency_table(program, batch=SHAPE[0], length=SHAPE[1])
+        measured = latency_table(program, batch=shape[0], length=shape[1])
         file.write_text(json.dumps(measured, indent=1), encoding="utf-8")
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def passes(budget: float, latency: dict[str, float]) -> list[dict[str, Any]]:
+def passes(budget: float, latency: dict[str, float], length: int) -> list[dict[str, Any]]:
     """The recipe."""
     lora, gates = prune.recipe(budget)
-    return [lora, {**gates, "measure": "latency", "length": SHAPE[1], "latency": latency}]
+    return [lora, {**gates, "measure": "latency", "length": length, "latency": latency}]
 
 
-def gated_seconds(latency: dict[str, float]) -> float:
+def gated_seconds(latency: dict[str, float], length: int) -> float:
     """What all gated weights, and attention, take by the table."""
     import lorafx
     from lorafx.channels.costs import prices
@@ -47,7 +54,7 @@ def gated_seconds(latency: dict[str, float]) -> float:
 
     program = lorafx.capture(assets.minilm(), task="text-classification", num_labels=2)
     taken = FineGates(targets=prune.methods.TARGETS).uses(program).taken
-    analysis = RemovableUnits(program, taken, prices("latency", SHAPE[1], latency))
+    analysis = RemovableUnits(program, taken, prices("latency", length, latency))
     units = [found for site in taken if isinstance(found := analysis.find(site), Units)]
     return analysis.total + sum(unit.mixing for unit in units)
 
@@ -60,22 +67,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/prune"), help="folder of finished runs")
     parser.add_argument("--budget", type=float, default=0.6, help="share of the seconds to keep")
+    parser.add_argument("--batch", type=int, default=SHAPE[0], help="texts at once")
+    parser.add_argument("--length", type=int, default=SHAPE[1], help="tokens of a text")
     parser.add_argument("--repeats", type=int, default=40, help="timed calls of each model")
     parser.add_argument("--train-only", action="store_true", help="time nothing but the table of latencies")
     options = parser.parse_args()
-    latency = table(options.out)
-    folder = options.out / f"latency-{round(100 * options.budget)}-seed-0"
+    shape = options.batch, options.length
+    latency = table(options.out, shape)
+    folder = options.out / f"latency-{round(100 * options.budget)}{_named(shape)}-seed-0"
     if not (folder / "score.json").is_file():
-        prune.train_one(folder, passes(options.budget, latency), 0)
+        prune.train_one(folder, passes(options.budget, latency, options.length), 0)
     if options.train_only:
         return
     lorafx.export(lorafx.load(folder / "run"), folder / "onnx", overwrite=True)
     whole = prune.deployed(options.out, [1.0])["keep 100%"]
-    result = bench(("whole", whole), ("gated", folder / "onnx"), shapes=(SHAPE,), repeats=options.repeats)
+    result = bench(("whole", whole), ("gated", folder / "onnx"), shapes=(shape,), repeats=options.repeats)
     before, after = (1e3 * timing.median for timing in result.timings)
     score = json.loads((folder / "score.json").read_text(encoding="utf-8"))
     kept = score["sections"]["finegates: Gates"][0]["weights kept"]
-    saved = 1e3 * (1 - kept) * gated_seconds(latency)
+    saved = 1e3 * (1 - kept) * gated_seconds(latency, options.length)
     linear, flops = (score[key][1] / score[key][0] for key in ("weights", "flops"))
     print(
         "| budget | seconds kept, by the table | accuracy | linear parameters left | FLOPs left | LoRA alone, ms "

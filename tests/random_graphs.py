@@ -49,6 +49,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
     return (
         f"{len(rows)} graphs: {kinds['mismatch']} mismatches, {kinds['crash']} crashes, {kinds['refused']} refused; "
         f"something removed in {plain} (after gates in {gated}) of {len(judged)}, {share:.1%} of the parameters; "
+        f"{sum(row['branches'] > 0 for row in judged)} with a branch taken out; "
         f"{sum(bool(row['warned']) for row in judged)} with a rule caught being wrong; "
         f"{sum(row['outside'] > 0 for row in judged)} hold for some of the sizes alone; "
         f"{sum(row['seconds'] for row in rows) / max(1, len(rows)):.2f} s a graph"

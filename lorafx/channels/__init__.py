@@ -15,6 +15,8 @@ An example, with three hidden channels::
 - ``plan`` cuts A to 1 × 4, a to 1, B to 2 × 1, and adds 0.5 · B[:, 1] to b; ``resize`` mends sizes in the graph.
 - ``trial`` ran both on the example inputs before any of that was believed.
 
+Where all channels of an addend are constant, ``branches`` takes the whole of it out of the graph.
+
 Of channels that must stay, ``gather`` finds the columns that no weight reads.
 
 ``rules``, ``moves``, ``views``, ``mixing``, ``grouped`` and ``experts`` are what is known of operators, ``table`` lists

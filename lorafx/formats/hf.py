@@ -16,7 +16,8 @@ from ..graph.facts import Gathered
 from ..graph.program import Program
 from ..graph.tree import named_tensors
 from ..models.layered import is_layered, own_configs
-from .sizes import of_config, settings_for, with_settings
+from .depth import Shallower, computes
+from .sizes import Shapes, of_config, settings_for, with_settings
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +45,30 @@ def hf_model(program: Program, dtype: torch.dtype | None = None) -> nn.Module:
         )
     held = {**dict(source.named_buffers(remove_duplicate=False)), **dict(named_tensors(program.root))}
     values = _unwrapped(held, program)
-    model = _model_of_shapes(program, values)
+    before = {name: slot.shape for name, slot in _unwrapped(dict(named_tensors(source)), program).items()}
+    less = Shallower.of(program)
+    if less is not None:
+        model = _shallower(program, less, values, before, dtype)
+        if model is not None:
+            return model
+    return _filled(_model_of_shapes(program, values, program.config, before), values, dtype)
+
+
+def _shallower(
+    program: Program, less: Shallower, values: Mapping[str, torch.Tensor], before: Shapes, dtype: torch.dtype | None
+) -> nn.Module | None:
+    """The model with fewer layers; None where its class gives something else then."""
+    fewer, old = less.renumbered(values), less.renumbered(before)
+    try:
+        model = _model_of_shapes(program, fewer, less.config(program.config), old)
+        if computes(_filled(model, fewer, None), program):
+            return _filled(model, fewer, dtype)
+    except Exception as error:  # each class checks its config, and its inputs, in its own way
+        _log.debug("no checkpoint with fewer layers: %s", first_line(error))
+    return None
+
+
+def _filled(model: nn.Module, values: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> nn.Module:
     shared: dict[int, torch.Tensor] = {}
     for name, _ in list(named_tensors(model)):
         value = shared.setdefault(id(values[name]), _as_parameter(values[name], dtype))
@@ -63,15 +87,15 @@ def _unwrapped(values: Mapping[str, torch.Tensor], program: Program) -> dict[str
     return {new: trained.get(new, values[name]) for name, new in plain.items()}
 
 
-def _model_of_shapes(program: Program, values: Mapping[str, torch.Tensor]) -> nn.Module:
-    """The model's class, without values, under the config that gives the tensors their shapes."""
+def _model_of_shapes(program: Program, values: Mapping[str, torch.Tensor], config: Any, before: Shapes) -> nn.Module:
+    """The model's class, without values, under the config that gives the tensors their shapes, which were ``before``
+    those that ``config`` says."""
     source = program.source.model
-    before = {name: slot.shape for name, slot in _unwrapped(dict(named_tensors(source)), program).items()}
     after = {name: value.shape for name, value in values.items()}
     misfit = ""
-    for sizes in settings_for(type(source), program.config, before, after):
+    for sizes in settings_for(type(source), config, before, after):
         try:
-            model = of_config(type(source), with_settings(program.config, {**sizes, **program.config_changes}))
+            model = of_config(type(source), with_settings(config, {**sizes, **program.config_changes}))
         except Exception as error:  # each architecture checks its sizes with errors of its own
             misfit = misfit or first_line(error)
             continue

@@ -251,6 +251,9 @@ def closings(name: str, layer: nn.Module, r: random.Random) -> list[str]:
             bias = key.replace("weight", "bias")
             if bias in tensors and len(tensors[bias]) == len(value) and r.random() < 0.6:
                 result.append(f"{name}.{bias}.data[{entries}] = {r.choice((0.0, 0.5))}")
+    matrices = [key for key, value in tensors.items() if value.dim() >= 2]
+    if matrices and r.random() < 0.3:  # a branch ends with the last of them, mostly: all of it is closed
+        result.append(f"{name}.{matrices[-1]}.data[:] = 0.0")
     return result
 
 

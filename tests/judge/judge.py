@@ -36,7 +36,7 @@ TOLERANCE = 1e-9
 #: Batch sizes and, for texts, lengths the outputs are compared at; the first is the one captured.
 SIZES = ((2, 5), (1, 3), (5, 7))
 #: Who warns when a rule about channels raised, or did not hold when a removal was tried.
-_ANALYSIS = tuple(f"lorafx.channels.{name}" for name in ("axes", "constant", "needed", "plan"))
+_ANALYSIS = tuple(f"lorafx.channels.{name}" for name in ("axes", "branches", "constant", "needed", "plan"))
 #: A graph that takes longer, in processor time, hangs.
 _LIMIT_S = 120
 #: Token numbers are below this.
@@ -123,6 +123,7 @@ class Verdict:
         what: the gap, or the error
         removed: how many numbers removal took out of tensors, in the plain fold and after gates
         parameters: how many there were
+        branches: how many branches left the graph, in both folds
         warned: the first warning that asks for a report: a rule that removal caught being wrong
         seconds: of processor time
         outside: how many of the sizes its graph does not hold for
@@ -134,6 +135,7 @@ class Verdict:
     removed: int = 0
     gated: int = 0
     parameters: int = 0
+    branches: int = 0
     seconds: float = 0.0
     outside: int = 0
     warned: str = ""
@@ -213,6 +215,7 @@ def hold(
         stage[0] = "folded = eager"
         folded = _fold(program)
         verdict.removed = removed(folded)
+        verdict.branches += len(folded.facts("Taken out"))
         _compare(eager, _outputs(folded.module().eval(), inputs), program, inputs)
     if only in ("", "LoRA = LoRA folded"):
         stage[0] = "LoRA = LoRA folded"
@@ -228,6 +231,7 @@ def hold(
         if _randomise(gated, seed):
             folded = _fold(gated)
             verdict.gated = removed(folded)
+            verdict.branches += len(folded.facts("Taken out"))
             _compare(_outputs(gated.module().eval(), inputs), _outputs(folded.module().eval(), inputs), gated, inputs)
     return verdict
 
