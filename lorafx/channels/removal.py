@@ -90,7 +90,10 @@ class Removal:
         kept = self.stays(flat)
         counts = kept.sum(1)
         if not counts.any():
+            rows = self.axes.head_row[flat[0]]
             self._restore(flat[0, : self.widths.of(1, flat.shape[1])])
+            # A head that stays alone stays whole: kernels, caches and configs know one width of query, key and value.
+            self._restore(flat[0][(rows == rows[0]) & (rows >= 0)])
             return
         structured = data.ndim > 1 or bool((self.axes.head_row[flat] < 0).all())
         most = int(counts.max())
