@@ -63,17 +63,18 @@ class Shallower:
             result.per_layer_config = {self.index[old]: sizes for old, sizes in own.items() if old in self.index}
         return result
 
+    def name(self, name: str) -> str | None:
+        """What a tensor is called then; None for one of a layer that goes."""
+        inside = name.removeprefix(f"{self.stack}.") if name.startswith(f"{self.stack}.") else ""
+        number, dot, rest = inside.partition(".")
+        if not (dot and number.isdigit()):
+            return name
+        new = self.index.get(int(number))
+        return None if new is None else f"{self.stack}.{new}.{rest}"
+
     def renumbered(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Values by the names of tensors, under the names they have then."""
-        result = {}
-        for name, value in values.items():
-            inside = name.removeprefix(f"{self.stack}.") if name.startswith(f"{self.stack}.") else ""
-            number, dot, rest = inside.partition(".")
-            if not (dot and number.isdigit()):
-                result[name] = value
-            elif int(number) in self.index:
-                result[f"{self.stack}.{self.index[int(number)]}.{rest}"] = value
-        return result
+        return {new: value for name, value in values.items() if (new := self.name(name)) is not None}
 
 
 def computes(model: nn.Module, program: Program) -> bool:

@@ -60,7 +60,7 @@ def _shallower(
     """The model with fewer layers; None where its class gives something else then."""
     fewer, old = less.renumbered(values), less.renumbered(before)
     try:
-        model = _model_of_shapes(program, fewer, less.config(program.config), old)
+        model = _model_of_shapes(program, fewer, less.config(program.config), old, less)
         if computes(_filled(model, fewer, None), program):
             return _filled(model, fewer, dtype)
     except Exception as error:  # each class checks its config, and its inputs, in its own way
@@ -87,7 +87,13 @@ def _unwrapped(values: Mapping[str, torch.Tensor], program: Program) -> dict[str
     return {new: trained.get(new, values[name]) for name, new in plain.items()}
 
 
-def _model_of_shapes(program: Program, values: Mapping[str, torch.Tensor], config: Any, before: Shapes) -> nn.Module:
+def _model_of_shapes(
+    program: Program,
+    values: Mapping[str, torch.Tensor],
+    config: Any,
+    before: Shapes,
+    less: Shallower | None = None,
+) -> nn.Module:
     """The model's class, without values, under the config that gives the tensors their shapes, which were ``before``
     those that ``config`` says."""
     source = program.source.model
@@ -99,7 +105,7 @@ def _model_of_shapes(program: Program, values: Mapping[str, torch.Tensor], confi
         except Exception as error:  # each architecture checks its sizes with errors of its own
             misfit = misfit or first_line(error)
             continue
-        found = _misfit(model, values) or _homeless(model, program)
+        found = _misfit(model, values) or _homeless(model, program, less)
         if not found:
             return model
         misfit = misfit or found
@@ -122,12 +128,13 @@ def _misfit(model: nn.Module, values: Mapping[str, torch.Tensor]) -> str:
     return ""
 
 
-def _homeless(model: nn.Module, program: Program) -> str:
+def _homeless(model: nn.Module, program: Program, less: Shallower | None) -> str:
     """A tensor that the program reads and the architecture has no place for: a bias that an adapter brought, say."""
     places = dict(named_tensors(model))
     for node in program.graph.find_nodes(op="get_attr"):
         name = str(node.target)
-        own = _WRAPPER.sub("", name) if program.source.adapters else name
+        own: str | None = _WRAPPER.sub("", name) if program.source.adapters else name
+        own = less.name(own) if less is not None and own is not None else own
         if own not in places and node.users and program.roles.get(name, "constant") not in ("constant", "statistic"):
             return f"its architecture has no {own}"
     return ""

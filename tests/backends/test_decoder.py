@@ -107,34 +107,6 @@ def test_a_folder_holds_what_clients_read(exported: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_layer_without_attention_keeps_its_place_in_the_cache(tmp_path: Path) -> None:
-    """Clients give each layer of the config its keys and values: what is left of attention makes them, as small as it
-    can be; a feed-forward sublayer that is closed goes."""
-    torch.manual_seed(0)
-    model = llama(head_dim=16)
-    with torch.no_grad():
-        model.model.layers[1].self_attn.o_proj.weight.zero_()
-        model.model.layers[0].mlp.down_proj.weight.zero_()
-    model.eval().save_pretrained(tmp_path / "checkpoint")
-    program = lorafx.capture(tmp_path / "checkpoint")
-    folded = lorafx.fold(program)
-    assert len(folded.facts("Taken out")) == 2
-    result = lorafx.export(folded, tmp_path / "onnx", generate=True)
-    assert result is not None
-    assert result.ok
-    graph = ir.load(tmp_path / "onnx" / MODEL).graph
-    sizes = {value.name: [str(size) for size in value.shape or ()] for value in (*graph.inputs, *graph.outputs)}
-    assert [sizes[f"past_key_values.{layer}.key"][1] for layer in (0, 1)] == ["2", "1"]
-    operators = [node.op_type for node in graph]
-    assert operators.count("GroupQueryAttention") == 2
-    assert [name for name in graph.initializers if "layers.0.mlp" in name] == []
-    assert (
-        greedy(tmp_path / "onnx", [2, 7, 9], 4)
-        == model.generate(torch.tensor([[2, 7, 9]]), max_new_tokens=4, min_new_tokens=4, do_sample=False)[0].tolist()
-    )
-
-
-@pytest.mark.slow
 def test_weights_are_written_once_and_attention_is_fused(exported: Path, checkpoint: Path) -> None:
     folded = lorafx.fold(lorafx.capture(checkpoint))
     numbers = sum(value.numel() for value in {id(v): v for v in folded.root.parameters()}.values())
