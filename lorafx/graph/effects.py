@@ -10,9 +10,8 @@ import torch
 from torch import fx, nn
 
 from .inner import body, inner_graph
-from .tree import get_tensor, has_tensor
-
 from .operands import argument
+from .tree import get_tensor, has_tensor
 
 aten = torch.ops.aten
 
