@@ -183,8 +183,8 @@ def _is_split(data: Any) -> bool:
     return isinstance(data, Mapping) and bool(data) and all(hasattr(part, "column_names") for part in data.values())
 
 
-def check_varied(program: Program, rows: Prepared) -> None:
-    """ArtifactError when a classifier is to learn from a table whose rows are all of one class."""
+def warn_of_one_class(program: Program, rows: Prepared) -> None:
+    """Say so when a classifier is to learn from a table whose rows are all of one class: the head of a sorted one."""
     if isinstance(rows.rows, Images):
         found = set(rows.rows.labels)
     elif isinstance(rows.rows, Rows) and task_of(program)[0] == "class":
@@ -193,7 +193,9 @@ def check_varied(program: Program, rows: Prepared) -> None:
         return
     if len(found) == 1 and len(rows.rows) > 1:
         name = (program.config.id2label or {}).get(next(iter(found)))
-        raise ArtifactError(
-            f"the training data: all {len(rows.rows)} rows are of one class ({name}), so there is nothing to tell "
-            "apart; check the column of the label, or add rows of others"
+        _log.warning(
+            "the training data: all %d rows are of one class (%s), so there is nothing to tell apart; check the column "
+            "of the label, or add rows of others",
+            len(rows.rows),
+            name,
         )

@@ -33,7 +33,7 @@ from ..models.tasks import loss_type
 from ..recipes.options import TrainOptions
 from ..recipes.recipe import parse_options
 from .collating import Collator
-from .data import check_varied, prepare, splits, tokenizer_of
+from .data import prepare, splits, tokenizer_of, warn_of_one_class
 from .folder import output_folder, resumed
 from .interrupt import saving_at_interrupt
 from .metrics import Metric, metric_of
@@ -136,7 +136,7 @@ def train(
             f"{program.name} was captured without a tokenizer beside it; pass tokenizer=, or leave samples out"
         )
     rows = prepare(data, program, tokenizer, settings, collator=collator)
-    check_varied(program, rows)
+    warn_of_one_class(program, rows)
     held_out = None
     if eval_data is not None:
         held_out = prepare(eval_data, program, tokenizer, settings, collator=collator, like=rows)
