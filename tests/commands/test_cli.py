@@ -279,7 +279,7 @@ def test_options_of_training_are_told_with_types_defaults_and_groups() -> None:
     told = call("train", "-h").stdout
     assert told == call("train", "--help").stdout
     titles = re.findall(r"^(\w+):$", told, re.MULTILINE)
-    assert titles == ["Options", "Length", "Optimiser", "Data", "Evaluation", "Machine"]
+    assert titles == ["Options", "Length", "Optimiser", "Teacher", "Data", "Evaluation", "Machine"]
     plain = " ".join(told.split())
     assert "--learning-rate NUMBER peak learning rate (at least 0) [default: 0.001]" in plain
     assert "--max-length INTEGER tokens kept of a text (at least 1) [default: 128]" in plain
