@@ -61,6 +61,11 @@ def shared(make: Callable[P, T]) -> Callable[P, T]:
     return held
 
 
+def kept() -> frozenset[Hashable]:
+    """What is kept now, told apart from what was."""
+    return frozenset(_kept)
+
+
 @shared
 def of_folder(folder: Path, **options: Any) -> Program:
     """The capture of a checkpoint folder that nobody changes."""
