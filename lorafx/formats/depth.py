@@ -16,6 +16,7 @@ from ..channels.trial import equal
 from ..graph.program import Program
 from ..graph.tree import named_tensors
 from ..models.layered import is_layered, layers_of
+from ..training.module import build_module
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,6 @@ def computes(model: nn.Module, program: Program) -> bool:
     with torch.no_grad():
         before, after = (
             [value for value in pytree.tree_leaves(result) if isinstance(value, Tensor)]
-            for result in (program.module()(**program.example), model(**program.example, **options))
+            for result in (build_module(program).eval()(**program.example), model(**program.example, **options))
         )
     return len(before) == len(after) and all(map(equal, before, after))

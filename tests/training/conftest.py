@@ -1,4 +1,4 @@
-"""A trainer searches for garbage whenever it begins; what other files and shared captures left is not searched again."""
+"""A trainer searches for garbage whenever it begins: what other files and shared captures left is left out of that."""
 
 from __future__ import annotations
 
