@@ -40,6 +40,7 @@ settings.load_profile("lorafx")
 #: collection: one of these begun last would keep one worker busy alone.
 LONGEST = (
     "passes/test_dead_channels.py",
+    "passes/test_dead_sublayers.py",
     "whole/test_families.py",
     "whole/test_random_graphs.py",
     "backends/test_clients.py",

@@ -78,7 +78,7 @@ def test_without_a_sublayer_equals_with_a_closed_one(model: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", list(zoo.ZOO))
+@pytest.mark.parametrize("model", ["bert", "gpt2", "llama", "t5", "vit"])  # of each kind one; the others take minutes
 @pytest.mark.filterwarnings("default")  # the converter's own
 def test_onnx_is_without_them_too(model: str, tmp_path: Path) -> None:
     from transformers.exporters.base import ExportedModel

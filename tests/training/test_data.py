@@ -333,7 +333,11 @@ def encoder() -> nn.Module:
     return hf.BertModel(bert_config())
 
 
-@pytest.mark.parametrize("build", [vision, encoder])
+def sights() -> nn.Module:
+    return vision().vit  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("build", [sights, encoder])
 def test_other_models_ask_for_a_dataset_of_their_inputs(build: Callable[[], nn.Module]) -> None:
     with pytest.raises(UsageError, match="does not learn from a table of texts and labels; pass a dataset"):
         prepared(table(3), capture(build()))

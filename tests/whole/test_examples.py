@@ -75,12 +75,12 @@ def test_there_is_a_recipe_for_every_task_and_a_table_for_every_text() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TABLES)
 def test_the_recipe_of_a_task_ends_in_a_verified_model(
-    name: str, minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job, "_timed", lambda *given: None)  # twenty seconds each, and no part of the task
     train, test = write_tables(name, tmp_path / "data", 96, 32)
     recipe = next(file for file in TASKS if file.stem == name)
-    words = ["run", str(recipe), "--checkpoint", str(minilm), "--data", str(train), "--eval", str(test)]
+    words = ["run", str(recipe), "--checkpoint", str(encoder), "--data", str(train), "--eval", str(test)]
     result = CliRunner().invoke(main, [*words, "-o", str(tmp_path / "out"), "--max-steps", "12", "--batch-size", "8"])
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / "onnx" / "report.json").read_text(encoding="utf-8"))
