@@ -72,18 +72,13 @@ def save_run(
         raise UsageError("a folded program is no run any more: write it with lorafx.export, or save it before fold()")
     _refuse_foreign(program)
     inputs, capturing = _capture_record(program)
-    keys = adapter_keys(program)
-    waiting = program.waiting()
-    values = {keys[name]: value.detach() for name, value in program.learned().items() if not value.is_meta}
     peft, reason = adapter_config(program)
-    tied = ties(program.root)
     meta = {
         "base": {"path": place_from(path, source.path), **base_record(program)},
         "capture": capturing,
         "seed": seed,
-        "aliases": {alias: name for name in keys for alias in tied[name] if alias != name},
         "peft": reason or "adapter_config.json",
-        **({"of_weights": waiting} if waiting else {}),
+        **_tensor_record(program),
         **({"made_from": dict(made_from)} if made_from is not None else {}),
     }
     known: dict[str, FileEntry] = {}
@@ -91,13 +86,26 @@ def save_run(
         _write_config(program, folder)
         (folder / RECIPE).write_text(recipe_of(program, train or {}).to_toml(), encoding="utf-8")
         # Not a copy of them all, nor read again to be hashed: they may be a gigabyte.
-        known[VALUES] = write_file(folder / VALUES, values)
+        known[VALUES] = write_file(folder / VALUES, _values(program))
         if inputs:
             known[INPUTS] = write_file(folder / INPUTS, inputs)
         if peft is not None:
             _write_json(folder / "adapter_config.json", peft)
         copy_companions(program, folder)
         write_report(report or report_of(program), folder)
+
+
+def _values(program: Program) -> dict[str, Tensor]:
+    """What was learned and has values, by the names under which PEFT stores it."""
+    keys = adapter_keys(program)
+    return {keys[name]: value.detach() for name, value in program.learned().items() if not value.is_meta}
+
+
+def _tensor_record(program: Program) -> dict[str, Any]:
+    """Which stored tensors have other names too, and which wait for the base's weights to be made of them."""
+    tied, waiting = ties(program.root), program.waiting()
+    aliases = {alias: name for name in adapter_keys(program) for alias in tied[name] if alias != name}
+    return {"aliases": aliases, **({"of_weights": waiting} if waiting else {})}
 
 
 def _refuse_foreign(program: Program) -> None:

@@ -89,7 +89,6 @@ class Edit:
         if key not in entry.tensors:
             base = self.program.tensor(site.parameter)
             value = initial_value(site, base, shape, init, of_weight)
-            value = value if base.is_meta else value.to(base.device)
             name = self._unique(below(self.program.root, owner or site.module, short))
             self._tensors.put(name, nn.Parameter(value, requires_grad=role != "statistic"))
             self.program.roles[name] = role

@@ -20,7 +20,7 @@ def initial_value(
 ) -> Tensor:
     """A tensor of ``shape`` in fp32, or wider if ``weight`` is; see :meth:`lorafx.graph.edit.Edit.parameter`.
 
-    On the meta device when it is made of a weight that has no values yet.
+    Where the weight is. Of one without values yet it is on the meta device if it is made of it, else on the CPU.
 
     Raises:
         CaptureError: what was made of the weight has another shape, or is not finite
@@ -31,7 +31,7 @@ def initial_value(
         if init is not None:
             with torch.no_grad():
                 init(value)
-        return value
+        return value if weight.is_meta else value.to(weight.device)
     if weight.is_meta:
         return torch.empty(shape, dtype=dtype, device="meta")
     with torch.no_grad():

@@ -145,13 +145,8 @@ def train(
         checkpoint = resumed(folder, resume)
         arguments = training_arguments(settings, folder, held_out is not None, metric, progress)
         arguments.eval_on_start = arguments.eval_on_start and checkpoint is None
-        measures: dict[str, Any] = {"compute_metrics": compute_metrics}
-        if metric is not None:
-            measures = {"compute_metrics": metric.compute, "preprocess_logits_for_metrics": metric.preprocess}
-        trainer = _trainer(program, arguments, rows, held_out, measures, settings, callbacks)
-        if teacher is not None:
-            how = (settings.distill, settings.distill_temperature, settings.distill_hidden)
-            rewritten_model(trainer.model).learn_from(teacher, *how)
+        measures = _measures(metric, compute_metrics)
+        trainer = _trainer(program, arguments, rows, held_out, measures, settings, callbacks, teacher)
         with nullcontext() if output_dir is None else saving_at_interrupt(trainer):
             result = _run(program, trainer, checkpoint)
         samples: list[dict[str, str]] = []
@@ -171,6 +166,13 @@ def _metric(program: Program, held_out: Prepared | None, own: Callable[[Any], An
         return None
     measured = held_out.metric if held_out is not None else None
     return measured or metric_of(program)
+
+
+def _measures(metric: Metric | None, own: Callable[[Any], Any] | None) -> dict[str, Any]:
+    """What HF Trainer measures by: our metric, which sees a part of the outputs, or the caller's."""
+    if metric is None:
+        return {"compute_metrics": own}
+    return {"compute_metrics": metric.compute, "preprocess_logits_for_metrics": metric.preprocess}
 
 
 def _check(program: Program, settings: TrainOptions, eval_data: Any, output_dir: Any, resume: Any) -> None:
@@ -277,6 +279,7 @@ def _trainer(
     measures: Mapping[str, Any],
     settings: TrainOptions,
     callbacks: Sequence[TrainerCallback],
+    teacher: Program | None,
 ) -> Trainer:
     for name in program.names("unread"):
         # The graph does not read them, so they get no gradient, and DDP would wait for it.
@@ -284,6 +287,8 @@ def _trainer(
     model = build_module(program)
     if settings.checkpointing:
         model.gradient_checkpointing_enable()
+    if teacher is not None:
+        model.learn_from(teacher, settings.distill, settings.distill_temperature, settings.distill_hidden)
     trainer = Trainer(
         model,
         arguments,
