@@ -19,7 +19,8 @@ from ..graph.selection import Selection
 from ..graph.site import Site
 from ..graph.state import MethodState
 from ..graph.tree import ties
-from ..methods.gates import GATES, ClampedGaussian, gate_facts, gates_of, kept_share, leave_one_open, multiplied
+from ..methods import gates
+from ..methods.gates import ClampedGaussian
 from ..methods.low_rank import train_biases, train_in_full
 from ..methods.steering import Steering
 
@@ -32,23 +33,25 @@ class FineGates(Method):
     After: ``y = g_r ⊙ (W (g_c ⊙ x) + b)``, ``g_c`` (in) and ``g_r`` (out) clamped Gaussian gates of parameters θ
 
     With ``couple`` what can only be removed together has one gate — a neuron, a head, a key-value group, found by the
-    axis analysis — where its channels are read: ``y = W (g ⊙ x) + b``; without, rows and columns have gates of their
-    own, as in the paper. What drives gates to close is ``mode``: ``achieved`` steers with what is really kept of the
-    selected weights, a multiplier ascending until it meets ``budget``, which comes down from 1 over the first ``ramp``
-    of the steps, and the gates that closed last are held open where too many did; ``target`` is the authors' surrogate,
-    ``strength`` times the mean over vectors of ``|mean q - k|`` with ``q = Φ((tanh θ + ½)/½)`` and ``k = 1 - target``;
-    ``penalty`` is ``strength`` times the mean of ``Φ((tanh θ + ½)/noise)``. A vector's last open gate never closes.
+    axis analysis — where its channels are read: ``y = W (g ⊙ x) + b``; without, rows and columns have their own, as in
+    the paper. With ``sublayers`` one gate more a weight closes all it reads, as in CoFi: a sublayer that leaves the
+    folded graph. What drives gates to close is ``mode``: ``achieved`` steers with what is really kept of the selected
+    weights, a multiplier ascending until it meets ``budget``, which comes down from 1 over the first ``ramp`` of the
+    steps, and the gates that closed last are held open where too many did; ``target`` is the authors' surrogate,
+    ``strength`` times the mean over vectors of ``|mean q - k|``, ``q = Φ((tanh θ + ½)/½)``, ``k = 1 - target``;
+    ``penalty`` is ``strength`` times the mean of ``Φ((tanh θ + ½)/noise)``. Only a sublayer's last open gate closes.
 
     Keeps: the outputs, bit by bit, since every gate starts at 1. Does nothing where no target matches (and says so).
     Source: FineGates, arXiv 2412.12951 (gates, θ ~ N(1, 0.1²), noise 0.1) and its 2026 code (``target``: 50, 0.4);
-    penalty: Yamada et al. 2020, arXiv 1810.04247. ``couple``, ``achieved``, its ``budget``, ``measure``, ``ramp`` and
-    rates are this library's, as is the lower end of the initial θ, without which some gates would start below 1.
+    penalty: Yamada et al. 2020, arXiv 1810.04247; CoFi: arXiv 2204.00408. ``couple``, ``achieved``, its
+    options and rates are this library's, and the lower end of the initial θ, by which all gates start at 1.
     """
 
     promise: ClassVar[Promise] = Promise.EXACT
     unhandled: ClassVar[dict[str, str]] = {"stack": "finegates gates the rows and columns of one matrix, no stack's"}
 
     couple: bool = option(True, "one gate for what can only be removed together")
+    sublayers: bool = option(False, "one gate more for all that a weight reads (achieved, with couple)")
     mode: Literal["achieved", "target", "penalty"] = option("achieved", "what drives gates to close")
     budget: float = option(0.6, "share to keep of the selected weights (achieved)", above=0, most=1)
     measure: Measure = option("parameters", "what the budget counts (achieved, with couple)")
@@ -69,6 +72,8 @@ class FineGates(Method):
     def __post_init__(self) -> None:
         if self.mode == "penalty" and self.noise == 0:
             raise RecipeError("finegates: mode = 'penalty' is about noise, but noise = 0; give it, or another mode")
+        if self.sublayers and not (self.couple and self.mode == "achieved"):
+            raise RecipeError("finegates: sublayers = true is about couple = true and mode = 'achieved'; leave it out")
 
     def refusing(self, program: Program) -> Callable[[Site], str | None]:
         names = ties(program.root)
@@ -87,7 +92,10 @@ class FineGates(Method):
     def rewrite(self, edit: Edit, site: Any) -> None:
         edit.statistic("multiplier", torch.zeros(()))
         if isinstance(site, Units):
-            self._couple(edit, site)
+            of = gates.keep_units(edit, site, self.sublayers)
+            with edit.before(site.site.node):
+                value = self._gated(edit, site.site, "gate", site.site.input, len(site.costs), of)
+                edit.replace_input(site.site, value)
             return
         with edit.before(site.node):
             edit.replace_input(site, self._gated(edit, site, "gate_in", site.input, site.in_features))
@@ -95,18 +103,10 @@ class FineGates(Method):
         with edit.after(result):
             edit.replace(result, self._gated(edit, site, "gate_out", result, site.out_features))
 
-    def _couple(self, edit: Edit, units: Units) -> None:
-        edit.statistic("cost", torch.tensor(units.costs, dtype=torch.float32), units.site)
-        edit.statistic("attention", torch.tensor(units.mixing), units.site)
-        edit.statistic("total", torch.tensor(units.total))
-        of = None if (units.of == range(len(units.of))).all() else torch.tensor(units.of)
-        with edit.before(units.site.node):
-            gated = self._gated(edit, units.site, "gate", units.site.input, len(units.costs), of)
-            edit.replace_input(units.site, gated)
-
-    def _gated(self, edit: Edit, site: Site, short: str, at: fx.Node, size: int, of: Tensor | None = None) -> fx.Node:
-        gate = ClampedGaussian.insert(edit, edit.parameter(site, short, (size,), self._start, "gate"), self.noise)
-        return multiplied(edit, at, gate, of if of is None else edit.tensor(edit.statistic("unit_of", of, site)))
+    def _gated(self, edit: Edit, site: Site, short: str, at: fx.Node, size: int, of: str | None = None) -> fx.Node:
+        vectors = [(short, size), (gates.SUBLAYER, 1)] if short == "gate" and self.sublayers else [(short, size)]
+        theta = [edit.parameter(site, name, (count,), self._start, "gate") for name, count in vectors]
+        return gates.multiplied(edit, at, [ClampedGaussian.insert(edit, one, self.noise) for one in theta], of)
 
     def _start(self, theta: Tensor) -> None:
         nn.init.normal_(theta, self.initial, self.deviation).clamp_(min=ClampedGaussian.OPEN)
@@ -118,20 +118,19 @@ class FineGates(Method):
 
     def penalty(self, state: MethodState) -> Tensor:
         if self.mode == "achieved":
-            return state.shared["multiplier"].detach() * kept_share(state, ClampedGaussian.surrogate)
+            return state.shared["multiplier"].detach() * gates.kept_share(state, ClampedGaussian.surrogate)
         if self.mode == "target":
-            terms = [ClampedGaussian.surrogate(theta).mean() - (1 - self.target) for theta in gates_of(state)]
-            return self.strength * torch.stack(terms).abs().mean()
-        return self.strength * ClampedGaussian.open_probability(torch.cat(gates_of(state)), self.noise).mean()
+            return self.strength * gates.away_from(state, 1 - self.target)
+        return self.strength * ClampedGaussian.open_probability(torch.cat(gates.gates_of(state)), self.noise).mean()
 
     def after_step(self, state: MethodState) -> None:
-        leave_one_open(gates_of(state))
+        gates.leave_one_open(state)
         if self.mode == "achieved":
             self._steering(state).step(self.multiplier_rate, restart=self.restart)
 
     def _steering(self, state: MethodState) -> Steering:
-        gates = gates_of(state)
-        return Steering(state, ClampedGaussian, gates, lambda: float(kept_share(state)), self.budget, self.ramp)
+        share = lambda: float(gates.kept_share(state))  # noqa: E731
+        return Steering(state, ClampedGaussian, gates.gates_of(state), share, self.budget, self.ramp)
 
     def settled(self, state: MethodState) -> bool:
         return self.mode != "achieved" or self._steering(state).settled
@@ -141,10 +140,10 @@ class FineGates(Method):
             self._steering(state).close()
 
     def optimiser(self) -> Mapping[str, Mapping[str, float]]:
-        return {name: {"lr": self.gate_rate, "weight_decay": 0.0} for name in GATES}
+        return {name: {"lr": self.gate_rate, "weight_decay": 0.0} for name in gates.GATES}
 
     def describe(self, state: MethodState) -> Mapping[str, Any]:
-        return gate_facts(state)
+        return gates.gate_facts(state)
 
 
 Finegates = FineGates  # the name up to version 0.1

@@ -20,11 +20,13 @@ class Prices:
         number: a number of a weight, for each text
         channel: a channel of a head, which attention mixes over positions
         shapes: prices of numbers by the shape of their weight, ``384x1536`` (in x out); ``number`` is not read then
+        calls: by the same names, and ``attention``, what a call costs however narrow it is; 0 where none is given
     """
 
     number: float = 1.0
     channel: float = 0.0
     shapes: Mapping[str, float] = field(default_factory=dict)
+    calls: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, site: Site) -> float:
         """What one number of a weight costs; UsageError for a shape that was not measured."""
@@ -35,6 +37,10 @@ class Prices:
             known = ", ".join(self.shapes)
             raise UsageError(f"{site.module}: no latency of {shape} (known: {known}); measure it with lorafx latency")
         return self.shapes[shape]
+
+
+#: What attention is called in a table of latencies, and what follows a name where a call is priced.
+ATTENTION, CALL = "attention", "-call"
 
 
 def shape_name(site: Site) -> str:
@@ -54,7 +60,8 @@ def prices(measure: Measure, length: int, latency: Mapping[str, float]) -> Price
         return Prices()
     if measure == "flops":
         return Prices(channel=2.0 * length)
-    if "attention" not in latency:
+    if ATTENTION not in latency:
         raise UsageError("measure = latency needs a table of latencies; lorafx latency CHECKPOINT measures one")
-    shapes = {name: seconds for name, seconds in latency.items() if name != "attention"}
-    return Prices(channel=latency["attention"], shapes=shapes)
+    calls = {name.removesuffix(CALL): seconds for name, seconds in latency.items() if name.endswith(CALL)}
+    shapes = {name: seconds for name, seconds in latency.items() if name != ATTENTION and not name.endswith(CALL)}
+    return Prices(channel=latency[ATTENTION], shapes=shapes, calls=calls)

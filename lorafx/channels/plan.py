@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import logging
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from ..graph.selection import Miss
 from ..graph.site import WEIGHT_OPS, module_path
 from .axes import Axes
 from .axis import axis_of
-from .constant import LINEARS, ConstantChannels, operands
+from .constant import CONVOLUTIONS, LINEARS, ConstantChannels, operands
 from .experts import Order, ordered, reordered
 from .needed import grown, needed_channels
 from .removal import Removal, Widths
@@ -73,8 +73,11 @@ class Plan:
         """Remove what the plan says from the program it was made for."""
         edit.values.learn(edit.program.graph)  # what stays as it is need not be computed again
         for node in list(edit.program.graph.nodes):
+            idle = self._is_idle(edit, node)
             if node.target in LINEARS:
-                _absorb(edit, self, node)
+                _absorb(edit, self, node, idle)
+            if idle:
+                _silence(edit, node)
         done: dict[int, nn.Parameter] = {}
         for name, kept in self.cut.items():
             value = edit.program.tensor(name)
@@ -84,6 +87,19 @@ class Plan:
             for alias in edit.aliases(name):
                 edit.set_tensor(alias, new)
         resize(edit, self.axes, self.removal)
+
+    def _is_idle(self, edit: Edit, node: fx.Node) -> bool:
+        """Whether a weight operator can do without all it reads, and nothing else reads its weight, which is cut.
+
+        One channel stays so that there is a width, and of one channel the analysis knows no axis any more: with a
+        weight of zeros the operator is still seen to give one vector.
+        """
+        free = self.facts.free(node) if node.target in (*LINEARS, *CONVOLUTIONS) else None
+        if free is None or not free.all():
+            return False
+        weight = _weight(node)
+        alone = weight.op == "get_attr" and [*weight.users] == [node]
+        return alone and edit.aliases(str(weight.target)) == [str(weight.target)] and str(weight.target) in self.cut
 
 
 def proven(program: Program, step: Pass, widths: Widths) -> Plan:
@@ -171,14 +187,27 @@ def _cut(value: Tensor, kept: list[Tensor]) -> nn.Parameter:
     return nn.Parameter(result.contiguous(), requires_grad=False)
 
 
-def _absorb(edit: Edit, plan: Plan, node: fx.Node) -> None:
-    """Put what removed constant channels contribute into the bias of the operator that reads them."""
+def _weight(node: fx.Node) -> Any:
+    """The weight of a linear layer or a convolution."""
+    return operands(node)[1] if node.target in LINEARS else node.args[1]
+
+
+def _silence(edit: Edit, node: fx.Node) -> None:
+    """Make zeros of a weight operator's weight."""
+    name = str(_weight(node).target)
+    zeros = torch.zeros_like(edit.program.tensor(name))
+    edit.set_tensor(name, nn.Parameter(zeros, requires_grad=False))
+
+
+def _absorb(edit: Edit, plan: Plan, node: fx.Node, every: bool) -> None:
+    """Put what removed constant channels contribute into the bias of the operator that reads them; ``every`` one, also
+    what stays."""
     value, weight, bias = operands(node)
     last = value.meta["val"].dim() - 1
     labels, known = axis_of(plan.axes.axes(value), last), axis_of(plan.facts.of(value), last)
     if labels is None or known is None or not plan.facts.absorbs(node):
         return
-    lost = ~plan.removal.stays(labels.data) & ~np.isnan(known.data) & (known.data != 0)
+    lost = (every | ~plan.removal.stays(labels.data)) & ~np.isnan(known.data) & (known.data != 0)
     matrix = plan.facts.weight(weight) if lost.any() else None
     if matrix is None:
         return

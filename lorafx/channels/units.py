@@ -19,7 +19,7 @@ from ..graph.selection import Miss, Selection
 from ..graph.site import Site
 from .axes import Axes
 from .axis import Array, axis_of
-from .costs import Prices
+from .costs import ATTENTION, Prices, shape_name
 from .table import RULES
 
 
@@ -33,6 +33,7 @@ class Units:
         costs: what goes with each unit costs: numbers of the weights under consideration, and a head's attention
         read_squares: reads those weights for :attr:`squares`
         mixing: what attention costs over all units, if they are heads; 0 elsewhere
+        fixed: what the calls cost that go only when every unit goes: the weights' and attention's
         total: what all numbers of the weights under consideration cost
     """
 
@@ -41,6 +42,7 @@ class Units:
     costs: Array
     read_squares: Callable[[], Array]
     mixing: float
+    fixed: float
     total: float
 
     @property
@@ -85,7 +87,9 @@ class RemovableUnits:
         self._row_stuck = np.zeros(self.axes.row_count + 1, bool)
         self._row_stuck[self.axes.head_row[stuck]] = True
         self._row_stuck[[*self.axes.held_rows]] = True
+        weights = tuple(weights)
         price = {site.parameter: self.prices.of(site) for site in weights}
+        self._calls = {site.parameter: self.prices.calls.get(shape_name(site), 0.0) for site in weights}
         self.total = sum(price[name] * program.tensor(name).numel() for name in price)
         self._names = sorted(price.keys() & self.axes.members.keys())
         self._costs = self._summed(lambda name, value, dim: price[name] * (value.numel() // max(1, value.shape[dim])))
@@ -117,7 +121,13 @@ class RemovableUnits:
 
         costs = by_unit(self._costs)
         mixing = self.prices.channel * np.bincount(of) * grouped  # rows of channels are heads
-        return Units(site, of, costs + mixing, lambda: by_unit(self._squares), float(mixing.sum()), self.total)
+        fixed = self._fixed(inside) + grouped * self.prices.calls.get(ATTENTION, 0.0)
+        return Units(site, of, costs + mixing, lambda: by_unit(self._squares), float(mixing.sum()), fixed, self.total)
+
+    def _fixed(self, inside: Array) -> float:
+        """What a call of each weight costs that lies at some of these labels."""
+        members = ((name, self.axes.members[name]) for name in self._names)
+        return sum(self._calls[name] for name, dims in members if any(inside[labels].any() for labels in dims))
 
     @cached_property
     def _squares(self) -> Array:

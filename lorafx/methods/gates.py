@@ -6,13 +6,15 @@ Each kind is the graph it inserts and the same formulas on tensors, for loss ter
 from __future__ import annotations
 
 import bisect
+import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
+from ..channels.units import Units
 from ..graph.edit import Edit
 from ..graph.state import MethodState, SiteState
 
@@ -104,21 +106,28 @@ class ClampedGaussian:
         return torch.special.ndtr((theta.tanh() + 0.5) / deviation)
 
 
-def multiplied(edit: Edit, value: fx.Node, gates: fx.Node, of: fx.Node | None = None) -> fx.Node:
-    """The node of ``value`` with each channel (its last dimension) times its gate, in the value's dtype.
+def multiplied(edit: Edit, value: fx.Node, vectors: Sequence[fx.Node], of: str | None = None) -> fx.Node:
+    """The node of ``value`` with each channel (its last dimension) times its gates, in the value's dtype.
 
-    ``of`` gives the number of each channel's gate; without it there is one a channel.
+    Args:
+        edit: the rewriting
+        value: (…, channels)
+        vectors: gates, one a channel or one for all
+        of: the name of a tensor with the number of each channel's gate, where there is none for each
     """
+    gates = functools.reduce(functools.partial(edit.call, aten.mul.Tensor), vectors)
     if of is not None:
-        gates = edit.call(aten.index_select.default, gates, 0, of)
+        gates = edit.call(aten.index_select.default, gates, 0, edit.tensor(of))
     return edit.call(aten.mul.Tensor, value, edit.cast(gates, value.meta["val"].dtype))
 
 
 # ---- the gates of a program
 
 
-#: The short names of gate vectors: of what is removed together, of columns, of rows.
-GATES = ("gate", "gate_in", "gate_out")
+#: The short name of the one gate of all the units that a weight reads.
+SUBLAYER = "gate_sublayer"
+#: The short names of gate vectors: of what is removed together, of columns, of rows, of a whole sublayer.
+GATES = ("gate", "gate_in", "gate_out", SUBLAYER)
 
 
 def own_gates(site: SiteState) -> dict[str, Tensor]:
@@ -131,21 +140,53 @@ def gates_of(state: MethodState) -> list[Tensor]:
     return [theta for site in state.sites for theta in own_gates(site).values()]
 
 
+def keep_units(edit: Edit, units: Units, sublayer: bool) -> str | None:
+    """Keep what :func:`kept_share` counts of coupled gates; ``sublayer`` if one gate more closes all of them.
+
+    Returns:
+        The name of the tensor that holds the number of each channel's unit; None where every channel is one.
+    """
+    edit.statistic("cost", torch.tensor(units.costs, dtype=torch.float32), units.site)
+    edit.statistic("attention", torch.tensor(units.mixing), units.site)
+    edit.statistic("total", torch.tensor(units.total))
+    if sublayer:
+        edit.statistic("fixed", torch.tensor(units.fixed), units.site)
+    if (units.of == range(len(units.of))).all():
+        return None
+    return edit.statistic("unit_of", torch.tensor(units.of), units.site)
+
+
 is_open = ClampedGaussian.is_open
 
 
 def kept_share(state: MethodState, openness: Callable[[Tensor], Tensor] = is_open) -> Tensor:
     """What is kept of the selected weights, by a measure of how open a gate is; as evaluation sees it by default.
 
-    Coupled gates have a cost each; of independent ones open rows times open columns count.
+    Coupled gates have a cost each, and those of a sublayer what all of its units cost, and its calls; of independent
+    ones open rows times open columns count.
     """
     if "total" in state.shared:
-        total = state.shared["total"] + torch.stack([site["attention"] for site in state.sites]).sum()
-        lost = [((1 - openness(site["gate"]).float()) * site["cost"]).sum() for site in state.sites]
-        return 1 - torch.stack(lost).sum() / total
+        beside = [site[name] for site in state.sites for name in ("attention", "fixed") if name in site.tensors]
+        total = state.shared["total"] + torch.stack(beside).sum()
+        return 1 - torch.stack([_lost(site, openness) for site in state.sites]).sum() / total
     sides = [(site["gate_in"], site["gate_out"]) for site in state.sites]
     kept = [openness(columns).float().sum() * openness(rows).float().sum() for columns, rows in sides]
     return torch.stack(kept).sum() / sum(columns.numel() * rows.numel() for columns, rows in sides)
+
+
+def away_from(state: MethodState, share: float) -> Tensor:
+    """The mean over vectors of how far the mean of the surrogate lies from ``share``."""
+    means = [ClampedGaussian.surrogate(theta).mean() for theta in gates_of(state)]
+    return (torch.stack(means) - share).abs().mean()
+
+
+def _lost(site: SiteState, openness: Callable[[Tensor], Tensor]) -> Tensor:
+    """The cost of what the closed gates of one site's units leave out."""
+    opened = openness(site["gate"]).float()
+    if SUBLAYER not in site.tensors:
+        return ((1 - opened) * site["cost"]).sum()
+    whole = openness(site[SUBLAYER]).float().squeeze(0)
+    return ((1 - opened * whole) * site["cost"]).sum() + (1 - whole) * site["fixed"]
 
 
 def keep_open(
@@ -177,9 +218,9 @@ def keep_open(
     enough(fewest)
 
 
-def leave_one_open(gates: Iterable[Tensor]) -> None:
-    """Open the most open gate of each vector whose gates are all closed; in place."""
-    for theta in gates:
+def leave_one_open(state: MethodState) -> None:
+    """Open the most open gate of each vector whose gates are all closed, but for those of sublayers; in place."""
+    for theta in (theta for site in state.sites for name, theta in own_gates(site).items() if name != SUBLAYER):
         # Chosen where the gates are: to ask for it here would wait for the device, gate by gate at every step.
         place = theta.argmax(0, keepdim=True)
         most = theta.gather(0, place)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..channels.costs import shape_name
+from ..channels.costs import ATTENTION, CALL, shape_name
 from ..errors import UsageError
 from ..graph.operands import value_of
 from ..parity.runner import PROVIDERS
@@ -29,8 +29,8 @@ def latency_table(
 ) -> dict[str, float]:
     """Seconds that one number of a weight costs, by shape (``384x1536``, in x out), and one channel of attention.
 
-    Times single operators at several widths, in turn, and fits a line: what a smaller width saves, not what a call
-    costs.
+    Times single operators at several widths, in turn, and fits a line: what a smaller width saves, and, under the same
+    name with ``-call``, what a call costs that has no width at all.
 
     Args:
         program: whose weights and attention, inside its blocks
@@ -47,22 +47,23 @@ def latency_table(
     if not shapes or not attention:
         raise UsageError(f"{program.name}: no linear layers and attention in blocks, so there is nothing to time")
     threads = threads or torch.get_num_threads()
-    table = {
-        name: _slope([_product(batch * length, ins, n, threads) for n in _sizes(outs)], _sizes(outs), repeats) / ins
-        for name, (ins, outs) in shapes.items()
-    }
+    table: dict[str, float] = {}
+    for name, (ins, outs) in shapes.items():
+        calls = [_product(batch * length, ins, n, threads) for n in _sizes(outs)]
+        slope, table[name + CALL] = _line(calls, _sizes(outs), repeats)
+        table[name] = slope / ins
     heads, width = (int(value_of(attention[0].args[0]).shape[dim]) for dim in (1, 3))
     calls = [_attention(batch, length, n, width, threads) for n in _sizes(heads)]
-    table["attention"] = _slope(calls, _sizes(heads), repeats) / width
-    return table
+    slope, table[ATTENTION + CALL] = _line(calls, _sizes(heads), repeats)
+    return {**table, ATTENTION: slope / width}
 
 
 def _sizes(full: int) -> list[int]:
     return sorted({max(1, round(full * share)) for share in _WIDTHS})
 
 
-def _slope(calls: Sequence[Callable[[], Any]], sizes: Sequence[int], repeats: int) -> float:
-    """Seconds for each unit of size: a line through the median times; never below 0."""
+def _line(calls: Sequence[Callable[[], Any]], sizes: Sequence[int], repeats: int) -> tuple[float, float]:
+    """Seconds for each unit of size, and for a call of size 0: a line through the median times; never below 0."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats + 1):
         for own, call in zip(times, calls, strict=True):
@@ -71,8 +72,9 @@ def _slope(calls: Sequence[Callable[[], Any]], sizes: Sequence[int], repeats: in
             own.append(time.perf_counter() - started)
     middle = [median(own[1:]) for own in times]  # the first call allocates
     if len(sizes) == 1:
-        return middle[0] / sizes[0]
-    return max(0.0, float(np.polyfit(sizes, middle, 1)[0]))
+        return middle[0] / sizes[0], 0.0
+    slope, start = np.polyfit(sizes, middle, 1)
+    return max(0.0, float(slope)), max(0.0, float(start))
 
 
 def _product(tokens: int, ins: int, outs: int, threads: int) -> Callable[[], Any]:

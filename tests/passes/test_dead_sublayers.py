@@ -152,8 +152,9 @@ def test_a_closed_branch_leaves_a_vector_or_nothing(join: str, bias: bool) -> No
     assert not [name for name, _ in sliced.root.named_parameters() if name.startswith("layers.1.")]
 
 
-@pytest.mark.parametrize("how", ["rows", "neurons", "scale", "sandwich"])
-def test_whatever_closed_it(how: str) -> None:
+@pytest.mark.parametrize("before", [(), (DeadChannels(),)], ids=["whole", "narrow"])
+@pytest.mark.parametrize("how", ["rows", "neurons", "zero neurons", "scale", "sandwich"])
+def test_whatever_closed_it(how: str, before: tuple[Pass, ...]) -> None:
     class Scaled(Block):
         def __init__(self) -> None:
             super().__init__(lambda x, f: x + f)
@@ -169,12 +170,13 @@ def test_whatever_closed_it(how: str) -> None:
     with torch.no_grad():
         if how in ("rows", "sandwich"):
             block.down.weight.zero_()
-        elif how == "neurons":
+        elif "neurons" in how:
             block.up.weight.zero_()
+            if how == "zero neurons":
+                block.up.bias.fill_(-1)
         else:
             block.scale.zero_()
-    # Of one unit that is left, as dead-channels leaves it, nothing is known: it has no channels to tell apart.
-    sliced = taken_out(captured(model), *(() if how == "neurons" else (DeadChannels(),)))
+    sliced = taken_out(captured(model), *before)
     assert [fact["left"] for fact in sliced.facts("Taken out")] == ["nothing" if how == "scale" else "a vector"]
     assert not [name for name in read(sliced) if name.startswith("layers.0.") and not name.endswith("constant")]
 

@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorafx
-from lorafx.errors import NoSitesError, UsageError
+from lorafx.errors import NoSitesError, RecipeError, UsageError
 from lorafx.graph import program as data
+from lorafx.graph.precision import recast
 from lorafx.methods.gates import ClampedGaussian, is_open, kept_share
 from lorafx.passes.finegates import Finegates
 from lorafx.passes.fold_affine import FoldAffine
@@ -266,6 +267,62 @@ def test_the_gates_that_closed_last_stay_open_when_too_many_did() -> None:
     assert before[opened].min() >= before[~opened].max(), "those of highest θ"
     one = 20 * 12 / sum(site["gate_in"].numel() * site["gate_out"].numel() for site in state.sites)
     assert 0.875 <= float(kept_share(state)) < 0.875 + one, "no more than it takes"
+
+
+def test_a_gate_more_multiplies_all_of_a_sublayer() -> None:
+    model = training(Finegates(targets=EVERY, sublayers=True, noise=0.0))
+    twin = training(Finegates(targets=EVERY, noise=0.0))
+    sites, others = state_of(model).sites, state_of(twin).sites
+    with torch.no_grad():
+        for number, (site, other) in enumerate(zip(sites, others, strict=True)):
+            theta = torch.linspace(-0.8, 0.8, len(site["gate"]))
+            site["gate"].copy_(theta)
+            site["gate_sublayer"].fill_(0.1 * number)
+            product = (theta.tanh() + 0.5).clamp(0, 1) * (math.tanh(0.1 * number) + 0.5)
+            other["gate"].copy_((product - 0.5).atanh())
+    inputs = batch(4, 6)
+    torch.testing.assert_close(model(**inputs), twin(**inputs), rtol=1e-5, atol=1e-6)  # fp32 through atanh and back
+
+
+def test_the_achieved_mode_counts_a_closed_sublayer_as_gone() -> None:
+    model = training(Finegates(targets=EVERY, sublayers=True))
+    state = state_of(model)
+    found = penalty_of(model)
+    assert found == 0.0, "the multiplier starts at 0"
+    lost = soft = 0.0
+    for site in state.sites:
+        fine, whole = (probability(site[name], 0.5) for name in ("gate", "gate_sublayer"))
+        soft += float(((1 - fine * whole) * site["cost"]).sum())
+        shut = ~(is_open(site["gate"]) & is_open(site["gate_sublayer"]))
+        lost += float(site["cost"][shut].sum())
+    total = float(state.shared["total"])
+    assert float(kept_share(state)) == pytest.approx(1 - lost / total, rel=1e-6)
+    state.shared["multiplier"].fill_(0.4)
+    penalty = model.penalty()
+    assert penalty is not None
+    assert penalty.item() == pytest.approx(0.4 * (1 - soft / total), rel=1e-5)  # fp32
+    assert 0.05 < lost / total < 0.95
+
+
+def test_sublayers_close_and_leave_the_graph() -> None:
+    model = training(Finegates(targets=EVERY, sublayers=True, budget=0.3), total_steps=200, seed=0)
+    fit(model, (batch(8, 6, seed) for seed in range(200)))
+    shut = [site.module for site in state_of(model).sites if not bool(is_open(site["gate_sublayer"]))]
+    assert shut
+    assert float(kept_share(state_of(model))) == pytest.approx(0.3, abs=0.031)  # a neuron is 0.031 of the weights
+    program = recast(model.program, torch.float64)
+    folded = lorafx.fold(program)
+    before, after = ([*map(str, one.sites())] for one in (program, folded))
+    assert len(after) < len(before)
+    assert not {site.module for site in folded.sites()} & set(shut)
+    assert lorafx.verify(program, folded, dtype=torch.float64).max_rel < 1e-12
+    assert "gate_sublayer" in report_of(program).sections["finegates: Open gates by module"][0]
+
+
+@pytest.mark.parametrize("options", [{"couple": False}, {"mode": "target"}])
+def test_gates_of_sublayers_are_for_coupled_gates_that_are_steered(options: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="sublayers = true is about couple = true and mode = 'achieved'"):
+        Finegates(sublayers=True, **options)
 
 
 def test_the_achieved_mode_needs_the_number_of_steps() -> None:
