@@ -256,6 +256,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", help="some cases of the device; all of them, if left out")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side that count")
     parser.add_argument("--steps", type=int, default=1, help="steps a turn; on a GPU, some tens")
+    parser.add_argument("--eager", action="store_true", help="leave torch.compile out")
     parser.add_argument("--out", type=Path, default=Path("out/train.json"), help="where measured cases are kept")
     parser.add_argument("--serve", nargs=4, metavar=("SIDE", "CASE", "ROWS", "LENGTH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -269,7 +270,7 @@ def main() -> None:
         parser.error(f"no case {unknown[0]!r} for {options.device}; there are {', '.join(CASES[options.device])}")
     kept: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
     print(HEAD)
-    for sides in SIDES[options.device]:
+    for sides in SIDES[options.device][: 1 if options.eager else None]:
         missing = [name for name in names if _key(name, sides) not in kept]
         # Kept as soon as they are there: what compiles takes minutes, and a lent machine may not wait for it.
         for name, found in measure(missing, sides, options).items() if missing else ():
