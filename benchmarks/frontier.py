@@ -17,27 +17,37 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from benchmarks import folds, frontier_rows, jobs, prune
-from benchmarks.frontier_rows import LORA, RECIPES, Recipe, Run
+from benchmarks import folds, frontier_rows, jobs, prune, rivals
+from benchmarks.frontier_rows import LORA, RECIPES, Recipe, Run, Trained
 
 BUDGETS = (0.8, 0.6, 0.4, 0.2)
 SCORE = "score.json"
-#: Rows by the module that trains them.
-ROWS: tuple[str, ...] = tuple(RECIPES)
+#: Rows that lorafx does not train.
+RIVALS: dict[str, Callable[[Run], Trained]] = {
+    "first-layers": rivals.first_layers,
+    "tp-magnitude": rivals.torch_pruning("magnitude"),
+    "tp-taylor": rivals.torch_pruning("taylor"),
+    "tp-activation": rivals.torch_pruning("activation"),
+    "mask-search": rivals.mask_search,
+}
+ROWS = (*RECIPES, *RIVALS)
+#: What others begin with, and no row of the table.
+STARTS: dict[str, Callable[[Run], Trained]] = {rivals.START: rivals.start}
 
 
 def needs(row: str, recipes: Mapping[str, Recipe]) -> tuple[str, ...]:
     """The rows whose run of the same fold a run of ``row`` begins with."""
     recipe = recipes.get(row)
-    return (LORA,) if recipe is not None and recipe.distils and not recipe.own_teacher else ()
+    if recipe is None:
+        return (rivals.START,) if row.startswith("tp-") else (LORA,) if row == "mask-search" else ()
+    return (LORA,) if recipe.distils and not recipe.own_teacher else ()
 
 
 def folder_of(out: Path, data: str, row: str, budget: float, fold: int) -> Path:
@@ -47,7 +57,7 @@ def folder_of(out: Path, data: str, row: str, budget: float, fold: int) -> Path:
 
 def alone(row: str) -> bool:
     """Whether a row has one budget: all that there is."""
-    return row == LORA
+    return row == LORA or row in STARTS
 
 
 def wanted(rows: Sequence[str], budgets: Sequence[float], recipes: Mapping[str, Recipe]) -> list[tuple[str, float]]:
@@ -66,12 +76,13 @@ def one(options: argparse.Namespace, recipes: Mapping[str, Recipe]) -> None:
     row, budget, fold = options.one[0], float(options.one[1]), int(options.one[2])
     folder = folder_of(options.out, options.data, row, budget, fold)
     beside = {name: folder_of(options.out, options.data, name, 1.0, fold) for name in needs(row, recipes)}
-    keep = fold == 0 or row == LORA
+    keep = fold == 0 or alone(row)
     run = Run(
         options.data, row, budget, fold, folder, beside, options.out / "rows", options.device, options.steps, keep
     )
     folder.mkdir(parents=True, exist_ok=True)
-    trained = frontier_rows.train(run, recipes[row])
+    other = {**RIVALS, **STARTS}.get(row)
+    trained = frontier_rows.train(run, recipes[row]) if other is None else other(run)
     values = frontier_rows.scored(run, trained, started)
     partial = folder / f"{SCORE}.partial"
     partial.write_text(json.dumps(values, indent=1), encoding="utf-8")
@@ -146,8 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for text in options.variant:
         name, recipe = frontier_rows.variant(text, recipes)
         recipes[name] = recipe
-    known: dict[str, Any] = dict.fromkeys((*ROWS, *recipes))
-    options.rows = options.rows or list(known)
+    known = list(dict.fromkeys((*ROWS, *recipes)))
+    options.rows = options.rows or known
     odd = [row for row in options.rows if row not in known]
     if odd:
         raise SystemExit(f"no row is called {odd[0]!r}; known: {', '.join(known)}")

@@ -15,6 +15,8 @@ from examples import assets
 
 #: The share of the steps that come before anything is removed, where a row trains in two parts.
 BEFORE = 0.4
+#: Held-out rows that score a run of fewer steps than the data set's epochs take.
+FEW = 64
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,9 @@ class Run:
     keep: bool = True
 
     def texts(self) -> tuple[list[folds.Row], list[folds.Row]]:
-        """The rows to train on, and those held out."""
-        return folds.held_out(folds.encoded(self.data, self.rows), self.fold)
+        """The rows to train on, and those held out; few of these in a run that is shortened."""
+        train, test = folds.held_out(folds.encoded(self.data, self.rows), self.fold)
+        return train, test if self.steps is None else test[:FEW]
 
     def steps_of(self, rows: int) -> int:
         """The optimiser steps of the run, of all its parts together."""
@@ -198,9 +201,10 @@ def _fit(run: Run, program: Any, texts: list[folds.Row], part: Mapping[str, Any]
 
 def train(run: Run, recipe: Recipe) -> Trained:
     """Train one of the rows above, fold it, and say what is left."""
+    from transformers import set_seed
+
     import lorafx
     from lorafx.proof.open import open_runner
-    from transformers import set_seed
 
     texts, _ = run.texts()
     steps = run.steps_of(len(texts))
@@ -228,8 +232,9 @@ def train(run: Run, recipe: Recipe) -> Trained:
 
 def keep(program: Any, folder: Path) -> None:
     """Write what was learned, and nothing else."""
-    from lorafx.training.trainer import STATE, state_of
     from safetensors.torch import save_file
+
+    from lorafx.training.trainer import STATE, state_of
 
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state_of(program.module()), folder / STATE)
