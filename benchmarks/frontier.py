@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from benchmarks import folds, frontier_rows, jobs, prune, rivals
+from benchmarks import folds, frontier_exports, frontier_rows, frontier_show, jobs, mask_search, prune, rivals
 from benchmarks.frontier_rows import LORA, RECIPES, Recipe, Run, Trained
 
 BUDGETS = (0.8, 0.6, 0.4, 0.2)
@@ -35,7 +35,7 @@ RIVALS: dict[str, Callable[[Run], Trained]] = {
     "tp-magnitude": rivals.torch_pruning("magnitude"),
     "tp-taylor": rivals.torch_pruning("taylor"),
     "tp-activation": rivals.torch_pruning("activation"),
-    "mask-search": rivals.mask_search,
+    "mask-search": mask_search.mask_search,
 }
 ROWS = (*RECIPES, *RIVALS)
 #: What others begin with, and no row of the table.
@@ -77,9 +77,7 @@ def one(options: argparse.Namespace, recipes: Mapping[str, Recipe]) -> None:
     folder = folder_of(options.out, options.data, row, budget, fold)
     beside = {name: folder_of(options.out, options.data, name, 1.0, fold) for name in needs(row, recipes)}
     keep = fold == 0 or alone(row)
-    run = Run(
-        options.data, row, budget, fold, folder, beside, options.out / "rows", options.device, options.steps, keep
-    )
+    run = Run(options.data, row, budget, fold, folder, beside, options.tokens, options.device, options.steps, keep)
     folder.mkdir(parents=True, exist_ok=True)
     other = {**RIVALS, **STARTS}.get(row)
     trained = frontier_rows.train(run, recipes[row]) if other is None else other(run)
@@ -97,8 +95,9 @@ def one(options: argparse.Namespace, recipes: Mapping[str, Recipe]) -> None:
 
 def train(options: argparse.Namespace, recipes: Mapping[str, Recipe]) -> None:
     """Train what is missing. A run that fails is reported, and the others go on."""
-    folds.encoded(options.data, options.out / "rows")
-    own = ["--out", str(options.out), "--data", options.data, "--device", options.device]
+    folds.encoded(options.data, options.tokens)
+    own = ["--out", str(options.out), "--tokens", str(options.tokens), "--data", options.data]
+    own += ["--device", options.device]
     own += ["--steps", str(options.steps)] if options.steps else []
     own += [part for text in options.variant for part in ("--variant", text)]
     every = []
@@ -121,6 +120,50 @@ def train(options: argparse.Namespace, recipes: Mapping[str, Recipe]) -> None:
         raise SystemExit(f"{len(failed)} runs failed: {', '.join(failed)}; run again to repeat them")
 
 
+# ---- what the runs gave
+
+
+def finished(options: argparse.Namespace, recipes: Mapping[str, Recipe]) -> list[frontier_show.Point]:
+    """The rows at their budgets, as far as they are trained; and timed, where they are."""
+    runs = []
+    for row, budget in wanted(options.rows, options.budgets, recipes):
+        files = [folder_of(options.out, options.data, row, budget, fold) / SCORE for fold in options.folds]
+        if row not in STARTS:
+            runs += [frontier_show.read(file) for file in files if file.is_file()]
+    if not runs:
+        raise SystemExit(
+            f"no run of {options.data} in {options.out} is finished; run: python -m benchmarks.frontier train"
+        )
+    return frontier_show.points(runs, frontier_show.read(times_file(options)).get("times", {}))
+
+
+def times_file(options: argparse.Namespace) -> Path:
+    """Where the times of a data set's models are kept."""
+    return options.out / options.data / "times.json"
+
+
+def time_models(options: argparse.Namespace, recipes: Mapping[str, Recipe]) -> None:
+    """Export the finished models of the first fold and time all of them beside each other."""
+    folders: dict[str, Path] = {}
+    for point in finished(options, recipes):
+        if 0 not in point.runs:
+            continue
+        folder = folder_of(options.out, options.data, point.row, point.budget, 0)
+        if not (folder / "onnx" / "lorafx.json").is_file():
+            print(f"exporting {frontier_show.label(point.row, point.budget)}", file=sys.stderr, flush=True)
+            beside = {name: folder_of(options.out, options.data, name, 1.0, 0) for name in needs(point.row, recipes)}
+            frontier_exports.export(folder, beside, point.row, point.budget, recipes.get(point.row))
+        if point.row == LORA:
+            folders[frontier_show.THEIRS] = frontier_exports.theirs(folder)
+        folders[frontier_show.label(point.row, point.budget)] = folder / "onnx"
+    if frontier_show.THEIRS not in folders:
+        raise SystemExit("times are compared with LoRA alone, whose first fold is not trained; train it")
+    first = {frontier_show.THEIRS: folders[frontier_show.THEIRS]}
+    times = frontier_show.timed({**first, **folders}, options.repeats)
+    told = {"machine": f"{os.cpu_count()} cores", "repeats": options.repeats, "times": times}
+    times_file(options).write_text(json.dumps(told, indent=1), encoding="utf-8")
+
+
 # ---- the command
 
 
@@ -131,6 +174,7 @@ def parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--out", type=Path, default=Path("out/frontier"), help="folder of finished runs")
     shared.add_argument("--data", choices=list(folds.DATA), default="movies", help="the data set")
+    shared.add_argument("--tokens", type=Path, help="folder of the tokenised texts (default: rows in --out)")
     shared.add_argument("--rows", nargs="+", metavar="ROW", help=f"these rows only, of {', '.join(ROWS)}, and variants")
     shared.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS), help="shares to keep")
     shared.add_argument("--folds", nargs="+", type=int, choices=range(folds.FOLDS), default=list(range(folds.FOLDS)))
@@ -147,12 +191,18 @@ def parser() -> argparse.ArgumentParser:
     stage.add_argument("--stop-after", type=float, metavar="SECONDS", help="begin no run after this time")
     stage.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     stage.add_argument("--one", nargs=3, metavar=("ROW", "BUDGET", "FOLD"), help=argparse.SUPPRESS)
+    timing = stages.add_parser("time", parents=[shared], help="export the models of the first fold and time them")
+    timing.add_argument("--repeats", type=int, default=20, help="timed calls of each model and shape")
+    stages.add_parser("table", parents=[shared], help="print the table")
+    drawing = stages.add_parser("figure", parents=[shared], help="draw the figure")
+    drawing.add_argument("--svg", type=Path, default=Path("docs/frontier.svg"), help="where it is written")
     return made
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Do what the command line says."""
     options = parser().parse_args(arguments)
+    options.tokens = options.tokens or options.out / "rows"
     recipes: dict[str, Recipe] = dict(RECIPES)
     for text in options.variant:
         name, recipe = frontier_rows.variant(text, recipes)
@@ -164,6 +214,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"no row is called {odd[0]!r}; known: {', '.join(known)}")
     if options.stage == "train":
         (one if options.one else train)(options, recipes)
+    elif options.stage == "time":
+        time_models(options, recipes)
+    elif options.stage == "table":
+        print(frontier_show.table(finished(options, recipes)))
+    else:
+        frontier_show.figure(finished(options, recipes), options.svg)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,12 @@ Heads and neurons are removed, as many of each as the budget asks; the residual 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from benchmarks import methods
-from benchmarks.frontier_rows import BEFORE, FEW, LORA, RECIPES, Run, Trained, arguments, kept_program
+from benchmarks.frontier_rows import BEFORE, FEW, Run, Trained, arguments
 from examples import assets
 
 #: Texts that gradients and activations are taken of, as in the sources (2,048 and what a GPU holds at once).
@@ -128,24 +126,30 @@ def start(run: Run) -> Trained:
     return trained(model, run, seconds, steps, {})
 
 
-def started(folder: Path, seed: int) -> Any:
+def started(folder: Path) -> Any:
     """The model that :func:`start` trained, merged."""
-    from peft import PeftModel
-    from transformers import set_seed
+    return with_adapter(sequence_classifier(), folder)
 
-    set_seed(seed)
-    model: Any = PeftModel.from_pretrained(sequence_classifier(), str(folder / "adapter"))
-    return model.merge_and_unload().eval()
+
+def with_adapter(model: Any, folder: Path) -> Any:
+    """``model`` with the adapter, and the head, that the run in ``folder`` kept, merged."""
+    from peft import PeftModel
+
+    adapted: Any = PeftModel.from_pretrained(model, str(folder / "adapter"))
+    return adapted.merge_and_unload().eval()
 
 
 def torch_pruning(importance: str) -> Callable[[Run], Trained]:
     """LoRA, then the least important heads and neurons leave by Torch-Pruning, then LoRA again for recovery."""
 
     def row(run: Run) -> Trained:
+        from transformers import set_seed
+
         texts, _ = run.texts()
         steps = run.steps_of(len(texts))
         first = round(BEFORE * steps)
-        model = started(run.beside[START], run.fold).to(run.device)
+        model = started(run.beside[START]).to(run.device)
+        set_seed(run.fold)
         chosen = pruned(model, importance, run.budget, sample(run, texts))
         if run.keep:
             run.folder.mkdir(parents=True, exist_ok=True)
@@ -204,9 +208,13 @@ def pruned(model: Any, importance: str, budget: float, texts: Sequence[dict[str,
     import torch
 
     groups = Groups(model)
-    imports = groups.tp.importance
-    kinds = {"magnitude": imports.GroupMagnitudeImportance, "taylor": imports.GroupTaylorImportance}
-    measure = kinds.get(importance, getattr(imports, "ActivationImportance", None))()
+    kinds = groups.tp.importance
+    measures = {
+        "magnitude": kinds.GroupMagnitudeImportance,
+        "taylor": kinds.GroupTaylorImportance,
+        "activation": kinds.ActivationImportance,
+    }
+    measure = measures[importance]()
     if importance == "taylor":
         gradients(model, texts)
     elif importance == "activation":
@@ -229,7 +237,7 @@ def lowest(scores: Sequence[Any], count: int) -> list[list[int]]:
     """The places of the ``count`` lowest of all scores, vector by vector; the highest of each vector stays."""
     import torch
 
-    return _least([score.index_fill(0, score.argmax(), torch.inf) for score in scores], count)
+    return least([score.index_fill(0, score.argmax(), torch.inf) for score in scores], count)
 
 
 def sample(run: Run, texts: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
@@ -253,143 +261,8 @@ def gradients(model: Any, texts: Sequence[dict[str, Any]]) -> None:
         model(**batch).loss.backward()
 
 
-# ---- a search of masks after training
-
-
-def mask_search(run: Run) -> Trained:
-    """The heads and neurons that LoRA, trained to the end, misses least: a search under a budget, without training.
-
-    Importance is the diagonal of the Fisher information of masks over heads and neurons. For every number of heads,
-    the most important ones are kept, and neurons for the rest of the budget; the number is taken that loses the least
-    importance. Source: Kwon et al. 2022, arXiv 2204.09656, section 4.1 and algorithm 1; numbers of weights are the
-    cost, not FLOPs. Its rearrangement of masks and its tuning (4.2, 4.3) are left out.
-    """
-    began = time.perf_counter()
-    texts, _ = run.texts()
-    model = merged(run.beside[LORA]).to(run.device).eval()
-    heads, neurons = fisher(model, sample(run, texts))
-    block = layers_of(model)[0]
-    width, hidden = block.attention.self.attention_head_size, model.config.hidden_size
-    gone_heads, gone_neurons = search(heads, neurons, run.budget, 4 * width * hidden, 2 * hidden)
-    chosen = {n: {"heads": h, "neurons": f} for n, (h, f) in enumerate(zip(gone_heads, gone_neurons, strict=True))}
-    mask_out(model, chosen)
-    if run.keep:
-        (run.folder / "removed.json").write_text(json.dumps(chosen), encoding="utf-8")
-    before = json.loads((run.beside[LORA] / "score.json").read_text(encoding="utf-8"))
-    given = trained(model, run, before["seconds"] + time.perf_counter() - began, before["steps"], {})
-    lost = [(len(own["heads"]), len(own["neurons"])) for own in chosen.values()]
-    numbers = sum(h * (4 * width * hidden + 3 * width) + f * (2 * hidden + 1) for h, f in lost)
-    from lorafx.reporting.sizes import TOKENS
-
-    operations = sum(h * (8 * width * hidden + 4 * TOKENS * width) + f * 4 * hidden for h, f in lost)
-    given.weights = given.weights[0], given.weights[0] - numbers
-    given.flops = given.flops[0], given.flops[0] - operations
-    given.facts = {"removed": lost}
-    return given
-
-
-def merged(folder: Path) -> Any:
-    """transformers' model with what the row of LoRA alone learned."""
-    import lorafx
-
-    program = lorafx.merge(kept_program(folder, RECIPES[LORA].passes(1.0)))
-    model = sequence_classifier()
-    missing, _ = model.load_state_dict(dict(program.root.named_parameters()), strict=False)
-    lacking = [name for name in missing if name in dict(model.named_parameters())]
-    if lacking:
-        raise SystemExit(f"{folder}: the merged program has no {lacking[0]}")
-    return model
-
-
-def _inputs(block: Any) -> tuple[Any, Any]:
-    """The layers that read a block's heads and its neurons."""
-    return block.attention.output.dense, block.output.dense
-
-
-@contextmanager
-def masked(model: Any, masks: Sequence[tuple[Any, Any]]) -> Any:
-    """Within, what reads heads and neurons of each block reads them times a mask (rows, units)."""
-    handles = []
-
-    def times(mask: Any) -> Callable[[Any, Any], Any]:
-        def hook(_: Any, given: Any) -> Any:
-            (value,) = given
-            return (value * mask.repeat_interleave(value.shape[-1] // mask.shape[-1], -1).unsqueeze(-2),)
-
-        return hook
-
-    for block, own in zip(layers_of(model), masks, strict=True):
-        for layer, mask in zip(_inputs(block), own, strict=True):
-            handles.append(layer.register_forward_pre_hook(times(mask)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def fisher(model: Any, texts: Sequence[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
-    """For each block, the sum over texts of the squared gradient of a text's loss by the masks of heads, of neurons."""
-    import torch
-
-    for value in model.parameters():
-        value.requires_grad_(False)
-    collate, config = collator(), model.config
-    sums = [[0.0, 0.0] for _ in layers_of(model)]
-    for begin in range(0, len(texts), BATCH):
-        batch = collate(list(texts[begin : begin + BATCH])).to(model.device)
-        units = (config.num_attention_heads, config.intermediate_size)
-        shape = len(batch["labels"])
-        masks: Any = [
-            tuple(torch.ones(shape, count, device=model.device, requires_grad=True) for count in units)
-            for _ in layers_of(model)
-        ]
-        with masked(model, masks):
-            loss = torch.nn.functional.cross_entropy(
-                model(**{name: value for name, value in batch.items() if name != "labels"}).logits,
-                batch["labels"],
-                reduction="sum",
-            )
-            loss.backward()
-        squares = [[mask.grad.square().sum(0).cpu() for mask in own] for own in masks]
-        sums = (
-            squares
-            if not sums
-            else [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(sums, squares, strict=True)]
-        )
-    return [own[0] for own in sums], [own[1] for own in sums]
-
-
-def search(
-    heads: Sequence[Any], neurons: Sequence[Any], budget: float, of_head: int, of_neuron: int
-) -> tuple[list[list[int]], list[list[int]]]:
-    """The heads and neurons to remove, block by block, so that at most ``budget`` of the weights stay.
-
-    Args:
-        heads: their importance, block by block
-        neurons: the same of neurons
-        budget: share of all weights to keep
-        of_head: numbers in the weights of a head
-        of_neuron: the same of a neuron
-    """
-    import torch
-
-    of_heads, of_neurons = torch.cat(list(heads)).sort().values, torch.cat(list(neurons)).sort().values
-    allowed = budget * (len(of_heads) * of_head + len(of_neurons) * of_neuron)
-    lost_heads = torch.cat([torch.zeros(1), of_heads.cumsum(0)])
-    lost_neurons = torch.cat([torch.zeros(1), of_neurons.cumsum(0)])
-    best = (float("inf"), 0, 0)
-    for gone in range(len(of_heads) + 1):
-        room = allowed - (len(of_heads) - gone) * of_head
-        if room < 0:
-            continue
-        away = max(0, len(of_neurons) - int(room // of_neuron))
-        best = min(best, (float(lost_heads[gone] + lost_neurons[away]), gone, away))
-    return _least(heads, best[1]), _least(neurons, best[2])
-
-
-def _least(scores: Sequence[Any], count: int) -> list[list[int]]:
-    """The places of the ``count`` least important of all, block by block."""
+def least(scores: Sequence[Any], count: int) -> list[list[int]]:
+    """The places of the ``count`` lowest of all scores, vector by vector."""
     import torch
 
     order = torch.cat(list(scores)).argsort()[:count].tolist()
@@ -397,20 +270,3 @@ def _least(scores: Sequence[Any], count: int) -> list[list[int]]:
     return [
         sorted(place - size * number for place in order if place // size == number) for number in range(len(scores))
     ]
-
-
-def mask_out(model: Any, chosen: Chosen) -> None:
-    """Nobody reads these heads and neurons any more; nor are they made."""
-    import torch
-
-    with torch.no_grad():
-        for number, block in enumerate(layers_of(model)):
-            width, own = block.attention.self.attention_head_size, chosen[number]
-            channels = [head * width + offset for head in own["heads"] for offset in range(width)]
-            attention = block.attention.self
-            makers = ((attention.query, attention.key, attention.value), (block.intermediate.dense,))
-            for reader, makes, gone in zip(_inputs(block), makers, (channels, own["neurons"]), strict=True):
-                reader.weight[:, gone] = 0.0
-                for layer in makes:
-                    layer.weight[gone] = 0.0
-                    layer.bias[gone] = 0.0

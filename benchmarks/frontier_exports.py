@@ -1,0 +1,63 @@
+"""The models of ``benchmarks.frontier``, made again from what their runs kept, as ONNX folders to time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks import frontier_rows, mask_search, rivals
+from benchmarks.frontier_rows import LORA, RECIPES, Recipe
+
+
+def export(folder: Path, beside: Mapping[str, Path], row: str, budget: float, recipe: Recipe | None) -> None:
+    """Write ``folder/onnx``: the folded model of the run in ``folder``.
+
+    Args:
+        folder: the run's
+        beside: the folders of the runs it began with, by row
+        row: its name
+        budget: what it kept
+        recipe: of a row that lorafx trained
+    """
+    import lorafx
+
+    if recipe is not None:
+        program = frontier_rows.kept_program(folder, recipe.passes(budget))
+        folded = lorafx.merge(program) if recipe.as_authors else lorafx.fold(program)
+    else:
+        folded = lorafx.fold(lorafx.capture(rival(folder, beside, row, budget)))
+    lorafx.export(folded, folder / "onnx", overwrite=True)
+
+
+def rival(folder: Path, beside: Mapping[str, Path], row: str, budget: float) -> Any:
+    """transformers' model of a run that lorafx did not train."""
+    if row == "mask-search":
+        model = mask_search.merged(beside[LORA])
+        mask_search.mask_out(model, removed(folder))
+        return model
+    if row == "first-layers":
+        return rivals.with_adapter(rivals.sequence_classifier(rivals.layers_for(budget)), folder)
+    model = rivals.started(beside[rivals.START])
+    rivals.Groups(model).remove(removed(folder))
+    return rivals.with_adapter(model, folder)
+
+
+def removed(folder: Path) -> rivals.Chosen:
+    """The heads and neurons that a run removed."""
+    found = json.loads((folder / "removed.json").read_text(encoding="utf-8"))
+    return {int(number): own for number, own in found.items()}
+
+
+def theirs(folder: Path) -> Path:
+    """What transformers exports of LoRA alone, merged, whose run is in ``folder``."""
+    import lorafx
+    from examples.demo import hugging_face_export
+
+    made = folder / "theirs"
+    if not (made / "model.onnx").is_file():
+        merged = lorafx.fold(frontier_rows.kept_program(folder, RECIPES[LORA].passes(1.0)))
+        lorafx.export(merged, folder / "checkpoint", "hf", overwrite=True)
+        hugging_face_export(folder / "checkpoint", made)
+    return made
