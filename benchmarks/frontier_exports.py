@@ -22,10 +22,11 @@ def export(folder: Path, beside: Mapping[str, Path], row: str, budget: float, re
         recipe: of a row that lorafx trained
     """
     import lorafx
+    from lorafx.pipeline import merge
 
     if recipe is not None:
         program = frontier_rows.kept_program(folder, recipe.passes(budget))
-        folded = lorafx.merge(program) if recipe.as_authors else lorafx.fold(program)
+        folded = merge(program) if recipe.as_authors else lorafx.fold(program)
     else:
         folded = lorafx.fold(lorafx.capture(rival(folder, beside, row, budget)))
     lorafx.export(folded, folder / "onnx", overwrite=True)

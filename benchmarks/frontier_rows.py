@@ -204,6 +204,7 @@ def train(run: Run, recipe: Recipe) -> Trained:
     from transformers import set_seed
 
     import lorafx
+    from lorafx.pipeline import merge
     from lorafx.proof.open import open_runner
 
     texts, _ = run.texts()
@@ -222,7 +223,7 @@ def train(run: Run, recipe: Recipe) -> Trained:
     # Another order of the texts in the second part than in the first.
     part = {"max_steps": steps - first, "seed": run.fold + (folds.FOLDS if first else 0), **recipe.training}
     seconds += _fit(run, program, texts, part, teacher)
-    folded = lorafx.merge(program) if recipe.as_authors else lorafx.fold(program)
+    folded = merge(program) if recipe.as_authors else lorafx.fold(program)
     runner = open_runner(folded, run.device)
     given = _trained(program, folded, recipe.as_authors)
     if run.keep:

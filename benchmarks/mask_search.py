@@ -52,9 +52,9 @@ def without(given: Trained, gone: Sequence[tuple[int, int]], width: int, hidden:
 
 def merged(folder: Path) -> Any:
     """transformers' model with what the row of LoRA alone learned."""
-    import lorafx
+    from lorafx.pipeline import merge
 
-    program = lorafx.merge(kept_program(folder, RECIPES[LORA].passes(1.0)))
+    program = merge(kept_program(folder, RECIPES[LORA].passes(1.0)))
     model = sequence_classifier()
     missing, _ = model.load_state_dict(dict(program.root.named_parameters()), strict=False)
     lacking = [name for name in missing if name in dict(model.named_parameters())]
