@@ -249,8 +249,8 @@ def _trained(program: Any, folded: Any, zeros: bool) -> dict[str, Any]:
     weights = [sum(size for block, size in found.items() if block) for found, _ in sizes]
     flops = [sum(size for block, size in found.items() if block) for _, found in sizes]
     sites = [site for site in folded.sites() if site.block is not None and site.kind in ("linear", "addmm")]
-    if zeros:
-        weights[1] -= sum(int((folded.tensor(site.parameter) == 0).sum()) for site in sites)
+    if zeros:  # merged, the program still holds what was merged
+        weights[1] = weights[0] - sum(int((folded.tensor(site.parameter) == 0).sum()) for site in sites)
     sections = {title: rows for title, rows in program.report.sections.items() if title.startswith("finegates")}
     return {
         "weights": (weights[0], weights[1]),
