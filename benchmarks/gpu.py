@@ -2,6 +2,7 @@
 
     python -m benchmarks.prune            # trains the models
     python -m benchmarks.gpu export       # writes their ONNX folders and the logits they owe; needs no GPU
+    python -m benchmarks.gpu export --models fine:0.4 fine-coarse:0.4 --trained out/frontier   # benchmarks.frontier's
     python -m benchmarks.gpu time         # on a machine with a GPU; needs no lorafx, only onnxruntime-gpu and torch
 
 Inputs and outputs stay on the GPU (I/O binding). Every model is run as it is and, where ONNX Runtime lets it, replayed
@@ -47,34 +48,56 @@ def export(trained: Path, out: Path, dtypes: list[str], multiples: list[int]) ->
 
     ``multiples`` are what widths are rounded up to, a model each.
     """
+    import lorafx
+    from benchmarks.prune import folder_of
+
+    programs = {f"keep {budget:.0%}": lorafx.load(folder_of(trained, budget, 0) / "run") for budget in BUDGETS}
+    write(programs, held_out(), out, dtypes, multiples)
+
+
+def export_frontier(wanted: list[str], trained: Path, out: Path, dtypes: list[str], multiples: list[int]) -> None:
+    """The same of ``ROW:BUDGET`` as ``benchmarks.frontier`` trained them, the first fold held out; LoRA alone first."""
+    from benchmarks import folds, frontier
+    from benchmarks.frontier_rows import LORA, RECIPES, kept_program
+
+    programs = {}
+    for name in [f"{LORA}:1.0", *wanted]:
+        row, _, budget = name.partition(":")
+        folder = frontier.folder_of(trained, "movies", row, float(budget), 0)
+        programs[f"{row} {float(budget):.0%}"] = kept_program(folder, RECIPES[row].passes(float(budget)))
+    _, test = folds.held_out(folds.encoded("movies", trained / "rows"), 0)
+    write(programs, padded(test), out, dtypes, multiples)
+
+
+def write(
+    programs: Mapping[str, Any], rows: dict[str, Any], out: Path, dtypes: list[str], multiples: list[int]
+) -> None:
+    """The ONNX folders of these programs, the first also as transformers exports it, and ``rows`` with logits owed."""
     import torch
 
     import lorafx
-    from benchmarks.prune import folder_of
     from examples.demo import hugging_face_export
     from lorafx.passes.dead_channels import DeadChannels
     from lorafx.proof.open import open_runner
 
     out.mkdir(parents=True, exist_ok=True)
-    rows = held_out()
-    for budget in BUDGETS:
-        program = lorafx.load(folder_of(trained, budget, 0) / "run")
+    for number, (title, program) in enumerate(programs.items()):
         logits = logits_of(open_runner(program), rows)
-        if budget == 1.0:
+        if not number:
             checkpoint = out / "checkpoint"
             lorafx.export(lorafx.fold(program, gather="never"), checkpoint, "hf", overwrite=True)
             for dtype in dtypes:
                 hugging_face_export(checkpoint, out / dtype / THEIRS, "cuda", getattr(torch, dtype))
             rows[owed(THEIRS)] = logits
-        for multiple in [1] if budget == 1.0 else multiples:
-            name = f"keep {budget:.0%}" + (f", widths of {multiple}" if multiple > 1 else "")
+        for multiple in multiples if number else [1]:
+            name = title + (f", widths of {multiple}" if multiple > 1 else "")
             folded = lorafx.fold(program, removal=DeadChannels(round_to=multiple))
             for dtype in dtypes:
                 print(name, dtype, file=sys.stderr)
                 options: dict[str, Any] = {"provider": "cuda", "dtype": getattr(torch, dtype)}
                 lorafx.export(folded, out / dtype / name, overwrite=True, **options)
             rows[owed(name)] = logits
-    np.savez(out / "rows.npz", **rows)  # pyright: ignore[reportArgumentType]
+    np.savez(out / "rows.npz", **rows)
 
 
 def owed(name: str) -> str:
@@ -89,8 +112,16 @@ def held_out() -> dict[str, np.ndarray[Any, Any]]:
     from benchmarks import methods
     from examples import assets
 
+    return padded(methods.encoded(assets.movie_split()[1], AutoTokenizer.from_pretrained(assets.minilm())))
+
+
+def padded(encoded: list[dict[str, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+    """Rows of tokens as arrays of one length, with their labels."""
+    from transformers import AutoTokenizer
+
+    from examples import assets
+
     tokenizer = AutoTokenizer.from_pretrained(assets.minilm())
-    encoded = methods.encoded(assets.movie_split()[1], tokenizer)
     padding: dict[str, Any] = {"padding": "max_length", "max_length": LENGTH, "return_tensors": "np"}
     rows = dict(
         tokenizer.pad([{key: row[key] for key in ("input_ids", "attention_mask")} for row in encoded], **padding)
@@ -300,11 +331,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("export", "time"))
     parser.add_argument("--trained", type=Path, default=Path("out/prune"), help="runs of benchmarks.prune")
+    parser.add_argument("--models", nargs="+", metavar="ROW:BUDGET", help="models of benchmarks.frontier instead")
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="the ONNX folders")
     parser.add_argument("--dtypes", nargs="+", default=["float16", "float32"])
     parser.add_argument("--multiples", nargs="+", type=int, default=[1, 8, 64], help="what widths are multiples of")
     parser.add_argument("--no-torch", action="store_true", help="leave PyTorch out")
     options = parser.parse_args()
+    if options.models:
+        export_frontier(options.models, options.trained, options.out, options.dtypes, options.multiples)
+        return
     if options.what == "export":
         export(options.trained, options.out, options.dtypes, options.multiples)
         return
