@@ -43,8 +43,8 @@ class FineGates(Method):
 
     Keeps: the outputs, bit by bit, since every gate starts at 1. Does nothing where no target matches (and says so).
     Source: FineGates, arXiv 2412.12951 (gates, θ ~ N(1, 0.1²), noise 0.1) and its 2026 code (``target``: 50, 0.4);
-    penalty: Yamada et al. 2020, arXiv 1810.04247; CoFi: arXiv 2204.00408. ``couple``, ``achieved``, its
-    options and rates are this library's, and the lower end of the initial θ, by which all gates start at 1.
+    penalty: Yamada et al. 2020, arXiv 1810.04247; CoFi: arXiv 2204.00408. ``couple``, ``achieved``, its options, rates
+    and the lower end of the initial θ, by which all gates start at 1, are this library's.
     """
 
     promise: ClassVar[Promise] = Promise.EXACT
@@ -66,6 +66,7 @@ class FineGates(Method):
     initial: float = option(1.0, "mean of the initial θ")
     deviation: float = option(0.1, "standard deviation of the initial θ", least=0)
     gate_rate: float = option(2e-2, "learning rate of the gates", least=0)
+    sublayer_rate: float = option(5e-3, "learning rate of the gates of sublayers", least=0)
     train_biases: bool = option(True, "train the biases of gated weights")
     trainable: tuple[str, ...] = option(("auto",), "modules that train in full; auto: a classification head")
 
@@ -93,9 +94,9 @@ class FineGates(Method):
         edit.statistic("multiplier", torch.zeros(()))
         if isinstance(site, Units):
             of = gates.keep_units(edit, site, self.sublayers)
+            at, size = site.site.input, len(site.costs)
             with edit.before(site.site.node):
-                value = self._gated(edit, site.site, "gate", site.site.input, len(site.costs), of)
-                edit.replace_input(site.site, value)
+                edit.replace_input(site.site, self._gated(edit, site.site, "gate", at, size, of))
             return
         with edit.before(site.node):
             edit.replace_input(site, self._gated(edit, site, "gate_in", site.input, site.in_features))
@@ -140,7 +141,7 @@ class FineGates(Method):
             self._steering(state).close()
 
     def optimiser(self) -> Mapping[str, Mapping[str, float]]:
-        return {name: {"lr": self.gate_rate, "weight_decay": 0.0} for name in gates.GATES}
+        return gates.settings(self.gate_rate, self.sublayer_rate)
 
     def describe(self, state: MethodState) -> Mapping[str, Any]:
         return gates.gate_facts(state)

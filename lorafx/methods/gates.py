@@ -140,6 +140,12 @@ def gates_of(state: MethodState) -> list[Tensor]:
     return [theta for site in state.sites for theta in own_gates(site).values()]
 
 
+def settings(rate: float, sublayer: float) -> dict[str, dict[str, float]]:
+    """What an optimiser is told of gates, by short name: their learning rates, and that nothing decays."""
+    rates = {**dict.fromkeys(GATES, rate), SUBLAYER: sublayer}
+    return {name: {"lr": own, "weight_decay": 0.0} for name, own in rates.items()}
+
+
 def keep_units(edit: Edit, units: Units, sublayer: bool) -> str | None:
     """Keep what :func:`kept_share` counts of coupled gates; ``sublayer`` if one gate more closes all of them.
 
