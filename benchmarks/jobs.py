@@ -29,8 +29,9 @@ class Job:
 
 
 def threads_each(jobs: int) -> int:
-    """The cores shared out evenly."""
-    return max(1, (os.cpu_count() or 1) // jobs)
+    """The cores shared out evenly; fewer where the environment says so."""
+    shared = max(1, (os.cpu_count() or 1) // jobs)
+    return min(shared, int(os.environ.get("OMP_NUM_THREADS") or shared))
 
 
 def run_missing(

@@ -218,7 +218,7 @@ def pruned(model: Any, importance: str, budget: float, texts: Sequence[dict[str,
     if importance == "taylor":
         gradients(model, texts)
     elif importance == "activation":
-        with measure.compute_importance(model):
+        with measure.compute_importance(model), torch.no_grad():
             model.bert(**one_batch(model, texts[: len(texts) // 4]))
     heads, neurons = [], []
     for block in layers_of(model):
