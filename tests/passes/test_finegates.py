@@ -305,7 +305,7 @@ def test_the_achieved_mode_counts_a_closed_sublayer_as_gone() -> None:
 
 
 def test_sublayers_close_and_leave_the_graph() -> None:
-    model = training(Finegates(targets=EVERY, sublayers=True, budget=0.3), total_steps=200, seed=0)
+    model = training(Finegates(targets=EVERY, sublayers=True, sublayer_rate=2e-2, budget=0.3), total_steps=200, seed=0)
     fit(model, (batch(8, 6, seed) for seed in range(200)))
     shut = [site.module for site in state_of(model).sites if not bool(is_open(site["gate_sublayer"]))]
     assert shut
