@@ -11,6 +11,7 @@ from .apply import Observer, apply
 from .base import Pass
 from .deferred.programs import deferring
 from .errors import UsageError
+from .graph.precision import gathered
 from .graph.program import P
 from .recipes.recipe import Recipe
 
@@ -31,6 +32,7 @@ def run(program: P, passes: Sequence[Pass], observers: Sequence[Observer] = (), 
     """
     from .parity.promises import VerifyEach, keeper
 
+    program = gathered(program)
     if not any(isinstance(observer, VerifyEach) for observer in observers):
         observers = (keeper(program, check), *observers)
     return apply(program, passes, observers)

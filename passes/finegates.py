@@ -66,7 +66,7 @@ class FineGates(Method):
     initial: float = option(1.0, "mean of the initial θ")
     deviation: float = option(0.1, "standard deviation of the initial θ", least=0)
     gate_rate: float = option(2e-2, "learning rate of the gates", least=0)
-    sublayer_rate: float = option(5e-3, "learning rate of the gates of sublayers", least=0)
+    sublayer_rate: float = option(1e-2, "learning rate of the gates of sublayers", least=0)
     train_biases: bool = option(True, "train the biases of gated weights")
     trainable: tuple[str, ...] = option(("auto",), "modules that train in full; auto: a classification head")
 

@@ -67,6 +67,18 @@ def recast(program: P, dtype: torch.dtype | None = None, device: torch.device | 
     return result
 
 
+def gathered(program: P) -> P:
+    """The program with its graph and its example where its tensors are; the program itself where they are there.
+
+    A model may be captured in one place and train in another, and a graph names the devices of its capture.
+    """
+    device = program.device
+    named = [value for node in program.graph.nodes for value in (*node.args, *node.kwargs.values())]
+    places = {value for value in named if isinstance(value, torch.device)}
+    places |= {value.device for value in program.example.values() if isinstance(value, Tensor)}
+    return program if device.type == "meta" or places <= {device} else recast(program, None, device)
+
+
 def relaid(program: P) -> P:
     """The program with a copy of every tensor, none of which trains: two programs laid out alike compute the same bits.
 

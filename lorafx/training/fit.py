@@ -146,9 +146,12 @@ def train(
         arguments = training_arguments(settings, folder, held_out is not None, metric, progress)
         arguments.eval_on_start = arguments.eval_on_start and checkpoint is None
         measures = _measures(metric, compute_metrics)
+        homes = [(one, one.device) for one in (program, teacher) if one is not None]  # a trainer moves both at once
         trainer = _trainer(program, arguments, rows, held_out, measures, settings, callbacks, teacher)
         with nullcontext() if output_dir is None else saving_at_interrupt(trainer):
-            result = _run(program, trainer, checkpoint)
+            result = _run(program, trainer, checkpoint, homes[0][1])
+        for one, home in homes[1:]:
+            one.root.to(home)
         samples: list[dict[str, str]] = []
         if held_out is not None and settings.samples and result.is_main:
             samples = samples_of(program, held_out, tokenizer, settings.samples)
@@ -304,8 +307,7 @@ def _trainer(
     return trainer
 
 
-def _run(program: Program, trainer: Trainer, checkpoint: str | None) -> TrainResult:
-    home = program.device
+def _run(program: Program, trainer: Trainer, checkpoint: str | None, home: torch.device) -> TrainResult:
     started = time.perf_counter()
     output = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.accelerator.wait_for_everyone()  # before the first process may remove what another still reads

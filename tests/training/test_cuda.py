@@ -13,9 +13,13 @@ import torch
 from torch import Tensor, distributed
 
 import lorafx
+from lorafx.graph.precision import recast, relaid
 from lorafx.graph.tree import get_tensor
+from lorafx.passes.finegates import FineGates
+from lorafx.passes.lora import Lora
 from lorafx.training.module import RewrittenModel
-from tests.methods import RECIPES, Tower, batch, optimiser, stirred
+from tests import zoo
+from tests.methods import RECIPES, Tower, batch, optimiser, state_of, stirred
 from tests.small import captured
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -127,3 +131,30 @@ def _step_with_loss(model: RewrittenModel, rows: dict[str, Tensor], optimizer: t
     model.after_step()
     optimizer.zero_grad()
     return loss.item()
+
+
+def test_training_leaves_programs_where_they_were() -> None:
+    base = zoo.captured("bert")
+    gates = FineGates(budget=0.5, sublayers=True)
+    program = lorafx.rewrite(base, [Lora(rank=2), gates])
+    teacher = lorafx.rewrite(base, [Lora(rank=2)])
+    rows = [{**{k: v[0] for k, v in base.example.items()}, "labels": torch.tensor(n % 2)} for n in range(8)]
+    lorafx.train(program, rows, teacher=teacher, distill=0.5, epochs=1, batch_size=4, progress=False)
+    assert program.device.type == teacher.device.type == "cpu"
+    assert lorafx.verify(program, lorafx.fold(program)).ok
+
+
+@pytest.mark.parametrize("model", ["bert", "llama"])
+def test_what_lies_on_the_gpu_folds_as_what_does_not(model: str) -> None:
+    here = lorafx.rewrite(zoo.captured(model), [FineGates(sublayers=True)])
+    sites = state_of(here.module()).sites
+    for site in sites:
+        site["gate"].data[:1] = -1.0
+    sites[0]["gate_sublayer"].data.fill_(-1.0)
+    there = relaid(here)  # with tensors of its own
+    there.root.to("cuda")  # as a trainer does: the example and the graph stay behind
+    ours, theirs = lorafx.fold(here), lorafx.fold(there)
+    assert theirs.device.type == "cuda"
+    assert [str(site) for site in ours.sites()] == [str(site) for site in theirs.sites()]
+    assert len(ours.sites()) < len(here.sites())
+    assert lorafx.verify(ours, recast(theirs, None, torch.device("cpu"))).ok
