@@ -19,7 +19,6 @@ import random
 import re
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from benchmarks.jobs import Job, run_missing
 from examples import assets
 
 EPOCHS, BATCH, LENGTH, RATE = 3.0, 32, 64, 1e-3
@@ -226,25 +226,15 @@ def accuracy(logits: Callable[[dict[str, Any]], Any], rows: list[dict[str, Any]]
 # ---- all of them
 
 
-def run_all(out: Path, only: list[str], tasks: list[str], jobs: int) -> None:
-    """Run what is missing, ``jobs`` processes at a time, the cores shared out evenly."""
+def run_all(out: Path, only: list[str], tasks: list[str], at_once: int) -> None:
+    """Run what is missing, ``at_once`` processes at a time, the cores shared out evenly."""
     wanted = [(name, task, seed) for task in tasks for seed in SEEDS[task] for name in only]
-    waiting = [run for run in wanted if not result_file(out, *run).is_file()]
-    running: list[subprocess.Popen[bytes]] = []
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    environment = {**os.environ, "OMP_NUM_THREADS": threads}
-    failed = 0
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            name, task, seed = waiting.pop(0)
-            command = [sys.executable, "-m", "benchmarks.methods", "--out", str(out), "--one", name, task, str(seed)]
-            running.append(subprocess.Popen(command, env=environment))
-        for process in [process for process in running if process.poll() is not None]:
-            failed += process.returncode != 0
-            running.remove(process)
-        time.sleep(0.5)
-    if failed:
-        raise SystemExit(f"{failed} runs failed; run again to repeat them")
+    every = []
+    for name, task, seed in wanted:
+        command = [sys.executable, "-m", "benchmarks.methods", "--out", str(out), "--one", name, task, str(seed)]
+        every.append(Job(f"{name}, {task}, {seed}", command, result_file(out, name, task, seed)))
+    if failed := run_missing(every, at_once):
+        raise SystemExit(f"{len(failed)} runs failed; run again to repeat them")
 
 
 def result_file(out: Path, name: str, task: str, seed: int) -> Path:

@@ -17,17 +17,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import methods
+from benchmarks import jobs, methods
 from benchmarks.folds import FOLDS, held_out
+from benchmarks.jobs import Job
 from examples import assets
 from lorafx.proof.bench import SHAPES
 
@@ -90,22 +88,16 @@ def _blocks(sizes: dict[str, int]) -> int:
     return sum(size for block, size in sizes.items() if block)
 
 
-def run_missing(out: Path, budgets: Sequence[float], jobs: int, folds: bool) -> None:
+def run_missing(out: Path, budgets: Sequence[float], at_once: int, folds: bool) -> None:
     """Train what is missing, each run in a process of its own, the cores shared out evenly."""
-    waiting = [(budget, seed) for seed in (range(FOLDS) if folds else SEEDS) for budget in budgets]
-    waiting = [run for run in waiting if not (folder_of(out, *run, folds) / "score.json").is_file()]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
-    running: list[subprocess.Popen[bytes]] = []
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            budget, seed = waiting.pop(0)
+    every = []
+    for seed in range(FOLDS) if folds else SEEDS:
+        for budget in budgets:
             command = [sys.executable, "-m", "benchmarks.prune", "--out", str(out), "--one", str(budget), str(seed)]
-            running.append(subprocess.Popen([*command, *["--folds"] * folds], env=environment))
-        for process in [process for process in running if process.poll() is not None]:
-            if process.returncode:
-                raise SystemExit("a run failed; run again to go on")
-            running.remove(process)
-        time.sleep(0.5)
+            done = folder_of(out, budget, seed, folds) / "score.json"
+            every.append(Job(f"{budget:.0%}, {seed}", [*command, *["--folds"] * folds], done))
+    if jobs.run_missing(every, at_once):
+        raise SystemExit("a run failed; run again to go on")
 
 
 def scores(out: Path, budget: float) -> list[dict[str, Any]]:
