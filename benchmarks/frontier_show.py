@@ -111,9 +111,9 @@ def _cells(point: Point, shapes: Sequence[str]) -> Iterator[str]:
     yield f"{point.budget:.0%}"
     yield from (f"{point.left(what):.1%}" for what in ("weights", "flops"))
     yield f"{point.accuracy:.4f}"
-    lost = point.lost
-    alone = point.row == LORA or not lost
-    yield "" if alone else f"{statistics.mean(lost):.2f} ± {error(lost):.2f}"
+    lost = [] if point.row == LORA else point.lost
+    spread = f" ± {error(lost):.2f}" if len(lost) > 1 else ""
+    yield f"{statistics.mean(lost):.2f}{spread}" if lost else ""
     for shape in shapes:
         timing = point.times.get(shape)
         yield "" if timing is None else f"{1e3 * timing['median']:.1f} ({timing['ratio']:.2f}x)"
