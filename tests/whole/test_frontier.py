@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 
 from benchmarks import folds, frontier, frontier_show, jobs, mask_search, rivals
 from benchmarks.frontier_rows import LORA, RECIPES, variant
 from lorafx.recipes.recipe import Recipe
+from lorafx.reporting.sizes import flops_by_block, weights_by_block
+from tests.small import bert_config, captured
 
 
 def test_every_row_is_held_out_once() -> None:
@@ -125,20 +128,13 @@ def test_the_least_important_leave_and_every_block_keeps_one() -> None:
     assert rivals.lowest(scores, 4) == [[0, 1], [1, 2]]
 
 
-def bert() -> Any:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 8}
-    return BertForSequenceClassification(BertConfig(vocab_size=30, **sizes)).eval()
-
-
 def test_masked_out_is_what_masks_of_zero_give() -> None:
-    model = bert()
+    torch.manual_seed(0)
+    model = hf.BertForSequenceClassification(bert_config()).eval()
     chosen: rivals.Chosen = {0: {"heads": [1], "neurons": [0, 5]}, 1: {"heads": [], "neurons": [7]}}
     masks = []
     for own in chosen.values():
-        heads, neurons = torch.ones(2, 3), torch.ones(2, 8)
+        heads, neurons = torch.ones(2, 2), torch.ones(2, 48)
         heads[:, own["heads"]], neurons[:, own["neurons"]] = 0, 0
         masks.append((heads, neurons))
     ids = torch.arange(10).view(2, 5)
@@ -153,13 +149,9 @@ def test_masked_out_is_what_masks_of_zero_give() -> None:
 
 
 def test_sizes_are_counted_as_lorafx_counts_them() -> None:
-    import lorafx
-    from lorafx.reporting.sizes import flops_by_block, weights_by_block
-
-    model = bert()
-    program = lorafx.capture(model)
+    program = captured()
     counted = [sum(size for block, size in by(program).items() if block) for by in (weights_by_block, flops_by_block)]
-    assert rivals.sizes(model) == tuple(counted)
+    assert rivals.sizes(program.source.model) == tuple(counted)
 
 
 def run(row: str, budget: float, fold: int, accuracy: float) -> dict[str, Any]:
@@ -188,6 +180,8 @@ def test_the_table_says_what_is_lost_fold_by_fold() -> None:
     assert fine in lines
     # Lost 5, 4 and 3 points in the folds that are there: their mean, and 1 / √3.
     assert any(line.endswith("| 0.7700 | 4.00 ± 0.58 |  |  |  |") for line in lines)
+    (first,) = frontier_show.points([run(LORA, 1.0, 0, 0.8), run("fine", 0.4, 0, 0.7)], {})[1:]
+    assert "| 0.7000 | 10.00 |" in frontier_show.table([first])
     assert lines[-1] == "Rows have 3 to 5 of 5 folds so far."
 
 
