@@ -114,8 +114,8 @@ def train(options: argparse.Namespace, recipes: Mapping[str, Recipe]) -> None:
     hidden = {} if options.device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
     failed = jobs.run_missing(every, options.jobs, hidden, until)
     missing = [job.name for job in every if not job.done.is_file()]
-    size = sum(file.stat().st_size for file in options.out.rglob("*") if file.is_file())
-    print(f"{len(every) - len(missing)} of {len(every)} runs are finished; {options.out} has {size / 1e6:.1f} MB")
+    size = sum(frontier_show.read(job.done).get("bytes", 0) for job in every)
+    print(f"{len(every) - len(missing)} of {len(every)} runs are finished; what they trained takes {size / 1e6:.1f} MB")
     if failed:
         raise SystemExit(f"{len(failed)} runs failed: {', '.join(failed)}; run again to repeat them")
 

@@ -145,6 +145,9 @@ def test_masked_out_is_what_masks_of_zero_give() -> None:
         assert torch.equal(model(ids).logits, before)
         mask_search.mask_out(model, chosen)
         torch.testing.assert_close(model(ids).logits, expected)
+    first = model.bert.encoder.layer[0]  # read by nobody, so that removal finds them
+    assert not first.output.dense.weight[:, [0, 5]].any()
+    assert not first.attention.output.dense.weight[:, 16:].any()
     assert not torch.allclose(expected, before)
 
 
