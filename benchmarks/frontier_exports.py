@@ -37,6 +37,7 @@ def rival(folder: Path, beside: Mapping[str, Path], row: str, budget: float) -> 
     if row == "mask-search":
         model = mask_search.merged(beside[LORA])
         mask_search.mask_out(model, removed(folder))
+        mask_search.scale(model, json.loads((folder / "scales.json").read_text(encoding="utf-8")))
         return model
     if row == "first-layers":
         return rivals.with_adapter(rivals.sequence_classifier(rivals.layers_for(budget)), folder)

@@ -3,6 +3,7 @@ al. 2022 (arXiv 2204.09656)."""
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,14 +14,19 @@ from typing import Any
 from benchmarks.frontier_rows import LORA, RECIPES, Run, Trained, kept_program
 from benchmarks.rivals import BATCH, Chosen, collator, layers_of, least, sample, sequence_classifier, trained
 
+#: Texts that scales are tuned on; :data:`~benchmarks.rivals.SAMPLE` in the source, which takes four times as long.
+TUNED = 512
+#: What keeps scales near 1, of the mean of the normal equations' diagonal.
+RIDGE = 1e-2
+
 
 def mask_search(run: Run) -> Trained:
     """The heads and neurons that LoRA, trained to the end, misses least: a search under a budget, without training.
 
     Importance is the diagonal of the Fisher information of masks over heads and neurons. For every number of heads,
     the most important ones are kept, and neurons for the rest of the budget; the number is taken that loses the least
-    importance. Source: Kwon et al. 2022, arXiv 2204.09656, section 4.1 and algorithm 1; numbers of weights are the
-    cost, not FLOPs. Its rearrangement of masks and its tuning (4.2, 4.3) are left out.
+    importance; then what stays is scaled, :func:`tune`. Source: Kwon et al. 2022, arXiv 2204.09656, sections 4.1 and
+    4.3; numbers of weights are the cost, not FLOPs, and its rearrangement of masks (4.2) is left out.
     """
     began = time.perf_counter()
     texts, _ = run.texts()
@@ -29,9 +35,12 @@ def mask_search(run: Run) -> Trained:
     width, hidden = layers_of(model)[0].attention.self.attention_head_size, model.config.hidden_size
     gone = search(heads, neurons, run.budget, 4 * width * hidden, 2 * hidden)
     chosen = {number: {"heads": own[0], "neurons": own[1]} for number, own in enumerate(zip(*gone, strict=True))}
+    whole = copy.deepcopy(model)
     mask_out(model, chosen)
+    scales = tune(model, whole, chosen, sample(run, texts)[:TUNED])
     if run.keep:
         (run.folder / "removed.json").write_text(json.dumps(chosen), encoding="utf-8")
+        (run.folder / "scales.json").write_text(json.dumps(scales), encoding="utf-8")
     before = json.loads((run.beside[LORA] / "score.json").read_text(encoding="utf-8"))
     given = trained(model, run, before["seconds"] + time.perf_counter() - began, before["steps"], {})
     return without(given, [(len(own["heads"]), len(own["neurons"])) for own in chosen.values()], width, hidden)
@@ -165,3 +174,90 @@ def mask_out(model: Any, chosen: Chosen) -> None:
                 for layer in makes:
                     layer.weight[gone] = 0.0
                     layer.bias[gone] = 0.0
+
+
+# ---- tuning: what stays is scaled
+
+
+def tune(model: Any, whole: Any, chosen: Chosen, texts: Sequence[dict[str, Any]]) -> list[list[list[float]]]:
+    """Scale the heads and neurons that stay, in place, so that what each sublayer adds to the residual stream comes
+    nearest, in least squares, to what it came to in the ``whole`` model; sublayer by sublayer, from the input on.
+
+    Returns the scales, block by block: of heads, of neurons; 1 where removed.
+    """
+    import torch
+
+    scales = []
+    for number in range(len(layers_of(model))):
+        own = []
+        for part, kind in enumerate(("heads", "neurons")):
+            count = (model.config.num_attention_heads, model.config.intermediate_size)[part]
+            gone = torch.zeros(count, dtype=torch.bool)
+            gone[chosen[number][kind]] = True
+            own.append(_scales(model, whole, number, part, gone, texts))
+        scales.append(own)
+    return scales
+
+
+def scale(model: Any, scales: Sequence[Sequence[Sequence[float]]]) -> None:
+    """Do again what :func:`tune` did."""
+    import torch
+
+    with torch.no_grad():
+        for block, own in zip(layers_of(model), scales, strict=True):
+            for reader, values in zip(_inputs(block), own, strict=True):
+                _times(reader, torch.tensor(values))
+
+
+def _times(reader: Any, values: Any) -> None:
+    reader.weight *= values.to(reader.weight).repeat_interleave(reader.in_features // len(values))
+
+
+def _scales(model: Any, whole: Any, number: int, part: int, gone: Any, texts: Sequence[dict[str, Any]]) -> list[float]:
+    """Solve for one sublayer and scale it; if a scale is beyond ±10, as in the source, all stay as they were."""
+    import torch
+
+    reader, units = _inputs(layers_of(model)[number])[part], len(gone)
+    with torch.no_grad():
+        weight = reader.weight.double()
+        square, right = torch.zeros_like(weight.T @ weight), torch.zeros_like(weight[0])
+        for begin in range(0, len(texts), BATCH):
+            read, missing = _missing(model, whole, number, part, texts[begin : begin + BATCH])
+            square += read.T @ read
+            right += (read * (missing @ weight)).sum(0)
+        # A unit gives the sum over its channels of what is read times a column; scales are sought about 1.
+        normal = (square * (weight.T @ weight)).view(units, -1, units, len(right) // units).sum((1, 3))
+        stays = ~gone.to(right.device)
+        normal, right = normal[stays][:, stays], right.view(units, -1).sum(1)[stays]
+        values = torch.ones(units).to(weight)
+        if len(right):
+            ridge = RIDGE * normal.diagonal().mean() * torch.eye(len(right)).to(right)
+            values[stays] += torch.linalg.solve(normal + ridge, right)
+        values = values if float(values.abs().max()) <= 10 else torch.ones_like(values)
+        _times(reader, values)
+    return values.tolist()
+
+
+def _missing(model: Any, whole: Any, number: int, part: int, texts: Sequence[dict[str, Any]]) -> tuple[Any, Any]:
+    """What the reader of a sublayer reads, and what its sum lacks of the whole model's, token by token, in fp64."""
+    batch = collator()(list(texts)).to(model.device)
+    (read, residual), (read_whole, residual_whole) = (_seen(one, number, part, batch) for one in (model, whole))
+    here, there = (_inputs(layers_of(one)[number])[part] for one in (model, whole))
+    return read.double(), (there(read_whole) + residual_whole - here(read) - residual).double()
+
+
+def _seen(model: Any, number: int, part: int, batch: Any) -> tuple[Any, Any]:
+    """What the reader of a sublayer reads, and what its result is added to, token by token (tokens, channels)."""
+    import torch
+
+    block, seen = layers_of(model)[number], []
+    holder = (block.attention.output, block.output)[part]
+    handle = holder.register_forward_pre_hook(lambda _, given: seen.append(given))
+    try:
+        with torch.no_grad():
+            model.bert(**{name: value for name, value in batch.items() if name != "labels"})
+    finally:
+        handle.remove()
+    there = batch["attention_mask"].bool()
+    read, residual = seen[0]
+    return read[there], residual[there]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import sys
@@ -16,7 +17,7 @@ from benchmarks import folds, frontier, frontier_show, jobs, mask_search, rivals
 from benchmarks.frontier_rows import LORA, RECIPES, variant
 from lorafx.recipes.recipe import Recipe
 from lorafx.reporting.sizes import flops_by_block, weights_by_block
-from tests.small import bert_config, captured
+from tests.small import bert_config, captured, words
 
 
 def test_every_row_is_held_out_once() -> None:
@@ -149,6 +150,34 @@ def test_masked_out_is_what_masks_of_zero_give() -> None:
     assert not first.output.dense.weight[:, [0, 5]].any()
     assert not first.attention.output.dense.weight[:, 16:].any()
     assert not torch.allclose(expected, before)
+
+
+def test_tuning_brings_a_sublayer_as_near_as_scales_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against least squares on the outputs themselves, one unit's contribution a column; and it can be done again."""
+    torch.manual_seed(0)
+    whole = hf.BertForSequenceClassification(bert_config(initializer_range=0.3)).eval()
+    texts = [{"input_ids": torch.randint(1, 45, (size,)).tolist(), "labels": 0} for size in (5, 9, 7, 12)]
+    monkeypatch.setattr(rivals, "collator", lambda: hf.DataCollatorWithPadding(words()))
+    monkeypatch.setattr(mask_search, "collator", rivals.collator)
+    monkeypatch.setattr(mask_search, "RIDGE", 1e-9)
+    chosen: rivals.Chosen = {0: {"heads": [1], "neurons": [*range(1, 48)]}, 1: {"heads": [], "neurons": []}}
+    tuned, again = copy.deepcopy(whole), copy.deepcopy(whole)
+    for model in (tuned, again):
+        mask_search.mask_out(model, chosen)
+    scales = mask_search.tune(tuned, whole, chosen, texts)
+    batch = rivals.collator()(texts)
+    read, residual = mask_search._seen(again, 0, 0, batch)
+    read_whole, residual_whole = mask_search._seen(whole, 0, 0, batch)
+    dense = again.bert.encoder.layer[0].attention.output.dense
+    with torch.no_grad():
+        wanted = whole.bert.encoder.layer[0].attention.output.dense(read_whole) + residual_whole - residual - dense.bias
+        head = read[:, :16] @ dense.weight[:, :16].T
+    best = float((head * wanted).sum() / head.square().sum())
+    assert scales[0][0] == pytest.approx([best, 1.0], rel=1e-4)
+    assert abs(best - 1) > 1e-3
+    mask_search.scale(again, scales)
+    for first, second in zip(tuned.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(first, second)
 
 
 def test_sizes_are_counted_as_lorafx_counts_them() -> None:
