@@ -131,7 +131,7 @@ def test_the_least_important_leave_and_every_block_keeps_one() -> None:
 
 def test_masked_out_is_what_masks_of_zero_give() -> None:
     torch.manual_seed(0)
-    model = hf.BertForSequenceClassification(bert_config()).eval()
+    model: Any = hf.BertForSequenceClassification(bert_config()).eval()
     chosen: rivals.Chosen = {0: {"heads": [1], "neurons": [0, 5]}, 1: {"heads": [], "neurons": [7]}}
     masks = []
     for own in chosen.values():
@@ -155,7 +155,7 @@ def test_masked_out_is_what_masks_of_zero_give() -> None:
 def test_tuning_brings_a_sublayer_as_near_as_scales_can(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against least squares on the outputs themselves, one unit's contribution a column; and it can be done again."""
     torch.manual_seed(0)
-    whole = hf.BertForSequenceClassification(bert_config(initializer_range=0.3)).eval()
+    whole: Any = hf.BertForSequenceClassification(bert_config(initializer_range=0.3)).eval()
     texts = [{"input_ids": torch.randint(1, 45, (size,)).tolist(), "labels": 0} for size in (5, 9, 7, 12)]
     monkeypatch.setattr(rivals, "collator", lambda: hf.DataCollatorWithPadding(words()))
     monkeypatch.setattr(mask_search, "collator", rivals.collator)
