@@ -1,7 +1,8 @@
 """Accuracy against measured seconds: lorafx's gates beside what else makes a fine-tuned MiniLM smaller.
 
+    pip install -e ".[demo,bench]"                    # PEFT, Torch-Pruning, matplotlib
     python -m benchmarks.frontier train --jobs 2      # what is missing; resumable run by run
-    python -m benchmarks.frontier time                # exports the models of the first fold, times all of them
+    python -m benchmarks.frontier time                # exports the models of the first fold, times all in one run
     python -m benchmarks.frontier table               # Markdown
     python -m benchmarks.frontier figure              # SVG
 
@@ -95,6 +96,9 @@ def one(options: argparse.Namespace, recipes: Mapping[str, Recipe]) -> None:
 
 def train(options: argparse.Namespace, recipes: Mapping[str, Recipe]) -> None:
     """Train what is missing. A run that fails is reported, and the others go on."""
+    for row, recipe in frontier_rows.recorded(options.out / options.data).items():
+        if recipes.get(row, recipe) != recipe:
+            raise SystemExit(f"{row} was trained with other options in {options.out}; give the variant another name")
     folds.encoded(options.data, options.tokens)
     own = ["--out", str(options.out), "--tokens", str(options.tokens), "--data", options.data]
     own += ["--device", options.device]
@@ -207,6 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for text in options.variant:
         name, recipe = frontier_rows.variant(text, recipes)
         recipes[name] = recipe
+    if options.stage != "train":
+        recipes.update(frontier_rows.recorded(options.out / options.data))
     known = list(dict.fromkeys((*ROWS, *recipes)))
     options.rows = options.rows or known
     odd = [row for row in options.rows if row not in known]

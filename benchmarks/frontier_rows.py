@@ -147,12 +147,20 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+def recorded(folder: Path) -> dict[str, Recipe]:
+    """The recipes that the finished runs of a data set were trained with, by row."""
+    told = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/*/score.json"))]
+    return {run["row"]: Recipe(**run["recipe"]) for run in told if "recipe" in run}
+
+
 def variant(text: str, known: Mapping[str, Recipe]) -> tuple[str, Recipe]:
     """A row given on the command line, ``NAME=ROW:option=value,option=value``. SystemExit when it is none."""
     name, _, rest = text.partition("=")
     base, _, options = rest.partition(":")
     if not name or base not in known:
         raise SystemExit(f"{text!r}: a variant is NAME=ROW:option=value,…, ROW one of {', '.join(known)}")
+    if name in known:
+        raise SystemExit(f"{text!r}: there is a row of that name; give the variant another")
     pairs = [option.partition("=") for option in options.split(",") if option]
     return name, known[base].varied({key: _value(value) for key, _, value in pairs})
 
@@ -226,6 +234,7 @@ def train(run: Run, recipe: Recipe) -> Trained:
     folded = merge(program) if recipe.as_authors else lorafx.fold(program)
     runner = open_runner(folded, run.device)
     given = _trained(program, folded, recipe.as_authors)
+    given["facts"]["recipe"] = dataclasses.asdict(recipe)
     if run.keep:
         keep(program, run.folder)
     return Trained(lambda batch: runner(batch)["logits"].cpu(), seconds, steps, **given)

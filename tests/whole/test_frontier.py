@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 import transformers as hf
 
-from benchmarks import folds, frontier, frontier_show, jobs, mask_search, rivals
+from benchmarks import folds, frontier, frontier_rows, frontier_show, jobs, mask_search, rivals
 from benchmarks.frontier_rows import LORA, RECIPES, variant
 from lorafx.recipes.recipe import Recipe
 from lorafx.reporting.sizes import flops_by_block, weights_by_block
@@ -60,10 +61,25 @@ def test_a_variant_is_another_row_with_other_options() -> None:
     assert frontier.needs("slow", {"slow": made}) == (LORA,)
 
 
-@pytest.mark.parametrize("text", ["fine:ramp=0.3", "a=none:ramp=0.3", "a=fine:prilora.rank=3"])
+@pytest.mark.parametrize("text", ["fine:ramp=0.3", "a=none:ramp=0.3", "a=fine:prilora.rank=3", "fine=fine:ramp=0.3"])
 def test_what_is_no_variant_is_refused(text: str) -> None:
     with pytest.raises(SystemExit):
         variant(text, RECIPES)
+
+
+def test_runs_say_what_they_were_trained_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table needs no variant said again, and training takes none of another meaning for it."""
+    _, made = variant("slow=fine:gate_rate=0.01", RECIPES)
+    for row, budget in ((LORA, 1.0), ("slow", 0.4)):
+        folder = frontier.folder_of(tmp_path, "movies", row, budget, 0)
+        folder.mkdir(parents=True)
+        told = {**run(row, budget, 0, 0.8), "recipe": dataclasses.asdict(made if row == "slow" else RECIPES[row])}
+        (folder / frontier.SCORE).write_text(json.dumps(told))
+    assert frontier_rows.recorded(tmp_path / "movies") == {LORA: RECIPES[LORA], "slow": made}
+    frontier.main(["table", "--out", str(tmp_path)])
+    assert "| slow | 40% |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="other options"):
+        frontier.main(["train", "--out", str(tmp_path), "--rows", LORA, "--variant", "slow=fine:gate_rate=0.02"])
 
 
 def test_rows_come_after_what_they_begin_with() -> None:
