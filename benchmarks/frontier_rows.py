@@ -135,7 +135,7 @@ class Recipe:
         )
 
 
-_DISTILLED = {"distill": 0.5, "distill_hidden": 0.1}
+_DISTILLED = {"distill": 0.9, "distill_hidden": 1.0}
 LORA = "lora"
 RECIPES: dict[str, Recipe] = {
     LORA: Recipe(),
