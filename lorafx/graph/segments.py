@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -21,6 +22,37 @@ def function_of(graph: fx.Graph) -> Callable[..., tuple[Any, ...]]:
     namespace = dict(code.globals)
     exec(compile(code.src, "<lorafx graph>", "exec"), namespace)
     return namespace["forward"]
+
+
+def interpreted(graph: fx.Graph) -> Callable[..., tuple[Any, ...]]:
+    """What :func:`function_of` gives, node by node, nothing compiled: each run takes as long, and the first begins at
+    once. A graph that calls more than functions is compiled all the same."""
+    last = {operand: node for node in graph.nodes for operand in node.all_input_nodes}
+    spent: dict[fx.Node, list[fx.Node]] = {}
+    for operand, node in last.items():
+        spent.setdefault(node, []).append(operand)
+    if any(node.op in ("call_method", "call_module") for node in graph.nodes):
+        return function_of(graph)
+
+    def run(module: Any, *inputs: Any) -> tuple[Any, ...]:
+        values: dict[fx.Node, Any] = {}
+        given, value = iter(inputs), values.__getitem__
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(given)
+            elif node.op == "get_attr":
+                values[node] = attrgetter(str(node.target))(module)
+            elif node.op == "output":
+                result: Any = fx.map_arg(node.args[0], value)
+                return result
+            else:
+                target: Any = node.target
+                values[node] = target(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))
+            for operand in spent.get(node, ()):
+                del values[operand]
+        raise AssertionError("a graph ends in its output")
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -43,18 +75,20 @@ class CompiledGraph:
 
     Attributes:
         graph: the graph
+        seldom: whether it runs a few times only, so that compiling it takes longer than all of them
         whole: the graph as one function
         device: where the graph makes its ranges and masks, the device of the capture; None when it makes none
     """
 
     # ``whole`` and ``device`` are made at once, not on first use: torch.compile could not trace that.
     graph: fx.Graph
+    seldom: bool = False
     whole: Callable[..., tuple[Any, ...]] = field(init=False)
     device: torch.device | None = field(init=False)
     _moved: dict[torch.device, CompiledGraph] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.whole = function_of(self.graph)
+        self.whole = (interpreted if self.seldom else function_of)(self.graph)
         self.device = next((device for node in self.graph.nodes for device in _devices(node)), None)
 
     def __call__(
@@ -96,7 +130,7 @@ class CompiledGraph:
     def on(self, device: torch.device) -> CompiledGraph:
         """The same graph for tensors on ``device``."""
         if device not in self._moved:
-            self._moved[device] = CompiledGraph(_on_device(self.graph, device))
+            self._moved[device] = CompiledGraph(_on_device(self.graph, device), self.seldom)
         return self._moved[device]
 
     @cached_property
@@ -153,9 +187,9 @@ def _run(
     return function(*taken) if unit is None else unit(function, *taken)
 
 
-def compile_graph(graph: fx.Graph) -> CompiledGraph:
-    """The graph as something that runs."""
-    return CompiledGraph(graph)
+def compile_graph(graph: fx.Graph, *, seldom: bool = False) -> CompiledGraph:
+    """The graph as something that runs; without being compiled if it is to run ``seldom``."""
+    return CompiledGraph(graph, seldom)
 
 
 def block_path(node: fx.Node) -> str:

@@ -140,16 +140,39 @@ def copy_tree(root: nn.Module, apart: Collection[str] = ()) -> nn.Module:
     """
     result = nn.Module()
     seen: dict[int, Tensor] = {}
-    for name, value in named_tensors(root):
-        if id(value) not in seen:
-            held = value.detach().clone() if name in apart else value
-            is_parameter = isinstance(value, nn.Parameter)
-            seen[id(value)] = nn.Parameter(held.detach(), value.requires_grad) if is_parameter else held
-        put_tensor(result, name, seen[id(value)], persistent(root, name))
+    made = {"": result}
+    modules = list(_modules(root, ""))
+    for kind in ("_parameters", "_buffers"):
+        for prefix, module in modules:
+            held = {leaf: value for leaf, value in getattr(module, kind).items() if value is not None}
+            owner = _grown(made, prefix) if held else module
+            for leaf, value in held.items():
+                if id(value) not in seen:
+                    seen[id(value)] = _twin(value, prefix + leaf in apart)
+                # As in register_parameter and register_buffer, of names that a tree has taken already.
+                is_parameter = isinstance(value, nn.Parameter)
+                (owner._parameters if is_parameter else owner._buffers)[leaf] = seen[id(value)]
+                if leaf in module._non_persistent_buffers_set:
+                    owner._non_persistent_buffers_set.add(leaf)
     for name, module in root.named_children():
         if isinstance(module, torch.fx.GraphModule):
             result.add_module(name, module)
     return result
+
+
+def _grown(made: dict[str, nn.Module], prefix: str) -> nn.Module:
+    """The module of a tree that is being made whose tensors' names begin with ``prefix``; ``made`` are those it has."""
+    if prefix not in made:
+        before, _, name = prefix[:-1].rpartition(".")
+        made[prefix] = nn.Module()
+        _grown(made, before and before + ".")._modules[name] = made[prefix]
+    return made[prefix]
+
+
+def _twin(value: Tensor, apart: bool) -> Tensor:
+    """A parameter of the same storage, a buffer itself; a copy of either if it is to be ``apart``."""
+    held = value.detach().clone() if apart else value
+    return nn.Parameter(held.detach(), value.requires_grad) if isinstance(value, nn.Parameter) else held
 
 
 def own_when_trained(value: nn.Parameter) -> None:

@@ -75,7 +75,7 @@ class Answers:
     def of(cls, program: Program, batches: Sequence[Batch], label: str) -> Answers:
         """Ask ``program``, where its tensors are; the caller's random state stays as it is."""
         device = program.device
-        runner = program_runner(program, Place.beside(program), label)
+        runner = program_runner(program, Place.beside(program), label, seldom=True)
         outcomes = []
         for batch in batches:
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else ()):

@@ -142,8 +142,11 @@ class Place:
         return torch.device(self.provider)
 
 
-def program_runner(program: Program, place: Place, label: str, kind: str = "program") -> Runner:
-    """A runner for a program. UsageError: it has no weights, or ``place`` is not there."""
+def program_runner(
+    program: Program, place: Place, label: str, kind: str = "program", *, seldom: bool = False
+) -> Runner:
+    """A runner for a program, to be called a few times only if ``seldom``. UsageError: it has no weights, or ``place``
+    is not there."""
     if program.device.type == "meta":
         raise UsageError(f"{label}: captured without weights, so it computes nothing; capture it with meta=False")
     evaluation = own_evaluation_form(program) if place.by_block else evaluation_form(resident(program))
@@ -152,7 +155,7 @@ def program_runner(program: Program, place: Place, label: str, kind: str = "prog
         evaluation = deferring(evaluation)  # so that it is converted as it is used
     if place.dtype is not None or program.device != device:
         evaluation = recast(evaluation, place.dtype, device)
-    graph, root = compile_graph(evaluation.graph), _root(evaluation)
+    graph, root = compile_graph(evaluation.graph, seldom=seldom), _root(evaluation)
     constants = {name: value for name, value in program.example.items() if not isinstance(value, Tensor)}
 
     def call(inputs: dict[str, Any]) -> Any:
