@@ -85,6 +85,9 @@ def _installed(name: str) -> str | None:
 def pytest_configure(config: pytest.Config) -> None:
     """Keep the order below: xdist would begin with the files of most tests, and end with those of few long ones."""
     config.option.loadscopereorder = False
+    gc.set_threshold(
+        10_000, 10, 100
+    )  # traces make millions of objects of few cycles; each file's garbage goes at its end
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -101,9 +104,11 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_teardown() -> Iterator[None]:
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     """A test that changed a capture others share has failed, whatever it asserted."""
     yield
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
     _set_aside()
     if captures := sys.modules.get("lorafx.testing.captures"):  # not imported here: it imports torch, which not every
         captures.check()  # test needs

@@ -5,9 +5,14 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo import config
 from transformers.exporters import exporter_dynamo, utils
 
+import lorafx
 from lorafx.frontend.trace import trace_with
+from lorafx.graph.program import structure
 from tests import zoo
 
 LLAMA = "transformers.models.llama.modeling_llama"
@@ -27,3 +32,33 @@ def test_a_trace_patches_loaded_code_and_loads_no_other(monkeypatch: pytest.Monk
 
     assert trace_with(attempt, model, None) is sys.modules[LLAMA].LlamaAttention
     assert utils.import_dotted_path is find
+
+
+class Layers(nn.Module):
+    """As many linear layers, one after another."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).relu()
+        return x
+
+
+def remembers(graph: fx.Graph) -> bool:
+    """Whether the trace that a graph came from had the memo of operators."""
+    return next(node for node in graph.nodes if node.op == "placeholder").meta["val"].fake_mode.cache_enabled
+
+
+def test_operators_are_remembered_where_many_layers_repeat(monkeypatch: pytest.MonkeyPatch):
+    x = {"x": torch.ones(2, 4)}
+    few, many = (lorafx.capture(Layers(count), inputs=x) for count in (2, 12))
+    assert not remembers(few.graph)
+    assert remembers(many.graph)
+    assert config.fake_tensor_cache_enabled, "as it was"
+    monkeypatch.setattr(config, "fake_tensor_cache_enabled", False)
+    again = lorafx.capture(Layers(12), inputs=x)
+    assert not remembers(again.graph), "who switched it off is heard"
+    assert structure(again.graph) == structure(many.graph)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch._dynamo.config
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -151,9 +150,7 @@ def judge(plan: Plan, only: str = "") -> Verdict:
     verdict, warnings = Verdict("right"), []
     stage = ["build"]
     try:
-        # The tracer's memo of operators costs a part of a graph's time, and no two layers of a drawn graph are alike.
-        memo = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
-        with memo, _limit(), torch.random.fork_rng(devices=[]), torch.no_grad(), _heard() as warnings:
+        with _limit(), torch.random.fork_rng(devices=[]), torch.no_grad(), _heard() as warnings:
             torch.manual_seed(plan.seed % 2**31)
             _stages(plan, verdict, stage, only)
     except Mismatch as found:
