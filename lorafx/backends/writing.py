@@ -22,10 +22,10 @@ from ..models.layered import own_configs
 from ..models.tokenizers import length_limit
 from ..public import Program
 from ..version import __version__
-from .matching import quick_matching
+from .quicker import quicker
 
 
-@quick_matching()
+@quicker()
 def write_other(
     program: Program,
     folder: Path,

@@ -1,4 +1,4 @@
-"""Two slices that are one split are found as onnxscript finds them, and no node that is no slice looks at the graph."""
+"""What makes exports quicker finds what onnxscript finds, and leaves torch and onnxscript as they were."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 import pytest
+import torch
 from onnxscript import optimizer
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from lorafx.backends.matching import quick_matching
+from lorafx.backends.quicker import quicker
 
 TEXT = """
 <ir_version: 10, opset_import: ["" : 21]>
@@ -49,9 +51,23 @@ def test_the_same_is_found_without_a_walk_for_every_node(walks: list[int]) -> No
     plain, before = optimised(), len(walks)
     assert "Split" in plain
     walks.clear()
-    with quick_matching():
+    with quicker():
         assert optimised() == plain
     assert len(walks) < before
     walks.clear()
     assert optimised() == plain
     assert len(walks) == before, "onnxscript is as it was afterwards"
+
+
+def test_a_table_of_operators_is_the_caller_s_own() -> None:
+    sine = torch.ops.aten.sin.default
+    plain = ONNXRegistry.from_torchlib()
+    with quicker():
+        first = ONNXRegistry.from_torchlib()
+        first.register_op(sine, optimised)
+        second = ONNXRegistry.from_torchlib()
+    assert ONNXRegistry.from_torchlib().functions.keys() == second.functions.keys() == plain.functions.keys()
+    assert len(first.get_decomps(sine)) == len(second.get_decomps(sine)) + 1
+    names = [[entry.onnx_function.__name__ for entry in table.get_decomps(sine)] for table in (second, plain)]
+    assert names[0] == names[1]
+    assert second.opset_version == plain.opset_version
