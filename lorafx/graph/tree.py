@@ -150,8 +150,11 @@ def copy_tree(root: nn.Module, apart: Collection[str] = ()) -> nn.Module:
                 if id(value) not in seen:
                     seen[id(value)] = _twin(value, prefix + leaf in apart)
                 # As in register_parameter and register_buffer, of names that a tree has taken already.
-                is_parameter = isinstance(value, nn.Parameter)
-                (owner._parameters if is_parameter else owner._buffers)[leaf] = seen[id(value)]
+                twin = seen[id(value)]
+                if isinstance(twin, nn.Parameter):
+                    owner._parameters[leaf] = twin
+                else:
+                    owner._buffers[leaf] = twin
                 if leaf in module._non_persistent_buffers_set:
                     owner._non_persistent_buffers_set.add(leaf)
     for name, module in root.named_children():
