@@ -111,9 +111,8 @@ def run_job(job: Job, say: Callable[[str], None]) -> Report:
     inputs, run = job.training_inputs(), job.out / "run"
     trained = _checked(job, inputs)
     say("run: done before" if trained else "run: working")
-    if not trained:
-        _train(job, run, inputs)
-    opened = cache(lambda: _opened(job, run))  # once, if at all
+    base = None if trained else _train(job, run, inputs)
+    opened = cache(lambda: _opened(job, run, base))  # once, if at all
     for name, stage, more in (("folded", _fold, {}), ("onnx", _export, {"provider": job.provider})):
         wanted = {**_derived_inputs(job, run), **more}
         done = _is_made_from(job.out / name, wanted)
@@ -217,7 +216,8 @@ def _digest(text: str) -> str:
 # ---- the stages
 
 
-def _train(job: Job, folder: Path, inputs: Mapping[str, str]) -> None:
+def _train(job: Job, folder: Path, inputs: Mapping[str, str]) -> Program | None:
+    """Train the run, and give the capture it was made from; None if that is not what was captured any more."""
     from transformers import set_seed
 
     from ..formats.run import save_run
@@ -230,11 +230,33 @@ def _train(job: Job, folder: Path, inputs: Mapping[str, str]) -> None:
     set_seed(int(model.get("seed", 0)))
     dtype = {"dtype": model["dtype"]} if "dtype" in model else {}
     base = capture(job.checkpoint, model.get("task"), model.get("num_labels"), **job.opening(), **dtype)
+    before = _configs(base)
     program = rewrite(base, job.recipe)
     with training_folder(job.out / CHECKPOINTS, inputs) as checkpoints:
         resume = last_checkpoint(checkpoints) is not None
         train(program, job.data, eval_data=job.eval_data, output_dir=checkpoints, resume=resume, **job.train)
         save_run(program, folder, train=job.train, made_from=inputs)
+    return base if _as_captured(base, before) else None
+
+
+def _configs(base: Program) -> list[dict[str, Any]]:
+    """What the configs of a model say, names of classes aside: training gives these, and a run has them."""
+    said = [config.to_dict() for config in _held(base)]
+    return [{key: value for key, value in one.items() if key not in ("id2label", "label2id")} for one in said]
+
+
+def _held(base: Program) -> list[Any]:
+    model: Any = base.source.model
+    return [config for config in (model.config, getattr(model, "generation_config", None)) if config is not None]
+
+
+def _as_captured(base: Program, before: list[dict[str, Any]]) -> bool:
+    """Whether configs say what they did ``before`` training, what that noted in them (the kind of the loss) taken
+    back: the run's config has it, its base's has not."""
+    for config, said, now in zip(_held(base), before, _configs(base), strict=True):
+        for key in [key for key, value in now.items() if isinstance(value, str) and said.get(key) != value]:
+            setattr(config, key, said.get(key))
+    return _configs(base) == before
 
 
 def _fold(trained: Program, _provider: str, folder: Path, made_from: Mapping[str, str]) -> None:
@@ -290,8 +312,8 @@ def _timed(job: Job, trained: Program, say: Callable[[str], None]) -> BenchResul
         return None
 
 
-def _opened(job: Job, run: Path) -> Program:
-    """The run as it was written, not the program that was trained."""
-    from ..frontend.load import load
+def _opened(job: Job, run: Path, base: Program | None) -> Program:
+    """The run as it was written, not the program that was trained; over its base where that was just captured."""
+    from ..frontend.load import load, load_over
 
-    return load(run, base=job.checkpoint, **job.opening())
+    return load_over(run, base) if base is not None else load(run, base=job.checkpoint, **job.opening())

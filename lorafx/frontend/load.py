@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -76,11 +76,29 @@ def load(
         raise UsageError(f"{path}: its base runs code of its own; {remedy}")
     if meta and not run.meta:
         raise UsageError(f"{path}: this run has weights; load it without meta")
+    return _rebuilt(run, lambda: _recapture(run, Path(base or run.base), meta, allowed), check)
+
+
+def load_over(path: str | PathLike[str], captured: Program) -> Program:
+    """A run as :func:`load` opens it, over the capture of its base that it was rewritten from, which is not made again.
+
+    Both share tensors, which get the run's values: ``captured`` must not be used any more.
+
+    Raises:
+        ArtifactError: the run is incomplete or changed, or its base is not the one it was made from any more
+    """
+    run = _record(read_manifest(path, hashes=True))
+    _check_base(Path(str(captured.source.path)), run.hashes, {})
+    return _rebuilt(run, lambda: captured, check=True)
+
+
+def _rebuilt(run: _Run, base: Callable[[], Program], check: bool) -> Program:
+    """The program of a run, over its base."""
     # Values that the run does not hold (those of a head, saved from the meta device) come from this seed, and the
     # caller's random state stays as it is.
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(run.seed)
-        program = rewrite(_recapture(run, Path(base or run.base), meta, allowed), run.path / RECIPE, check=check)
+        program = rewrite(base(), run.path / RECIPE, check=check)
     _load_values(program, run)
     _name_classes(program, run)
     program.trained = _training(run.path / REPORT)
