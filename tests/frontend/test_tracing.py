@@ -52,13 +52,13 @@ def remembers(graph: fx.Graph) -> bool:
     return next(node for node in graph.nodes if node.op == "placeholder").meta["val"].fake_mode.cache_enabled
 
 
-def test_operators_are_remembered_where_many_layers_repeat(monkeypatch: pytest.MonkeyPatch):
+def test_operators_are_remembered_where_many_layers_repeat():
     x = {"x": torch.ones(2, 4)}
     few, many = (lorafx.capture(Layers(count), inputs=x) for count in (2, 12))
     assert not remembers(few.graph)
     assert remembers(many.graph)
     assert config.fake_tensor_cache_enabled, "as it was"
-    monkeypatch.setattr(config, "fake_tensor_cache_enabled", False)
-    again = lorafx.capture(Layers(12), inputs=x)
+    with config.patch(fake_tensor_cache_enabled=False):
+        again = lorafx.capture(Layers(12), inputs=x)
     assert not remembers(again.graph), "who switched it off is heard"
     assert structure(again.graph) == structure(many.graph)
