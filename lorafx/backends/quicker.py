@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+_log = logging.getLogger(__name__)
+
 
 @contextmanager
 def quicker() -> Iterator[None]:
-    """Within it, rules ask first what they would ask anyway, and the converter's table of operators is made once."""
-    from onnxscript.rewriter.pattern import Pattern
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
+    """Within it, rules ask first what they would ask anyway, and the converter's table of operators is made once.
 
+    Where these lie is no promise of torch's or onnxscript's: versions that have them elsewhere export as they do.
+    """
+    try:
+        from onnxscript.rewriter.pattern import Pattern
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError as error:
+        _log.debug("exports take their usual time: %s", error)
+        yield
+        return
     match, table = Pattern.match, vars(ONNXRegistry)["from_torchlib"]
     make: Any = ONNXRegistry.from_torchlib
 
