@@ -81,7 +81,7 @@ def _apply(program: Program, step: Pass) -> None:
     program.graph.lint()
     seconds = time.perf_counter() - started
     if isinstance(step, Method) or step.promise not in (Promise.EXACT, Promise.CLOSE):
-        program.trained = None  # what was measured is not true of this function, or of all that trains now
+        program.outlive_training()  # what was measured is not true of this function, or of all that trains now
     program.history += (Applied(step, edit.inserted, tuple(taken), tuple(missed), seconds, edit.facts),)
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ArtifactError, UsageError
 from ..files.folder import MANIFEST, check_free, file_hash, is_free, manifest_of, read_manifest
 from ..files.table import read_table
+from ..models.hub import local_folder
 from ..recipes.recipe import Recipe
 from ..reporting.report import PAGE, REPORT, Report, read_report, write_report
 from ..training.folder import check_training_folder, differences, training_folder
@@ -95,7 +96,7 @@ def checkpoint_of(recipe: Recipe, given: Path | None) -> Path:
     named = recipe.model.get("checkpoint")
     if given is None and named is None:
         raise UsageError('no checkpoint: give --checkpoint FOLDER, or checkpoint = "…" under [model] in the recipe')
-    return given if given is not None else Path(str(named))
+    return local_folder(given if given is not None else str(named))
 
 
 def run_job(job: Job, say: Callable[[str], None]) -> Report:

@@ -117,9 +117,10 @@ def bench(folders: tuple[Path, ...], shapes: tuple[str, ...], as_json: bool, **o
 def inspect(folder: Path, axes: bool, details: bool, as_json: bool, **o: Any) -> None:
     """Show what a folder holds: what came of it, tensors by role and history; with --details, its sites."""
     from ..files.folder import find_manifest
+    from ..models.hub import local_folder
 
     with quiet():
-        manifest = find_manifest(folder)
+        manifest = find_manifest(local_folder(folder))
         if manifest is not None and manifest.kind not in ("run", "hf"):
             emit(manifest.to_json(), _of_files(manifest, details), as_json)
             return

@@ -304,8 +304,9 @@ def _trained_on(run: Path) -> dict[str, Any]:
     """How a run's tables were read; nothing of a checkpoint."""
     from ..files.folder import find_manifest
     from ..frontend.load import run_recipe
+    from ..models.hub import local_folder
 
-    manifest = find_manifest(run)
+    manifest = find_manifest(local_folder(run))
     return dict(run_recipe(run).train) if manifest is not None and manifest.kind == "run" else {}
 
 

@@ -23,6 +23,7 @@ from torch.nn import functional as F  # noqa: N812  (its usual name)
 from ..errors import UsageError, did_you_mean
 from ..frontend.capture import capture
 from ..graph.tree import has_tensor, tensor_hash
+from ..models.hub import local_folder
 from ..models.tasks import loss_type
 from ..passes.rose_lora import RoseLoRA
 from ..pipeline import merge, rewrite
@@ -152,7 +153,7 @@ def edit(
     chosen = replace(options or EditOptions(), **changes)
     if chosen.steps < chosen.end:
         raise UsageError(f"{chosen.steps} steps end before the update is sparse, at step {chosen.end}; give more steps")
-    editor = _Editor(Path(checkpoint), chosen, prompts)
+    editor = _Editor(local_folder(checkpoint), chosen, prompts)
     current, made = editor.base, []
     for number, request in enumerate(edits, 1):
         work = editor.work(current, request)

@@ -25,6 +25,7 @@ from ..files.places import checkpoint_name
 from ..formats.companions import copy_entry, inner_companions, is_weights
 from ..formats.shards import write_pieces, write_weights
 from ..models.checkpoint import check_safetensors, read_config, weight_files
+from ..models.hub import local_folder
 from ..models.quantized import Quantization
 from ..version import __version__
 from .patch import Change, Patch, make
@@ -94,7 +95,7 @@ def revert(checkpoint: str | PathLike[str], patch: Patch, out: str | PathLike[st
 
 def between(base: str | PathLike[str], edited: str | PathLike[str]) -> Patch:
     """The patch from one checkpoint folder to another of the same tensors, e.g. from a base to its folded rewrite."""
-    old, new = slots(Path(base)), slots(Path(edited))
+    old, new = slots(local_folder(base)), slots(local_folder(edited))
     for name in sorted(old.keys() ^ new.keys()):
         raise UsageError(f"no patch between {base} and {edited}: {name} is in one of the two only")
     changes: list[Change] = []
@@ -137,7 +138,7 @@ def _slots(file: Path) -> Iterator[tuple[str, Slot]]:
 
 
 def _exchange(checkpoint: Any, patch: Patch, out: Any, *, undo: bool, overwrite: bool) -> None:
-    folder = Path(checkpoint)
+    folder = local_folder(checkpoint)
     held = slots(folder)
     pairs = [(change, slot) for change in patch.changes for slot in _found(folder, held, change)]
     for change, slot in pairs:  # all before the first byte is copied: a wrong base is seen at once

@@ -32,6 +32,7 @@ from ..graph.site import STACK
 from ..graph.tree import tensor_hash, ties
 from ..methods.adapted import AdapterLora, AdapterWeights, site_of
 from ..methods.stacks import StackShape
+from ..models.hub import local_folder
 from ..passes.lora import Lora
 from ..pipeline import run
 
@@ -46,10 +47,10 @@ _PROMPTS = ("PROMPT", "P_TUNING", "PREFIX", "ADAPTION", "CARTRIDGE", "MULTITASK"
 def weighted(adapters: Adapters) -> dict[Path, float]:
     """The folders and their weights."""
     if isinstance(adapters, Mapping):
-        found = {Path(path): float(weight) for path, weight in adapters.items()}
+        found = {local_folder(path): float(weight) for path, weight in adapters.items()}
     else:
         folders = [adapters] if isinstance(adapters, (str, PathLike)) else list(adapters)
-        found = {Path(path): 1.0 for path in folders}
+        found = {local_folder(path): 1.0 for path in folders}
         if len(found) < len(folders):
             raise UsageError("an adapter was given twice; give it once, with a weight (FOLDER=2)")
     odd = next((path for path, weight in found.items() if not weight or not math.isfinite(weight)), None)

@@ -25,6 +25,7 @@ from ..graph.program import Signature, Source
 from ..graph.tree import has_tensor, named_tensors, put_tensor, tensor_hash
 from ..models.checkpoint import open_model, weight_hashes
 from ..models.examples import dynamic_shapes, example_inputs
+from ..models.hub import local_folder
 from ..models.intact import intact
 from ..models.tasks import head_modules, loss_type
 from ..models.tokenizers import find_tokenizer, pad_token
@@ -59,8 +60,8 @@ def capture(
     """Capture a model as a Program.
 
     Args:
-        source: a checkpoint folder, a ``PreTrainedModel``, or any ``nn.Module`` (then give ``inputs``); one that PEFT
-            wrapped is captured with its adapters, under the names of its own
+        source: a checkpoint folder, or ``org/name`` on Hugging Face's hub; a ``PreTrainedModel``, or any ``nn.Module``
+            (then give ``inputs``); one that PEFT wrapped is captured with its adapters, under the names of its own
         task: opens a folder for a task (``text-classification``, …), so that a bare encoder gets a head
         num_labels: size of that head
         inputs: example keyword inputs, batch ≥ 2; made up when None
@@ -88,7 +89,7 @@ def capture(
     else:
         options = {**options, **({"num_labels": num_labels} if num_labels is not None else {})}
         opened = {**options, **({"trust_remote_code": True} if trust_remote_code else {})}
-        checkpoint = Path(source)
+        checkpoint = local_folder(source, allow_pickle=allow_pickle)
         model, fresh = open_model(checkpoint, task, opened, meta=meta, allow_pickle=allow_pickle)
         _find_padding(model, checkpoint, trust_remote_code)
         drawn = {} if meta else {name: tensor_hash(model.get_parameter(name)) for name in fresh}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
 from ..files.folder import find_manifest
+from ..models.hub import local_folder
 from ..public import Program
 from ..reporting.report import Report, read_report
 from .load import load
@@ -24,9 +24,10 @@ def inspect(source: Program | str | PathLike[str], **options: Any) -> Report:
         ArtifactError: the folder cannot be used, or is not of a model
         UsageError: options for what is not opened
     """
+    source = source if isinstance(source, Program) else local_folder(source)
     manifest = None if isinstance(source, Program) else find_manifest(source)
     if not isinstance(source, Program) and (manifest is None or manifest.kind in ("run", "hf")):
         return load(source, **options).report
     if options:
         raise UsageError(f"{next(iter(options))} is for opening a run or a checkpoint; leave it out")
-    return source.report if isinstance(source, Program) else read_report(Path(source))
+    return source.report if isinstance(source, Program) else read_report(source)

@@ -21,9 +21,11 @@ from ..formats.peft import adapter_keys
 from ..formats.run import INPUTS, RECIPE, VALUES
 from ..graph.tree import has_tensor
 from ..models.checkpoint import check_safetensors, has_identity, read_config
+from ..models.hub import local_folder
 from ..pipeline import rewrite
 from ..public import Program
 from ..recipes.recipe import Recipe
+from ..reporting.answer import EARLIER
 from ..reporting.report import REPORT
 from .adapters import Adapters
 from .capture import capture
@@ -44,7 +46,7 @@ def load(
     """Open a folder as a program: a run as it was saved; any checkpoint, exported by lorafx or not, as a new capture.
 
     Args:
-        path: the folder
+        path: the folder, or ``org/name`` on Hugging Face's hub
         base: where a run's base checkpoint is now, if it was moved
         task: as for :func:`lorafx.capture`; a run knows its own
         num_labels: as for :func:`lorafx.capture`
@@ -59,11 +61,12 @@ def load(
         UsageError: the folder holds no program that can be rewritten (an ONNX folder), or an option that is not for it
     """
     allowed: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code, "check": check}
+    path = local_folder(path, allow_pickle=allow_pickle)
     manifest = find_manifest(path)
     if manifest is None or manifest.kind == "hf":
         if base is not None:
             raise UsageError(f"{path}: a checkpoint has no base of its own")
-        return capture(Path(path), task, num_labels, meta=meta, adapter=adapter, **allowed)
+        return capture(path, task, num_labels, meta=meta, adapter=adapter, **allowed)
     if manifest.kind != "run":
         raise UsageError(f"{path}: an exported {manifest.kind} folder cannot be rewritten; load the run it came from")
     if adapter is not None:
@@ -76,7 +79,7 @@ def load(
         raise UsageError(f"{path}: its base runs code of its own; {remedy}")
     if meta and not run.meta:
         raise UsageError(f"{path}: this run has weights; load it without meta")
-    return _rebuilt(run, lambda: _recapture(run, Path(base or run.base), meta, allowed), check)
+    return _rebuilt(run, lambda: _recapture(run, local_folder(base or run.base), meta, allowed), check)
 
 
 def load_over(path: str | PathLike[str], captured: Program) -> Program:
@@ -101,12 +104,13 @@ def _rebuilt(run: _Run, base: Callable[[], Program], check: bool) -> Program:
         program = rewrite(base(), run.path / RECIPE, check=check)
     _load_values(program, run)
     _name_classes(program, run)
-    program.trained = _training(run.path / REPORT)
+    program.trained, program.earlier = _trainings(run.path / REPORT)
     return program
 
 
 def weight_bytes(path: str | PathLike[str], base: str | PathLike[str] | None = None) -> int:
     """The size of the weight files that a program opened from ``path`` reads: a checkpoint's own, or a run's base's."""
+    path = local_folder(path)
     manifest = find_manifest(path)
     if manifest is not None and manifest.kind == "run":
         path = base or _record(manifest).base
@@ -207,10 +211,11 @@ def _load_values(program: Program, run: _Run) -> None:
         raise ArtifactError(f"{file}: {error}; write the run again") from None
 
 
-def _training(file: Path) -> Mapping[str, Any] | None:
-    """What the training gave, as the run's report tells it."""
+def _trainings(file: Path) -> tuple[Mapping[str, Any] | None, tuple[Mapping[str, Any], ...]]:
+    """What the last training gave, and those before it, as the run's report tells it."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))["sections"].get("training")
+        told = json.loads(file.read_text(encoding="utf-8"))["sections"]
+        return told.get("training"), tuple(told.get(EARLIER, ()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ArtifactError(f"{file}: broken report; write the run again") from None
 

@@ -137,6 +137,7 @@ class Program:
         untrainable: why it cannot train, if so; it is in evaluation form then
         trained: what its last training gave, as JSON values; None when it was not trained, or when what a pass did
             since is another function
+        earlier: what is kept of the trainings before that, oldest first
     """
 
     graph: fx.Graph
@@ -152,6 +153,7 @@ class Program:
     captured: Self | None = None
     untrainable: str = ""
     trained: Mapping[str, Any] | None = None
+    earlier: tuple[Mapping[str, Any], ...] = ()
     #: Changes the config needs to describe the program, e.g. an output layer that is no longer tied.
     config_changes: dict[str, Any] = field(default_factory=dict)
 
@@ -242,6 +244,17 @@ class Program:
                 raise ValueError(f"{name}: expected shape {tuple(target.shape)}, found {tuple(value.shape)}")
             with torch.no_grad():
                 target.copy_(value)
+
+    def outlive_training(self) -> None:
+        """Put what the last training gave among the earlier ones: another begins, or the function is another now.
+
+        Kept are its figures and how it began; curves of another function would be taken for this one's.
+        """
+        if self.trained is not None:
+            start = [entry for entry in self.trained.get("history") or () if entry.get("step") == 0]
+            told = {key: value for key, value in self.trained.items() if key in ("metrics", "seconds")}
+            self.earlier += ({**told, "history": start},)
+        self.trained = None
 
     def copy(self) -> Self:
         """The same program with a graph and tree of its own; tensors share storage, unless running updates them."""

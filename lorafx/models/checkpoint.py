@@ -28,7 +28,8 @@ _log = logging.getLogger(__name__)
 def read_config(path: Path) -> dict[str, Any]:
     """The folder's ``config.json``; ArtifactError when it is missing or no JSON object."""
     if not path.is_dir():
-        raise ArtifactError(f"{path}: no such checkpoint folder; give a local folder with config.json and weights")
+        remedy = "give one with config.json and weights, or org/name on Hugging Face's hub"
+        raise ArtifactError(f"{path}: no such checkpoint folder; {remedy}")
     file = path / "config.json"
     if not file.is_file():
         raise ArtifactError(f"{path}: no config.json; is this a transformers checkpoint folder?")

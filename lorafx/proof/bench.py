@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..errors import ArtifactError, UsageError
 from ..graph.precision import dtype_name
+from ..models.hub import local_folder
 from ..models.tokenizers import length_limit, pad_token
 from ..notebook import shown
 from ..parity.inputs import Generator, merged
@@ -285,7 +286,7 @@ def _quantile(values: Sequence[float], share: float) -> float:
 def _candidate(
     label: str, thing: Any, runner: Runner, shape: tuple[int, int] | None, opening: tuple[str, dict[str, Any]]
 ) -> Candidate:
-    folder = Path(thing) if isinstance(thing, (str, PathLike)) else None
+    folder = local_folder(thing) if isinstance(thing, (str, PathLike)) else None
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder is not None else None
     peak, libraries = None, None
     if folder is not None and shape is not None:

@@ -23,6 +23,7 @@ from ..formats.run import base_record
 from ..frontend.adapters import learned_digest
 from ..graph.tree import has_tensor, named_tensors
 from ..models.checkpoint import has_identity
+from ..models.hub import local_folder
 from ..public import Program
 from ..version import __version__
 from .merges import check_merge
@@ -163,6 +164,7 @@ def check_folder(path: Path, base: Path | None = None, adapters: Sequence[Path] 
     broken = list(_changed(path, {name: entry["sha256"] for name, entry in record["result"].items()}))
     broken += _added(path, record["result"])
     holds += [] if broken else [f"{len(record['result'])} files of {path} are those that were written"]
+    base, adapters = base and local_folder(base), [local_folder(adapter) for adapter in adapters]
     first, others = _origins(record, path, base, adapters)
     there = True
     for one in (first, *others):

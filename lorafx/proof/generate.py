@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import ArtifactError, UsageError
 from ..formats.companions import GENERATION
+from ..models.hub import local_folder
 from ..models.tokenizers import find_tokenizer, length_limit
 from ..parity.runner import Runner
 from .encoder_decoder import starts, whole
@@ -76,17 +77,18 @@ def generate(
     Raises:
         UsageError: no tokenizer, no chat template, a prompt without tokens or too long, or a model of something else
     """
+    folder = local_folder(folder)
     runner = open_runner(folder, **opening)
     trusted = bool(opening.get("trust_remote_code"))
-    tokenizer = find_tokenizer(Path(folder), runner.folder, trust_remote_code=trusted)
+    tokenizer = find_tokenizer(folder, runner.folder, trust_remote_code=trusted)
     if tokenizer is None:
         raise UsageError(f"{folder}: no tokenizer, so there is no text to give it; put its files into the folder")
     ids, limit = _prompt(tokenizer, prompt, chat, folder), length_limit(runner.config)
-    start = _start(runner, Path(folder))
+    start = _start(runner, folder)
     room = most if limit is None else min(most, limit - (len(start) or ids.shape[1]))
     if room < 1 or (limit is not None and ids.shape[1] > limit):
         raise UsageError(f"{folder}: takes {limit} tokens, and the prompt has {ids.shape[1]}; give a shorter one")
-    ends, added, times, said = _ends(runner, Path(folder)), [], [time.perf_counter()], ""
+    ends, added, times, said = _ends(runner, folder), [], [time.perf_counter()], ""
     steps = _by_steps(runner, ids, folder) if runner.decoder else _at_once(runner, ids, start, folder)
     for token in steps:
         times.append(time.perf_counter())

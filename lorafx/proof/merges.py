@@ -20,6 +20,7 @@ from ..formats.changes import Change, Factors, Whole
 from ..frontend.adapters import Adapters, read_adapters, resize, weighted
 from ..graph.tree import named_tensors, persistent, ties
 from ..models.checkpoint import open_model, read_config
+from ..models.hub import local_folder
 from ..models.quantized import Quantization
 from .fits import Made, judge
 
@@ -94,13 +95,14 @@ def check_merge(base: str | Path, adapters: Adapters, merged: str | Path, *, tas
         ArtifactError: a folder that cannot be opened, an adapter that does not fit the base
         UsageError: the two checkpoints are of different classes, or the merged one is quantised
     """
-    if Quantization.of(read_config(Path(merged))) is not None:
+    old_folder, new_folder = local_folder(base), local_folder(merged)
+    if Quantization.of(read_config(new_folder)) is not None:
         raise UsageError(
             f"{merged}: its weights are quantised, which moved every one of them off base + adapter; check the merge "
             "as it was before that"
         )
-    old, fresh = open_model(Path(base), task, {"dtype": "auto"})
-    new, _ = open_model(Path(merged), task, {"dtype": "auto"})
+    old, fresh = open_model(old_folder, task, {"dtype": "auto"})
+    new, _ = open_model(new_folder, task, {"dtype": "auto"})
     if type(old) is not type(new):
         names = f"{type(old).__name__} and {type(new).__name__}"
         raise UsageError(f"{base} and {merged} are of two classes, {names}; say which task to open them for (--task)")

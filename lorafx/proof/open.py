@@ -20,6 +20,7 @@ from ..graph.precision import coarsest
 from ..graph.tree import named_tensors
 from ..models.checkpoint import open_model
 from ..models.examples import example_inputs
+from ..models.hub import local_folder
 from ..parity.inputs import specs_of
 from ..parity.runner import PROVIDERS, Place, Runner, program_runner
 from ..public import Program
@@ -69,7 +70,8 @@ def open_runner(
     if not isinstance(source, (str, PathLike)):
         raise UsageError(f"cannot run {type(source).__name__}; give a program, a module or a folder")
     opening = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
-    return _of_folder(Path(source), place, label or str(source), sealed, opening, base)
+    folder = local_folder(source, allow_pickle=allow_pickle)
+    return _of_folder(folder, place, label or str(source), sealed, opening, base)
 
 
 def _inner(module: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@ it is, and whether it is the same function. Each is there only where it was meas
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -27,6 +27,8 @@ class Figure:
         return self.said or f"{self.label} {self.value}"
 
 
+#: The section of the trainings before the last one.
+EARLIER = "earlier trainings"
 #: Measures that are shares of 1: three decimals say the same of all of them.
 SHARES = ("accuracy", "F1")
 #: What people call a measure whose key says it otherwise.
@@ -41,24 +43,27 @@ def called(key: str) -> str:
 
 @dataclass(frozen=True)
 class Score:
-    """What training did: one measure, before (None when it was not taken) and after, and what on."""
+    """What training did: one measure, as it was before (where that was taken), after each training, and what on."""
 
     name: str
-    before: float | None
-    after: float
+    values: tuple[float, ...]
     on: str
 
     @property
     def value(self) -> str:
-        """The two, or the one there is."""
+        """All there are, the last of which is how it is now."""
         form = ".3f" if self.name in SHARES else ".3g"
-        return " → ".join(format(figure, form) for figure in (self.before, self.after) if figure is not None)
+        return " → ".join(format(value, form) for value in self.values)
 
 
 def subject(facts: Facts) -> str:
     """What the report is about: the model, and the checkpoint it came from."""
     checkpoint = facts.model.get("checkpoint")
-    return f"{facts.model['class']} from {PurePath(checkpoint).name}" if checkpoint else str(facts.model["class"])
+    if not checkpoint:
+        return str(facts.model["class"])
+    # Earlier versions wrote down its path; org/name of the hub is what people call it.
+    named = PurePath(checkpoint).name if PurePath(checkpoint).is_absolute() else checkpoint
+    return f"{facts.model['class']} from {named}"
 
 
 def methods(facts: Facts) -> str:
@@ -78,15 +83,22 @@ def score_of(facts: Facts) -> Score | None:
     keys = (f"eval_{training.get('metric')}", "eval_accuracy", "eval_perplexity", "eval_loss")
     for key in keys:
         if isinstance(metrics.get(key), (int, float)):
-            return Score(called(key), _before(training, key), float(metrics[key]), "on the evaluation data")
+            return Score(called(key), (*_before(facts, key), float(metrics[key])), "on the evaluation data")
     loss = metrics.get("train_loss")
-    return Score("training loss", None, float(loss), "on the training data") if isinstance(loss, (int, float)) else None
+    return Score("training loss", (float(loss),), "on the training data") if isinstance(loss, (int, float)) else None
 
 
-def _before(training: Any, key: str) -> float | None:
-    """What an evaluation gave before the first step."""
-    history = training.get("history") or ()
-    return next((float(entry[key]) for entry in history if entry.get("step") == 0 and key in entry), None)
+def _before(facts: Facts, key: str) -> Iterator[float]:
+    """What an evaluation gave before the first step of each training, the first of them all first."""
+    for training in (*earlier(facts), facts.sections["training"]):
+        history = training.get("history") or ()
+        yield from [float(entry[key]) for entry in history if entry.get("step") == 0 and key in entry][:1]
+
+
+def earlier(facts: Facts) -> list[Mapping[str, Any]]:
+    """The trainings before the last one, oldest first."""
+    found = facts.sections.get(EARLIER)
+    return [training for training in found if isinstance(training, Mapping)] if isinstance(found, list) else []
 
 
 def figures(facts: Facts, contents: Contents) -> list[Figure]:
@@ -107,9 +119,13 @@ def _training(facts: Facts) -> Figure | None:
     score, training = score_of(facts), facts.sections.get("training")
     if score is None or training is None:
         return None
-    steps, seconds = training["metrics"].get("steps"), training.get("seconds")
-    after = f", after {steps:,.0f} steps" if isinstance(steps, (int, float)) else ""
-    took = f" in {duration(seconds)}" if isinstance(seconds, (int, float)) else ""
+    trainings = [*earlier(facts), training]
+    steps = [each.get("metrics", {}).get("steps") for each in trainings]
+    seconds = [each.get("seconds") for each in trainings]
+    counts = " + ".join(f"{count:,.0f}" for count in steps if isinstance(count, (int, float)))
+    after = f", after {counts} steps" if counts else ""
+    whole = sum(each for each in seconds if isinstance(each, (int, float)))
+    took = f" in {duration(whole)}" if whole else ""
     return Figure(score.name, score.value, f"{score.on}{after}{took}")
 
 
@@ -159,8 +175,14 @@ def _speed(facts: Facts) -> Figure | None:
     first, last = rows[0], rows[-1]
     if first is last:
         return Figure("speed", f"{last['median'] * 1e3:.1f} ms", f"at {shaped(last)}")
-    figure, than = f"{last['ratio']:.2f} times", f"as fast as {first['candidate']}"
+    ratio, than = first["median"] / last["median"], f"as fast as {first['candidate']}"
     took = f"{last['median'] * 1e3:.1f} ms where it takes {first['median'] * 1e3:.1f}, {shaped(last)}"
+    if not last["ratio_p10"] <= ratio <= last["ratio_p90"]:
+        # Round by round, which nothing slows down on one side alone, they compare otherwise: the machine was busy.
+        rounds = f"{last['ratio_p10']:.2f} to {last['ratio_p90']:.2f} times {than} round by round"
+        detail = f"times scatter too much: {rounds}, {took} in the median; time them again on an idle machine"
+        return Figure("speed", "not clear", detail, f"its speed is not clear ({detail})")
+    figure = f"{ratio:.2f} times"
     return Figure("speed", figure, f"{than}: {took}", f"{figure} {than} ({took})")
 
 

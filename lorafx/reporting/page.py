@@ -6,6 +6,7 @@ It is laid out for a phone first; whatever may be wide (tables, long names) scro
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable
 from urllib.parse import quote
 
@@ -40,7 +41,12 @@ def _head(facts: Facts, contents: Contents) -> str:
     line = f"<p class=what>{html.escape(what)}</p>" if what else ""
     links = ", ".join(_link(name, size) for name, size in contents.weights)
     made = f"<p class=small>{links}</p>" if links else ""
-    return f"<header><h1>{html.escape(subject(facts))}</h1>{line}<dl class=tiles>{tiles}</dl>{made}</header>"
+    return f"<header><h1>{_breakable(subject(facts))}</h1>{line}<dl class=tiles>{tiles}</dl>{made}</header>"
+
+
+def _breakable(name: str) -> str:
+    """A name that a narrow page may break between its words: ``BertForSequence…`` has no other places."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[-_/.])", "<wbr>", html.escape(name))
 
 
 def _ladder(facts: Facts) -> str:

@@ -91,7 +91,7 @@ def _latency(facts: Facts) -> Iterator[Picture]:
     yield Picture("How fast", note, chart, Section("How fast", _TIMED, tuple(map(_timed, rows))))
 
 
-_TIMED = ("inputs", "what", "median ms", "p10 ms", "p90 ms", "times as fast")
+_TIMED = ("inputs", "what", "median ms", "p10 ms", "p90 ms", "times as fast, round by round")
 
 
 def _timed(row: Mapping[str, Any]) -> tuple[str, ...]:

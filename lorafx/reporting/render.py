@@ -22,9 +22,10 @@ def section_of(title: str, value: Any) -> Section:
     """Any JSON value as a section: a list of objects has a column for each key, an object a row for each."""
     if _is_rows(value):
         columns = tuple(dict.fromkeys(key for row in value for key in row))
-        return Section(title, columns, tuple(tuple(cell(row.get(name)) for name in columns) for row in value))
+        rows = tuple(tuple(cell(row.get(name)) for name in columns) for row in value)
+        return Section(title, tuple(map(_words, columns)), rows)
     if isinstance(value, Mapping):
-        return Section(title, ("what", "value"), tuple((key, cell(inner)) for key, inner in value.items()))
+        return Section(title, ("what", "value"), tuple((_words(key), cell(inner)) for key, inner in value.items()))
     lines = value if isinstance(value, list) else [value]
     return Section(title, ("value",), tuple((cell(line),) for line in lines))
 
@@ -43,6 +44,11 @@ def sections_of(title: str, value: Any) -> Iterator[Section]:
             yield from sections_of(f"{title}: {key}", part)
 
 
+def _words(key: str) -> str:
+    """A key as people read it: ``eval_accuracy`` is two words."""
+    return key.replace("_", " ")
+
+
 def _is_rows(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(row, Mapping) for row in value)
 
@@ -58,7 +64,7 @@ def cell(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {cell(inner)}" for key, inner in value.items())
+        return ", ".join(f"{_words(key)} {cell(inner)}" for key, inner in value.items())
     return ", ".join(map(cell, value)) if isinstance(value, list) else str(value)
 
 

@@ -15,7 +15,7 @@ from ..files.places import checkpoint_name
 from ..graph.facts import Gathered, ZeroButKept
 from ..models.checkpoint import by_header
 from ..notebook import shown
-from .answer import sentence
+from .answer import EARLIER, sentence
 from .contents import Contents
 from .facts import Facts, PassReport, RoleReport, json_value
 from .page import draw_page
@@ -113,6 +113,7 @@ def report_of(program: Program) -> Report:
     passes = tuple(_pass_report(program, applied, place >= last) for place, applied in enumerate(program.history))
     roles = _roles(program)
     learned = {"training": json_value(program.trained)} if program.trained is not None else {}
+    learned |= {EARLIER: [json_value(each) for each in program.earlier]} if program.earlier else {}
     return Report(model, passes, roles, tuple(_notes(program, roles)), {**learned, **_learned(program)})
 
 

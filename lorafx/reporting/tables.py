@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from .facts import Facts, PassReport
 from .render import Section, braced, cell, sections_of
@@ -12,6 +12,8 @@ _TITLES = {
     **{name: name.capitalize() for name in ("parity", "training", "benchmark", "decoder", "quantized", "output")},
     "sizes": "Sizes in bytes",
 }
+#: What a training says to the process that ran it.
+_OF_PROCESSES = ("is_main",)
 
 
 def sections_of_facts(facts: Facts) -> list[Section]:
@@ -23,7 +25,10 @@ def sections_of_facts(facts: Facts) -> list[Section]:
 def measured(facts: Facts) -> Iterator[Section]:
     """What methods learned and what was measured."""
     for name, value in facts.sections.items():
-        yield from sections_of(_TITLES.get(name, name), value)
+        told = value
+        if name == "training" and isinstance(value, Mapping):
+            told = {key: part for key, part in value.items() if key not in _OF_PROCESSES}
+        yield from sections_of(_TITLES.get(name, name), told)
 
 
 def history(passes: Sequence[PassReport]) -> list[Section]:

@@ -157,6 +157,7 @@ def train(
             samples = samples_of(program, held_out, tokenizer, settings.samples)
         told = metric.name if metric is not None and f"eval_{metric.name}" in result.metrics else None
         result = dataclasses.replace(result, rows_cut=rows.cut, samples=tuple(samples), metric=told)
+        program.outlive_training()
         program.trained = result.to_json()
         return result
 

@@ -156,6 +156,23 @@ def test_what_training_gave_goes_with_the_program(checkpoint: Checkpoints, tmp_p
     assert lora(checkpoint("bert")).trained is None
 
 
+def test_what_came_before_the_last_training_goes_along(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    """How it began and what it gave; its curves, which are those of another function, do not."""
+    start, end = {"eval_accuracy": 0.5, "step": 0}, {"eval_accuracy": 0.75, "step": 9}
+    program = lora(checkpoint("bert"))
+    program.trained = {"metrics": {"eval_accuracy": 0.75}, "seconds": 3.0, "history": [start, end], "samples": []}
+    gated = lorafx.rewrite(program, [Finegates()])
+    kept = ({"metrics": {"eval_accuracy": 0.75}, "seconds": 3.0, "history": [start]},)
+    assert (gated.earlier, program.earlier) == (kept, ())
+    gated.trained = {"metrics": {"eval_accuracy": 0.7}, "history": [{"eval_accuracy": 0.75, "step": 0}]}
+    gated.save(tmp_path / "run")
+    again = lorafx.load(tmp_path / "run")
+    assert again.earlier == kept
+    assert "accuracy 0.500 → 0.750 → 0.700" in " ".join(again.report.text().split())
+    again.outlive_training()
+    assert (again.trained, len(again.earlier)) == (None, 2)
+
+
 def test_a_run_whose_report_is_broken_is_refused(run: Path) -> None:
     (run / "report.json").write_text("[]", encoding="utf-8")
     seal(run)

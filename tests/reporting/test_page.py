@@ -8,6 +8,7 @@ words that touch in a chart and colours, no test does.
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import re
@@ -20,7 +21,7 @@ from typing import Any
 import pytest
 
 from lorafx.reporting import page
-from lorafx.reporting.answer import score_of, sentence
+from lorafx.reporting.answer import EARLIER, score_of, sentence
 from lorafx.reporting.charts import Bars, Grid, Lines
 from lorafx.reporting.contents import Contents
 from lorafx.reporting.facts import Facts, PassReport, RoleReport
@@ -50,7 +51,7 @@ PHONE = 328
 
 
 def timing(candidate: str, batch: int, seconds: float, ratio: float) -> dict[str, Any]:
-    spread = {"p10": seconds * 0.9, "p90": seconds * 1.2}
+    spread = {"p10": seconds * 0.9, "p90": seconds * 1.2, "ratio_p10": ratio * 0.9, "ratio_p90": ratio * 1.1}
     return {"candidate": candidate, "batch": batch, "length": 64, "median": seconds, "ratio": ratio, **spread}
 
 
@@ -107,6 +108,34 @@ def test_nothing_is_called_equal_that_was_not_found_so() -> None:
     assert sentence(facts(parity=found), Contents()).endswith("; logits differs")
     few = facts(parity={"ok": None, "summary": "approximate, int8: …"}, quantized={"bits": "int8"})
     assert [figure.value for figure in page.figures(few, Contents())][-1] == "approximate"
+
+
+def test_a_speed_is_that_of_the_times_beside_it() -> None:
+    """Both are medians of the same rounds; where the rounds themselves compare otherwise, there is no speed to tell."""
+    close = [timing("PyTorch", 8, 0.0743, 1.0), timing("lorafx", 8, 0.0514, 1.42)]
+    told = sentence(facts(benchmark={"timings": close}), Contents())
+    assert told.endswith("; 1.45 times as fast as PyTorch (51.4 ms where it takes 74.3, 8 texts of 64 tokens)")
+    busy = [timing("PyTorch", 8, 0.0023, 1.0), timing("lorafx", 8, 0.0108, 1.3)]
+    told = sentence(facts(benchmark={"timings": busy}), Contents())
+    assert told.endswith(
+        "; its speed is not clear (times scatter too much: 1.17 to 1.43 times as fast as PyTorch round by round, "
+        "10.8 ms where it takes 2.3, 8 texts of 64 tokens in the median; time them again on an idle machine)"
+    )
+
+
+def test_all_trainings_are_told_the_first_one_first() -> None:
+    """A demo that trains twice would else say that training did nothing."""
+    first = {"metrics": {"eval_accuracy": 0.75, "steps": 1200}, "history": [{"eval_accuracy": 0.25, "step": 0}]}
+    second = {"metrics": {"eval_accuracy": 0.8, "steps": 30}, "history": [{"eval_accuracy": 0.75, "step": 0}]}
+    report = facts(training={**second, "seconds": 60.0}, **{EARLIER: [{**first, "seconds": 120.0}]})
+    figure = page.figures(report, Contents())[0]
+    assert (figure.value, figure.detail) == (
+        "0.250 → 0.750 → 0.800",
+        "on the evaluation data, after 1,200 + 30 steps in 3 min",
+    )
+    assert "accuracy 0.250 → 0.750 → 0.800 on the evaluation data" in [rung.said for rung in rungs(report)]
+    loss = facts(training={"metrics": {"train_loss": 0.3}}, **{EARLIER: [first]})
+    assert page.figures(loss, Contents())[0].value == "0.3", "another measure is no start of this one"
 
 
 def test_what_was_not_checked_is_said() -> None:
@@ -196,7 +225,7 @@ def test_one_evaluation_is_no_curve() -> None:
 class Reader(HTMLParser):
     """Collects text and tags; refuses tags that are not closed, twofold ids, scripts, and what is fetched."""
 
-    VOID = ("meta", "use", "path", "rect", "br")
+    VOID = ("meta", "use", "path", "rect", "br", "wbr")
 
     def __init__(self) -> None:
         super().__init__()
@@ -222,7 +251,7 @@ class Reader(HTMLParser):
             self.charts.append(known)
         if tag == "table" and not any(held.get("class") == "scroll" for _, held in self.open):
             self.loose.append(tag)
-        if tag != "meta":
+        if tag not in ("meta", "wbr"):
             self.open.append((tag, known))
 
     def handle_endtag(self, tag: str) -> None:
@@ -297,6 +326,15 @@ def laid_out(page: str, widths: tuple[int, ...], folder: Path) -> list[list[int]
     found = re.search(r"<title>(.+?)</title>", shown)
     assert found is not None, shown[:200]
     return json.loads(found[1])
+
+
+def test_a_name_breaks_between_its_words() -> None:
+    assert (
+        "<h1>Bert<wbr>For<wbr>Sequence<wbr>Classification from tiny-<wbr>bert</h1>"
+        in dataclasses.replace(
+            everything(), model={"class": "BertForSequenceClassification", "checkpoint": "tiny-bert"}
+        ).html()
+    )
 
 
 def test_it_is_no_wider_than_a_phone_or_a_screen(tmp_path: Path) -> None:
