@@ -328,6 +328,8 @@ def test_a_training_is_scored_before_it_begins_and_told_by_its_program() -> None
         assert program.trained == result.to_json()
         assert program.report.sections["training"]["metrics"]["eval_accuracy"] == result.metrics["eval_accuracy"]
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    fit(program)
+    assert [each["metrics"] for each in program.earlier] == [result.metrics]
 
 
 def test_a_resumed_training_is_not_scored_again_before_it_goes_on(tmp_path: Path) -> None:
