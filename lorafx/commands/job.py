@@ -229,8 +229,8 @@ def _train(job: Job, folder: Path, inputs: Mapping[str, str]) -> Program | None:
 
     model = job.recipe.model
     set_seed(int(model.get("seed", 0)))
-    dtype = {"dtype": model["dtype"]} if "dtype" in model else {}
-    base = capture(job.checkpoint, model.get("task"), model.get("num_labels"), **job.opening(), **dtype)
+    opening = {**job.opening(), **job.recipe.opening}
+    base = capture(job.checkpoint, model.get("task"), model.get("num_labels"), **opening)
     before = _configs(base)
     program = rewrite(base, job.recipe)
     with training_folder(job.out / CHECKPOINTS, inputs) as checkpoints:

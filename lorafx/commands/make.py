@@ -51,6 +51,7 @@ _FLAGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 @adapter_option
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="The run folder to make.")
 @task_options
+@click.option("--ignore-mismatched-sizes", is_flag=True, help="A head of another size begins anew, at random.")
 @checkpoint_options
 @click.option("--dry-run", is_flag=True, help="Print every site and every miss, and change nothing.")
 @check_option
@@ -77,8 +78,8 @@ def rewrite(ctx: click.Context, checkpoint: Path, recipe: Path | None, passes: t
         raise UsageError("give -o FOLDER for the run, or --dry-run to look at the sites")
     task = o["task"] or steps.model.get("task")
     num_labels = o["num_labels"] or steps.model.get("num_labels")
-    dtype = {"dtype": steps.model["dtype"]} if "dtype" in steps.model else {}
-    opened = {"allow_pickle": o["allow_pickle"], "trust_remote_code": o["trust_remote_code"], **dtype}
+    opened = {"allow_pickle": o["allow_pickle"], "trust_remote_code": o["trust_remote_code"], **steps.opening}
+    opened |= {"ignore_mismatched_sizes": True} if o["ignore_mismatched_sizes"] else {}
     seed = o["seed"] if o["seed"] is not None else steps.model.get("seed", 0)
     _seed(seed)
     observers: list[Observer] = [Dump(o["dump"])] if o["dump"] else []

@@ -12,6 +12,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
+from transformers.utils import logging as hf_logging
 from transformers.utils.logging import tqdm
 
 from ..deferred.tensor import passing_tiles
@@ -69,7 +71,7 @@ def write_checkpoint(model: Any, folder: Path, shard_size: int | str = "5GB") ->
         size and hash of every weight file
     """
     with TemporaryDirectory(dir=folder) as beside:  # transformers clears away the weight files it finds
-        with own_configs(model.config):
+        with own_configs(model.config), _no_bars():
             model.save_pretrained(beside, state_dict={})  # everything but the weights
         for file in Path(beside).iterdir():
             file.replace(folder / file.name)
@@ -88,6 +90,18 @@ def write_checkpoint(model: Any, folder: Path, shard_size: int | str = "5GB") ->
         index = {"metadata": {"total_parameters": parameters, **plan.metadata}, "weight_map": plan.tensor_to_filename}
         (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return entries
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Have transformers not count the weight files that it writes: there are none of its."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 #: Writes one file, telling of bytes as they are written.

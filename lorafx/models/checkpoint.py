@@ -20,7 +20,7 @@ from ..files.folder import LFS_START, MANIFEST, file_hash, find_manifest
 from .layered import own_configs
 from .quantized import Quantization, read_in_full
 from .sentences import pooled
-from .tasks import SETTINGS, auto_class
+from .tasks import SETTINGS, auto_class, head_modules
 
 _log = logging.getLogger(__name__)
 
@@ -153,13 +153,17 @@ def open_model(
     cls = auto_class(task) if task is not None else _named_class(path, config)
     # Said either way: left open, transformers asks at the terminal.
     options = {"trust_remote_code": False, **SETTINGS.get(task, {}), **options}
+    allowed = bool(options.get("ignore_mismatched_sizes"))
     quantization = Quantization.of(config)
     if quantization is not None:
         dtype, reading = options.get("dtype"), quantization.options(path)
         options |= {"dtype": torch.float32 if dtype in (None, "auto") else dtype, **({} if meta else reading)}
     try:
         if meta:
-            return pooled(_build_on_meta(cls, path, options), path, task), frozenset()
+            model = _build_on_meta(cls, path, options)
+            if quantization is None:
+                _misfits(path, model, {"mismatched_keys": _head_misfits(path, model)}, allowed=allowed)
+            return pooled(model, path, task), frozenset()
         files = weight_files(path, allow_pickle=allow_pickle)
         if not files:
             raise ArtifactError(f"{path}: no weights (*.safetensors); fetch the checkpoint, or capture with meta=True")
@@ -172,7 +176,7 @@ def open_model(
         if odd is None:
             raise
         raise UsageError(f"{path}: transformers takes no {odd!r} for this model; leave that option out") from error
-    misfits = _misfits(path, model, info, allowed=bool(options.get("ignore_mismatched_sizes")))
+    misfits = _misfits(path, model, info, allowed=allowed)
     chosen = task is not None or bool(config.get("architectures"))
     masks = _masks(path) if quantization is None else ()  # whole numbers may be weights there
     unread = sorted(key for key in info["unexpected_keys"] if key not in masks)
@@ -189,10 +193,22 @@ def _misfits(path: Path, model: nn.Module, info: Mapping[str, Any], *, allowed: 
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise ArtifactError(
             f"{path}: its files hold {key} as {tuple(theirs)}, where a {type(model).__name__} of this config and "
-            f"these options has {tuple(ours)}{more}; mend config.json or the option, or give a head anew with "
-            "ignore_mismatched_sizes=True"
+            f"these options has {tuple(ours)}{more}; mend config.json or the option, or have a head begin anew: "
+            "ignore_mismatched_sizes = true in Python and under [model] of a recipe, --ignore-mismatched-sizes"
         )
     return frozenset(key for key, *_ in found)
+
+
+def _head_misfits(path: Path, model: nn.Module) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """What the files hold of the model's head in another shape, by their headers alone: names, shapes there and here.
+
+    Other weights may be stored under names or in shapes that transformers converts.
+    """
+    heads = tuple(f"{module}." for module in head_modules(model))
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items() if name.startswith(heads)}
+    files = [file for file in weight_files(path, allow_pickle=True) if file.suffix == ".safetensors"] if own else []
+    held = {key: tuple(entry["shape"]) for file in files for key, entry in check_safetensors(file).items()}
+    return [(name, held[name], shape) for name, shape in own.items() if held.get(name, shape) != shape]
 
 
 def _masks(path: Path) -> set[str]:
@@ -300,6 +316,7 @@ def _build_on_meta(cls: Any, path: Path, options: dict[str, Any]) -> nn.Module:
     from transformers.initialization import no_init_weights
 
     dtype = options.pop("dtype", None)
+    options.pop("ignore_mismatched_sizes", None)  # nothing is read that could not fit
     with own_configs():
         config, unknown = transformers.AutoConfig.from_pretrained(path, return_unused_kwargs=True, **options)
     odd = next((name for name in unknown if name != "trust_remote_code"), None)

@@ -19,6 +19,9 @@ class ModelOptions(Options):
     checkpoint: str | None = option(None, "the base checkpoint's folder")
     task: str | None = option(None, "open the checkpoint for this task, e.g. text-classification")
     num_labels: int | None = option(None, "size of the classification head", least=1)
+    ignore_mismatched_sizes: bool = option(
+        False, "weights of another size than the checkpoint's, as a head for other classes, begin at random"
+    )
     dtype: str | None = option(None, "load the base in this dtype, e.g. bfloat16")
     seed: int = option(0, "seed of initial values", least=0, below=2**32)
 

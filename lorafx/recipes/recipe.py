@@ -38,6 +38,12 @@ class Recipe:
     model: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def opening(self) -> dict[str, Any]:
+        """What the recipe says of how transformers opens the checkpoint, beside its task."""
+        said = {name: self.model.get(name) for name in ("dtype", "ignore_mismatched_sizes")}
+        return {name: value for name, value in said.items() if value}
+
     @classmethod
     def of(cls, value: str | PathLike[str] | Mapping[str, Any] | Recipe | Sequence[Pass | Mapping[str, Any]]) -> Recipe:
         """A Recipe from a path, a dict, a Recipe, or a sequence of passes and of tables of passes."""

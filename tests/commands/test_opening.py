@@ -18,6 +18,7 @@ from lorafx.errors import ArtifactError, UsageError, first_line
 from lorafx.files.folder import new_folder
 from lorafx.models.checkpoint import open_model, open_tokenizer
 from lorafx.passes.lora import Lora
+from lorafx.recipes.recipe import Recipe
 
 OPENING = ["--allow-pickle", "--trust-remote-code", "--base", "moved"]
 #: Every command that opens a run, and what else it needs.
@@ -331,3 +332,19 @@ def test_a_run_keeps_inputs_that_its_config_does_not_say(tmp_path: Path) -> None
 def test_no_message_ends_without_a_reason() -> None:
     assert first_line(ValueError("\n  one\ntwo")) == "one"
     assert first_line(ValueError("")) == first_line(ValueError(" \n")) == "ValueError"
+
+
+def test_a_head_for_other_classes_begins_anew_when_asked(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """By the flag, and by the recipe of a job; the run opens again as it was made."""
+    from transformers import AutoModelForSequenceClassification
+
+    base = shutil.copytree(tiny_checkpoint, tmp_path / "base")
+    AutoModelForSequenceClassification.from_pretrained(tiny_checkpoint, num_labels=3).save_pretrained(base)
+    words = ["rewrite", str(base), "--num-labels", "5", "--pass", "lora", "-o", str(tmp_path / "run")]
+    refused = CliRunner().invoke(main, words)
+    assert (refused.exit_code, "--ignore-mismatched-sizes" in refused.stderr) == (5, True)
+    assert CliRunner().invoke(main, [*words, "--ignore-mismatched-sizes"]).exit_code == 0
+    program = lorafx.load(tmp_path / "run")
+    assert program.untrained() == ["classifier.bias", "classifier.weight"]
+    recipe = Recipe.parse({"model": {"ignore_mismatched_sizes": True}, "pass": [{"name": "lora"}]})
+    assert recipe.opening == {"ignore_mismatched_sizes": True}

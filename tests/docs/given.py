@@ -19,6 +19,7 @@ import transformers as hf
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from examples import assets
 from tests import foreign
 from tests.docs.blocks import ROOT, blocks, run
 
@@ -62,6 +63,7 @@ class Pages:
             "texts.csv": lambda path: _write(path, self._texts()),
             "chats.jsonl": lambda path: _write(path, _chats()),
             "pairs.csv": lambda path: _write(path, _pairs()),
+            "digits": _digits,
         }
 
     def run(self, page: Path) -> Path:
@@ -159,6 +161,15 @@ def _chats() -> list[str]:
         for user, said in asked * 4
     ]
     return [json.dumps(row) for row in rows]
+
+
+def _digits(path: Path) -> None:
+    """The first images of each class."""
+    for part in assets.digits():
+        for number in sorted(part.iterdir()):
+            for file in sorted(number.iterdir())[:3]:
+                (path / part.name / number.name).mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, path / part.name / number.name)
 
 
 def _pairs() -> list[str]:

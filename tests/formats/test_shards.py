@@ -223,3 +223,13 @@ def test_two_writers_of_one_folder_do_not_meet(tmp_path: Path) -> None:
             raise AssertionError("two writers")
         assert (first / "file").read_text(encoding="utf-8") == "mine"
     assert (tmp_path / "out" / "file").is_file()
+
+
+def test_no_file_is_counted_that_is_not_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """transformers writes all but the weights here, and would tell of "0it" of those; afterwards it tells as before."""
+    model: Any = models()["a bare encoder"].eval()
+    write_checkpoint(put_off(model), tmp_path)
+    end_progress(tmp_path)
+    assert "0it" not in capfd.readouterr().err
+    hf.BertModel(model.config).save_pretrained(tmp_path / "theirs")
+    assert "Writing model shards" in capfd.readouterr().err

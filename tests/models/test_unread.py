@@ -103,6 +103,13 @@ def test_a_head_of_another_size_is_anew_only_when_asked_for(checkpoint: Path) ->
     assert model.get_parameter("classifier.weight").shape[0] == 5
 
 
+def test_a_head_of_another_size_is_seen_before_weights_are_read(checkpoint: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"hold classifier.bias as \(3,\), .* has \(5,\) .*--ignore-m"):
+        open_model(checkpoint, None, {"num_labels": 5}, meta=True)
+    asked = {"num_labels": 5, "ignore_mismatched_sizes": True}
+    assert open_model(checkpoint, None, asked, meta=True)[0].get_parameter("classifier.weight").shape[0] == 5
+
+
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     bert().save_pretrained(tmp_path / "shards", max_shard_size="20KB")  # type: ignore[operator]

@@ -171,6 +171,22 @@ def test_reuters_r8() -> None:
 
 
 @pytest.mark.slow
+def test_digits() -> None:
+    from PIL import Image
+
+    train, test = assets.digits()
+    counts = [[len(list((part / str(digit)).iterdir())) for digit in range(10)] for part in (train, test)]
+    assert [sum(part) for part in counts] == [8500, 1500]
+    assert counts[1] == [150] * 10
+    with Image.open(train / "1" / "0000.png") as image:
+        assert (image.size, image.mode) == ((28, 28), "L")
+        # A one: its ink stands in the middle columns, as high as digits are written.
+        assert image.getbbox() is not None
+        left, top, right, bottom = image.getbbox() or (0, 0, 0, 0)
+        assert right - left < bottom - top == 20
+
+
+@pytest.mark.slow
 def test_brown() -> None:
     lines = assets.brown().read_text(encoding="utf-8").splitlines()
     assert len(lines) == 57_340

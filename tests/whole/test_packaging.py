@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -126,6 +127,13 @@ def test_the_list_for_cpus_is_what_is_required_with_the_other_onnx_runtime(
     listed = [Requirement(line) for line in lines if not line.startswith("#")]
     assert {r.name: r.specifier for r in listed} == needed
     assert all(r.marker is None for r in listed)
+
+
+def test_the_page_on_installing_names_every_extra(metadata: Message) -> None:
+    page = (ROOT / "docs" / "how-to" / "install.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `lorafx\[(\w+)\]` \|", page, re.MULTILINE)) == set(
+        metadata.get_all("Provides-Extra", [])
+    )
 
 
 def test_importing_lorafx_to_find_the_list_needs_nothing_installed() -> None:
