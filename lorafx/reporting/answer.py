@@ -85,6 +85,9 @@ def score_of(facts: Facts) -> Score | None:
         if isinstance(metrics.get(key), (int, float)):
             return Score(called(key), (*_before(facts, key), float(metrics[key])), "on the evaluation data")
     loss = metrics.get("train_loss")
+    logged = [float(entry["loss"]) for entry in training.get("history") or () if "loss" in entry]
+    if len(logged) > 1:
+        return Score("training loss", (logged[0], logged[-1]), "as first and last logged")
     return Score("training loss", (float(loss),), "on the training data") if isinstance(loss, (int, float)) else None
 
 

@@ -162,6 +162,14 @@ def test_a_score_is_the_best_measure_there_is(metrics: dict[str, float], told: t
     assert (score.name, score.value) == told
 
 
+def test_without_evaluation_the_loss_is_told_as_it_was_logged() -> None:
+    """Its mean over all steps, which is what transformers calls the training loss, says nothing of what was learned."""
+    logged = [{"loss": 3.9, "step": 10}, {"loss": 3.5, "step": 20}, {"loss": 3.1, "step": 30}, {"train_loss": 3.5}]
+    score = score_of(facts(training={"metrics": {"train_loss": 3.5}, "history": logged}))
+    assert score is not None
+    assert (score.name, score.value, score.on) == ("training loss", "3.9 → 3.1", "as first and last logged")
+
+
 def test_training_of_another_form_has_no_score() -> None:
     assert score_of(facts(training={"accuracy": 0.5})) is None
     assert pictures(facts(training={"accuracy": 0.5}, Blocks="none", other=[{"module": 3}], **{"x: y": [1]})) == []
