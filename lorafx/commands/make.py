@@ -40,7 +40,8 @@ from .shared import (
 )
 
 _FORMATS = ["onnx", "hf", "layered", "pt2", "peft", "onnx-adapter"]
-_TABLE = "Training table: csv, jsonl or parquet; or a folder with a folder of images for each class."
+_TABLE = "Training table: csv, tsv, jsonl, json or parquet; or a folder with a folder of images for each class."
+_HELD_OUT = "The same to evaluate on: scored before the first step and after every epoch."
 _KEPT = ["merged", "separate", "slots"]
 _FLAGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 
@@ -105,7 +106,7 @@ def _seed(seed: int) -> None:
 @click.command(cls=GroupedCommand)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--data", required=True, type=click.Path(path_type=Path), help=_TABLE)
-@click.option("--eval", "eval_data", type=click.Path(path_type=Path), help="Evaluation table.")
+@click.option("--eval", "eval_data", type=click.Path(path_type=Path), help=_HELD_OUT)
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Write the trained run here (default: into RUN).")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of an interrupted training.")
 @click.option(
@@ -119,7 +120,10 @@ def _seed(seed: int) -> None:
 @details_option
 @as_json_option
 def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, **o: Any) -> None:
-    """Train the run folder RUN on a table, with HF Trainer."""
+    """Train the run folder RUN on a table, with HF Trainer.
+
+    Options win over those that RUN's recipe has under [train], and these over the defaults below.
+    """
     from ..files.folder import check_free
     from ..formats.run import save_run
     from ..frontend.load import load, run_recipe
@@ -319,9 +323,11 @@ def _asked(given: dict[str, Any]) -> dict[str, Any]:
 
 @click.command(cls=GroupedCommand)
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="The base folder (default: the recipe's).")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="The base: a folder, or org/name (default: the recipe's)."
+)
 @click.option("--data", required=True, type=click.Path(path_type=Path), help=_TABLE)
-@click.option("--eval", "eval_data", type=click.Path(path_type=Path), help="Evaluation table.")
+@click.option("--eval", "eval_data", type=click.Path(path_type=Path), help=_HELD_OUT)
 @out_option
 @provider_option
 @train_flags
@@ -329,7 +335,10 @@ def _asked(given: dict[str, Any]) -> dict[str, Any]:
 @details_option
 @as_json_option
 def run(recipe: Path, checkpoint: Path | None, data: Path, eval_data: Path | None, out: Path, **o: Any) -> None:
-    """Do all of RECIPE: rewrite, train, fold, export. Run again after an interruption, it goes on where it was."""
+    """Do all of RECIPE: rewrite, train, fold, export. Run again after an interruption, it goes on where it was.
+
+    Options win over those that RECIPE has under [train], and these over the defaults below.
+    """
     from ..recipes.recipe import Recipe
     from .job import Job, checkpoint_of, run_job
 
