@@ -87,6 +87,11 @@ def test_the_recipe_parses() -> None:
     assert [step.pass_name() for step in Recipe.parse(tomllib.loads(text)).passes] == ["lora"]
 
 
+def in_main() -> click.Context:
+    """What a command is called in. Outside it has other options for help, and keeps those."""
+    return click.Context(main, **main.context_settings)
+
+
 def test_every_line_of_the_list_is_what_its_command_takes() -> None:
     """Parsed as it is typed: commands, options and their values; nothing is run."""
     (listed,) = (block for block in blocks_of(PAGE) if block.excuse == PARSED)
@@ -98,13 +103,13 @@ def test_every_line_of_the_list_is_what_its_command_takes() -> None:
         if isinstance(command, click.Group):
             name, *arguments = arguments
             command = command.commands[name]
-        taken = command.make_context(name, list(arguments))
+        taken = command.make_context(name, list(arguments), parent=in_main())
         assert not taken.args, f"{name}: {taken.args}"
 
 
 def test_a_planted_option_that_does_not_exist_is_refused() -> None:
     with pytest.raises(click.NoSuchOption):
-        main.commands["fold"].make_context("fold", ["run", "--never", "-o", "folded"])
+        main.commands["fold"].make_context("fold", ["run", "--never", "-o", "folded"], parent=in_main())
 
 
 def test_every_command_has_help() -> None:
