@@ -15,6 +15,7 @@ from .flags import GroupedCommand, read_recipe, train_flags, train_options
 from .shared import (
     adapter_option,
     adapters_of,
+    after_all,
     as_json_option,
     check_of,
     check_option,
@@ -348,4 +349,4 @@ def run(recipe: Path, checkpoint: Path | None, data: Path, eval_data: Path | Non
     job = Job(steps, base, data, eval_data, out, options, o["provider"], *opened)
     with quiet():
         report = run_job(job, lambda line: click.echo(line, err=True))
-    tell(report, o, f"lorafx report {out} --open", out / "onnx")
+    tell(report, o, after_all(out, str(report.model["class"])), out / "onnx")

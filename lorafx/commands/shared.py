@@ -151,6 +151,16 @@ def tell(report: Report, given: dict[str, Any], next_step: str, folder: Path | N
     emit(report.to_json(), text, given["as_json"])
 
 
+#: What the classes of models are called that write texts token by token.
+_WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+def after_all(out: Path, name: str) -> str:
+    """What to do with what ``lorafx run`` made of a model whose class has this name."""
+    cached = f"; lorafx export {out / 'run'} -o DECODER --generate, for the same with its cache"
+    return f"lorafx report {out} --open{cached if name.endswith(_WRITERS) else ''}"
+
+
 def widths(given: dict[str, Any]) -> dict[str, Any]:
     """The values of :data:`width_options` among a command's options."""
     return {name: given[name] for name in ("round_to", "keep_at_least", "uniform")}

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 
 from lorafx.cli import main
 from lorafx.commands.flags import train_options
-from lorafx.commands.shared import seldom_collecting
+from lorafx.commands.shared import after_all, seldom_collecting
 from lorafx.errors import UsageError
 
 RECIPE = """
@@ -305,6 +305,12 @@ def test_shells_complete_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"lora"} == completed("passes", "lo")
     assert {"onnx", "onnx-adapter"} == completed("export", "run", "--format", "on")
     assert "text-classification" in completed("rewrite", "folder", "--task", "text")
+
+
+def test_who_trained_a_model_that_writes_is_told_of_its_cache() -> None:
+    assert after_all(Path("out"), "BertForMaskedLM") == "lorafx report out --open"
+    for name in ("LlamaForCausalLM", "GPT2LMHeadModel", "T5ForConditionalGeneration"):
+        assert "lorafx export out/run -o DECODER --generate" in after_all(Path("out"), name)
 
 
 def test_arguments_of_the_trainer_are_pairs_or_a_table() -> None:
