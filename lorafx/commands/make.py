@@ -121,10 +121,8 @@ def _seed(seed: int) -> None:
 @details_option
 @as_json_option
 def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, **o: Any) -> None:
-    """Train the run folder RUN on a table, with HF Trainer.
-
-    Options win over those that RUN's recipe has under [train], and these over the defaults below.
-    """
+    """Train the run folder RUN on a table, with HF Trainer. Options win over those that RUN's recipe has under [train],
+    and these over the defaults below."""
     from ..files.folder import check_free
     from ..formats.run import save_run
     from ..frontend.load import load, run_recipe
@@ -337,9 +335,7 @@ def _asked(given: dict[str, Any]) -> dict[str, Any]:
 @as_json_option
 def run(recipe: Path, checkpoint: Path | None, data: Path, eval_data: Path | None, out: Path, **o: Any) -> None:
     """Do all of RECIPE: rewrite, train, fold, export. Run again after an interruption, it goes on where it was.
-
-    Options win over those that RECIPE has under [train], and these over the defaults below.
-    """
+    Options win over those that RECIPE has under [train], and these over the defaults below."""
     from ..recipes.recipe import Recipe
     from .job import Job, checkpoint_of, run_job
 
