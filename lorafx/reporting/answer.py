@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from .contents import Contents, megabytes
-from .facts import Facts
+from .facts import Facts, PassReport
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,15 @@ def subject(facts: Facts) -> str:
 
 def methods(facts: Facts) -> str:
     """What was put on the model and where: ``lora on 36 weights, finegates on 12``."""
-    steps = [step for step in facts.passes if not step.folding and step.taken]
+    steps = [step for step in facts.passes if not step.folding and step.taken and _adds(step)]
     counts = [f"{step.name} on {len(step.taken)}" for step in steps]
     counts[:1] = [f"{counts[0]} weight{'s' if len(steps[0].taken) > 1 else ''}"] if counts else []
     return ", ".join(counts)
+
+
+def _adds(step: PassReport) -> bool:
+    """Whether a pass put something on the model, or changed it: evaluation form alone is neither."""
+    return step.tensors > 0 or step.promise != "exact"
 
 
 def score_of(facts: Facts) -> Score | None:
@@ -141,7 +146,7 @@ def duration(seconds: float) -> str:
 
 
 def _trainable(facts: Facts) -> Figure | None:
-    if facts.model.get("folded") or not facts.trainable:
+    if facts.model.get("folded") or facts.model.get("stage") == "eval" or not facts.trainable:
         return None
     share, of = facts.trainable / facts.parameters, f"{facts.parameters:,} parameters"
     return Figure(

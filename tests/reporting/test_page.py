@@ -147,6 +147,15 @@ def test_what_was_not_checked_is_said() -> None:
     assert [(rung.name, rung.figure) for rung in rungs(report)] == [("base", ""), ("rewritten", "not compared")]
 
 
+def test_what_is_only_evaluated_is_not_to_train() -> None:
+    """A base that was exported with slots: nothing of it trains any more, whatever its tensors once were."""
+    roles = {"base": RoleReport(2, 24, 24, 96)}
+    assert "24 of 24" in sentence(Facts({"class": "Bert", "stage": "train"}, roles=roles), Contents())
+    evaluated = PassReport("to-eval", {}, "exact", ("a", "b"), {}, 0, 0, 0.1, "equal", 0.0)
+    slots = Facts({"class": "Bert", "stage": "eval"}, (evaluated,), roles)
+    assert sentence(slots, Contents()) == "Bert: 24 parameters"
+
+
 @pytest.mark.parametrize(
     ("metrics", "told"),
     [
