@@ -10,8 +10,8 @@ held at most while it stepped, weights included; it grows over the first steps a
 compare runs of as many rounds. Cases already in ``--out`` are not run again.
 
 On a GPU the cases are MiniLM and SmolLM2-135M with random weights in bf16, batches of 8 and 32, and each side is there
-as it is and under ``torch.compile``; a turn is as many steps as ``--steps``, and the peak is what torch allocated. All
-cases of a kind begin together, so that they compile beside each other, before the first turn.
+as it is and under ``torch.compile``; a turn is as many steps as ``--steps``, and the peak is what torch allocated. What
+compiles begins together, so that all do so beside each other, before the first turn.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -233,20 +233,19 @@ HEAD = """\
 |---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"""
 
 
-def measure(names: Sequence[str], sides: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
-    """What the sides of these cases took. On a GPU all begin at once, on a CPU one case after another."""
-    found: dict[str, Any] = {}
-    for group in [names] if options.device == "cuda" else [[name] for name in names]:
+def measure(names: Sequence[str], sides: Sequence[str], options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """What the sides of these cases took, case by case. What compiles begins at once, others in their turn."""
+    together = any("compiled" in side for side in sides)
+    for group in [names] if together else [[name] for name in names]:
         begun = [Case.begin(name, options.device, sides) for name in group]
         try:
             for case in begun:
                 case.ready()
             for case in begun:
-                found[case.name] = case.measure(options.rounds, options.steps)
+                yield case.name, case.measure(options.rounds, options.steps)
         finally:
             for case in begun:
                 case.end()
-    return found
 
 
 def main() -> None:
@@ -272,13 +271,15 @@ def main() -> None:
     print(HEAD)
     for sides in SIDES[options.device][: 1 if options.eager else None]:
         missing = [name for name in names if _key(name, sides) not in kept]
-        # Kept as soon as they are there: what compiles takes minutes, and a lent machine may not wait for it.
-        for name, found in measure(missing, sides, options).items() if missing else ():
-            kept[_key(name, sides)] = found
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(kept, indent=1), encoding="utf-8")
         for name in names:
-            print("\n".join(rows_of(name, kept[_key(name, sides)])), flush=True)
+            if name not in missing:
+                print("\n".join(rows_of(name, kept[_key(name, sides)])), flush=True)
+        # Kept as soon as they are there: what compiles takes minutes, and a lent machine may not wait for it.
+        for name, found in measure(missing, sides, options) if missing else ():
+            kept[_key(name, sides)] = found
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+            print("\n".join(rows_of(name, found)), flush=True)
 
 
 def _key(name: str, sides: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from ..base import Pass
+from ..errors import RecipeError
 from ..ranges import Range, range_of
 from ..recipes.registry import options
 
@@ -54,8 +55,23 @@ def numbers_in(kind: type, within: Range) -> st.SearchStrategy[Any]:
 
 
 def options_of(cls: type[Pass]) -> st.SearchStrategy[dict[str, Any]]:
-    """Options of a pass, each left out or with a value of its type and range."""
+    """Options of a pass, each left out or with a value of its type and range; only such as it takes together."""
     hints = typing.get_type_hints(cls)
     drawn = {key: values_of(hints[key], range_of(field)) for key, field in options(cls).items()}
-    # What a pass checks beyond ranges: noise is what finegates' penalty is about.
-    return st.fixed_dictionaries({}, optional=drawn).filter(lambda given: given.get("noise") != 0)
+
+    def taken(given: dict[str, Any]) -> bool:
+        if not _refused(cls, given):
+            return True
+        alone = [name for name, value in given.items() if _refused(cls, {name: value})]
+        assert not alone, f"{cls.__name__} refuses {alone[0]} by itself, which has its option's type and range"
+        return False
+
+    return st.fixed_dictionaries({}, optional=drawn).filter(taken)
+
+
+def _refused(cls: type[Pass], given: dict[str, Any]) -> bool:
+    try:
+        cls(**given)
+    except RecipeError:
+        return True
+    return False
