@@ -59,7 +59,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return stage
 
     monkeypatch.setattr(workflow, "_train", train)
-    monkeypatch.setattr(workflow, "_opened", lambda job, run: None)
+    monkeypatch.setattr(workflow, "_opened", lambda job, run, base: None)
     monkeypatch.setattr(workflow, "_fold", derived("folded"))
     monkeypatch.setattr(workflow, "_export", derived("onnx"))
     monkeypatch.setattr(workflow, "_timed", lambda job, trained, say: None)

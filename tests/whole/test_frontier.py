@@ -55,7 +55,7 @@ def test_a_variant_is_another_row_with_other_options() -> None:
     name, made = variant("slow=fine-distilled:gate_rate=0.01,lora.rank=4,distill=0.7,before=0.3", RECIPES)
     assert name == "slow"
     assert made.before == 0.3
-    assert made.training == {"distill": 0.7, "distill_hidden": 0.1}
+    assert made.training == {**RECIPES["fine-distilled"].training, "distill": 0.7}
     lora, gates = made.passes(0.6)
     assert (lora["rank"], gates["gate_rate"], gates["budget"]) == (4, 0.01, 0.6)
     assert frontier.needs("slow", {"slow": made}) == (LORA,)
