@@ -146,20 +146,25 @@ def train(
         arguments = training_arguments(settings, folder, held_out is not None, metric, progress)
         arguments.eval_on_start = arguments.eval_on_start and checkpoint is None
         measures = _measures(metric, compute_metrics)
-        homes = [(one, one.device) for one in (program, teacher) if one is not None]  # a trainer moves both at once
+        home = program.device  # a trainer moves it at once
         trainer = _trainer(program, arguments, rows, held_out, measures, settings, callbacks, teacher)
         with nullcontext() if output_dir is None else saving_at_interrupt(trainer):
-            result = _run(program, trainer, checkpoint, homes[0][1])
-        for one, home in homes[1:]:
-            one.root.to(home)
-        samples: list[dict[str, str]] = []
-        if held_out is not None and settings.samples and result.is_main:
-            samples = samples_of(program, held_out, tokenizer, settings.samples)
+            result = _run(program, trainer, checkpoint, home)
+        samples = _samples(program, held_out, tokenizer, settings) if result.is_main else ()
         told = metric.name if metric is not None and f"eval_{metric.name}" in result.metrics else None
-        result = dataclasses.replace(result, rows_cut=rows.cut, samples=tuple(samples), metric=told)
+        result = dataclasses.replace(result, rows_cut=rows.cut, samples=samples, metric=told)
         program.outlive_training()
         program.trained = result.to_json()
         return result
+
+
+def _samples(
+    program: Program, held_out: Prepared | None, tokenizer: Any, settings: TrainOptions
+) -> tuple[dict[str, str], ...]:
+    """What the trained model makes of some evaluation rows, where that was asked for."""
+    if held_out is None or not settings.samples:
+        return ()
+    return tuple(samples_of(program, held_out, tokenizer, settings.samples))
 
 
 def _metric(program: Program, held_out: Prepared | None, own: Callable[[Any], Any] | None) -> Metric | None:
@@ -309,12 +314,17 @@ def _trainer(
 
 
 def _run(program: Program, trainer: Trainer, checkpoint: str | None, home: torch.device) -> TrainResult:
+    teaching = rewritten_model(trainer.model).teaching
+    # A teacher follows the first batch that it is asked about.
+    teachers = [(teaching.teacher, teaching.teacher.program.device)] if teaching is not None else []
     started = time.perf_counter()
     output = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.accelerator.wait_for_everyone()  # before the first process may remove what another still reads
     seconds = time.perf_counter() - started
     final = trainer.evaluate() if trainer.concluded and trainer.eval_dataset is not None else None
     _bring_home(program, rewritten_model(trainer.model), home)
+    for teacher, desk in teachers:
+        teacher.to(desk)
     state = trainer.state
     best = state.best_global_step if trainer.args.load_best_model_at_end else None
     metrics = {"train_loss": output.training_loss, "steps": state.global_step, "epochs": float(state.epoch or 0)}
