@@ -130,8 +130,8 @@ class FineGates(Method):
             self._steering(state).step(self.multiplier_rate, restart=self.restart)
 
     def _steering(self, state: MethodState) -> Steering:
-        share = lambda: float(gates.kept_share(state))  # noqa: E731
-        return Steering(state, ClampedGaussian, gates.gates_of(state), share, self.budget, self.ramp)
+        every = gates.gates_of(state)
+        return Steering(state, ClampedGaussian, every, lambda: float(gates.kept_share(state)), self.budget, self.ramp)
 
     def settled(self, state: MethodState) -> bool:
         return self.mode != "achieved" or self._steering(state).settled
