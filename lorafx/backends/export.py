@@ -139,7 +139,8 @@ def export(
             hashed.update(write_hf(final, folder, dtype, layered=layered))
         else:
             slotted = targets if adapters == "slots" else None
-            facts = write_other(final, folder, format, provider, dtype, generate, slots or slotted)
+            written_as = (provider, dtype, generate, slots or slotted)
+            facts = write_other(final, folder, format, *written_as, joined=quantize is None)
         if format != "onnx-adapter":
             copy_companions(final, folder)
         filled = slots or (folder if adapters == "slots" else None)

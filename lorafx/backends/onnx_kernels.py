@@ -103,7 +103,7 @@ def turn_weights_once(model: ir.Model) -> int:
                 turn.outputs[0].type, shape = weight.type, weight.shape
                 turn.outputs[0].shape = None if shape is None else ir.Shape(reversed(tuple(shape)))
                 plain = ir.node("MatMul", [node.inputs[0], turn.outputs[0]], name=node.name)
-                _put_instead(graph, node, [turn, plain], plain.outputs)
+                put_instead(graph, node, [turn, plain], plain.outputs)
                 count += 1
     return count
 
@@ -131,9 +131,9 @@ def turn_weights(model: ir.Model) -> None:
         for node in list(graph):
             weight = turned_weight(node)
             if weight is not None and weight.const_value is not None:
-                held = _weight(graph, f"{weight.name}.T", weight.const_value.numpy().T)
+                held = weight_of(graph, f"{weight.name}.T", weight.const_value.numpy().T)
                 plain = ir.node("MatMul", [node.inputs[0], held], name=node.name)
-                _put_instead(graph, node, [plain], plain.outputs)
+                put_instead(graph, node, [plain], plain.outputs)
                 for turn, _ in weight.uses():
                     if turn.op_type == "Transpose" and not any(
                         out.uses() or out.is_graph_output() for out in turn.outputs
@@ -143,7 +143,7 @@ def turn_weights(model: ir.Model) -> None:
                     graph.initializers.pop(weight.name or "", None)
 
 
-def _weight(graph: ir.Graph, name: str, value: np.ndarray) -> ir.Value:
+def weight_of(graph: ir.Graph, name: str, value: np.ndarray) -> ir.Value:
     """A weight of a graph, which has it by that name if it has been asked for before (layers may share one)."""
     if name not in graph.initializers:
         held = ir.Value(name=name, const_value=ir.tensor(np.ascontiguousarray(value), name=name))
@@ -152,7 +152,8 @@ def _weight(graph: ir.Graph, name: str, value: np.ndarray) -> ir.Value:
     return graph.initializers[name]
 
 
-def _put_instead(graph: ir.Graph, node: ir.Node, nodes: list[ir.Node], results: Sequence[ir.Value]) -> None:
+def put_instead(graph: ir.Graph, node: ir.Node, nodes: list[ir.Node], results: Sequence[ir.Value]) -> None:
+    """Put nodes where ``node`` stands, and their results, of its results' types and shapes, where those are read."""
     for old, new in zip(node.outputs, results, strict=True):
         new.type, new.shape = old.type, old.shape
     ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, node.outputs, results)
@@ -162,7 +163,7 @@ def _same_shape_before(node: ir.Node) -> ir.Value | None:
     """The value that a chain of reshapes to ``node`` reads, if its shape is what ``node`` gives; the earliest such."""
     shape, found, value = _reshaped(node), None, node.inputs[0]
     while shape is not None and value is not None:
-        if _known(value.shape) == shape:
+        if known_shape(value.shape) == shape:
             found = value
         above = value.producer()
         value = above.inputs[0] if above is not None and above.op_type == "Reshape" and above.domain == "" else None
@@ -172,7 +173,7 @@ def _same_shape_before(node: ir.Node) -> ir.Value | None:
 def _reshaped(node: ir.Node) -> tuple[int | str, ...] | None:
     """The shape that a Reshape gives: as it is stated, or its input's first axes and numbers for all that is left."""
     value, wanted = node.inputs[0], node.inputs[1]
-    stated, given = _known(node.outputs[0].shape), _known(value.shape) if value is not None else None
+    stated, given = known_shape(node.outputs[0].shape), known_shape(value.shape) if value is not None else None
     if stated is not None or given is None or wanted is None or wanted.const_value is None:
         return stated
     target = wanted.const_value.numpy().tolist()
@@ -185,7 +186,7 @@ def _reshaped(node: ir.Node) -> tuple[int | str, ...] | None:
     return (*given[:kept], *(math.prod(sizes) // others if size < 0 else size for size in asked))
 
 
-def _known(shape: ir.Shape | None) -> tuple[int | str, ...] | None:
+def known_shape(shape: ir.Shape | None) -> tuple[int | str, ...] | None:
     """A shape whose sizes are all numbers or symbols of the exporter; None for others."""
     sizes = [] if shape is None else [size if isinstance(size, int) else size.value for size in shape]
     named = all(isinstance(size, int) or (size is not None and not size.startswith("unk_")) for size in sizes)

@@ -34,8 +34,13 @@ def write_other(
     dtype: torch.dtype | None,
     generate: bool,
     slots: Any,
+    *,
+    joined: bool = True,
 ) -> Mapping[str, Any]:
-    """Write anything but a checkpoint, with slots at targets or an adapter for a folder's; facts of a decoder."""
+    """Write anything but a checkpoint, with slots at targets or an adapter for a folder's; facts of a decoder.
+
+    ``joined`` lets products of weights become part of larger operators, where a provider has such.
+    """
     if generate:
         return _write_decoder(program, folder, provider, dtype, slots)
     if kind == "peft":
@@ -45,7 +50,7 @@ def write_other(
 
         write_adapter(program, Path(slots), folder)
     else:
-        _write_exported(program, folder, kind, provider, dtype, slots)
+        _write_exported(program, folder, kind, provider, dtype, slots, joined=joined and slots is None)
     return {}
 
 
@@ -95,10 +100,18 @@ def _record(program: Program) -> dict[str, str]:
 
 
 def _write_exported(
-    program: Program, folder: Path, kind: str, provider: str, dtype: torch.dtype | None, slots: Any
+    program: Program,
+    folder: Path,
+    kind: str,
+    provider: str,
+    dtype: torch.dtype | None,
+    slots: Any,
+    *,
+    joined: bool,
 ) -> None:
     # Not imported for a checkpoint: the converters of ONNX are most of what is waited for when a small one is written.
     from .onnx_kernels import unfuse_batch_transposes, unfuse_skip_norms
+    from .onnx_launches import launch_less
     from .onnx_ranges import hold_ranges
     from .onnx_statements import leave_out
     from .replay import converted
@@ -109,6 +122,8 @@ def _write_exported(
         for component in exported.components.values():
             component.program.metadata_props.update(_record(program))
             unfuse_batch_transposes(component.program)
+            if provider == "cuda" and joined:
+                launch_less(component.program)
             hold_ranges(component.program, program.signature.domain, length_limit(program.config))
             if provider == "cpu":
                 unfuse_skip_norms(component.program)

@@ -17,6 +17,7 @@ from lorafx.graph.precision import recast, relaid
 from lorafx.graph.tree import get_tensor
 from lorafx.passes.finegates import FineGates
 from lorafx.passes.lora import Lora
+from lorafx.passes.salora import SaLoRA
 from lorafx.training.module import RewrittenModel
 from tests import zoo
 from tests.methods import RECIPES, Tower, batch, optimiser, state_of, stirred
@@ -32,13 +33,13 @@ every_recipe = pytest.mark.parametrize("recipe", RECIPES)
 @contextmanager
 def waits() -> Iterator[list[warnings.WarningMessage]]:
     """The operations for which the CPU waited for the device."""
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")  # which may itself warn that it is a prototype
+        try:
             yield caught
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     caught[:] = [one for one in caught if "synchronizing" in str(one.message)]
 
 
@@ -72,7 +73,7 @@ def test_a_step_waits_for_the_device_once_at_most(recipe: str) -> None:
     step(model, rows, optimizer)  # tensors are made and moved once
     for name in model.program.names("gate"):  # all open: nothing has closed too early
         get_tensor(model, name).data.fill_(4.0)
-    steered = sum(type(step).__name__ in ("Salora", "Finegates") for step in RECIPES[recipe])
+    steered = sum(isinstance(step, (FineGates, SaLoRA)) for step in RECIPES[recipe])
     for _ in range(STEPS):
         with waits() as found:
             loss = step(model, rows, optimizer)
