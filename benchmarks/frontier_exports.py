@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import frontier_rows, mask_search, rivals
+from benchmarks import frontier_rows, frontier_show, mask_search, rivals
 from benchmarks.frontier_rows import LORA, RECIPES, Recipe
 
 
 def export(folder: Path, beside: Mapping[str, Path], row: str, budget: float, recipe: Recipe | None) -> None:
     """Write ``folder/onnx``: the folded model of the run in ``folder``.
+
+    Of a run that kept its scores and not what it trained (as those of a lent machine), one of the same sizes with
+    random weights, which takes as long.
 
     Args:
         folder: the run's
@@ -24,12 +27,33 @@ def export(folder: Path, beside: Mapping[str, Path], row: str, budget: float, re
     import lorafx
     from lorafx.pipeline import merge
 
-    if recipe is not None:
+    if not trained(folder):
+        folded = lorafx.fold(lorafx.capture(sized(frontier_show.read(folder / "score.json")["left"])))
+    elif recipe is not None:
         program = frontier_rows.kept_program(folder, recipe.passes(budget))
         folded = merge(program) if recipe.as_authors else lorafx.fold(program)
     else:
         folded = lorafx.fold(lorafx.capture(rival(folder, beside, row, budget)))
     lorafx.export(folded, folder / "onnx", overwrite=True)
+
+
+def trained(folder: Path) -> bool:
+    """Whether a run kept what it trained."""
+    from lorafx.training.trainer import STATE
+
+    return any((folder / name).exists() for name in (STATE, "adapter", "removed.json"))
+
+
+def sized(left: Mapping[str, tuple[int, int]]) -> Any:
+    """transformers' MiniLM whose linear layers have these sizes (out, in), by module, with random weights."""
+    from torch import nn
+
+    model = rivals.sequence_classifier(len({name.split(".layer.")[1].split(".")[0] for name in left}))
+    if left.keys() != {name for name, _ in rivals.linear(model)}:
+        raise SystemExit("a sublayer is gone there; only a run that kept what it trained can be exported")
+    for name, (outputs, inputs) in left.items():
+        model.set_submodule(name, nn.Linear(inputs, outputs))
+    return model.eval()
 
 
 def rival(folder: Path, beside: Mapping[str, Path], row: str, budget: float) -> Any:

@@ -29,6 +29,7 @@ from ..graph.tree import get_tensor, has_tensor, named_tensors, put_tensor
 from ..models.intact import intact
 from ..pipeline import run, to_eval
 from ..public import Program
+from .read_rows import read_rows
 
 
 class RewritingExporter(DynamoExporter):
@@ -51,13 +52,22 @@ class RewritingExporter(DynamoExporter):
     def _rewrite(self, captured: ExportedProgram, model: nn.Module, inputs: Any, config: Any) -> ExportedProgram:
         root = self.rewritten.source.model
         names = {id(value): name for name, value in named_tensors(root)}
-        if only_values_differ(self.rewritten):
-            local = {names.get(id(value), name): name for name, value in named_tensors(model)}
-            return _with_values(captured, self.rewritten, local)
-        return self.replayed(captured, model, names, inputs, config.dynamic_shapes)
+        if not only_values_differ(self.rewritten):
+            return self.replayed(captured, model, names, inputs, config)
+        local = {names.get(id(value), name): name for name, value in named_tensors(model)}
+        valued = _with_values(captured, self.rewritten, local)
+        module: Any = valued.module(check_guards=False)
+        if not self.narrowed(module.graph, config):
+            return valued
+        module.recompile()
+        return torch.export.export(module, (), dict(inputs), dynamic_shapes=config.dynamic_shapes)
+
+    def narrowed(self, graph: fx.Graph, config: Any) -> int:
+        """Make a graph compute less before it is converted, in place; how much became less. Nothing, here."""
+        return 0
 
     def replayed(
-        self, captured: ExportedProgram, model: nn.Module, names: Mapping[int, str], inputs: Any, shapes: Any
+        self, captured: ExportedProgram, model: nn.Module, names: Mapping[int, str], inputs: Any, config: Any
     ) -> ExportedProgram:
         """The capture with the program's history replayed on it; ``names`` are those of the program's tensors by id."""
         base = program_from(captured, Source(model), inputs, names)
@@ -66,13 +76,18 @@ class RewritingExporter(DynamoExporter):
         unlifted: Any = captured.module(check_guards=False)
         module = fx.GraphModule(replayed.root, replayed.graph)
         module.graph.set_codegen(unlifted.graph._codegen)
+        self.narrowed(module.graph, config)
         module.recompile()
-        return torch.export.export(module, (), dict(inputs), dynamic_shapes=shapes)
+        return torch.export.export(module, (), dict(inputs), dynamic_shapes=config.dynamic_shapes)
 
 
 # The back end's methods stand for their base's, over another kind of program: that is how transformers declares them.
 class RewritingOnnxExporter(OnnxExporter, RewritingExporter):  # pyright: ignore[reportIncompatibleMethodOverride]
     """transformers' ONNX exporter over the rewritten graph: its patches before, its conversion and fusions after."""
+
+    def narrowed(self, graph: fx.Graph, config: Any) -> int:
+        """Compute the tokens alone that are read; with CUDA from the last attention on, which is one operator there."""
+        return read_rows(graph, through_attention=config.ort_fusions != "cuda")
 
 
 def replay(program: Program, base: Program, *, whole: bool = True) -> Program:

@@ -73,7 +73,10 @@ def node(kind: str, inputs: str, outputs: str = "", domain: str = "", **attribut
 
 # ---- attention
 
-TEXTS = {"x": (FLOAT, ["batch", "length", WIDTH]), "mask": (FLOAT, ["batch", 1, "length", "length"])}
+TEXTS: dict[str, tuple[int, list[Any]]] = {
+    "x": (FLOAT, ["batch", "length", WIDTH]),
+    "mask": (FLOAT, ["batch", 1, "length", "length"]),
+}
 
 
 def attention(
