@@ -29,7 +29,7 @@ def _named(shape: tuple[int, int]) -> str:
 def table(out: Path, shape: tuple[int, int]) -> dict[str, float]:
     """The table of latencies, measured once."""
     import lorafx
-    from lorafx.proof.latency import latency_table
+    from lorafx.backends.latency import latency_table
 
     file = out / f"latency{_named(shape)}.json"
     if not file.is_file():

@@ -32,14 +32,13 @@ class FineGates(Method):
     Before: ``y = W x + b`` (with whatever earlier passes put beside W)
     After: ``y = g_r ⊙ (W (g_c ⊙ x) + b)``, ``g_c`` (in) and ``g_r`` (out) clamped Gaussian gates of parameters θ
 
-    With ``couple`` what can only be removed together has one gate — a neuron, a head, a key-value group, found by the
-    axis analysis — where its channels are read: ``y = W (g ⊙ x) + b``; without, rows and columns have their own, as in
-    the paper. With ``sublayers`` one gate more a weight closes all it reads, as in CoFi: a sublayer that leaves the
-    folded graph. What drives gates to close is ``mode``: ``achieved`` steers with what is really kept of the selected
-    weights, a multiplier ascending until it meets ``budget``, which comes down from 1 over the first ``ramp`` of the
-    steps, and the gates that closed last are held open where too many did; ``target`` is the authors' surrogate,
-    ``strength`` times the mean over vectors of ``|mean q - k|``, ``q = Φ((tanh θ + ½)/½)``, ``k = 1 - target``;
-    ``penalty`` is ``strength`` times the mean of ``Φ((tanh θ + ½)/noise)``. Only a sublayer's last open gate closes.
+    With ``couple`` what can only be removed together has one gate — a neuron, a head, a key-value group — where its
+    channels are read: ``y = W (g ⊙ x) + b``; without, rows and columns have theirs, as in the paper. With ``sublayers``
+    one gate more a weight closes all it reads, as in CoFi. What drives gates to close is ``mode``: ``achieved`` steers
+    by what is really kept, of the selected weights or the model's seconds, until it meets ``budget``, which comes down
+    from 1 over the first ``ramp`` of the steps; gates that closed last are held open where too many did; ``target`` is
+    the authors' surrogate, ``strength`` times the mean over vectors of ``|mean q - k|``, ``q = Φ((tanh θ + ½)/½)``,
+    ``k = 1 - target``; ``penalty`` is ``strength`` times the mean of ``Φ((tanh θ + ½)/noise)``.
 
     Keeps: the outputs, bit by bit, since every gate starts at 1. Does nothing where no target matches (and says so).
     Source: FineGates, arXiv 2412.12951 (gates, θ ~ N(1, 0.1²), noise 0.1) and its 2026 code (``target``: 50, 0.4);
@@ -53,7 +52,7 @@ class FineGates(Method):
     couple: bool = option(True, "one gate for what can only be removed together")
     sublayers: bool = option(False, "one gate more for all that a weight reads (achieved, with couple)")
     mode: Literal["achieved", "target", "penalty"] = option("achieved", "what drives gates to close")
-    budget: float = option(0.6, "share to keep of the selected weights (achieved)", above=0, most=1)
+    budget: float = option(0.6, "share to keep of the selected weights or the model's seconds", above=0, most=1)
     measure: Measure = option("parameters", "what the budget counts (achieved, with couple)")
     length: int = option(64, "tokens of a text, for the FLOPs of attention", least=1)
     latency: dict[str, float] = option({}, "the table that lorafx latency prints (measure = latency)", least=0)
@@ -88,7 +87,8 @@ class FineGates(Method):
         if not self.couple or not found.taken:
             return found
         analysis = RemovableUnits(program, found.taken, prices(self.measure, self.length, self.latency))
-        return units_of(found, analysis.find, "gated where its result is read: ")
+        units = units_of(found, analysis.find, "gated where its result is read: ")
+        return gates.within_reach(units, self.budget, self.sublayers) if self.mode == "achieved" else units
 
     def rewrite(self, edit: Edit, site: Any) -> None:
         edit.statistic("multiplier", torch.zeros(()))

@@ -1,9 +1,9 @@
-"""What the numbers of weights and the channels of attention cost: one each, operations, or time on a machine."""
+"""What removable units cost: the numbers of their weights, operations, or the time they take on a machine."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import UsageError
@@ -11,41 +11,41 @@ from ..graph.site import Site
 
 Measure = Literal["parameters", "flops", "latency"]
 
+#: What a table of latencies calls the time of the whole model, and what follows the name of a kind of unit where the
+#: price is that of what goes with the last unit of a weight only.
+WHOLE, CALL = "whole", "-call"
+
 
 @dataclass(frozen=True)
 class Prices:
-    """What things cost, in a unit of one's own.
+    """What things cost, in a unit of one's own: counted for each number, or measured for each unit.
 
     Attributes:
-        number: a number of a weight, for each text
+        number: a number of a weight, for each token
         channel: a channel of a head, which attention mixes over positions
-        shapes: prices of numbers by the shape of their weight, ``384x1536`` (in x out); ``number`` is not read then
-        calls: by the same names, and ``attention``, what a call costs however narrow it is; 0 where none is given
+        latency: what is read instead, if there is any: seconds of the whole model, of a unit by its kind
+            (:func:`kind_of`), and, by that name and ``-call``, of what goes with a weight's last unit
     """
 
     number: float = 1.0
     channel: float = 0.0
-    shapes: Mapping[str, float] = field(default_factory=dict)
-    calls: Mapping[str, float] = field(default_factory=dict)
+    latency: Mapping[str, float] | None = None
 
-    def of(self, site: Site) -> float:
-        """What one number of a weight costs; UsageError for a shape that was not measured."""
-        if not self.shapes:
-            return self.number
-        shape = shape_name(site)
-        if shape not in self.shapes:
-            known = ", ".join(self.shapes)
-            raise UsageError(f"{site.module}: no latency of {shape} (known: {known}); measure it with lorafx latency")
-        return self.shapes[shape]
+    def of(self, site: Site, count: int) -> tuple[float, float]:
+        """Seconds of each of the ``count`` units that a weight reads, and of what goes with the last of them only.
 
-
-#: What attention is called in a table of latencies, and what follows a name where a call is priced.
-ATTENTION, CALL = "attention", "-call"
+        UsageError for a kind that was not measured.
+        """
+        table, kind = self.latency or {}, kind_of(site, count)
+        if kind not in table:
+            known = ", ".join(name for name in table if name != WHOLE and not name.endswith(CALL))
+            raise UsageError(f"{site.module}: no latency of {kind} (known: {known}); measure it with lorafx latency")
+        return table[kind], table.get(kind + CALL, 0.0)
 
 
-def shape_name(site: Site) -> str:
-    """A weight's shape as tables of latencies name it: in x out."""
-    return f"{site.in_features}x{site.out_features}"
+def kind_of(site: Site, count: int) -> str:
+    """What tables of latencies call the units that a weight reads: how many there are, and its shape, in x out."""
+    return f"{count} of {site.in_features}x{site.out_features}"
 
 
 def prices(measure: Measure, length: int, latency: Mapping[str, float]) -> Prices:
@@ -60,8 +60,7 @@ def prices(measure: Measure, length: int, latency: Mapping[str, float]) -> Price
         return Prices()
     if measure == "flops":
         return Prices(channel=2.0 * length)
-    if ATTENTION not in latency:
-        raise UsageError("measure = latency needs a table of latencies; lorafx latency CHECKPOINT measures one")
-    calls = {name.removesuffix(CALL): seconds for name, seconds in latency.items() if name.endswith(CALL)}
-    shapes = {name: seconds for name, seconds in latency.items() if name != ATTENTION and not name.endswith(CALL)}
-    return Prices(channel=latency[ATTENTION], shapes=shapes, calls=calls)
+    if WHOLE not in latency:
+        old = f" (this one has no {WHOLE!r}: it prices operators, as version 0.1 did)" if latency else ""
+        raise UsageError(f"measure = latency needs a table that lorafx latency CHECKPOINT measured{old}")
+    return Prices(latency=latency)

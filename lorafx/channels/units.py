@@ -19,7 +19,7 @@ from ..graph.selection import Miss, Selection
 from ..graph.site import Site
 from .axes import Axes
 from .axis import Array, axis_of
-from .costs import ATTENTION, Prices, shape_name
+from .costs import WHOLE, Prices
 from .table import RULES
 
 
@@ -30,11 +30,12 @@ class Units:
     Attributes:
         site: the use of the weight
         of: for each of its input channels, the number of its unit (in,)
-        costs: what goes with each unit costs: numbers of the weights under consideration, and a head's attention
+        costs: what goes with each unit costs: numbers of the weights under consideration and a head's attention, or
+            measured seconds
         read_squares: reads those weights for :attr:`squares`
-        mixing: what attention costs over all units, if they are heads; 0 elsewhere
-        fixed: what the calls cost that go only when every unit goes: the weights' and attention's
-        total: what all numbers of the weights under consideration cost
+        mixing: what attention costs over all units, if they are heads and it is counted beside the total; else 0
+        fixed: the seconds that go only when every unit goes
+        total: what all numbers of the weights under consideration cost, or the seconds of the whole model
     """
 
     site: Site
@@ -87,12 +88,11 @@ class RemovableUnits:
         self._row_stuck = np.zeros(self.axes.row_count + 1, bool)
         self._row_stuck[self.axes.head_row[stuck]] = True
         self._row_stuck[[*self.axes.held_rows]] = True
-        weights = tuple(weights)
-        price = {site.parameter: self.prices.of(site) for site in weights}
-        self._calls = {site.parameter: self.prices.calls.get(shape_name(site), 0.0) for site in weights}
-        self.total = sum(price[name] * program.tensor(name).numel() for name in price)
-        self._names = sorted(price.keys() & self.axes.members.keys())
-        self._costs = self._summed(lambda name, value, dim: price[name] * (value.numel() // max(1, value.shape[dim])))
+        names = {site.parameter for site in weights}
+        number, timed = self.prices.number, self.prices.latency
+        self.total = timed[WHOLE] if timed else sum(number * program.tensor(name).numel() for name in names)
+        self._names = sorted(names & self.axes.members.keys())
+        self._costs = self._summed(lambda _, value, dim: number * (value.numel() // max(1, value.shape[dim])))
 
     def find(self, site: Site) -> Units | str:
         """The units that ``site`` reads, or why they cannot be removed."""
@@ -119,15 +119,12 @@ class RemovableUnits:
         def by_unit(sums: Array) -> Array:
             return np.bincount(places, sums[inside], len(unique))
 
-        costs = by_unit(self._costs)
         mixing = self.prices.channel * np.bincount(of) * grouped  # rows of channels are heads
-        fixed = self._fixed(inside) + grouped * self.prices.calls.get(ATTENTION, 0.0)
-        return Units(site, of, costs + mixing, lambda: by_unit(self._squares), float(mixing.sum()), fixed, self.total)
-
-    def _fixed(self, inside: Array) -> float:
-        """What a call of each weight costs that lies at some of these labels."""
-        members = ((name, self.axes.members[name]) for name in self._names)
-        return sum(self._calls[name] for name, dims in members if any(inside[labels].any() for labels in dims))
+        costs, fixed = by_unit(self._costs) + mixing, 0.0
+        if self.prices.latency:
+            each, fixed = self.prices.of(site, len(unique))
+            costs = np.full(len(unique), each)
+        return Units(site, of, costs, lambda: by_unit(self._squares), float(mixing.sum()), fixed, self.total)
 
     @cached_property
     def _squares(self) -> Array:

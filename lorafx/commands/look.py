@@ -190,8 +190,8 @@ def report(folder: Path, out: Path | None, opens: bool, overwrite: bool, **o: An
 @opening_options
 @as_json_option
 def latency(folder: Path, shape: str, threads: int | None, as_json: bool, **o: Any) -> None:
-    """Time weights and attention on this machine: the table that a budget of latency reads, for a recipe."""
-    from ..proof.latency import latency_table
+    """Time the model on this machine by how wide it is: the table that a budget of latency reads, for a recipe."""
+    from ..backends.latency import latency_table
 
     batch, length = parse_shape(shape)
     with quiet():

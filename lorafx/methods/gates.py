@@ -15,10 +15,16 @@ import torch
 from torch import Tensor, fx
 
 from ..channels.units import Units
+from ..errors import RecipeError
 from ..graph.edit import Edit
+from ..graph.selection import Selection
+from ..graph.site import Site
 from ..graph.state import MethodState, SiteState
 
 aten = torch.ops.aten
+
+#: Costs are summed in another order than their total.
+_ROUNDING = 1e-6
 
 
 class HardConcrete:
@@ -162,18 +168,36 @@ def keep_units(edit: Edit, units: Units, sublayer: bool) -> str | None:
     return edit.statistic("unit_of", torch.tensor(units.of), units.site)
 
 
+def within_reach(found: Selection[Site | Units], budget: float, sublayers: bool) -> Selection[Site | Units]:
+    """What was found; RecipeError when its gates, all closed that may close, leave more than ``budget``.
+
+    Of every weight's units one stays, unless ``sublayers`` have gates of their own.
+    """
+    every = [units for units in found.taken if isinstance(units, Units)]
+    if every:
+        closed = [units.costs.sum() + (units.fixed if sublayers else -units.costs.min()) for units in every]
+        total = every[0].total + sum(units.mixing for units in every)
+        least = 1 - sum(closed) / total
+        if budget < least - _ROUNDING:
+            raise RecipeError(
+                f"finegates: budget = {budget:g} cannot be met: {least:.3g} is left with every gate closed that may "
+                f"close; give more than that, gate more weights{'' if sublayers else ', or sublayers = true'}"
+            )
+    return found
+
+
 is_open = ClampedGaussian.is_open
 
 
 def kept_share(state: MethodState, openness: Callable[[Tensor], Tensor] = is_open) -> Tensor:
-    """What is kept of the selected weights, by a measure of how open a gate is; as evaluation sees it by default.
+    """What is kept of the selected weights, or of the model's time, by a measure of how open a gate is; as evaluation
+    sees it by default.
 
-    Coupled gates have a cost each, and those of a sublayer what all of its units cost, and its calls; of independent
-    ones open rows times open columns count.
+    Coupled gates have a cost each, and those of a sublayer what all of its units cost, and what goes with the last of
+    them; of independent ones open rows times open columns count.
     """
     if "total" in state.shared:
-        beside = [site[name] for site in state.sites for name in ("attention", "fixed") if name in site.tensors]
-        total = state.shared["total"] + torch.stack(beside).sum()
+        total = state.shared["total"] + torch.stack([site["attention"] for site in state.sites]).sum()
         return 1 - torch.stack([_lost(site, openness) for site in state.sites]).sum() / total
     sides = [(site["gate_in"], site["gate_out"]) for site in state.sites]
     kept = [openness(columns).float().sum() * openness(rows).float().sum() for columns, rows in sides]

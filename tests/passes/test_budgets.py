@@ -8,21 +8,19 @@ import pytest
 import torch
 
 import lorafx
-from lorafx.channels.costs import shape_name
 from lorafx.errors import UsageError
 from lorafx.methods.gates import ClampedGaussian, kept_share
 from lorafx.passes.finegates import Finegates
-from lorafx.proof.latency import latency_table
 from lorafx.public import Program
 from lorafx.reporting.sizes import TOKENS, flops_by_block
 from tests import zoo
 from tests.methods import state_of
 
 BLOCKS = "*encoder.layer.*"
-#: Seconds, as `lorafx latency` would say them: every shape has another price.
-TABLE = {"32x32": 3e-9, "32x48": 2e-9, "48x32": 5e-9, "attention": 7e-7}
-#: Beside them what a call costs, of the same size as all numbers of a weight.
-CALLS = {"32x32-call": 2e-6, "32x48-call": 5e-6, "48x32-call": 3e-6, "attention-call": 9e-6}
+#: Seconds, as `lorafx latency` would say them: of the model, of a head and a neuron, and of what goes with the last.
+TABLE = {"whole": 9e-4, "4 of 32x32": 5e-5, "4 of 32x32-call": 2e-5, "48 of 48x32": 3e-6, "48 of 48x32-call": 4e-5}
+#: What the weights that read heads and neurons are called.
+READERS = {"attention.output.dense": "4 of 32x32", ".output.dense": "48 of 48x32"}
 
 
 def gated(**options: object) -> tuple[Program, float]:
@@ -61,23 +59,16 @@ def operations(program: Program) -> float:
 
 
 def seconds(program: Program) -> float:
-    """By the table: every number at the price of its weight's full shape, every channel of attention at its own."""
-    return timed(program, {})
-
-
-def with_calls(program: Program) -> float:
-    """The same, and what calls cost: each weight's, and one an attention."""
-    return timed(program, CALLS)
-
-
-def timed(program: Program, calls: dict[str, float]) -> float:
-    total = 0.0
-    for module, (ins, outs) in sizes(program).items():
-        full = "x".join(map(str, sizes_before()[module]))
-        total += TABLE[full] * ins * outs
-        total += calls.get(f"{full}-call", 0.0)
-        mixing = TABLE["attention"] * ins + calls.get("attention-call", 0.0)
-        total += mixing * module.endswith("attention.output.dense")
+    """By the table: the model's, less each head's and neuron's that is gone, less what goes with a sublayer's last."""
+    total = TABLE["whole"]
+    left = sizes(program)
+    for module, (full, _) in sizes_before().items():
+        kind = next((kind for name, kind in READERS.items() if module.endswith(name)), None)
+        if kind is not None:
+            of = int(kind.split(" ")[0])
+            still = left[module][0] if module in left else 0
+            total -= TABLE[kind] * (full - still) * of / full
+            total -= TABLE[f"{kind}-call"] * (module not in left)
     return total
 
 
@@ -87,13 +78,11 @@ def timed(program: Program, calls: dict[str, float]) -> float:
         ({}, numbers),
         ({"measure": "flops", "length": TOKENS}, operations),
         ({"measure": "latency", "latency": TABLE}, seconds),
-        ({"measure": "latency", "latency": TABLE | CALLS}, seconds),
         ({"sublayers": True}, numbers),
         ({"sublayers": True, "measure": "flops", "length": TOKENS}, operations),
         ({"sublayers": True, "measure": "latency", "latency": TABLE}, seconds),
-        ({"sublayers": True, "measure": "latency", "latency": TABLE | CALLS}, with_calls),
     ],
-    ids=["parameters", "flops", "latency", "calls stay", "depth", "depth flops", "depth latency", "depth calls"],
+    ids=["parameters", "flops", "latency", "depth", "depth flops", "depth latency"],
 )
 def test_what_gates_say_is_kept_is_what_folding_leaves(options: dict[str, object], measure: object) -> None:
     program, said = gated(**options)
@@ -108,23 +97,14 @@ def test_measures_differ() -> None:
     assert len({round(share, 4) for share in shares}) == 3
 
 
-def test_a_shape_without_a_price_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"no latency of 32x48 .*lorafx latency"):
-        gated(measure="latency", latency={"32x32": 1e-9, "attention": 1e-6})
+def test_a_kind_without_a_price_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"no latency of 48 of 48x32 \(known: 4 of 32x32\).*lorafx latency"):
+        gated(measure="latency", latency={name: value for name, value in TABLE.items() if "48" not in name})
     with pytest.raises(UsageError, match="lorafx latency CHECKPOINT"):
         gated(measure="latency")
 
 
-def test_the_table_has_a_price_for_everything_in_the_blocks() -> None:
-    program = zoo.captured("bert")
-    table = latency_table(program, batch=2, length=8, threads=1, repeats=3)
-    names = {*(shape_name(s) for s in program.sites() if s.block is not None), "attention"}
-    assert set(table) == {*names, *(f"{name}-call" for name in names)}
-    assert all(value >= 0 for value in table.values())
-
-
-def test_time_grows_with_size() -> None:
-    # A hundred times as many tokens: the price of a number must show it, whatever else the machine does.
-    program = zoo.captured("bert")
-    few, many = (latency_table(program, batch=b, length=64, threads=1, repeats=9)["48x32"] for b in (1, 100))
-    assert many > 5 * few
+def test_a_table_of_operators_is_refused() -> None:
+    """As earlier versions measured them: seconds of a number of a weight, by its shape."""
+    with pytest.raises(UsageError, match=r"no 'whole'.*prices operators.*version 0\.1"):
+        gated(measure="latency", latency={"32x32": 3e-9, "32x48": 2e-9, "48x32": 5e-9, "attention": 7e-7})

@@ -1,0 +1,121 @@
+"""How long a model takes on this machine by how wide it is, in ONNX Runtime: the table that a budget of latency reads.
+
+What is timed is the model itself, exported with some of its units removed, so that a unit's price holds all that goes
+with it: its part of the products, what the graph does between them, and what ONNX Runtime makes of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from ..channels.costs import CALL, WHOLE, kind_of
+from ..channels.units import Units
+from ..deferred.programs import resident
+from ..errors import UsageError
+from ..graph.state import method_state
+from ..methods.gates import SUBLAYER, ClampedGaussian
+from ..parity.runner import Runner
+from ..passes.finegates import FineGates
+from ..pipeline import fold, rewrite
+from ..proof.bench import bench
+from ..proof.open import open_runner
+from ..public import Program
+from .writing import write_other
+
+#: The shares of its units that the weights of a kind keep while these are timed, from the first weight to the last:
+#: different widths, since one may be faster or slower than those about it.
+_KEPT = (0.2, 0.5)
+
+
+def latency_table(
+    program: Program, *, batch: int = 8, length: int = 64, threads: int | None = None, repeats: int = 15
+) -> dict[str, float]:
+    """Seconds of the model (``whole``), and of each kind of unit in its blocks.
+
+    ``1536 of 1536x384`` is a unit of a weight of that shape, in x out, that reads 1,536 of them; under the same name
+    with ``-call``, what goes with the last of them only. Two models for each kind are exported and timed beside the
+    whole one, round by round: one whose weights of that kind read fewer units, one that has none of them.
+
+    Args:
+        program: the model; what passes put into it is left out
+        batch, length: of the texts
+        threads: CPU threads; torch's number without
+        repeats: timed calls of each model
+
+    Raises:
+        UsageError: a program without units in its blocks, or without weights
+    """
+    base = program.captured or program
+    if base.device.type == "meta":
+        raise UsageError(f"{program.name}: on the meta device, so it computes nothing; load its weights")
+    kinds = _kinds(base)
+    if not kinds:
+        raise UsageError(f"{program.name}: nothing in its blocks can be removed, so there is nothing to time")
+    table: dict[str, float] = {}
+    with _exported(base, {}, threads) as whole:
+
+        def timed(left: Mapping[str, int]) -> tuple[float, float]:
+            """Seconds of the whole model and of one with so many units left, by module."""
+            with _exported(base, left, threads) as other:
+                found = bench(whole, other, shapes=((batch, length),), repeats=repeats, memory=False)
+            first, second = found.timings
+            # By their ratio, which whatever slowed down both leaves alone.
+            return first.median, first.median / second.ratio
+
+        for kind, every in kinds.items():
+            table[kind], table[kind + CALL] = _prices(every, timed, table)
+    return table
+
+
+def _kinds(program: Program) -> dict[str, list[Units]]:
+    """The units of a program's blocks, by what tables call them."""
+    found: dict[str, list[Units]] = {}
+    for units in _gates().sites(program).taken:
+        if isinstance(units, Units):
+            found.setdefault(kind_of(units.site, len(units.costs)), []).append(units)
+    return found
+
+
+def _gates() -> FineGates:
+    return FineGates(allow_empty=True, sublayers=True, deviation=0.0)
+
+
+def _prices(
+    every: list[Units], timed: Callable[[Mapping[str, int]], tuple[float, float]], table: dict[str, float]
+) -> tuple[float, float]:
+    """Seconds of a unit of a kind, and of what goes with a weight's last one; never below 0. The first time of the
+    whole model goes into the table."""
+    low, high = _KEPT
+    left: dict[str, int] = {}
+    for number, units in enumerate(every):
+        share = low + (high - low) * (number + 0.5) / len(every)
+        left[units.module] = max(1, round(share * len(units.costs)))
+    count = sum(len(units.costs) for units in every)
+    fewer = count - sum(left.values())
+    each = 0.0
+    if fewer:  # else each weight reads one unit, which is its last
+        whole, narrow = timed(left)
+        each = max(0.0, (whole - narrow) / fewer)
+    whole, without = timed(dict.fromkeys(left, 0))
+    table.setdefault(WHOLE, whole)
+    return each, max(0.0, (whole - without - count * each) / len(every))
+
+
+@contextmanager
+def _exported(base: Program, left: Mapping[str, int], threads: int | None) -> Iterator[Runner]:
+    """The model in ONNX Runtime, with so many units left, by the module that reads them."""
+    gated = rewrite(base, [_gates()], check=False) if left else base
+    if left:
+        with torch.no_grad():
+            for site in method_state(gated.history[-1], gated.tensor).sites:
+                site["gate"][left.get(site.module, len(site["gate"])) :] = ClampedGaussian.SHUT
+                if left.get(site.module) == 0:
+                    site[SUBLAYER].fill_(ClampedGaussian.SHUT)
+    with TemporaryDirectory() as folder:
+        write_other(resident(fold(gated, check=False)), Path(folder), "onnx", "cpu", None, False, None)
+        yield open_runner(folder, threads=threads, sealed=False, label="narrower" if left else WHOLE)
