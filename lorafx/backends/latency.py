@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
@@ -17,6 +18,7 @@ from ..channels.costs import CALL, WHOLE, kind_of
 from ..channels.units import Units
 from ..deferred.programs import resident
 from ..errors import UsageError
+from ..formats.companions import copy_companions
 from ..graph.state import method_state
 from ..methods.gates import SUBLAYER, ClampedGaussian
 from ..parity.runner import Runner
@@ -56,20 +58,21 @@ def latency_table(
     kinds = _kinds(base)
     if not kinds:
         raise UsageError(f"{program.name}: nothing in its blocks can be removed, so there is nothing to time")
-    table: dict[str, float] = {}
+    seconds: list[float] = []
+    shares: dict[str, float] = {}
     with _exported(base, {}, threads) as whole:
 
-        def timed(left: Mapping[str, int]) -> tuple[float, float]:
-            """Seconds of the whole model and of one with so many units left, by module."""
+        def saved(left: Mapping[str, int]) -> float:
+            """The share of the time that is saved with so many units left, by module."""
             with _exported(base, left, threads) as other:
                 found = bench(whole, other, shapes=((batch, length),), repeats=repeats, memory=False)
             first, second = found.timings
-            # By their ratio, which whatever slowed down both leaves alone.
-            return first.median, first.median / second.ratio
+            seconds.append(first.median)
+            return 1 - 1 / second.ratio  # round by round, which whatever slowed down both leaves alone
 
         for kind, every in kinds.items():
-            table[kind], table[kind + CALL] = _prices(every, timed, table)
-    return table
+            shares[kind], shares[kind + CALL] = _prices(every, saved)
+    return {name: share * median(seconds) for name, share in {WHOLE: 1.0, **shares}.items()}
 
 
 def _kinds(program: Program) -> dict[str, list[Units]]:
@@ -85,11 +88,11 @@ def _gates() -> FineGates:
     return FineGates(allow_empty=True, sublayers=True, deviation=0.0)
 
 
-def _prices(
-    every: list[Units], timed: Callable[[Mapping[str, int]], tuple[float, float]], table: dict[str, float]
-) -> tuple[float, float]:
-    """Seconds of a unit of a kind, and of what goes with a weight's last one; never below 0. The first time of the
-    whole model goes into the table."""
+def _prices(every: list[Units], saved: Callable[[Mapping[str, int]], float]) -> tuple[float, float]:
+    """What a unit of a kind costs, and what goes with a weight's last one, as shares of the model's time.
+
+    They are the line through what was saved by closing some of the units, and what by closing all; never below 0.
+    """
     low, high = _KEPT
     left: dict[str, int] = {}
     for number, units in enumerate(every):
@@ -97,13 +100,13 @@ def _prices(
         left[units.module] = max(1, round(share * len(units.costs)))
     count = sum(len(units.costs) for units in every)
     fewer = count - sum(left.values())
-    each = 0.0
-    if fewer:  # else each weight reads one unit, which is its last
-        whole, narrow = timed(left)
-        each = max(0.0, (whole - narrow) / fewer)
-    whole, without = timed(dict.fromkeys(left, 0))
-    table.setdefault(WHOLE, whole)
-    return each, max(0.0, (whole - without - count * each) / len(every))
+    some = saved(left) if fewer else 0.0  # else each weight reads one unit, which is its last
+    whole = saved(dict.fromkeys(left, 0))
+    each = some / max(1, fewer)
+    last = whole - count * each
+    if last < 0:  # the line of least squares among those through 0
+        each, last = (fewer * some + count * whole) / (fewer**2 + count**2), 0.0
+    return max(0.0, each), max(0.0, last / len(every))
 
 
 @contextmanager
@@ -117,5 +120,8 @@ def _exported(base: Program, left: Mapping[str, int], threads: int | None) -> It
                 if left.get(site.module) == 0:
                     site[SUBLAYER].fill_(ClampedGaussian.SHUT)
     with TemporaryDirectory() as folder:
-        write_other(resident(fold(gated, check=False)), Path(folder), "onnx", "cpu", None, False, None)
-        yield open_runner(folder, threads=threads, sealed=False, label="narrower" if left else WHOLE)
+        final = resident(fold(gated, check=False))
+        write_other(final, Path(folder), "onnx", "cpu", None, False, None)
+        copy_companions(final, Path(folder))
+        # It is trusted as the program is.
+        yield open_runner(folder, threads=threads, sealed=False, trust_remote_code=True)

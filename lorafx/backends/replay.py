@@ -114,11 +114,15 @@ def replay(program: Program, base: Program, *, whole: bool = True) -> Program:
 
 
 def _take_values(result: Program, program: Program) -> None:
-    """Give ``result`` the values ``program`` has under the same names; CaptureError where their shapes differ."""
-    constants = set(program.names("constant"))
+    """Give ``result`` the values ``program`` has under the same names; CaptureError where their shapes differ.
+
+    What nothing reads in ``program`` has none to give: of a sublayer that left its graph, where ``result`` still gives
+    keys and values of it to a cache, and has folded the others by the same passes.
+    """
+    without = {*program.names("constant"), *program.names("unread")}
     shared: dict[int, torch.Tensor] = {}
     for name, value in named_tensors(program.root):
-        if name in constants or not has_tensor(result.root, name):
+        if name in without or not has_tensor(result.root, name):
             continue
         slot = get_tensor(result.root, name)
         if slot.shape != value.shape:

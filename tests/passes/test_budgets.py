@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lorafx
-from lorafx.errors import UsageError
+from lorafx.errors import RecipeError, UsageError
 from lorafx.methods.gates import ClampedGaussian, kept_share
 from lorafx.passes.finegates import Finegates
 from lorafx.public import Program
@@ -108,3 +108,11 @@ def test_a_table_of_operators_is_refused() -> None:
     """As earlier versions measured them: seconds of a number of a weight, by its shape."""
     with pytest.raises(UsageError, match=r"no 'whole'.*prices operators.*version 0\.1"):
         gated(measure="latency", latency={"32x32": 3e-9, "32x48": 2e-9, "48x32": 5e-9, "attention": 7e-7})
+
+
+def test_a_budget_that_gates_cannot_meet_is_refused() -> None:
+    """A third of the seconds are in no unit, or in the last one of a sublayer."""
+    for options, least in (({}, 0.353), ({"sublayers": True}, 0.102)):
+        with pytest.raises(RecipeError, match=rf"budget = {least - 0.01:g} cannot be met: {least} is left"):
+            gated(measure="latency", latency=TABLE, budget=least - 0.01, **options)
+        gated(measure="latency", latency=TABLE, budget=least + 0.001, **options)
