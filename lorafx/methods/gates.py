@@ -221,7 +221,7 @@ def _lost(site: SiteState, openness: Callable[[Tensor], Tensor]) -> Tensor:
 
 def keep_open(
     gates: list[Tensor], opened: Callable[[Tensor], Tensor], share: Callable[[], float], least: float, ajar: float
-) -> None:
+) -> bool:
     """Hold barely open the gates that closed last, as many as it takes for ``share()`` to be ``least``; in place.
 
     Gates that move in step close all at once; what is closed has no gradient of the task and would not come back.
@@ -232,9 +232,12 @@ def keep_open(
         share: what is kept now
         least: what has to be kept
         ajar: the parameter of a gate that is barely open
+
+    Returns:
+        Whether that much is kept; where all of them would not be enough, all stay as they are.
     """
     if share() >= least:
-        return
+        return True
     before = [gate.clone() for gate in gates]
     closed = torch.cat([gate[~opened(gate)] for gate in before]).sort(descending=True).values
 
@@ -244,13 +247,22 @@ def keep_open(
             gate.copy_(torch.where(again, torch.full_like(old, ajar), old))
         return share() >= least
 
-    fewest = bisect.bisect_left(range(1, len(closed)), True, key=enough) + 1
-    enough(fewest)
+    fewest = bisect.bisect_left(range(1, len(closed) + 1), True, key=enough) + 1
+    if fewest <= len(closed):
+        return enough(fewest)
+    for gate, old in zip(gates, before, strict=True):
+        gate.copy_(old)
+    return False
+
+
+def fine_gates(state: MethodState) -> list[Tensor]:
+    """The θ of all gates but those of sublayers, one tensor a vector."""
+    return [theta for site in state.sites for name, theta in own_gates(site).items() if name != SUBLAYER]
 
 
 def leave_one_open(state: MethodState) -> None:
     """Open the most open gate of each vector whose gates are all closed, but for those of sublayers; in place."""
-    for theta in (theta for site in state.sites for name, theta in own_gates(site).items() if name != SUBLAYER):
+    for theta in fine_gates(state):
         # Chosen where the gates are: to ask for it here would wait for the device, gate by gate at every step.
         place = theta.argmax(0, keepdim=True)
         most = theta.gather(0, place)

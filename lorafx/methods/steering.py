@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..graph.state import MethodState
-from .gates import keep_open
+from .gates import fine_gates, keep_open
 from .schedules import ascend, linear, steps_of
 
 
@@ -62,12 +62,17 @@ class Steering:
     def step(self, rate: float, *, restart: bool, floor: bool = True) -> None:
         """Move the multiplier; with ``floor`` the gates that closed last stay open where too many did.
 
+        A sublayer that closed takes much at once, and the task let its gate come down to nothing: finer gates come back
+        in its place, where there are enough of them.
+
         On a GPU this waits for the device once, to read the share, unless the floor is needed.
         """
         excess = self.share() - self.allowed
         ascend(self.state.shared["multiplier"], excess, rate, restart=restart)
         if floor and excess < 0:
-            keep_open(self.gates, self.kind.is_open, self.share, self.allowed, self.kind.AJAR)
+            for gates in (fine_gates(self.state), self.gates):
+                if gates and keep_open(gates, self.kind.is_open, self.share, self.allowed, self.kind.AJAR):
+                    break
 
     @property
     def settled(self) -> bool:

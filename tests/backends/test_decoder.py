@@ -209,6 +209,24 @@ def test_nothing_is_left_of_a_faulty_export(monkeypatch: pytest.MonkeyPatch, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_attention_that_left_the_graph_has_a_cache_still(tmp_path: Path) -> None:
+    """Clients hold a cache of every layer, so one group of the first layer's heads stays, and nothing else of them."""
+    torch.manual_seed(0)
+    model = llama(head_dim=16)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.zero_()  # type: ignore[operator, union-attr]
+    folded = lorafx.fold(lorafx.capture(model))
+    assert not any(site.module.startswith("model.layers.0.self_attn") for site in folded.sites())
+    result = lorafx.export(folded, tmp_path / "onnx", generate=True)
+    assert result is not None
+    assert result.ok
+    graph = onnx.load(tmp_path / "onnx" / MODEL, load_external_data=False).graph
+    heads = [value.type.tensor_type.shape.dim[1].dim_value for value in graph.input if value.name.endswith("key")]
+    before = model.config.num_key_value_heads
+    assert heads == [1, before]
+
+
 # ---- refusals
 
 

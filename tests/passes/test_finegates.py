@@ -269,6 +269,27 @@ def test_the_gates_that_closed_last_stay_open_when_too_many_did() -> None:
     assert 0.875 <= float(kept_share(state)) < 0.875 + one, "no more than it takes"
 
 
+@pytest.mark.parametrize("budget", [0.5, 0.95])
+def test_a_sublayer_that_closed_comes_back_only_where_finer_gates_are_too_few(budget: float) -> None:
+    """It closed last of all and takes more than is allowed; closed neurons elsewhere make up for it, or not."""
+    model = training(Finegates(targets=EVERY, sublayers=True, budget=budget, ramp=0.0), total_steps=8)
+    state = state_of(model)
+    sublayer = state.sites[1]
+    with torch.no_grad():
+        for site in state.sites:
+            site["gate"].fill_(1.0)[: 2 * len(site["gate"]) // 3] = -0.7
+        sublayer["gate"].fill_(1.0)
+        sublayer["gate_sublayer"].fill_(-0.56)
+    finest = 1 - float(sublayer["cost"].sum() / state.shared["total"])  # with every other gate open
+    suffices = budget < finest
+    assert float(kept_share(state)) < budget
+    model.after_step()
+    assert float(kept_share(state)) >= budget
+    assert bool(is_open(sublayer["gate_sublayer"])) is not suffices
+    others = torch.cat([site["gate"].detach() for site in state.sites])
+    assert bool((others == ClampedGaussian.AJAR).any()), "neurons came back"
+
+
 def test_a_gate_more_multiplies_all_of_a_sublayer() -> None:
     model = training(Finegates(targets=EVERY, sublayers=True, noise=0.0))
     twin = training(Finegates(targets=EVERY, noise=0.0))
