@@ -1,10 +1,12 @@
 """FineGates with a budget of latency: what the measured table predicts, beside the time of the exported model.
 
     python -m benchmarks.latency_budget [--batch 1 --length 64]
+    python -m benchmarks.latency_budget --trained out/frontier/movies/fine-distilled/keep-40-fold-0 …
 
-Times MiniLM's weights and attention at 8x64, or another shape (`lorafx latency`), trains LoRA and FineGates for a
-budget in seconds as ``benchmarks.prune`` trains them, exports, and times the result beside LoRA alone, which that
-benchmark has trained.
+Times MiniLM at 8x64, or another shape, by how wide it is (`lorafx latency`), trains LoRA and FineGates for a budget in
+seconds as ``benchmarks.prune`` trains them, exports, and times the result beside LoRA alone, which that benchmark has
+trained. With ``--trained`` nothing is trained: the table prices the gates of models that ``benchmarks.frontier`` has
+trained for other measures and exported.
 """
 
 from __future__ import annotations
@@ -45,18 +47,31 @@ def passes(budget: float, latency: dict[str, float], length: int) -> list[dict[s
     return [lora, {**gates, "measure": "latency", "length": length, "latency": latency}]
 
 
-def gated_seconds(latency: dict[str, float], length: int) -> float:
-    """What all gated weights, and attention, take by the table."""
-    import lorafx
-    from lorafx.channels.costs import prices
-    from lorafx.channels.units import RemovableUnits, Units
-    from lorafx.passes.finegates import FineGates
+def kept(folder: Path, latency: dict[str, float], length: int) -> float:
+    """The share of the seconds that the gates of a run of ``benchmarks.frontier`` keep, by the table."""
+    from benchmarks.frontier_rows import Recipe, kept_program
+    from lorafx.graph.state import method_state
+    from lorafx.methods.gates import kept_share
 
-    program = lorafx.capture(assets.minilm(), task="text-classification", num_labels=2)
-    taken = FineGates(targets=prune.methods.TARGETS).uses(program).taken
-    analysis = RemovableUnits(program, taken, prices("latency", length, latency))
-    units = [found for site in taken if isinstance(found := analysis.find(site), Units)]
-    return analysis.total + sum(unit.mixing for unit in units)
+    run = json.loads((folder / "score.json").read_text(encoding="utf-8"))
+    lora, gates = Recipe(**run["recipe"]).passes(run["budget"])
+    program = kept_program(folder, [lora, {**gates, "measure": "latency", "length": length, "latency": latency}])
+    return float(kept_share(method_state(program.history[-1], program.tensor)))
+
+
+def trained(folders: list[Path], latency: dict[str, float], shape: tuple[int, int], repeats: int) -> None:
+    """Print what the table predicts of models that are trained, beside what is measured."""
+    from lorafx.proof.bench import bench
+
+    whole = folders[0].parent.parent / "lora" / "keep-100-fold-0" / "onnx"
+    models = [("whole", whole), *((str(folder), folder / "onnx") for folder in folders)]
+    first, *others = bench(*models, shapes=(shape,), repeats=repeats, memory=False).timings
+    print(f"LoRA alone: {1e3 * first.median:.2f} ms\n| run | predicted, ms | measured, ms | off |\n|---|--:|--:|--:|")
+    for folder, timing in zip(folders, others, strict=True):
+        predicted = kept(folder, latency, shape[1]) * first.median
+        off = predicted / timing.median - 1
+        name = f"{folder.parent.name}, {folder.name}"
+        print(f"| {name} | {1e3 * predicted:.2f} | {1e3 * timing.median:.2f} | {off:+.1%} |", flush=True)
 
 
 def main() -> None:
@@ -70,10 +85,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=SHAPE[0], help="texts at once")
     parser.add_argument("--length", type=int, default=SHAPE[1], help="tokens of a text")
     parser.add_argument("--repeats", type=int, default=40, help="timed calls of each model")
+    parser.add_argument("--trained", type=Path, nargs="+", help="time these runs of benchmarks.frontier instead")
     parser.add_argument("--train-only", action="store_true", help="time nothing but the table of latencies")
     options = parser.parse_args()
     shape = options.batch, options.length
     latency = table(options.out, shape)
+    if options.trained:
+        trained(options.trained, latency, shape, options.repeats)
+        return
     folder = options.out / f"latency-{round(100 * options.budget)}{_named(shape)}-seed-0"
     if not (folder / "score.json").is_file():
         prune.train_one(folder, passes(options.budget, latency, options.length), 0)
@@ -84,16 +103,15 @@ def main() -> None:
     result = bench(("whole", whole), ("gated", folder / "onnx"), shapes=(shape,), repeats=options.repeats)
     before, after = (1e3 * timing.median for timing in result.timings)
     score = json.loads((folder / "score.json").read_text(encoding="utf-8"))
-    kept = score["sections"]["finegates: Gates"][0]["weights kept"]
-    saved = 1e3 * (1 - kept) * gated_seconds(latency, options.length)
+    share = score["sections"]["finegates: Gates"][0]["weights kept"]
     linear, flops = (score[key][1] / score[key][0] for key in ("weights", "flops"))
     print(
         "| budget | seconds kept, by the table | accuracy | linear parameters left | FLOPs left | LoRA alone, ms "
         "| predicted, ms | measured, ms |\n|--:|--:|--:|--:|--:|--:|--:|--:|"
     )
     print(
-        f"| {options.budget:.0%} | {kept:.1%} | {score['accuracy']:.4f} | {linear:.1%} | {flops:.1%} | {before:.1f} "
-        f"| {before - saved:.1f} | {after:.1f} |"
+        f"| {options.budget:.0%} | {share:.1%} | {score['accuracy']:.4f} | {linear:.1%} | {flops:.1%} | {before:.1f} "
+        f"| {share * before:.1f} | {after:.1f} |"
     )
 
 
