@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from ..base import Method, Promise, option
 from ..channels.costs import Measure, prices
-from ..channels.units import RemovableUnits, Units, units_of
+from ..channels.units import RemovableUnits, Units
 from ..errors import RecipeError
 from ..graph.edit import Edit
 from ..graph.program import Program
@@ -87,8 +87,8 @@ class FineGates(Method):
         if not self.couple or not found.taken:
             return found
         analysis = RemovableUnits(program, found.taken, prices(self.measure, self.length, self.latency))
-        units = units_of(found, analysis.find, "gated where its result is read: ")
-        return gates.within_reach(units, self.budget, self.sublayers) if self.mode == "achieved" else units
+        budget = self.budget if (self.mode, self.measure) == ("achieved", "latency") else 1.0
+        return gates.units_within(found, analysis, budget, self.sublayers)
 
     def rewrite(self, edit: Edit, site: Any) -> None:
         edit.statistic("multiplier", torch.zeros(()))

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from ..channels.units import Units
+from ..channels.units import RemovableUnits, Units, units_of
 from ..errors import RecipeError
 from ..graph.edit import Edit
 from ..graph.selection import Selection
@@ -168,22 +168,24 @@ def keep_units(edit: Edit, units: Units, sublayer: bool) -> str | None:
     return edit.statistic("unit_of", torch.tensor(units.of), units.site)
 
 
-def within_reach(found: Selection[Site | Units], budget: float, sublayers: bool) -> Selection[Site | Units]:
-    """What was found; RecipeError when its gates, all closed that may close, leave more than ``budget``.
+def units_within(
+    found: Selection[Site], analysis: RemovableUnits, budget: float, sublayers: bool
+) -> Selection[Site | Units]:
+    """The units that weights read; RecipeError when, all closed that may close, more than ``budget`` is left.
 
     Of every weight's units one stays, unless ``sublayers`` have gates of their own.
     """
-    every = [units for units in found.taken if isinstance(units, Units)]
-    if every:
-        closed = [units.costs.sum() + (units.fixed if sublayers else -units.costs.min()) for units in every]
-        total = every[0].total + sum(units.mixing for units in every)
-        least = 1 - sum(closed) / total
-        if budget < least - _ROUNDING:
-            raise RecipeError(
-                f"finegates: budget = {budget:g} cannot be met: {least:.3g} is left with every gate closed that may "
-                f"close; give more than that, gate more weights{'' if sublayers else ', or sublayers = true'}"
-            )
-    return found
+    units = units_of(found, analysis.find, "gated where its result is read: ")
+    closed = 0.0
+    for own in (own for own in units.taken if isinstance(own, Units)):
+        closed += own.costs.sum() + (own.fixed if sublayers else -own.costs.min())
+    least = 1 - closed / analysis.total
+    if budget < least - _ROUNDING:
+        raise RecipeError(
+            f"finegates: budget = {budget:g} cannot be met: {least:.3g} is left with every gate closed that may "
+            f"close; give more than that, gate more weights{'' if sublayers else ', or sublayers = true'}"
+        )
+    return units
 
 
 is_open = ClampedGaussian.is_open
