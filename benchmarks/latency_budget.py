@@ -49,12 +49,13 @@ def passes(budget: float, latency: dict[str, float], length: int) -> list[dict[s
 
 def kept(folder: Path, latency: dict[str, float], length: int) -> float:
     """The share of the seconds that the gates of a run of ``benchmarks.frontier`` keep, by the table."""
-    from benchmarks.frontier_rows import Recipe, kept_program
+    from benchmarks.frontier_rows import RECIPES, Recipe, kept_program
     from lorafx.graph.state import method_state
     from lorafx.methods.gates import kept_share
 
     run = json.loads((folder / "score.json").read_text(encoding="utf-8"))
-    lora, gates = Recipe(**run["recipe"]).passes(run["budget"])
+    recipe = Recipe(**run["recipe"]) if "recipe" in run else RECIPES[run["row"]]
+    lora, gates = recipe.passes(run["budget"])
     program = kept_program(folder, [lora, {**gates, "measure": "latency", "length": length, "latency": latency}])
     return float(kept_share(method_state(program.history[-1], program.tensor)))
 
