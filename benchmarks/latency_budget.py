@@ -16,6 +16,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import prune
 from examples import assets
 
@@ -49,14 +51,24 @@ def passes(budget: float, latency: dict[str, float], length: int) -> list[dict[s
 
 def kept(folder: Path, latency: dict[str, float], length: int) -> float:
     """The share of the seconds that the gates of a run of ``benchmarks.frontier`` keep, by the table."""
-    from benchmarks.frontier_rows import RECIPES, Recipe, kept_program
+    from safetensors.torch import load_file
+
+    import lorafx
+    from benchmarks.frontier_rows import RECIPES, Recipe, captured
     from lorafx.graph.state import method_state
     from lorafx.methods.gates import kept_share
+    from lorafx.training.trainer import STATE
 
     run = json.loads((folder / "score.json").read_text(encoding="utf-8"))
     recipe = Recipe(**run["recipe"]) if "recipe" in run else RECIPES[run["row"]]
     lora, gates = recipe.passes(run["budget"])
-    program = kept_program(folder, [lora, {**gates, "measure": "latency", "length": length, "latency": latency}])
+    passes = [lora, {**gates, "measure": "latency", "length": length, "latency": latency}]
+    program = lorafx.rewrite(captured(), {"pass": passes}, check=False)
+    # The gates alone: what each of them costs was kept with them, in the measure that they were trained for.
+    learned = load_file(folder / STATE)
+    with torch.no_grad():
+        for name in program.names("gate"):
+            program.tensor(name).copy_(learned[name])
     return float(kept_share(method_state(program.history[-1], program.tensor)))
 
 
