@@ -32,6 +32,7 @@ from ..graph.site import module_path
 from ..models.eager import cacheless
 from .notices import without_notices
 from .stand_ins import StandIns
+from .tuners import choosing
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ def trace_with(attempt: Callable[[Any], T], model: nn.Module, shapes: Any) -> T:
     Raises:
         CaptureError: both failed
     """
-    with cacheless(model), lean(), _memo_where_it_pays(model), _patched_where_loaded(), without_notices():
+    with cacheless(model), lean(), _memo_where_it_pays(model), _patched_where_loaded(), without_notices(), choosing():
         try:
             return attempt(shapes)
         except CaptureError:  # it says what it is about

@@ -1,11 +1,14 @@
-"""Another library's adapters inside a captured model: where the model is, and which of its tensors are theirs."""
+"""Another library's adapters inside a captured model: where the model is, which of its tensors are theirs, and what of
+their code a tracer cannot follow."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from ..graph.constants import Constants
@@ -56,6 +59,29 @@ def adapter_constants(model: nn.Module, root: nn.Module, graph: fx.Graph, names:
     inputs = (node.args[WEIGHT_OPS[node.target].input] for node in weights)
     given = frozenset[str]().union(*(constants.reads(n) or () for n in inputs if isinstance(n, fx.Node)))
     return frozenset(name for name in names if name not in given and _holder(name, layers) is False)
+
+
+@contextmanager
+def choosing() -> Iterator[None]:
+    """While it is entered, PSOFT's bound on its generator chooses between two values where its code branches on one: the
+    same numbers and gradients, in a form that a graph holds."""
+    layer: Any = getattr(sys.modules.get("peft.tuners.psoft.layer"), "OrthLayer", None)
+    own = getattr(layer, "_project_Q", None)
+    if own is None:
+        yield
+        return
+    layer._project_Q = _bounded
+    try:
+        yield
+    finally:
+        layer._project_Q = own
+
+
+def _bounded(_: nn.Module, generator: Tensor, eps: float = 0.9) -> Tensor:
+    """``generator``, scaled to a Frobenius norm of ``eps`` where its own is larger (and finite)."""
+    norm = torch.linalg.norm(generator, ord="fro")
+    too_large = torch.isfinite(norm) & (norm > eps)
+    return torch.where(too_large, generator * (eps / (norm + 1e-12)), generator)
 
 
 def _layers(model: nn.Module) -> set[str]:

@@ -97,6 +97,27 @@ def test_every_kind(kind: str) -> None:
     assert found.verdict == NATURE.get(kind, "exact"), found.reason
 
 
+@pytest.mark.parametrize("trained_to", [0.05, 5.0])
+def test_a_bound_on_a_norm_is_kept_on_both_of_its_sides(trained_to: float) -> None:
+    """PSOFT's code branches there, which a trace cannot: it holds both sides, so training may cross the bound."""
+    layer, base = peft.tuners.psoft.layer.OrthLayer, Model()
+    own = layer._project_Q
+    bounded = {**WEIGHTS, "r": 3, "use_cayley_neumann": True, "cayley_neumann_eps": 0.5}
+    config = peft.PsoftConfig(target_modules=["first"], **bounded)
+    began, went_on = (widened(peft.get_peft_model(copy.deepcopy(base), config)) for _ in range(2))  # type: ignore
+    for model, number in ((began, 0.1), (went_on, trained_to)):
+        (inner,) = [part for part in model.modules() if isinstance(part, layer)]
+        inner.weight.data.fill_(number)
+    found = examine(Finding("", "Psoft", "Model"), went_on, widened(base), [words(), words(1)])
+    assert (found.verdict, layer._project_Q) == ("exact", own), found.reason
+    program = lorafx.capture(began, inputs=words())
+    (name,) = [name for name in program.source.adapters if name.endswith("default.weight")]
+    program.load({name: torch.full((3,), trained_to, dtype=torch.float64)})
+    with torch.no_grad():
+        difference = program.module().eval()(**words()) - went_on(**words())
+    assert difference.abs().max() < 1e-14
+
+
 def test_the_judge_finds_a_wrong_fold(monkeypatch: pytest.MonkeyPatch) -> None:
     fold = lorafx.fold
 
