@@ -20,7 +20,7 @@ from latex2mathml.converter import convert
 from lorafx.cli import main
 from lorafx.ranges import range_of
 from lorafx.recipes.options import ModelOptions, TrainOptions
-from lorafx.recipes.recipe import type_name
+from lorafx.recipes.recipe import default_text, type_name
 from lorafx.recipes.registry import known, options, pass_class
 
 _ROOT = Path(__file__).parents[1]
@@ -71,7 +71,9 @@ def _table(fields: typing.Mapping[str, Any], cls: type) -> Iterator[str]:
     yield from ("| option | type | default | |", "|---|---|---|---|")
     for key, field in fields.items():
         held = " ".join(filter(None, (type_name(hints[key]), str(range_of(field) or ""))))
-        shown = _code(repr(getattr(cls(), key)))
+        value = getattr(cls(), key)
+        shown = default_text(field, value)
+        shown = shown if value in (None, (), {}) else _code(shown)
         yield f"| `{key}` | {_cell(held)} | {shown} | {_cell(field.metadata['help'])} |"
 
 

@@ -47,14 +47,16 @@ def option(
     above: float | None = None,
     below: float | None = None,
     group: str = "",
+    unset: str = "none",
 ) -> Any:
-    """Declare one option: its default, its help line, the range of its numbers, and the group that it begins in a help.
+    """Declare one option: its default, its help line, the range of its numbers, the group that it begins in a help, and
+    in words what it means where its default is None (``unset``).
 
     ``least`` and ``most`` are allowed themselves, ``above`` and ``below`` are not; numbers are finite. The range is
     checked when the options are made (:class:`Options`), so that TOML, flags and Python agree. Mappings are copied, so
     that passes never share one.
     """
-    metadata: dict[str, Any] = {"help": about, "group": group}
+    metadata: dict[str, Any] = {"help": about, "group": group, "unset": unset}
     allowed = Range(least, most, above, below, whole=type(default) is int)
     if str(allowed) or type(default) in (int, float):
         metadata["range"] = allowed
@@ -124,7 +126,9 @@ class SitePass(Pass):
         "all-linear", "where: all-linear, module names as in PEFT, globs with braces, regular expressions, role:NAME"
     )
     exclude: tuple[str, ...] = option((), "module names, globs or regular expressions to leave out")
-    blocks: str | int | tuple[int, ...] | None = option(None, "only these blocks, e.g. 0..5 or 0..2,11 or -1")
+    blocks: str | int | tuple[int, ...] | None = option(
+        None, "only these blocks, e.g. 0..5 or 0..2,11 or -1", unset="all"
+    )
     allow_empty: bool = option(False, "selecting nothing is no error")
 
     #: Kinds of site the pass can rewrite, and why it does not others.

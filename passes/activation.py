@@ -26,7 +26,7 @@ class Activation(CloseUnits):
     Source: activation times weight norm, Wanda, Sun et al. 2023, arXiv 2306.11695, eq. 1, summed over a unit.
     """
 
-    data: str | None = option(None, "texts to measure on: a csv, jsonl or txt file; the example inputs without")
+    data: str | None = option(None, "texts to measure on: a csv, jsonl or txt file", unset="the example inputs")
     text: str = option("text", "column of the text")
     samples: int = option(64, "how many texts", least=1)
     max_length: int = option(128, "tokens kept of a text", least=1)

@@ -50,7 +50,7 @@ class TiedLoRA(LowRank):
     train: tuple[str, ...] = option(("A", "B", "u", "v"), "which of A, B, u, v train; the others keep their start")
     init: Literal["normal", "kaiming"] = option("normal", "initial values of A (and of a frozen B)")
     deviation: float = option(0.2, "standard deviation of normal initial values", above=0)
-    scaling_rate: float | None = option(None, "learning rate of u and v; that of the training without", least=0)
+    scaling_rate: float | None = option(None, "learning rate of u and v", least=0, unset="that of the training")
     fuse: tuple[str, ...] = option(
         ("attn.query", "attn.key", "attn.value"), "roles or module names that share A and u inside a block"
     )

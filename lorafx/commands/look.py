@@ -216,7 +216,7 @@ def passes(name: str | None, as_json: bool) -> None:
     import typing
 
     from ..ranges import range_of
-    from ..recipes.recipe import type_name
+    from ..recipes.recipe import default_text, type_name
     from ..recipes.registry import options, pass_class
 
     cls = pass_class(name)
@@ -231,7 +231,7 @@ def passes(name: str | None, as_json: bool) -> None:
         for key, field in options(cls).items()
     }
     lines = [python_inspect.getdoc(cls) or "", "", f"Promise: {cls.promise.value}", "", "Options:"]
-    for key, row in rows.items():
-        held = " ".join(filter(None, (row["type"], row["range"])))
-        lines.append(f"  {key} ({held}; default {row['default']!r}): {row['help']}")
+    for key, field in options(cls).items():
+        held = " ".join(filter(None, (rows[key]["type"], rows[key]["range"])))
+        lines.append(f"  {key} ({held}; default {default_text(field, rows[key]['default'])}): {rows[key]['help']}")
     emit({"name": name, "promise": cls.promise.value, "options": rows}, "\n".join(lines), as_json)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -39,6 +39,28 @@ def auto_class(task: str) -> Any:
     if task not in TASKS:
         raise UsageError(f"unknown task {task!r}{did_you_mean(task, TASKS)}; known: {', '.join(TASKS)}")
     return getattr(transformers, TASKS[task])
+
+
+def auto_class_of(config: Mapping[str, Any]) -> str | None:
+    """The name of the transformers Auto class that opens a checkpoint with this ``config.json`` as the model it was
+    written as (``AutoModelForSequenceClassification``): that of its own code, or of a task; its own class where no Auto
+    class does; None where it names none."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    (name,) = (config.get("architectures") or [None])[:1]
+    if name is None:
+        return None
+    own = next((auto for auto, code in (config.get("auto_map") or {}).items() if str(code).endswith(f".{name}")), None)
+    if own is not None:
+        return own
+    others = [auto for auto in vars(modeling_auto) if auto.startswith("AutoModelFor")]
+    for auto in dict.fromkeys((*TASKS.values(), *others)):
+        opened = getattr(transformers, auto, None)
+        names = getattr(getattr(opened, "_model_mapping", None), "_model_mapping", {}).get(config.get("model_type"), ())
+        if name in (names if isinstance(names, (tuple, list)) else (names,)):
+            return auto
+    return name
 
 
 def loss_type(model: nn.Module) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import tomllib
 import types
@@ -207,6 +208,13 @@ def type_name(hint: Any) -> str:
         return f"a table of {type_name(args[1])}"
     plain = {"bool": "true or false", "str": "text", "int": "an integer", "float": "a number"}
     return plain.get(hint.__name__, str(hint))
+
+
+def default_text(entry: dataclasses.Field[Any], value: Any) -> str:
+    """The default ``value`` of an option as a recipe has it; in words where there is nothing to write."""
+    if value is None:
+        return str(entry.metadata.get("unset", "none"))
+    return json.dumps(value, ensure_ascii=False) if value not in ((), {}) else "none"
 
 
 def parse_text(text: str, hint: Any) -> Any:

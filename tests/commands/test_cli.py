@@ -75,6 +75,8 @@ def folded(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("folded") / "folded"
     result = call("fold", run, "-o", folder, "--verify-each")
     assert result.exit_code == 0, result.output
+    opened = f"Next: AutoModelForSequenceClassification.from_pretrained({str(folder)!r}), in transformers"
+    assert result.stdout.splitlines()[-1] == opened
     return folder
 
 
@@ -108,6 +110,27 @@ def test_passes_lists_and_describes() -> None:
     assert {"lora", "to-eval", "fold-affine", "fold-constants", "tidy"} <= set(listed)
     described = json.loads(call("passes", "lora", "--json").stdout)
     assert described["options"]["rank"]["default"] == 8
+
+
+def test_a_pass_tells_its_defaults_as_one_writes_them() -> None:
+    """And in words where there is nothing to write."""
+    told = {line.split()[0]: line for name in ("tied-lora", "activation") for line in options_of(name)}
+    for key, default in {
+        "targets": '"all-linear"',
+        "exclude": "none",
+        "blocks": "all",
+        "allow_empty": "false",
+        "trainable": '["auto"]',
+        "train": '["A", "B", "u", "v"]',
+        "scale": "1.0",
+        "scaling_rate": "that of the training",
+        "data": "the example inputs",
+    }.items():
+        assert f"; default {default}): " in told[key], told[key]
+
+
+def options_of(name: str) -> list[str]:
+    return call("passes", name).stdout.partition("Options:\n")[2].splitlines()
 
 
 def test_dry_run_prints_sites_and_misses_and_writes_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
