@@ -22,6 +22,7 @@ from ..files.table import read_table
 from ..models.hub import local_folder
 from ..recipes.recipe import Recipe
 from ..reporting.report import PAGE, REPORT, Report, read_report, write_report
+from ..reporting.scored import SCORED, forms_of, scored
 from ..training.folder import check_training_folder, differences, training_folder
 
 if TYPE_CHECKING:
@@ -279,6 +280,8 @@ def _export(trained: Program, provider: Any, folder: Path, made_from: Mapping[st
 _TOLD = "made from"
 #: A single short text and a small batch, and seconds to spend on both: an impression, not a benchmark.
 _SHAPES, _SECONDS = ((1, 64), (8, 64)), 20.0
+#: What is timed.
+_BASE, _MADE = "the base in PyTorch", "lorafx, ONNX"
 
 
 def _told_of(out: Path) -> str | None:
@@ -297,6 +300,7 @@ def _told(job: Job, opened: Callable[[], Program], say: Callable[[str], None]) -
         return read_report(job.out)
     say("report: working")
     report = read_report(onnx).plus(benchmark=_timed(job, opened(), say), **{_TOLD: {"onnx": digest}})
+    report = report.plus(**{SCORED: scored(report, forms_of(report, _BASE, _MADE)) or None})
     write_report(report, job.out, "onnx/")
     return report
 
@@ -305,7 +309,7 @@ def _timed(job: Job, trained: Program, say: Callable[[str], None]) -> BenchResul
     """The ONNX model beside the base in PyTorch; None, said aloud, where inputs cannot be made."""
     from ..proof.bench import bench
 
-    candidates = ("the base in PyTorch", trained.source.model), ("lorafx, ONNX", job.out / "onnx")
+    candidates = (_BASE, trained.source.model), (_MADE, job.out / "onnx")
     try:
         return bench(*candidates, shapes=_SHAPES, seconds=_SECONDS, provider=job.provider, memory=False)
     except UsageError as error:

@@ -63,8 +63,8 @@ def adapter_constants(model: nn.Module, root: nn.Module, graph: fx.Graph, names:
 
 @contextmanager
 def choosing() -> Iterator[None]:
-    """While it is entered, PSOFT's bound on its generator chooses between two values where its code branches on one: the
-    same numbers and gradients, in a form that a graph holds."""
+    """While it is entered, PSOFT's bound on its generator chooses between two values where its code branches on one:
+    the same numbers and gradients, in a form that a graph holds."""
     layer: Any = getattr(sys.modules.get("peft.tuners.psoft.layer"), "OrthLayer", None)
     own = getattr(layer, "_project_Q", None)
     if own is None:

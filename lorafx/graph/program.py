@@ -248,11 +248,12 @@ class Program:
     def outlive_training(self) -> None:
         """Put what the last training gave among the earlier ones: another begins, or the function is another now.
 
-        Kept are its figures and how it began; curves of another function would be taken for this one's.
+        Kept are its figures, what they are of, and how it began; curves of another function would be taken for those
+        of this one.
         """
         if self.trained is not None:
             start = [entry for entry in self.trained.get("history") or () if entry.get("step") == 0]
-            told = {key: value for key, value in self.trained.items() if key in ("metrics", "seconds")}
+            told = {key: value for key, value in self.trained.items() if key in _OUTLIVES}
             self.earlier += ({**told, "history": start},)
         self.trained = None
 
@@ -271,6 +272,8 @@ class Program:
         )
 
 
+#: What is kept of a training when another follows.
+_OUTLIVES = ("metrics", "seconds", "passes", "evaluated")
 #: A kind of program: what is made of one is of its kind.
 P = TypeVar("P", bound=Program)
 

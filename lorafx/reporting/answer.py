@@ -85,15 +85,24 @@ def score_of(facts: Facts) -> Score | None:
     metrics = training.get("metrics") if isinstance(training, Mapping) else None
     if not isinstance(metrics, Mapping):
         return None
-    keys = (f"eval_{training.get('metric')}", "eval_accuracy", "eval_perplexity", "eval_loss")
-    for key in keys:
-        if isinstance(metrics.get(key), (int, float)):
-            return Score(called(key), (*_before(facts, key), float(metrics[key])), "on the evaluation data")
+    key = measure_of(facts)
+    if key is not None:
+        return Score(called(key), (*_before(facts, key), float(metrics[key])), "on the evaluation data")
     loss = metrics.get("train_loss")
     logged = [float(entry["loss"]) for entry in training.get("history") or () if "loss" in entry]
     if len(logged) > 1:
         return Score("training loss", (logged[0], logged[-1]), "as first and last logged")
     return Score("training loss", (float(loss),), "on the training data") if isinstance(loss, (int, float)) else None
+
+
+def measure_of(facts: Facts) -> str | None:
+    """The key of what says most of the last training's evaluation (``eval_accuracy``); None where nothing was."""
+    training: Any = facts.sections.get("training")
+    metrics = training.get("metrics") if isinstance(training, Mapping) else None
+    if not isinstance(metrics, Mapping):
+        return None
+    keys = (f"eval_{training.get('metric')}", "eval_accuracy", "eval_perplexity", "eval_loss")
+    return next((key for key in keys if isinstance(metrics.get(key), (int, float))), None)
 
 
 def _before(facts: Facts, key: str) -> Iterator[float]:
@@ -111,7 +120,7 @@ def earlier(facts: Facts) -> list[Mapping[str, Any]]:
 
 def figures(facts: Facts, contents: Contents) -> list[Figure]:
     """All that there are of a report, and of the folder it was written for."""
-    found = (_training(facts), _trainable(facts), _size(facts, contents), _speed(facts), _same(facts))
+    found = (_training(facts), _trainable(facts), _size(facts, contents), _speed(facts), same_function(facts))
     count = f"{facts.parameters:,}"
     plain = Figure("size", count, "parameters", f"{count} parameters")
     return [figure for figure in found if figure is not None] or [plain]
@@ -174,19 +183,15 @@ def _size(facts: Facts, contents: Contents) -> Figure | None:
 
 
 def _speed(facts: Facts) -> Figure | None:
-    timed = timings(facts)
-    if not timed:
+    rows = timings_at_one_shape(facts)
+    if not rows:
         return None
-    shapes = list(dict.fromkeys((row["batch"], row["length"]) for row in timed))
-    shape = shapes[len(shapes) // 2]
-    rows = [row for row in timed if (row["batch"], row["length"]) == shape]
     first, last = rows[0], rows[-1]
     if first is last:
         return Figure("speed", f"{last['median'] * 1e3:.1f} ms", f"at {shaped(last)}")
     ratio, than = first["median"] / last["median"], f"as fast as {first['candidate']}"
     took = f"{last['median'] * 1e3:.1f} ms where it takes {first['median'] * 1e3:.1f}, {shaped(last)}"
-    if not last["ratio_p10"] <= ratio <= last["ratio_p90"]:
-        # Round by round, which nothing slows down on one side alone, they compare otherwise: the machine was busy.
+    if not is_clear(last, first):
         rounds = f"{last['ratio_p10']:.2f} to {last['ratio_p90']:.2f} times {than} round by round"
         detail = f"times scatter too much: {rounds}, {took} in the median; time them again on an idle machine"
         return Figure("speed", "not clear", detail, f"its speed is not clear ({detail})")
@@ -204,13 +209,28 @@ def timings(facts: Facts) -> list[Mapping[str, Any]]:
     return []
 
 
+def timings_at_one_shape(facts: Facts) -> list[Mapping[str, Any]]:
+    """The timings at the shape in the middle, which stands for all where one has to: neither the smallest nor the
+    largest inputs."""
+    timed = timings(facts)
+    shapes = list(dict.fromkeys((row["batch"], row["length"]) for row in timed))
+    return [row for row in timed if (row["batch"], row["length"]) == shapes[len(shapes) // 2]]
+
+
+def is_clear(row: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
+    """Whether the median of ``row`` compares with that of ``first`` as they do round by round, which nothing slows down
+    on one side alone. Where not, the machine was busy, and neither median says how fast it is."""
+    return row["ratio_p10"] <= first["median"] / row["median"] <= row["ratio_p90"]
+
+
 def shaped(row: Mapping[str, Any]) -> str:
     """The inputs of a timing, for people."""
     texts = f"{row['batch']} text{'s' if row['batch'] > 1 else ''}"
     return f"{texts} of {row['length']} tokens" if row["length"] else f"a batch of {row['batch']}"
 
 
-def _same(facts: Facts) -> Figure | None:
+def same_function(facts: Facts) -> Figure | None:
+    """Whether what was made computes what was trained, as it was found; None where nobody looked."""
     parity = facts.sections.get("parity")
     if not isinstance(parity, Mapping) or "ok" not in parity:
         unproven = [step.name for step in facts.passes if step.proof.startswith("not checked")]

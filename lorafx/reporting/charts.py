@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -65,7 +66,19 @@ class Grid:
     along: str = "block"
 
 
-Chart = Lines | Bars | Grid
+@dataclass(frozen=True)
+class Points:
+    """Places in a plane, numbered: a name for each, where it is, and from where to where it scatters along the first
+    axis."""
+
+    names: tuple[str, ...]
+    places: tuple[tuple[float, float], ...]
+    spans: tuple[tuple[float, float], ...]
+    along: str
+    up: str
+
+
+Chart = Lines | Bars | Grid | Points
 
 
 def can_draw() -> bool:
@@ -171,7 +184,51 @@ def _grid(figure: Any, chart: Grid) -> None:
             axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7, color=colour)
 
 
-_DRAW: dict[type, Any] = {Lines: _lines, Bars: _bars, Grid: _grid}
+def _points(figure: Any, chart: Points) -> None:
+    figure.set_size_inches(_WIDTH, 2.3 + 0.19 * len(chart.names))
+    axes = figure.subplots()
+    for number, (name, (along, up)) in enumerate(zip(chart.names, chart.places, strict=True), 1):
+        start, end = chart.spans[number - 1]
+        colour = _COLOURS[(len(chart.names) - number) % len(_COLOURS)]  # the last is what was made
+        axes.hlines(up, start, end, color=colour, linewidth=1)
+        axes.plot([along], [up], "o", color=colour, ms=6, label=f"{number}: {name}")
+    axes.set_xlim(0, 1.12 * max(end for _, end in chart.spans))
+    axes.margins(y=0.25)
+    for number, (place, side) in enumerate(zip(chart.places, _sides(chart.places), strict=True), 1):
+        moved = (9 * side[0], 9 * side[1])
+        texts: Any = {"textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 8}
+        axes.annotate(str(number), place, moved, **texts)
+    axes.set_xlabel(chart.along)
+    axes.set_ylabel(chart.up)
+    axes.grid(alpha=0.25)
+    figure.legend(loc="outside upper left", frameon=False, ncols=1, fontsize=8, handletextpad=0.2)
+
+
+#: Where the number of a place may stand, first choice first: above, below, or aside of these, clear of its own line.
+_SIDES = ((0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+
+
+def _sides(places: Sequence[tuple[float, float]]) -> list[tuple[int, int]]:
+    """The side of each place on which its number is furthest from other places and their numbers.
+
+    Distances are of a field that is 12 places' widths wide and 8 high, what a chart of a phone's width has.
+    """
+    wide = max(along for along, _ in places) or 1.0
+    low, high = min(up for _, up in places), max(up for _, up in places)
+    dots = [(12 * along / wide, 8 * (up - low) / ((high - low) or 1.0)) for along, up in places]
+    chosen: list[tuple[int, int]] = []
+    numbers: list[tuple[float, float]] = []
+    for place, (x, y) in enumerate(dots):
+        taken = dots[:place] + dots[place + 1 :] + numbers
+        free = [min((math.dist((x + dx / 2, y + dy / 2), other) for other in taken), default=0) for dx, dy in _SIDES]
+        # More than one place's width apart is apart.
+        side = _SIDES[max(range(len(_SIDES)), key=lambda choice: (min(free[choice], 1.0), -choice))]
+        chosen.append(side)
+        numbers.append((x + side[0] / 2, y + side[1] / 2))
+    return chosen
+
+
+_DRAW: dict[type, Any] = {Lines: _lines, Bars: _bars, Grid: _grid, Points: _points}
 
 
 def shortened(labels: Sequence[str], most: int = 28) -> tuple[str, ...]:

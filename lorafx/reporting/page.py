@@ -78,7 +78,9 @@ def _picture(picture: Picture, place: int, drawn: bool) -> str:
     if not drawn:
         return f"<section>{title}{_table(picture.table)}</section>"
     chart = svg_of(picture.chart, f"chart{place}", f"{picture.title}. {picture.note}")
-    return f"<section>{title}{chart}{_folded('Numbers', _table(picture.table))}</section>"
+    remarks = "".join(f"<li>{html.escape(remark)}</li>" for remark in picture.remarks)
+    listed = f"<ol class=small>{remarks}</ol>" if remarks else ""
+    return f"<section>{title}{chart}{listed}{_folded('Numbers', _table(picture.table))}</section>"
 
 
 def _notes(facts: Facts) -> str:
@@ -161,7 +163,7 @@ td { overflow-wrap: normal; min-width: 3em; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 details { margin: .25rem 0; }
 summary { cursor: pointer; padding: .15rem 0; }
-ul { padding-left: 1.2rem; margin: .25rem 0; }
+ul, ol.small { padding-left: 1.2rem; margin: .25rem 0; }
 """
 
 _PAGE = """<!doctype html>

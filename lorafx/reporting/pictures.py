@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..graph.site import block_of, stack_of
-from .answer import called, shaped, timings
-from .charts import Bars, Chart, Grid, Lines, shortened
+from .answer import SHARES, called, is_clear, shaped, timings, timings_at_one_shape
+from .charts import Bars, Chart, Grid, Lines, Points, shortened
 from .facts import Facts
 from .render import Section, section_of
+from .scored import SCORED, Scored
 
 #: What training logs that is worth a curve.
 _CURVES = ("loss", "eval_loss", "eval_accuracy", "eval_perplexity")
@@ -20,17 +21,18 @@ _OF = re.compile(r"(\d+) of (\d+)")
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture: what it shows, what to know, the chart, and the numbers it is drawn from."""
+    """One picture: what it shows, what to know, the chart, the numbers it is drawn from, and what to know of parts."""
 
     title: str
     note: str
     chart: Chart
     table: Section
+    remarks: tuple[str, ...] = ()
 
 
 def pictures(facts: Facts) -> list[Picture]:
     """All that a report has numbers for."""
-    found = [*_training(facts), *_latency(facts), *_removed(facts)]
+    found = [*_training(facts), *_latency(facts), *_scored(facts), *_removed(facts)]
     for name, rows in facts.sections.items():
         if isinstance(rows, list) and rows and all(_of_a_module(row) for row in rows):
             found += _by_block(name, rows)
@@ -85,7 +87,7 @@ def _latency(facts: Facts) -> Iterator[Picture]:
         tuple((name, shares("median", name)) for name in names),
         f"time, % of {first}" if len(first) < 40 else "time, % of the first",
         tuple(tuple(zip(shares("p10", name), shares("p90", name), strict=True)) for name in names),
-        tuple(tuple(f"{row['median'] * 1e3:.3g} ms" for row in timed[name]) for name in names),
+        tuple(tuple(f"{_milliseconds(row['median'])} ms" for row in timed[name]) for name in names),
     )
     note = "Medians of interleaved rounds; the lines go from the 10th to the 90th of 100, as far as there is room."
     yield Picture("How fast", note, chart, Section("How fast", _TIMED, tuple(map(_timed, rows))))
@@ -95,8 +97,58 @@ _TIMED = ("inputs", "what", "median ms", "p10 ms", "p90 ms", "times as fast, rou
 
 
 def _timed(row: Mapping[str, Any]) -> tuple[str, ...]:
-    times = (f"{row[key] * 1e3:.3g}" for key in ("median", "p10", "p90"))
+    times = (_milliseconds(row[key]) for key in ("median", "p10", "p90"))
     return (shaped(row), row["candidate"], *times, f"{row['ratio']:.2f}")
+
+
+def _milliseconds(seconds: float) -> str:
+    """Three digits, or whole ones: nobody reads 4.42e+03."""
+    return f"{seconds * 1e3:.3g}" if seconds < 0.9995 else f"{seconds * 1e3:,.0f}"
+
+
+def _scored(facts: Facts) -> Iterator[Picture]:
+    """What was scored and timed, both; a single one compares with nothing."""
+    timed = timings_at_one_shape(facts)
+    rows = facts.sections.get(SCORED)
+    known = [one for one in map(Scored.read, rows if isinstance(rows, list) else ()) if one is not None]
+    times = {row["candidate"]: row for row in timed if is_clear(row, timed[0])}
+    found = [(one, times[one.candidate]) for one in known if one.candidate in times and one.measure == known[0].measure]
+    if len(found) < 2:
+        return
+    measure = found[0][0].measure
+    form = ".3f" if measure in SHARES else ".3g"
+    figures = [(f"{one.value:{form}}", _milliseconds(row["median"])) for one, row in found]
+    chart = Points(
+        shortened(
+            [f"{value} at {time} ms, {one.model}" for (one, _), (value, time) in zip(found, figures, strict=True)], 68
+        ),
+        tuple((row["median"] * 1e3, one.value) for one, row in found),
+        tuple((row["p10"] * 1e3, row["p90"] * 1e3) for _, row in found),
+        f"ms for {shaped(timed[0])}",
+        measure,
+    )
+    table = tuple(
+        (one.model, value, one.candidate, *_timed(row)[2:5], one.why)
+        for (one, row), (value, _) in zip(found, figures, strict=True)
+    )
+    yield Picture(
+        f"{measure[0].upper()}{measure[1:]} against speed",
+        f"Scores on the evaluation data, and the median time of {shaped(timed[0])}{_run_by(facts)}; the lines go from "
+        "the 10th to the 90th of 100.",
+        chart,
+        Section("Scored and timed", ("model", measure, "timed as", *_TIMED[2:5], "why both are of it"), table),
+        tuple(f"timed as “{one.candidate}”: {one.why}" for one, _ in found),
+    )
+
+
+def _run_by(facts: Facts) -> str:
+    """How many threads a benchmark had, where it says so."""
+    benchmark = facts.sections.get("benchmark")
+    candidates = benchmark.get("candidates") if isinstance(benchmark, Mapping) else None
+    threads = sorted({row["threads"] for row in candidates or () if isinstance(row.get("threads"), int)})
+    if not threads:
+        return ""
+    return f" in {' or '.join(map(str, threads))} thread{'s' if threads != [1] else ''}"
 
 
 def _inputs(row: Mapping[str, Any]) -> tuple[int, int]:

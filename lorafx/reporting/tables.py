@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
+from .answer import EARLIER
 from .facts import Facts, PassReport
 from .render import Section, braced, cell, sections_of
 
@@ -11,9 +13,10 @@ from .render import Section, braced, cell, sections_of
 _TITLES = {
     **{name: name.capitalize() for name in ("parity", "training", "benchmark", "decoder", "quantized", "output")},
     "sizes": "Sizes in bytes",
+    "scored": "Scored and timed",
 }
-#: What a training says to the process that ran it.
-_OF_PROCESSES = ("is_main",)
+#: What a training says to programs alone.
+_OF_PROGRAMS = ("is_main", "evaluated")
 
 
 def sections_of_facts(facts: Facts) -> list[Section]:
@@ -26,9 +29,17 @@ def measured(facts: Facts) -> Iterator[Section]:
     """What methods learned and what was measured."""
     for name, value in facts.sections.items():
         told = value
-        if name == "training" and isinstance(value, Mapping):
-            told = {key: part for key, part in value.items() if key not in _OF_PROCESSES}
+        if name == "training":
+            told = _for_people(value)
+        elif name == EARLIER and isinstance(value, list):
+            told = [_for_people(training) for training in value]
         yield from sections_of(_TITLES.get(name, name), told)
+
+
+def _for_people(training: Any) -> Any:
+    if not isinstance(training, Mapping):
+        return training
+    return {key: part for key, part in training.items() if key not in _OF_PROGRAMS}
 
 
 def history(passes: Sequence[PassReport]) -> list[Section]:

@@ -36,15 +36,11 @@ from .collating import Collator
 from .data import prepare, splits, tokenizer_of, warn_of_one_class
 from .folder import output_folder, resumed
 from .interrupt import saving_at_interrupt
-from .metrics import Metric, metric_of
+from .metrics import Metric, measured_by, metric_of
 from .module import RewrittenModel, build_module
-from .rows import Prepared
+from .rows import Prepared, Rows
 from .samples import samples_of
-from .trainer import (
-    Progress,
-    Trainer,
-    rewritten_model,
-)
+from .trainer import Progress, Trainer, rewritten_model
 
 if TYPE_CHECKING:
     from ..graph.program import Program
@@ -65,6 +61,9 @@ class TrainResult:
         samples: for some evaluation rows of a causal model the ``prompt``, what was ``wanted`` and what was ``written``
         rows_cut: how many training rows were longer than ``max_length`` and lost their end
         metric: which of ``metrics`` says most, with evaluation data; None when that is its loss
+        passes: the names of the passes that the model had when it trained, oldest first
+        evaluated: sha256 of the evaluation rows, which tells scores on the same ones; None for those that are made as
+            they are read (images), and for a caller's own dataset
     """
 
     metrics: dict[str, float]
@@ -75,10 +74,13 @@ class TrainResult:
     rows_cut: int = 0
     samples: tuple[dict[str, str], ...] = ()
     metric: str | None = None
+    passes: tuple[str, ...] = ()
+    evaluated: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON values."""
-        return {**dataclasses.asdict(self), "history": list(self.history), "samples": list(self.samples)}
+        listed = {name: list(getattr(self, name)) for name in ("history", "samples", "passes")}
+        return {**dataclasses.asdict(self), **listed}
 
 
 def train(
@@ -145,7 +147,7 @@ def train(
         checkpoint = resumed(folder, resume)
         arguments = training_arguments(settings, folder, held_out is not None, metric, progress)
         arguments.eval_on_start = arguments.eval_on_start and checkpoint is None
-        measures = _measures(metric, compute_metrics)
+        measures = measured_by(metric, compute_metrics)
         home = program.device  # a trainer moves it at once
         trainer = _trainer(program, arguments, rows, held_out, measures, settings, callbacks, teacher)
         with nullcontext() if output_dir is None else saving_at_interrupt(trainer):
@@ -175,13 +177,6 @@ def _metric(program: Program, held_out: Prepared | None, own: Callable[[Any], An
         return None
     measured = held_out.metric if held_out is not None else None
     return measured or metric_of(program)
-
-
-def _measures(metric: Metric | None, own: Callable[[Any], Any] | None) -> dict[str, Any]:
-    """What HF Trainer measures by: our metric, which sees a part of the outputs, or the caller's."""
-    if metric is None:
-        return {"compute_metrics": own}
-    return {"compute_metrics": metric.compute, "preprocess_logits_for_metrics": metric.preprocess}
 
 
 def _check(program: Program, settings: TrainOptions, eval_data: Any, output_dir: Any, resume: Any) -> None:
@@ -331,7 +326,9 @@ def _run(program: Program, trainer: Trainer, checkpoint: str | None, home: torch
     evaluations = [entry for entry in state.log_history if "eval_loss" in entry and best in (None, entry["step"])]
     last = final or (evaluations[-1] if evaluations else {})
     metrics.update({name: value for name, value in last.items() if name.startswith("eval_") and name not in _TIMES})
-    return TrainResult(metrics, tuple(state.log_history), seconds, best, trainer.is_world_process_zero())
+    rows, passes = trainer.eval_dataset, tuple(applied.step.pass_name() for applied in program.history)
+    of_what = {"passes": passes, "evaluated": rows.digest if isinstance(rows, Rows) else None}
+    return TrainResult(metrics, tuple(state.log_history), seconds, best, trainer.is_world_process_zero(), **of_what)
 
 
 #: What HF Trainer says of an evaluation that is no figure of the model.

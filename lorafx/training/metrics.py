@@ -49,6 +49,13 @@ class Metric:
         return {self.name: self.score(*found), **(self.beside(*found) if self.beside is not None else {})}
 
 
+def measured_by(metric: Metric | None, own: Callable[[Any], Any] | None) -> dict[str, Any]:
+    """What HF Trainer measures by: our metric, which sees a part of the outputs, or the caller's."""
+    if metric is None:
+        return {"compute_metrics": own}
+    return {"compute_metrics": metric.compute, "preprocess_logits_for_metrics": metric.preprocess}
+
+
 def metric_of(program: Program) -> Metric | None:
     """The metric of a program's task, or None where its loss says enough (several numbers a row)."""
     kind = loss_type(program.source.model) or ""

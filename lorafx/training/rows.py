@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,14 @@ class Rows(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {name: values[index] for name, values in self.features.items()}
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all rows in their order: two tables of which a model is given the same have the same."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            digest.update(json.dumps(self[index], sort_keys=True, default=lambda value: value.tolist()).encode())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)

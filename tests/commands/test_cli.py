@@ -367,7 +367,7 @@ def test_run_does_it_all_and_goes_on_after_an_interruption(
     tiny_checkpoint: Path, tiny_table: Path, recipe: Path, tmp_path: Path
 ) -> None:
     arguments = ["run", recipe, "--checkpoint", tiny_checkpoint, "--data", tiny_table, "-o", tmp_path / "job"]
-    arguments += ["--max-steps", 2, "--batch-size", 8]
+    arguments += ["--eval", tiny_table, "--max-steps", 2, "--batch-size", 8]
     first = call(*arguments)
     assert first.exit_code == 0, first.output
     answer, following = first.stdout.splitlines()
@@ -376,6 +376,14 @@ def test_run_does_it_all_and_goes_on_after_an_interruption(
         assert re.search(said, answer), said
     assert following == f"Next: lorafx report {tmp_path / 'job'} --open"
     assert "--details" not in answer
+    told = json.loads((tmp_path / "job" / "report.json").read_text(encoding="utf-8"))["sections"]
+    (before,) = [row["eval_accuracy"] for row in told["training"]["history"] if row["step"] == 0]
+    after = told["training"]["metrics"]["eval_accuracy"]
+    assert [(row["candidate"], row["value"]) for row in told["scored"]] == [
+        ("the base in PyTorch", before),
+        ("the base in PyTorch", after),
+        ("lorafx, ONNX", after),
+    ]
     shutil.rmtree(tmp_path / "job" / "onnx")
     again = call(*arguments)
     assert again.exit_code == 0, again.output

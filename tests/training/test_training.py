@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from lorafx.errors import ArtifactError, LorafxError, RecipeError, UsageError
 from lorafx.frontend.capture import capture
 from lorafx.frontend.load import load
+from lorafx.passes.finegates import Finegates
 from lorafx.passes.lora import Lora
 from lorafx.pipeline import fold, rewrite
 from lorafx.public import Program
@@ -330,6 +331,24 @@ def test_a_training_is_scored_before_it_begins_and_told_by_its_program() -> None
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
     fit(program)
     assert [each["metrics"] for each in program.earlier] == [result.metrics]
+
+
+def test_a_training_tells_what_trained_and_on_which_rows_it_was_scored() -> None:
+    """So that scores are held beside each other only where they are on the same ones."""
+    program = adapted()
+    first = fit(program, eval_data=table(20, seed=1), trainer={"eval_on_start": False})
+    gated = rewrite(program, [Finegates()])
+    more = {"eval_data": table(20, seed=1), "epochs": 1, "trainer": {"eval_on_start": False}}
+    with_gates = fit(gated, **more)
+    assert (first.passes, with_gates.passes) == (("small",), ("small", "finegates"))
+    assert with_gates.evaluated == first.evaluated
+    (before,) = gated.earlier
+    assert (before["passes"], before["evaluated"]) == (["small"], first.evaluated)
+    others = [
+        fit(adapted(), **{**more, "eval_data": data}).evaluated for data in (table(20, seed=2), table(19, seed=1))
+    ]
+    assert len({*others, first.evaluated}) == 3
+    assert fit(adapted(), epochs=1).evaluated is None
 
 
 def test_a_resumed_training_is_not_scored_again_before_it_goes_on(tmp_path: Path) -> None:
