@@ -16,6 +16,7 @@ from .shared import (
     adapter_option,
     adapters_of,
     as_json_option,
+    check_new_file,
     complete_passes,
     details_option,
     emit,
@@ -27,6 +28,7 @@ from .shared import (
     read_lines,
     task_options,
     tell,
+    write_page,
 )
 
 if TYPE_CHECKING:
@@ -94,16 +96,30 @@ def _nothing(part: str) -> None:
 @click.option("--shape", "shapes", multiple=True, help="batch x length, e.g. 8x64 (repeat).")
 @click.option("--threads", type=int, help="Threads of each candidate.")
 @click.option("--repeats", type=int, default=20, show_default=True)
+@click.option(
+    "--page",
+    type=click.Path(path_type=Path),
+    help="Draw a page into this file: times, and accuracy against speed of folders that were scored on the same rows.",
+)
+@overwrite_option
 @opening_options
 @as_json_option
-def bench(folders: tuple[Path, ...], shapes: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def bench(folders: tuple[Path, ...], shapes: tuple[str, ...], page: Path | None, as_json: bool, **options: Any) -> None:
     """Time folders side by side: interleaved, medians and ratios, memory and size."""
     from ..proof.bench import SHAPES
     from ..proof.bench import bench as measure
+    from ..proof.bench_page import bench_page
 
     parsed = tuple(parse_shape(text) for text in shapes) or SHAPES
+    overwrite = options.pop("overwrite")
+    if page is not None:
+        check_new_file(page, "--page", overwrite)
+    alike = len({folder.absolute().name for folder in folders}) < len(folders)
+    named = [(str(folder), folder) for folder in folders] if alike else folders
     with quiet():
-        result = measure(*folders, shapes=parsed, **options)
+        result = measure(*named, shapes=parsed, **options)
+    if page is not None:
+        write_page(page, bench_page(result, folders), "--page")
     emit(result.to_json(), result.text(), as_json)
 
 
@@ -167,12 +183,8 @@ def report(folder: Path, out: Path | None, opens: bool, overwrite: bool, **o: An
     found, page = read_report(folder), out or folder / PAGE
     whole = folder / "onnx" if (folder / "onnx" / MANIFEST).is_file() else folder
     if out is not None:
-        if out.exists() and not overwrite:
-            raise UsageError(f"{out} exists; choose another -o, or add --overwrite")
-        try:
-            out.write_text(found.html(), encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"{out}: cannot be written: {error.strerror}; choose another -o") from None
+        check_new_file(out, "-o", overwrite)
+        write_page(out, found.html(), "-o")
     elif not page.is_file():
         raise ArtifactError(f"{folder}: no {PAGE}, an earlier lorafx wrote it; give -o FILE to draw one")
     tell(found, o, f"open {page}" if not opens else f"{page} is open", whole)

@@ -223,6 +223,22 @@ def read_lines(file: Path) -> tuple[str, ...]:
     return tuple(line for line in lines if line.strip())
 
 
+def check_new_file(file: Path, option: str, overwrite: bool) -> None:
+    """Refuse to replace a file, or to begin work whose result has no folder to go to; ``option`` is what names it."""
+    if file.exists() and not overwrite:
+        raise UsageError(f"{file} exists; choose another {option}, or add --overwrite")
+    if not file.absolute().parent.is_dir():
+        raise UsageError(f"{file}: its folder does not exist; choose another {option}")
+
+
+def write_page(file: Path, text: str, option: str) -> None:
+    """Write a page; UsageError where it cannot be."""
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be written: {error.strerror}; choose another {option}") from None
+
+
 def open_program(path: Path, *, check: bool = True, **options: Any) -> Program:
     """The program in a folder: one lorafx wrote, or a checkpoint to capture."""
     from ..frontend.load import load

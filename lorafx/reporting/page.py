@@ -96,7 +96,8 @@ def _details(facts: Facts) -> str:
         if parts:
             missed = sum(map(len, step.missed.values()))
             folded.append(_folded(f"{step.name}: {len(step.taken)} sites, {missed} missed", "".join(parts)))
-    folded += [_folded(section.title, _table(section)) for section in (role_section(facts), *measured(facts))]
+    roles = [role_section(facts)] if facts.roles else []
+    folded += [_folded(section.title, _table(section)) for section in (*roles, *measured(facts))]
     return f"<section><h2>Everything else</h2>{''.join(folded)}</section>"
 
 

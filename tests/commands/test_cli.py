@@ -142,13 +142,15 @@ def test_dry_run_prints_sites_and_misses_and_writes_nothing(tiny_checkpoint: Pat
     assert not list(tmp_path.iterdir())
 
 
-def test_the_whole_path(run: Path, folded: Path, onnx_folder: Path) -> None:
+def test_the_whole_path(run: Path, folded: Path, onnx_folder: Path, tmp_path: Path) -> None:
     for a, b in ((run, folded), (folded, onnx_folder), (run, onnx_folder)):
         result = call("verify", a, b, "--json")
         assert result.exit_code == 0, result.output
         assert json.loads(result.stdout)["ok"]
-    result = call("bench", folded, onnx_folder, "--shape", "1x8", "--repeats", 3, "--json")
+    page = tmp_path / "page.html"
+    result = call("bench", folded, onnx_folder, "--shape", "1x8", "--repeats", 3, "--json", "--page", page)
     assert result.exit_code == 0, result.output
+    assert "Scored and timed" in page.read_text(encoding="utf-8"), "on the same rows: one training"
     assert call("inspect", run).exit_code == 0
     assert call("inspect", onnx_folder).exit_code == 0
 
@@ -409,6 +411,8 @@ ERRORS = [
     (["train", "{run}", "--data", "{tmp}/none.csv", "-o", "{tmp}/out"], 5, "none.csv"),
     (["verify", "{run}", "{ckpt}"], 4, "differ"),
     (["bench", "{run}", "--shape", "8by8"], 2, "batch x length"),
+    (["bench", "{run}", "--page", "{tmp}/bad.toml"], 2, "choose another --page, or add --overwrite"),
+    (["bench", "{run}", "--page", "{tmp}/nowhere/page.html"], 2, "its folder does not exist"),
 ]
 
 
