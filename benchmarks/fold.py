@@ -93,6 +93,12 @@ def adapters(base: Path, run: Path, adapter: Path) -> None:
 
 def timed(command: list[str]) -> tuple[float, float]:
     """Wall seconds and the peak resident memory in GB of a process that ends well."""
+    wall, _, peak = spent(command)
+    return wall, peak
+
+
+def spent(command: list[str]) -> tuple[float, float, float]:
+    """Wall seconds, processor seconds and the peak resident memory in GB of a process that ends well."""
     started = time.perf_counter()
     quiet = {
         **os.environ,
@@ -107,7 +113,7 @@ def timed(command: list[str]) -> tuple[float, float]:
         if process.returncode:
             said.seek(0)
             raise SystemExit(f"{command[:4]} failed:\n{said.read().decode()[-2000:]}")
-    return time.perf_counter() - started, used.ru_maxrss * 1024 / 1e9
+    return time.perf_counter() - started, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e9
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -41,6 +41,16 @@ def called(key: str) -> str:
     return _CALLED.get(name, name.replace("_", " "))
 
 
+def three_digits(value: float) -> str:
+    """A number for people: three digits, or all of its whole ones (nobody reads 4.42e+03)."""
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
+
+
+def score_text(measure: str, value: float) -> str:
+    """A score for people."""
+    return f"{value:.3f}" if measure in SHARES else three_digits(value)
+
+
 @dataclass(frozen=True)
 class Score:
     """What training did: one measure, as it was before (where that was taken), after each training, and what on."""
@@ -52,8 +62,7 @@ class Score:
     @property
     def value(self) -> str:
         """All there are, the last of which is how it is now."""
-        form = ".3f" if self.name in SHARES else ".3g"
-        return " → ".join(format(value, form) for value in self.values)
+        return " → ".join(score_text(self.name, value) for value in self.values)
 
 
 def subject(facts: Facts) -> str:

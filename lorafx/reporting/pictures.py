@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..graph.site import block_of, stack_of
-from .answer import SHARES, called, is_clear, shaped, timings, timings_at_one_shape
+from .answer import called, is_clear, score_text, shaped, three_digits, timings, timings_at_one_shape
 from .charts import Bars, Chart, Grid, Lines, Points, shortened
 from .facts import Facts
 from .render import Section, section_of
@@ -87,7 +87,7 @@ def _latency(facts: Facts) -> Iterator[Picture]:
         tuple((name, shares("median", name)) for name in names),
         f"time, % of {first}" if len(first) < 40 else "time, % of the first",
         tuple(tuple(zip(shares("p10", name), shares("p90", name), strict=True)) for name in names),
-        tuple(tuple(f"{_milliseconds(row['median'])} ms" for row in timed[name]) for name in names),
+        tuple(tuple(f"{three_digits(row['median'] * 1e3)} ms" for row in timed[name]) for name in names),
     )
     note = "Medians of interleaved rounds; the lines go from the 10th to the 90th of 100, as far as there is room."
     yield Picture("How fast", note, chart, Section("How fast", _TIMED, tuple(map(_timed, rows))))
@@ -97,13 +97,8 @@ _TIMED = ("inputs", "what", "median ms", "p10 ms", "p90 ms", "times as fast, rou
 
 
 def _timed(row: Mapping[str, Any]) -> tuple[str, ...]:
-    times = (_milliseconds(row[key]) for key in ("median", "p10", "p90"))
+    times = (three_digits(row[key] * 1e3) for key in ("median", "p10", "p90"))
     return (shaped(row), row["candidate"], *times, f"{row['ratio']:.2f}")
-
-
-def _milliseconds(seconds: float) -> str:
-    """Three digits, or whole ones: nobody reads 4.42e+03."""
-    return f"{seconds * 1e3:.3g}" if seconds < 0.9995 else f"{seconds * 1e3:,.0f}"
 
 
 def _scored(facts: Facts) -> Iterator[Picture]:
@@ -116,8 +111,7 @@ def _scored(facts: Facts) -> Iterator[Picture]:
     if len(found) < 2:
         return
     measure = found[0][0].measure
-    form = ".3f" if measure in SHARES else ".3g"
-    figures = [(f"{one.value:{form}}", _milliseconds(row["median"])) for one, row in found]
+    figures = [(score_text(measure, one.value), three_digits(row["median"] * 1e3)) for one, row in found]
     chart = Points(
         shortened(
             [f"{value} at {time} ms, {one.model}" for (one, _), (value, time) in zip(found, figures, strict=True)], 68

@@ -124,6 +124,18 @@ def test_the_picture_has_the_score_and_the_time_of_each() -> None:
     )
 
 
+def test_a_decoder_has_its_perplexity() -> None:
+    told = {"metric": "perplexity", "metrics": {"eval_perplexity": 16.84, "eval_loss": 2.8}}
+    found = picture(with_points(report(training={**told, "history": [{"eval_perplexity": 1234.5, "step": 0}]})))
+    assert found is not None
+    assert isinstance(found.chart, Points)
+    assert (found.title, found.chart.up) == ("Perplexity against speed", "perplexity")
+    assert found.chart.names[::2] == (
+        "1,234 at 80 ms, the base before training",
+        "16.8 at 32 ms, trained and deployed",
+    )
+
+
 def test_its_caption_tells_the_threads() -> None:
     timed = {"timings": TIMED, "candidates": [{"label": "the base", "threads": 2}, {"label": "made", "threads": 2}]}
     found = picture(with_points(report(benchmark=timed)))
