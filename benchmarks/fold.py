@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,23 +96,36 @@ def timed(command: list[str]) -> tuple[float, float]:
     return wall, peak
 
 
+#: Runs a command and says what it took. A process begins with the peak memory of the one that starts it, which has to
+#: be small, therefore.
+_LAUNCHER = """
+import json, os, subprocess, sys, time
+report, *command = sys.argv[1:]
+started = time.perf_counter()
+process = subprocess.Popen(command)
+_, status, used = os.wait4(process.pid, 0)
+found = [time.perf_counter() - started, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e9]
+with open(report, "w") as file:
+    json.dump(found, file)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
 def spent(command: list[str]) -> tuple[float, float, float]:
     """Wall seconds, processor seconds and the peak resident memory in GB of a process that ends well."""
-    started = time.perf_counter()
     quiet = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(command, env=quiet, stdout=said, stderr=subprocess.STDOUT)
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            said.seek(0)
-            raise SystemExit(f"{command[:4]} failed:\n{said.read().decode()[-2000:]}")
-    return time.perf_counter() - started, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e9
+    with tempfile.NamedTemporaryFile() as report:
+        launch = [sys.executable, "-S", "-c", _LAUNCHER, report.name, *command]
+        done = subprocess.run(launch, env=quiet, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+        if done.returncode:
+            raise SystemExit(f"{command[:4]} failed:\n{done.stdout.decode()[-2000:]}")
+        wall, processor, peak = json.load(report)
+    return wall, processor, peak
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,6 +1,6 @@
 """Checking merges of any size: peak memory and processor time of each way, and whether a wrong tensor is found.
 
-    python -m benchmarks.merges                      # 1.4 GB of bf16, in a temporary folder
+    python -m benchmarks.merges                      # 1.19 GB of bf16, in a temporary folder
     python -m benchmarks.merges --billions 0.03      # a small one, in seconds
 
 A random checkpoint of Llama's shape and a LoRA adapter of rank 16 on every linear weight, as in ``benchmarks.fold``.
