@@ -87,7 +87,7 @@ class FineGates(Method):
         if not self.couple or not found.taken:
             return found
         analysis = RemovableUnits(program, found.taken, prices(self.measure, self.length, self.latency))
-        budget = self.budget if (self.mode, self.measure) == ("achieved", "latency") else 1.0
+        budget = self.budget if self.mode == "achieved" else 1.0
         return gates.units_within(found, analysis, budget, self.sublayers)
 
     def rewrite(self, edit: Edit, site: Any) -> None:

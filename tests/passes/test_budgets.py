@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 import pytest
 import torch
 
 import lorafx
+from lorafx.channels.costs import Measure
 from lorafx.errors import RecipeError, UsageError
 from lorafx.methods.gates import ClampedGaussian, kept_share
 from lorafx.passes.finegates import Finegates
@@ -116,3 +118,17 @@ def test_a_budget_that_gates_cannot_meet_is_refused() -> None:
         with pytest.raises(RecipeError, match=rf"budget = {least - 0.01:g} cannot be met: {least} is left"):
             gated(measure="latency", latency=TABLE, budget=least - 0.01, **options)
         gated(measure="latency", latency=TABLE, budget=least + 0.001, **options)
+
+
+@pytest.mark.parametrize("measure", ["parameters", "flops"])
+def test_a_budget_below_what_may_close_is_refused_with_the_least(measure: Measure) -> None:
+    """T5's heads share a bias by position, so none of them may close."""
+    program = zoo.captured("t5")
+    with pytest.raises(RecipeError, match=r"budget = 0\.1 cannot be met") as caught:
+        lorafx.rewrite(program, [Finegates(budget=0.1, measure=measure)])
+    said = re.search(r": ([0-9.]+) is left", str(caught.value))
+    assert said is not None
+    least = float(said[1])
+    assert lorafx.rewrite(program, [Finegates(budget=least + 1e-3, measure=measure)]).history
+    with pytest.raises(RecipeError):
+        lorafx.rewrite(program, [Finegates(budget=least - 1e-2, measure=measure)])
