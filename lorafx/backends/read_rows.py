@@ -180,7 +180,9 @@ def _attention(node: fx.Node, row: Row) -> Mapping[fx.Node, Row] | None:
     own = _shape(mask) if mask is not None else (1, 1)
     if own is None or len(own) < 2 or own[-2] not in (1, shape[-2]) or mask in (given["key"], given["value"]):
         return None
-    return taken if own[-2] == 1 else {**taken, mask: Row(len(own) - 2, row.place)}
+    if own[-2] != 1:
+        taken[mask] = Row(len(own) - 2, row.place)
+    return taken
 
 
 def _turned(node: fx.Node, row: Row) -> Mapping[fx.Node, Row] | None:
