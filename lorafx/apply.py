@@ -60,6 +60,8 @@ def _apply(program: Program, step: Pass) -> None:
         why = program.untrainable or "the program was made ready for evaluation; insert methods before that"
         raise RecipeError(f"{step.pass_name()}: {why}")
     selection = step.sites(program)
+    if isinstance(step, Method):
+        step.check_taken(selection)
     if isinstance(step, Method) and not any(isinstance(applied.step, Method) for applied in program.history):
         edit.freeze()  # once: what an earlier method trains goes on training
     taken: list[str] = []

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .graph.edit import Edit
-    from .graph.program import Program
+    from .graph.program import Applied, Program
     from .graph.site import Site
     from .graph.state import MethodState
 
@@ -185,6 +185,16 @@ class SitePass(Pass):
             )
 
 
+    def check_taken(self, selection: Selection[Any]) -> None:
+        """NoSitesError when every weight that the targets name is a miss, so that nothing would be rewritten."""
+        if not selection.taken and not self.allow_empty:
+            why = f"; {selection.missed[-1].site}: {selection.missed[-1].reason}" if selection.missed else ""
+            raise NoSitesError(
+                f"{self.pass_name()}: targets {self.targets!r} name weights, and it can take none of them{why}"
+                " (set allow_empty = true if that is meant)"
+            )
+
+
 def _used_as(program: Program, item: str, found: list[Site]) -> str:
     """For the name of a module that the model has and does not run: what its weight, tied to others, is used as."""
     owned = {
@@ -239,3 +249,8 @@ class Method(SitePass):
 def passes_of(program: Program) -> list[Pass]:
     """The passes in a program's history, oldest first."""
     return [applied.step for applied in program.history if isinstance(applied.step, Pass)]
+
+
+def methods_of(program: Program) -> list[tuple[Method, Applied]]:
+    """The methods in a program's history that took a site: one that took none has nothing to train and nothing to say."""
+    return [(made.step, made) for made in program.history if isinstance(made.step, Method) and made.taken]

@@ -129,15 +129,14 @@ def shrunk_blocks(program: Program) -> list[dict[str, Any]]:
 
 def _learned(program: Program) -> dict[str, Any]:
     """What passes have to say, by titles that name them; methods of what they learned, before it was folded."""
-    from ..base import Method
+    from ..base import methods_of
     from ..graph.state import method_state
 
     source = program.origin or program
     sections = {
-        f"{applied.step.pass_name()}: {title}": json_value(value)
-        for applied in source.history
-        if isinstance(applied.step, Method) and source.device.type != "meta"
-        for title, value in applied.step.describe(method_state(applied, source.tensor)).items()
+        f"{method.pass_name()}: {title}": json_value(value)
+        for method, applied in (methods_of(source) if source.device.type != "meta" else ())
+        for title, value in method.describe(method_state(applied, source.tensor)).items()
     }
     gathered = Gathered.noted(program)
     for applied in program.history:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils import _pytree as pytree
 
-from ..base import Method
+from ..base import Method, methods_of
 from ..deferred.programs import resident
 from ..errors import UsageError
 from ..graph.call import by_name, flatten, parameters_of
@@ -159,9 +159,8 @@ class RewrittenModel(nn.Module):
 
     def _methods(self, hook: str = "") -> Iterator[tuple[Method, Applied]]:
         """The methods; those alone that do something of their own at ``hook``, if given."""
-        for applied in self.program.history:
-            method = applied.step
-            if isinstance(method, Method) and (not hook or getattr(type(method), hook) is not getattr(Method, hook)):
+        for method, applied in methods_of(self.program):
+            if not hook or getattr(type(method), hook) is not getattr(Method, hook):
                 yield method, applied
 
     def _states(self, hook: str) -> Iterator[tuple[Method, MethodState]]:

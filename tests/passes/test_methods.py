@@ -10,14 +10,41 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lorafx
-from lorafx.base import Pass
-from lorafx.errors import RecipeError
+from lorafx.base import Method, Pass
+from lorafx.errors import NoSitesError, RecipeError
 from lorafx.methods.masks import dropped, highest, kept, lowest, lowest_by_group
 from lorafx.methods.schedules import ascend, cubic, linear, steps_of
+from lorafx.passes.finegates import Finegates
+from lorafx.passes.lora import Lora
 from lorafx.passes.prilora import Prilora
 from lorafx.passes.rose_lora import RoseLora
+from lorafx.passes.salora import Salora
+from lorafx.passes.tied_lora import TiedLora
 from lorafx.reporting.report import report_of
-from tests.methods import RECIPES, batch, fit, refused, state_of, training
+from tests.methods import RECIPES, batch, fit, refused, state_of, tower, training
+
+# ---- a method with nothing to do
+
+
+@pytest.mark.parametrize("method", [Prilora, Salora, TiedLora, Finegates, RoseLora])
+def test_a_method_that_may_take_nothing_does_nothing_when_it_does(method: type[Method]) -> None:
+    program = lorafx.rewrite(tower(), [method(targets="absent", allow_empty=True), Lora()])
+    assert program.history[0].taken == ()
+    model = program.module().train()
+    fit(model, [batch(2, 3)] * 2)
+    assert model.penalty() is None
+    assert model.unsettled() == []
+    model.conclude()
+    assert [one.name for one in report_of(program).passes] == [method.pass_name(), "lora"]
+
+
+def test_a_method_that_could_take_nothing_it_was_given_says_why() -> None:
+    # What query reads is what the blocks hand on: no channel of it can go, so there is none to gate.
+    said = refused(NoSitesError, (Finegates(targets="query"),))
+    assert "finegates: targets 'query' name weights, and it can take none of them; " in said
+    assert "its input cannot shrink: " in said
+    assert lorafx.rewrite(tower(), [Finegates(targets="query", allow_empty=True)]).names("gate") == []
+
 
 # ---- schedules and exact masks
 
