@@ -119,6 +119,12 @@ class Domain:
         except ZeroDivisionError:
             return False
 
+    def broken(self, inputs: Mapping[str, Any]) -> str:
+        """The first relation between their sizes that ``inputs`` do not keep, for people; empty when they keep all."""
+        sizes = self.sizes(leaves_of(inputs))
+        known = sizes.keys() == self.ranges.keys()
+        return next((self.readable(one) for one in self.relations if known and not self.holds(one, sizes)), "")
+
     def check(self, leaves: Leaves, what: str) -> None:
         """UsageError unless the graph of ``what`` is right for ``leaves``: names the input, the axis and the range."""
         sizes = self.sizes(leaves)

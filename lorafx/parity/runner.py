@@ -55,6 +55,7 @@ class Runner:
         note: what to know about it, e.g. that the provider asked for is not the one that runs it
         decoder: what runs it by steps, with its cache, if it has one (:class:`lorafx.proof.decoder.CachedDecoder`,
             :class:`lorafx.proof.encoder_decoder.CachedEncoderDecoder`)
+        outside: of inputs in their ranges, which relation between their sizes its graph needs and they do not keep
     """
 
     label: str
@@ -69,6 +70,7 @@ class Runner:
     fresh: frozenset[str] = frozenset()
     note: str = ""
     decoder: Any = field(default=None, repr=False)
+    outside: Callable[[Mapping[str, Any]], str] = field(default=lambda _: "", repr=False)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs by name, the loss and the cache left out; UsageError when an input is missing."""
@@ -173,6 +175,7 @@ def program_runner(
         call,
         program.config,
         Path(program.source.path) if program.source.path is not None else None,
+        outside=lambda inputs: evaluation.signature.domain.broken({**constants, **inputs}),
     )
 
 

@@ -62,7 +62,8 @@ def verify(
         ArtifactError: a folder cannot be opened
         UsageError: inputs cannot be made, or there is no tokenizer for ``texts``
 
-    A shape that both sides refuse is noted and left out; one that only one of them refuses is a difference. What was
+    A shape that both sides refuse is noted and left out; one that only one of them refuses is a difference, unless it was
+    made up here and a graph does not claim it. What was
     exported with its cache is held to what it generates (:mod:`lorafx.proof.decoding`).
     """
     opening = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle, "base": base}
@@ -86,18 +87,23 @@ def verify(
     tokens = per_token_outputs(left, generator)
     if texts is not None:
         return compare(left, right, tokenised(texts, tokenizer, generator), tokens)
-    ends, note = _ends(generator) if shapes is None else ((), "")
-    result = compare(left, right, generator.batches((*(shapes or SHAPES), *ends)), tokens)
-    return dataclasses.replace(result, notes=(*result.notes, note)) if note else result
+    if shapes is not None:
+        return compare(left, right, generator.batches(shapes), tokens)
+    ends, notes = _ends(generator)
+    batches = [*generator.batches((*SHAPES, *ends))]
+    outside = {batch.label: why for batch in batches if (why := left.outside(batch.values) or right.outside(batch.values))}
+    notes += tuple(f"not compared on inputs {label}: the graph holds where {why}" for label, why in outside.items())
+    result = compare(left, right, (batch for batch in batches if batch.label not in outside), tokens)
+    return dataclasses.replace(result, notes=(*result.notes, *notes))
 
 
-def _ends(generator: Generator) -> tuple[tuple[tuple[int, int], ...], str]:
+def _ends(generator: Generator) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
     """The shape at the far end of what the models take, if they say one; and what to know about it."""
     limit = generator.limit
     if limit is None or not any(spec.is_text for spec in generator.specs):
-        return (), ""
+        return (), ()
     note = f"compared on texts of up to {LONGEST} of the {limit} tokens that the models take" if limit > LONGEST else ""
-    return ((1, min(limit, LONGEST)),), note
+    return ((1, min(limit, LONGEST)),), (note,) if note else ()
 
 
 def compare_programs(a: Program, b: Program, dtype: torch.dtype | None = None) -> Comparison:

@@ -287,6 +287,28 @@ def test_refusals() -> None:
     assert str(nothing).startswith("nothing could be compared: both refuse inputs 5x2")
 
 
+def test_made_up_inputs_that_a_graph_does_not_claim_are_left_out_and_named() -> None:
+    class Pairs(nn.Module):
+        """Treats texts of two tokens in a way of their own, as MobileBERT's embeddings do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens = nn.Embedding(8, 4)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            summed = self.tokens(input_ids).sum(1)
+            return 2 * summed if input_ids.shape[1] == 2 else summed
+
+    model = Pairs().eval()
+    program = lorafx.capture(model, inputs={"input_ids": torch.randint(0, 8, (2, 5))})
+    result = verify(program, model)
+    assert result.ok
+    assert "not compared on inputs 5x2: the graph holds where input_ids.shape[1] != 2" in result.notes
+    assert {case.inputs for case in result.cases} == {f"{rows}x{length}" for rows in (1, 2, 5) for length in (1, 33)}
+    # What was asked for is compared, whatever the graph says of it.
+    assert "refused by" in str(verify(program, model, shapes=[(1, 2)]))
+
+
 def test_the_scale_is_the_largest_reference_value_of_all_inputs() -> None:
     small, large = {"x": torch.full((1, 3), 1e-4)}, {"x": torch.full((1, 3), 10.0)}
     one = Runner("one", "module", "torch cpu", 1, torch.float32, (), lambda inputs: inputs["x"])
