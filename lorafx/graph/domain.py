@@ -295,8 +295,30 @@ def _relations(values: list[Any], symbols: set[Any], same: Mapping[Any, Any]) ->
         relation = environment.simplify(guard.expr).subs(same)
         # The tracer of torch 2.12 leaves a minimum of two multiples of one size as it is; sympy knows which is less.
         plain = relation.replace(functions.Min, sympy.Min).replace(functions.Max, sympy.Max)
-        if plain.free_symbols and plain.free_symbols <= symbols and not _is_bound(relation):
+        if plain.free_symbols and plain.free_symbols <= symbols and not _is_bound(relation) and not _always(plain):
             yield PythonPrinter().doprint(relation)
+
+
+def _always(relation: Any) -> bool:
+    """Whether an inequality holds for all sizes there are, as that a text has no fewer tokens than are chosen of it
+    (``min(4, n) <= n``): sympy does not look into minima."""
+    if isinstance(relation, (sympy.Le, sympy.Ge)):
+        return _at_most_zero(relation.lts - relation.gts)
+    return isinstance(relation, (sympy.Lt, sympy.Gt)) and _at_most_zero(relation.lts - relation.gts + 1)
+
+
+def _at_most_zero(value: Any) -> bool:
+    """Whether whole numbers of positive sizes are shown to be 0 or less, minima and maxima taken apart."""
+    choice = next(iter(value.atoms(sympy.Min, sympy.Max)), None)
+    if choice is None:
+        return bool(sympy.expand(value).is_nonpositive)
+    stand_in = sympy.Dummy(integer=True)
+    slope = sympy.expand(value.subs(choice, stand_in)).diff(stand_in)
+    if not slope.is_number:
+        return False
+    # A minimum is no more than any of what it is taken of: one bounds it from above, all from below.
+    enough = any if isinstance(choice, sympy.Min) == bool(slope > 0) else all
+    return enough(_at_most_zero(value.subs(choice, one)) for one in choice.args)
 
 
 def _is_bound(relation: Any) -> bool:

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import transformers as hf
 from torch import Tensor, nn
 
 import lorafx
 from lorafx.errors import CaptureError, UsageError
-from lorafx.graph.domain import Domain, Range
+from lorafx.graph.domain import Domain, Range, _always
 from lorafx.parity.inputs import Generator, InputSpec
 from lorafx.passes.lora import Lora
 from lorafx.proof.open import open_runner
@@ -68,6 +69,48 @@ def test_a_branch_on_a_size_holds_the_range_that_was_traced(
     for module in (program.module(), program.module().eval(), lorafx.fold(program).module()):
         with pytest.raises(UsageError, match=said):
             module(x=rows(*outside))
+
+
+@pytest.mark.parametrize(
+    ("relation", "always"),
+    [
+        ("Min(4, n) <= n", True),
+        ("n >= Min(2048, n)", True),
+        ("Min(4, n) < n + 1", True),
+        ("2 * Min(4, n) <= 2 * n", True),
+        ("n <= Max(4, n)", True),
+        ("Max(1, n - 4) <= n", True),
+        ("-Max(m, n) < 0", True),
+        ("Min(4, n) < n", False),
+        ("n <= Min(4, n)", False),
+        ("Max(4, n) <= n", False),
+        ("-Min(4, n) <= -n", False),
+        ("Min(m, n) <= 4", False),
+        ("n <= m", False),
+        ("Ne(n, 4)", False),
+    ],
+)
+def test_relations_that_hold_for_all_sizes_are_known(relation: str, always: bool):
+    m, n = sympy.symbols("m n", integer=True, positive=True)
+    found = sympy.sympify(relation, locals={"m": m, "n": n}, evaluate=False)
+    assert _always(found) == always
+    sizes = [{m: a, n: b} for a in range(1, 9) for b in range(1, 9)]
+    assert all(bool(found.subs(given)) for given in sizes) == always
+
+
+def test_what_always_holds_is_no_relation():
+    class Best(nn.Module):
+        """As indexers do that attend to the few tokens that matter most: of a short text to all."""
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return input_ids.float().topk(min(4, input_ids.shape[1]), dim=1).values.sum(1)
+
+    model = Best().eval()
+    program = lorafx.capture(model, inputs={"input_ids": torch.arange(14).view(2, 7)})
+    assert program.signature.domain.relations == ()
+    for length in (1, 3, 4, 9):
+        ids = torch.arange(3 * length).view(3, length)
+        assert torch.equal(program.module().eval()(input_ids=ids), model(ids))
 
 
 def test_relations_between_sizes_are_held():
