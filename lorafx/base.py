@@ -184,7 +184,6 @@ class SitePass(Pass):
                 f" (set allow_empty = true if that is meant)"
             )
 
-
     def check_taken(self, selection: Selection[Any]) -> None:
         """NoSitesError when every weight that the targets name is a miss, so that nothing would be rewritten."""
         if not selection.taken and not self.allow_empty:

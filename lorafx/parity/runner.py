@@ -33,6 +33,8 @@ from .inputs import InputSpec, specs_of
 
 #: Outputs that are no result of the function compared: a loss needs labels, a cache only saves later work.
 _LEFT_OUT = ("loss", "past_key_values")
+#: An input that only a loss depends on: it may come with others, and is dropped.
+LABELS = "labels"
 
 #: ONNX Runtime's names of the providers.
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -49,6 +51,7 @@ class Runner:
         threads: CPU threads it uses
         dtype: its lowest precision
         inputs: what it takes; empty when it does not say
+        optional: the names of what else it takes where it is given
         config: the Hugging Face config, if there is one
         folder: where its files (and its tokenizer) are, if anywhere
         fresh: parameters that no file held, so that their values are random
@@ -70,11 +73,15 @@ class Runner:
     fresh: frozenset[str] = frozenset()
     note: str = ""
     decoder: Any = field(default=None, repr=False)
+    optional: frozenset[str] = frozenset()
     outside: Callable[[Mapping[str, Any]], str] = field(default=lambda _: "", repr=False)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs by name, the loss and the cache left out; UsageError when an input is missing."""
         given = {spec.name: self._input(spec, inputs) for spec in self.inputs} if self.inputs else dict(inputs)
+        known = self.optional - given.keys()
+        extra = {name: value for name, value in inputs.items() if name in known and isinstance(value, Tensor)}
+        given |= {name: self._moved(value, self.dtype) for name, value in extra.items()}
         with torch.no_grad(), _threads(self.threads):
             outputs = self.call(given)
             if self.provider == "torch cuda":
@@ -82,15 +89,24 @@ class Runner:
         return named_outputs(outputs)
 
     def _input(self, spec: InputSpec, inputs: Mapping[str, Tensor]) -> Tensor:
-        device = "cuda" if self.provider == "torch cuda" else "cpu"
         value = inputs.get(spec.name)
         if value is not None:
-            return value.to(device=device, dtype=spec.dtype if value.is_floating_point() else None)
+            return self._moved(value, spec.dtype)
         like = next((other for other in inputs.values() if other.dim() == 2), None)
         if like is None or not (spec.is_mask or spec.name == TOKEN_TYPES):
             raise UsageError(f"{self.label}: missing input {spec.name!r}; it takes {[s.name for s in self.inputs]}")
         fill = torch.ones_like if spec.is_mask else torch.zeros_like
-        return fill(like, dtype=spec.dtype, device=device)
+        return self._moved(fill(like, dtype=spec.dtype), spec.dtype)
+
+    def takes(self, name: str) -> bool:
+        """Whether an input of that name is one of its own; so is any of what does not say."""
+        named = name in self.optional or any(spec.name == name for spec in self.inputs)
+        return named or name == LABELS or not self.inputs
+
+    def _moved(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor where the model is; a floating-point one in ``dtype``."""
+        device = "cuda" if self.provider == "torch cuda" else "cpu"
+        return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
 
 
 @contextmanager

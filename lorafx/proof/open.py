@@ -22,7 +22,7 @@ from ..models.checkpoint import open_model
 from ..models.examples import example_inputs
 from ..models.hub import local_folder
 from ..parity.inputs import specs_of
-from ..parity.runner import PROVIDERS, Place, Runner, program_runner
+from ..parity.runner import LABELS, PROVIDERS, Place, Runner, program_runner
 from ..public import Program
 from ..training.module import RewrittenModel
 from .decoder import is_decoder, open_decoder
@@ -111,7 +111,10 @@ def _of_module(
             return module(**taken, **fixed)
 
     lowest = coarsest(value.dtype for value in module.parameters())
-    return Runner(label, kind, f"torch {place.provider}", place.threads, lowest, specs, call, config, folder, fresh)
+    of = f"torch {place.provider}"
+    return Runner(
+        label, kind, of, place.threads, lowest, specs, call, config, folder, fresh, optional=frozenset(known) - {LABELS}
+    )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ArtifactError, UsageError
+from ..errors import ArtifactError, UsageError, did_you_mean
 from ..models.tokenizers import find_tokenizer, length_limit, pad_token
 from ..parity.answers import compare, per_token_outputs
 from ..parity.comparison import Comparison
@@ -77,6 +77,10 @@ def verify(
             raise ArtifactError(f"{runner.label}: no weights for {name}; newly initialised ones cannot be compared")
     if inputs is not None:
         own = [Batch(f"inputs {number}", dict(values)) for number, values in enumerate(inputs, 1)]
+        strange = [name for batch in own for name in batch.values if not (left.takes(name) or right.takes(name))]
+        if strange:
+            names = [spec.name for spec in (*left.inputs, *right.inputs)]
+            raise UsageError(f"neither model takes an input {strange[0]!r}{did_you_mean(strange[0], names)}")
         padded = any(batch.is_padded for batch in own)
         return compare(left, right, own, per_token_outputs(left, None) if padded else frozenset())
     tokenizer = tokenizer or find_tokenizer(left.folder, right.folder, trust_remote_code=trust_remote_code)
@@ -91,7 +95,9 @@ def verify(
         return compare(left, right, generator.batches(shapes), tokens)
     ends, notes = _ends(generator)
     batches = [*generator.batches((*SHAPES, *ends))]
-    outside = {batch.label: why for batch in batches if (why := left.outside(batch.values) or right.outside(batch.values))}
+    outside = {
+        batch.label: why for batch in batches if (why := left.outside(batch.values) or right.outside(batch.values))
+    }
     notes += tuple(f"not compared on inputs {label}: the graph holds where {why}" for label, why in outside.items())
     result = compare(left, right, (batch for batch in batches if batch.label not in outside), tokens)
     return dataclasses.replace(result, notes=(*result.notes, *notes))

@@ -309,6 +309,35 @@ def test_made_up_inputs_that_a_graph_does_not_claim_are_left_out_and_named() -> 
     assert "refused by" in str(verify(program, model, shapes=[(1, 2)]))
 
 
+@pytest.mark.parametrize("given", ["token_type_ids", "position_ids"])
+def test_inputs_of_ones_own_are_not_dropped(given: str, tmp_path: Path) -> None:
+    """Neither folder has a tokenizer that would make them, but both models compute with them."""
+    first, second = bert(num_labels=2), bert(num_labels=2)
+    second.load_state_dict(first.state_dict())
+    table = {"token_type_ids": "token_type_embeddings", "position_ids": "position_embeddings"}[given]
+    with torch.no_grad():
+        for model in (first, second):
+            model.get_submodule("classifier").weight.mul_(100)
+        second.get_submodule(f"bert.embeddings.{table}").weight[1].add_(torch.linspace(-1, 1, 32))
+    first.save_pretrained(tmp_path / "a")
+    second.save_pretrained(tmp_path / "b")
+    ids = torch.randint(5, 40, (2, 1))
+    for a, b in ((first, second), (tmp_path / "a", tmp_path / "b")):
+        assert verify(a, b, inputs=[{"input_ids": ids, given: torch.zeros(2, 1, dtype=torch.long)}]).ok
+        assert not verify(a, b, inputs=[{"input_ids": ids, given: torch.ones(2, 1, dtype=torch.long)}]).ok
+
+
+def test_an_input_that_neither_model_takes_is_an_error() -> None:
+    given = {"input_ids": torch.tensor([[5, 6]]), "attention_msk": torch.tensor([[1, 0]])}
+    with pytest.raises(
+        UsageError, match=r"neither model takes an input 'attention_msk' \(did you mean 'attention_mask'"
+    ):
+        verify(eager("bert"), eager("bert"), inputs=[given])
+    # Labels often come with a batch, and what is compared does not depend on them.
+    labelled = {"input_ids": torch.tensor([[5, 6]]), "labels": torch.tensor([1])}
+    assert verify(eager("bert"), eager("bert"), inputs=[labelled]).ok
+
+
 def test_the_scale_is_the_largest_reference_value_of_all_inputs() -> None:
     small, large = {"x": torch.full((1, 3), 1e-4)}, {"x": torch.full((1, 3), 10.0)}
     one = Runner("one", "module", "torch cpu", 1, torch.float32, (), lambda inputs: inputs["x"])
