@@ -251,5 +251,5 @@ def passes_of(program: Program) -> list[Pass]:
 
 
 def methods_of(program: Program) -> list[tuple[Method, Applied]]:
-    """The methods in a program's history that took a site: one that took none has nothing to train and nothing to say."""
+    """The methods in a program's history that took a site: one that took none has nothing to train, or to say."""
     return [(made.step, made) for made in program.history if isinstance(made.step, Method) and made.taken]

@@ -62,9 +62,9 @@ def verify(
         ArtifactError: a folder cannot be opened
         UsageError: inputs cannot be made, or there is no tokenizer for ``texts``
 
-    A shape that both sides refuse is noted and left out; one that only one of them refuses is a difference, unless it was
-    made up here and a graph does not claim it. What was
-    exported with its cache is held to what it generates (:mod:`lorafx.proof.decoding`).
+    A shape that both sides refuse is noted and left out; one that only one of them refuses is a difference, unless it
+    was made up here and a graph does not claim it. What was exported with its cache is held to what it generates
+    (:mod:`lorafx.proof.decoding`).
     """
     opening = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle, "base": base}
     options: dict[str, Any] = {"dtype": dtype, **opening}

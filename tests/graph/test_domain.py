@@ -92,7 +92,8 @@ def test_a_branch_on_a_size_holds_the_range_that_was_traced(
 )
 def test_relations_that_hold_for_all_sizes_are_known(relation: str, always: bool):
     m, n = sympy.symbols("m n", integer=True, positive=True)
-    found = sympy.sympify(relation, locals={"m": m, "n": n}, evaluate=False)
+    known: dict[str, Any] = {"m": m, "n": n}
+    found: Any = sympy.parse_expr(relation, known, evaluate=False)
     assert _always(found) == always
     sizes = [{m: a, n: b} for a in range(1, 9) for b in range(1, 9)]
     assert all(bool(found.subs(given)) for given in sizes) == always

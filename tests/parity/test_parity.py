@@ -312,13 +312,14 @@ def test_made_up_inputs_that_a_graph_does_not_claim_are_left_out_and_named() -> 
 @pytest.mark.parametrize("given", ["token_type_ids", "position_ids"])
 def test_inputs_of_ones_own_are_not_dropped(given: str, tmp_path: Path) -> None:
     """Neither folder has a tokenizer that would make them, but both models compute with them."""
-    first, second = bert(num_labels=2), bert(num_labels=2)
+    first: Any = bert(num_labels=2)
+    second: Any = bert(num_labels=2)
     second.load_state_dict(first.state_dict())
     table = {"token_type_ids": "token_type_embeddings", "position_ids": "position_embeddings"}[given]
     with torch.no_grad():
         for model in (first, second):
-            model.get_submodule("classifier").weight.mul_(100)
-        second.get_submodule(f"bert.embeddings.{table}").weight[1].add_(torch.linspace(-1, 1, 32))
+            model.classifier.weight.mul_(100)
+        getattr(second.bert.embeddings, table).weight[1].add_(torch.linspace(-1, 1, 32))
     first.save_pretrained(tmp_path / "a")
     second.save_pretrained(tmp_path / "b")
     ids = torch.randint(5, 40, (2, 1))
