@@ -78,10 +78,12 @@ def _readings(config: Any, old: int, new: int) -> Iterator[dict[str, int]]:
 def by_layer(cls: Any, config: Any, before: Shapes, after: Shapes) -> Iterator[dict[str, Any]]:
     """Settings that say ``after`` layer by layer (``per_layer_config``), if the class's layers can be told.
 
-    Only what is inside layers may differ. A config of two stacks (an encoder and a decoder) has no layer for each.
+    Only what is inside layers may differ. A config of two stacks (an encoder and a decoder) has no layer for each, and
+    one of several models (texts and images) counts none.
     """
     changed = {name for name, old in before.items() if after.get(name, old) != old}
-    if not changed or not hasattr(config, "per_layer_config") or getattr(config, "is_encoder_decoder", False):
+    counted = hasattr(config, "per_layer_config") and hasattr(config, "num_hidden_layers")
+    if not changed or not counted or getattr(config, "is_encoder_decoder", False):
         return
     for more in _unsaid(config):
         stack = _Stack.of(cls, with_settings(config, more))

@@ -46,13 +46,12 @@ _PROMPTS = ("PROMPT", "P_TUNING", "PREFIX", "ADAPTION", "CARTRIDGE", "MULTITASK"
 
 def weighted(adapters: Adapters) -> dict[Path, float]:
     """The folders and their weights."""
-    if isinstance(adapters, Mapping):
-        found = {local_folder(path): float(weight) for path, weight in adapters.items()}
-    else:
-        folders = [adapters] if isinstance(adapters, (str, PathLike)) else list(adapters)
-        found = {local_folder(path): 1.0 for path in folders}
-        if len(found) < len(folders):
-            raise UsageError("an adapter was given twice; give it once, with a weight (FOLDER=2)")
+    one = isinstance(adapters, (str, PathLike))
+    alike = [(path, 1.0) for path in ([adapters] if one else adapters)]
+    given = [*adapters.items()] if isinstance(adapters, Mapping) else alike
+    found = {local_folder(path): float(weight) for path, weight in given}
+    if len({path.resolve() for path in found}) < len(given):  # under two names, too: adapter and adapter/ are one
+        raise UsageError("an adapter was given twice; give it once, with a weight (FOLDER=2)")
     odd = next((path for path, weight in found.items() if not weight or not math.isfinite(weight)), None)
     if odd is not None:
         raise UsageError(f"{odd}: the weight {found[odd]} of an adapter leaves nothing of it or of the model")

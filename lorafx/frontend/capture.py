@@ -15,13 +15,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from ..errors import CaptureError, UsageError
 from ..formats.adapter import Adapter
 from ..graph.domain import domain_of
 from ..graph.program import Signature, Source
+from ..graph.site import module_path
 from ..graph.tree import has_tensor, named_tensors, put_tensor, tensor_hash
 from ..models.checkpoint import open_model, weight_hashes
 from ..models.examples import dynamic_shapes, example_inputs
@@ -258,6 +259,12 @@ def _adopt(root: nn.Module, graph: fx.Graph, unlifted: nn.Module, names: Mapping
             root.add_module(str(node.target), value)
         elif id(value) in names:
             node.target = names[id(value)]
+        elif not isinstance(value, Tensor):
+            raise CaptureError(
+                f"{module_path(node, '') or 'the model'} hands a function of its own to each element of a tensor "
+                f"(torch.vmap), which its trace leaves as {node.target}, a {type(value).__name__}: a graph holds operators"
+                " and tensors alone; call it on whole tensors"
+            )
         elif not has_tensor(root, str(node.target)):
             put_tensor(root, str(node.target), value, persistent=False)
 

@@ -54,18 +54,18 @@ def export_graph(
     """
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)
+    left_out: list[str] = []
     try:
         while True:
             exported, noisy = _attempt(model, example, shapes)
             if exported is not None and not noisy:
+                if left_out:  # said of a capture that there is: what helped none was not what stood in its way
+                    found = f"{type(model).__name__} draws random numbers that a graph cannot turn off"
+                    _log.warning("%s; captured without them: %s", found, ", ".join(left_out))
                 return exported
             for path in noisy:
                 model.get_submodule(path).training = False
-            _log.warning(
-                "%s draws random numbers that a graph cannot turn off; captured without them: %s",
-                type(model).__name__,
-                ", ".join(path or "(the model itself)" for path in sorted(noisy)),
-            )
+            left_out += [path or "(the model itself)" for path in sorted(noisy)]
     finally:
         for module, mode in modes:
             module.training = mode

@@ -37,6 +37,14 @@ def narrowed(program: Program, targets: str = "all-linear", shares: dict[int, fl
     return lorafx.fold(lorafx.rewrite(program, closed), gather="never")
 
 
+def clip() -> Any:
+    """An image classifier whose config is one of two models, of texts and of images."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    vision = {**sizes, "image_size": 16, "patch_size": 8}
+    rest: dict[str, Any] = {"projection_dim": 8, "num_labels": 2}
+    return hf.CLIPForImageClassification(hf.CLIPConfig(vision_config=vision, **rest))
+
+
 def said(folder: Path) -> dict[str, dict[str, int]]:
     return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("per_layer_config", {})
 
@@ -239,3 +247,9 @@ def test_classes_are_put_back() -> None:
         assert {name: vars(place)[name] for name in names} == names
     with pytest.raises(RuntimeError, match="per-layer attribute"):
         hf.LlamaForCausalLM(config)
+
+
+def test_a_config_of_two_models_says_no_widths_of_layers(tmp_path: Path) -> None:
+    folded = narrowed(lorafx.capture(clip()), "*.mlp.*")
+    with pytest.raises(UsageError, match="a CLIPForImageClassification checkpoint cannot hold this program"):
+        lorafx.export(folded, tmp_path / "out", format="hf")

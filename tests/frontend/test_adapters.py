@@ -97,8 +97,10 @@ def test_what_cannot_be_summed(tmp_path: Path) -> None:
     for bad in (0.0, float("nan")):
         with pytest.raises(UsageError, match="leaves nothing"):
             weighted({str(plain): bad})
-    with pytest.raises(UsageError, match="given twice"):
-        weighted([plain, plain])
+    (tmp_path / "linked").symlink_to(plain)
+    for twice in ([plain, plain], {str(plain): 1.0, f"{plain}/": 2.0}, [plain, tmp_path / "linked"]):
+        with pytest.raises(UsageError, match="given twice"):
+            weighted(twice)
 
 
 def test_an_adapter_of_another_kind_is_put_on_by_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

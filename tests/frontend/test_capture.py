@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
 import lorafx
 from lorafx.errors import CaptureError, UsageError
@@ -320,6 +321,20 @@ class Counting(nn.Module):
         return torch.stack([self.layer(row) for row in x])
 
 
+def test_what_no_capture_was_made_without_is_not_said_to_be_random(caplog: pytest.LogCaptureFixture):
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) if x.sum() > 0 else x
+
+    with pytest.raises(CaptureError, match="a graph cannot branch on values"):
+        lorafx.capture(Branching().eval(), inputs={"x": torch.randn(2, 4)})
+    assert "random" not in caplog.text
+
+
 def test_a_fixed_dimension_is_refused_by_name():
     with pytest.raises(CaptureError, match="fixes dimension 0 of input 'x' to 2"):
         lorafx.capture(Counting(), inputs={"x": torch.ones(2, 4)})
@@ -523,3 +538,20 @@ def test_what_is_only_counted_is_captured_as_it_was():
     assert not model.calls.any()  # type: ignore[operator, union-attr]
     assert not program.tensor("calls").any()
     assert torch.equal(lorafx.fold(program).module().eval()(x=x), model.eval()(x))
+
+
+def test_functions_of_single_elements_are_refused_in_a_line() -> None:
+    class Kinds(nn.Module):
+        """Looks elements up one by one, as some masks of attention do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, kinds: Tensor) -> Tensor:
+            with TransformGetItemToIndex():
+                found = torch.vmap(lambda place: kinds[place])(torch.arange(kinds.shape[0]))
+            return self.layer(x) * found[:, None]
+
+    with pytest.raises(CaptureError, match=r"the model hands a function of its own to each element .*torch\.vmap"):
+        lorafx.capture(Kinds().eval(), inputs={"x": torch.randn(3, 4), "kinds": torch.randn(3)})
