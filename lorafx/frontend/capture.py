@@ -262,8 +262,8 @@ def _adopt(root: nn.Module, graph: fx.Graph, unlifted: nn.Module, names: Mapping
         elif not isinstance(value, Tensor):
             raise CaptureError(
                 f"{module_path(node, '') or 'the model'} hands a function of its own to each element of a tensor "
-                f"(torch.vmap), which its trace leaves as {node.target}, a {type(value).__name__}: a graph holds operators"
-                " and tensors alone; call it on whole tensors"
+                f"(torch.vmap), which its trace leaves as {node.target}, a {type(value).__name__}: a graph holds "
+                "operators and tensors alone; call it on whole tensors"
             )
         elif not has_tensor(root, str(node.target)):
             put_tensor(root, str(node.target), value, persistent=False)

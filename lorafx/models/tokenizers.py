@@ -26,8 +26,9 @@ def length_limit(*configs: Any) -> int | None:
 def pad_token(*configs: Any) -> int | None:
     """The padding token of the first config that names one; a negative number says that there is none."""
     texts = [config.get_text_config() for config in configs if config is not None]
-    found = ((text, getattr(text, "pad_token_id", None)) for text in texts)
-    return next((pad for text, pad in found if pad is not None and 0 <= pad < getattr(text, "vocab_size", 2**31)), None)
+    # What reads no text may leave the size of its vocabulary open.
+    found = ((getattr(text, "vocab_size", None) or 2**31, getattr(text, "pad_token_id", None)) for text in texts)
+    return next((pad for size, pad in found if pad is not None and 0 <= pad < size), None)
 
 
 def find_tokenizer(*folders: Path | None, trust_remote_code: bool = False) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -21,12 +22,14 @@ from ..graph.tree import named_tensors
 from ..models.checkpoint import open_model
 from ..models.examples import example_inputs
 from ..models.hub import local_folder
-from ..parity.inputs import specs_of
+from ..parity.inputs import InputSpec, specs_of
 from ..parity.runner import LABELS, PROVIDERS, Place, Runner, program_runner
 from ..public import Program
 from ..training.module import RewrittenModel
 from .decoder import is_decoder, open_decoder
 from .encoder_decoder import is_encoder_decoder, open_encoder_decoder
+
+_log = logging.getLogger(__name__)
 
 
 def open_runner(
@@ -98,10 +101,7 @@ def _of_module(
         raise UsageError(f"{label}: on the meta device, so it computes nothing; load its weights")
     if devices - {device.type}:
         module = copy.deepcopy(module).to(device)
-    if program is not None:
-        specs = specs_of(program.example, config)
-    else:
-        specs = specs_of(example_inputs(inner, folder), config) if config is not None else ()
+    specs = _specs(inner, folder) if program is None else specs_of(program.example, config)
     known = inspect.signature(inner.forward).parameters
     fixed = {"use_cache": False} if "use_cache" in known and program is None else {}
 
@@ -115,6 +115,16 @@ def _of_module(
     return Runner(
         label, kind, of, place.threads, lowest, specs, call, config, folder, fresh, optional=frozenset(known) - {LABELS}
     )
+
+
+def _specs(module: nn.Module, folder: Path | None) -> tuple[InputSpec, ...]:
+    """What a model takes; nothing where that is not known: the other side of a comparison may say it."""
+    config = getattr(module, "config", None)
+    try:
+        return specs_of(example_inputs(module, folder), config) if config is not None else ()
+    except UsageError as error:
+        _log.debug("%s", error)
+        return ()
 
 
 @contextmanager

@@ -328,6 +328,19 @@ def test_inputs_of_ones_own_are_not_dropped(given: str, tmp_path: Path) -> None:
         assert not verify(a, b, inputs=[{"input_ids": ids, given: torch.ones(2, 1, dtype=torch.long)}]).ok
 
 
+def test_a_model_whose_inputs_cannot_be_made_up_is_compared_on_those_of_its_program(tmp_path: Path) -> None:
+    """As speech models are whose config does not say how many bins their features have."""
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    rest: dict[str, Any] = {"intermediate_size": 24, "feature_projection_input_dim": 8, "classifier_proj_size": 8}
+    noise = {"apply_spec_augment": False, "layerdrop": 0.0, "conv_depthwise_kernel_size": 5, "num_labels": 2}
+    model: Any = hf.Wav2Vec2BertForSequenceClassification(hf.Wav2Vec2BertConfig(**sizes, **rest, **noise)).eval()
+    program = lorafx.capture(model, inputs={"input_features": torch.randn(2, 12, 8)})
+    lorafx.export(lorafx.fold(program), tmp_path / "out", format="hf")
+    assert verify(program, tmp_path / "out").ok
+    with pytest.raises(UsageError, match="neither model says what inputs it takes"):
+        verify(model, tmp_path / "out")
+
+
 def test_an_input_that_neither_model_takes_is_an_error() -> None:
     given = {"input_ids": torch.tensor([[5, 6]]), "attention_msk": torch.tensor([[1, 0]])}
     with pytest.raises(
