@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 from transformers.cache_utils import DynamicLayer
 from transformers.exporters.exporter_onnx import OnnxExporter
-from transformers.exporters.utils import decompose_for_generation, get_leaf_tensors
+from transformers.exporters.utils import get_leaf_tensors
 
 from ..errors import CaptureError
 from ..frontend.capture import program_of
@@ -25,7 +25,7 @@ from ..graph.edit import Edit
 from ..graph.program import Signature, Source
 from ..passes.tidy import Tidy
 from ..public import Program
-from .past import ELSE, cached, empty_pasts, give_past, measure_past, present, results, width
+from .past import ELSE, cached, empty_pasts, give_past, measure_past, present, results, stages_of, width
 from .replay import RewritingExporter, replay
 
 aten = torch.ops.aten
@@ -44,7 +44,7 @@ def decode_inputs(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[dict
 
     what = type(model).__name__
     left = {name: value.flip(1) for name, value in example.items()}  # texts to go on with are padded on the left
-    stages = decompose_for_generation(cast(Any, model), left, multi_token_decode=True)
+    stages = stages_of(model, left, multi_token_decode=True)
     if set(stages) != {"prefill", "decode"}:
         raise CaptureError(f"{what}: it generates from more than a text ({', '.join(stages)}); {ELSE}")
     decode, prefill = stages["decode"][1], stages["prefill"][1]

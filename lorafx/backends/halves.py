@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.exporters.configs import DynamoConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
-from transformers.exporters.utils import apply_patches, decompose_for_generation
+from transformers.exporters.utils import apply_patches
 
 from ..errors import CaptureError
 from ..frontend.capture import program_of
@@ -39,7 +39,7 @@ from ..graph.program import Signature, Source
 from ..graph.tree import named_tensors
 from ..passes.tidy import Tidy
 from ..public import Program
-from .past import ELSE, cached, empty_pasts, give_past, measure_past, present, results, width
+from .past import ELSE, cached, empty_pasts, give_past, measure_past, present, results, stages_of, width
 from .replay import replay
 
 aten = torch.ops.aten
@@ -106,7 +106,7 @@ def _cache(model: Any, text: Mapping[str, Tensor]) -> tuple[str, Any]:
     transformers' own generation says of what kind and how wide it is.
     """
     what = type(model).__name__
-    stages = decompose_for_generation(model, {name: text[name] for name in ("input_ids", "attention_mask")})
+    stages = stages_of(model, {name: text[name] for name in ("input_ids", "attention_mask")})
     found = {
         name: value for name, value in stages["decode"][1].items() if not isinstance(value, (Tensor, bool, type(None)))
     }

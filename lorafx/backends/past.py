@@ -9,10 +9,12 @@ each past is an input again, as wide as what stayed of it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
+from transformers.exporters.utils import decompose_for_generation
 
 from ..errors import CaptureError
 from ..graph.effects import CACHED
@@ -27,6 +29,17 @@ ELSE = "export it without generate, or as an ordinary checkpoint (--format hf)"
 _LENGTH = "lorafx_past_length"
 #: In the meta of a past: the shape of what stands behind it.
 _SHAPE = "lorafx_past_shape"
+
+
+def stages_of(model: Any, example: Mapping[str, torch.Tensor], **options: Any) -> dict[str, Any]:
+    """What transformers' own generation calls ``model`` with, stage by stage, with its cache: whoever trained it may
+    have turned that off, and left it so in the checkpoint."""
+    generation = model.generation_config
+    before, generation.use_cache = generation.use_cache, True
+    try:
+        return decompose_for_generation(model, dict(example), **options)
+    finally:
+        generation.use_cache = before
 
 
 def empty_pasts(program: Program, pasts: Iterable[fx.Node], batch: fx.Node, length: fx.Node) -> None:

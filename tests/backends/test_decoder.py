@@ -243,6 +243,17 @@ def test_what_cannot_be_a_decoder_is_refused_in_one_line(tmp_path: Path) -> None
     refused(UsageError, "BertForSequenceClassification generates no text", captured(bert), path)
 
 
+def test_a_model_that_was_trained_without_its_cache_has_one() -> None:
+    """Training with checkpointed activations turns it off in both configs, and there it stays."""
+    model: Any = llama(use_cache=False).eval()
+    assert model.generation_config.use_cache is False
+    ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
+    inputs, _ = decode_inputs(model, {"input_ids": ids, "attention_mask": ids.ne(0).long()})
+    caches = [value for value in inputs.values() if isinstance(value, hf.DynamicCache)]
+    assert [len(cache.layers) for cache in caches] == [model.config.num_hidden_layers]
+    assert model.generation_config.use_cache is False
+
+
 def test_a_state_that_is_no_cache_of_keys_and_values_is_refused() -> None:
     sizes: dict[str, Any] = {"vocab_size": 45, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 1}
     model: nn.Module = hf.MambaForCausalLM(hf.MambaConfig(**sizes, pad_token_id=0, eos_token_id=3)).eval()

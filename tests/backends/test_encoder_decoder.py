@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 import lorafx
 from lorafx.backends import encoder_decoder as back_end
-from lorafx.backends.halves import halves
+from lorafx.backends.halves import _cache, halves
 from lorafx.cli import main
 from lorafx.errors import CaptureError, ParityError, UsageError
 from lorafx.passes.lora import Lora
@@ -309,6 +309,14 @@ def refused(words_: str, program: lorafx.Program, path: Path, **options: Any) ->
         lorafx.export(program, path, generate=True, **options)
     assert "\n" not in str(raised.value)
     assert not path.exists()
+
+
+def test_a_model_that_was_trained_without_its_cache_has_one() -> None:
+    model: Any = zoo.build("t5")
+    model.config.use_cache = model.generation_config.use_cache = False
+    _, cache = _cache(model, zoo.captured("t5").example)
+    assert len(cache.cross_attention_cache.layers) == model.config.num_decoder_layers
+    assert model.generation_config.use_cache is False
 
 
 def test_what_no_two_graphs_are_written_of_is_refused_in_one_line(tmp_path: Path) -> None:
