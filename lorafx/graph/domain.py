@@ -302,9 +302,11 @@ def _relations(values: list[Any], symbols: set[Any], same: Mapping[Any, Any]) ->
 def _always(relation: Any) -> bool:
     """Whether an inequality holds for all sizes there are, as that a text has no fewer tokens than are chosen of it
     (``min(4, n) <= n``): sympy does not look into minima."""
-    if isinstance(relation, (sympy.Le, sympy.Ge)):
-        return _at_most_zero(relation.lts - relation.gts)
-    return isinstance(relation, (sympy.Lt, sympy.Gt)) and _at_most_zero(relation.lts - relation.gts + 1)
+    if not isinstance(relation, (sympy.Le, sympy.Ge, sympy.Lt, sympy.Gt)):
+        return False
+    less: Any = relation.lts
+    excess = less - relation.gts
+    return _at_most_zero(excess + 1 if isinstance(relation, (sympy.Lt, sympy.Gt)) else excess)
 
 
 def _at_most_zero(value: Any) -> bool:
