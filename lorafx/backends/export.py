@@ -26,7 +26,7 @@ from ..formats.peft import adapter_config
 from ..formats.peft_reader import opened_adapter
 from ..formats.run import base_record
 from ..graph.precision import coarsest
-from ..graph.tree import tensor_hash
+from ..graph.tree import named_tensors, tensor_hash
 from ..parity.comparison import Comparison
 from ..parity.runner import PROVIDERS, Runner
 from ..pipeline import fold, to_eval
@@ -84,7 +84,8 @@ def export(
             in ONNX with inputs that take any adapter at run time, of rank 0 unless given (:mod:`lorafx.backends.slots`)
         targets: of ``slots``, the weights that have one; a classification head has one anyway
         slots: of an ``onnx-adapter``, the folder with the base that has the slots
-        dtype: convert weights and activations to this dtype; folding happens before, so weights round once
+        dtype: convert weights and activations to this dtype; folding happens before, so weights round once. A graph
+            of a program in bfloat16 is in float32 unless this says otherwise: ONNX Runtime has no bfloat16 on the CPU
         generate: one graph with a cache, for causal language models, in the folder that onnxruntime-genai and
             transformers.js read (:mod:`lorafx.backends.decoder`), or for encoder-decoders of text the two graphs that
             transformers.js reads (:mod:`lorafx.backends.encoder_decoder`); what it generates is compared, token for
@@ -110,6 +111,7 @@ def export(
         ParityError: the written model does not compute the program's function; nothing is left behind
     """
     _check(program, format, provider)
+    dtype = _computable(program, format, provider, dtype)
     if generate:
         from .decoder import check_generates
 
@@ -166,6 +168,18 @@ def _check(program: Program, kind: str, provider: str) -> None:
         raise UsageError(f"cannot export to {kind!r} for {provider!r}; formats: {FORMATS}, providers: {(*PROVIDERS,)}")
     if program.device.type == "meta":
         raise UsageError("the program was captured on the meta device and has no weights; capture or load it with them")
+
+
+def _computable(program: Program, kind: str, provider: str, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype asked for, or float32 for what was in bfloat16; UsageError for bfloat16 where nothing computes it."""
+    if kind != "onnx" or torch.bfloat16 not in (dtype, *(value.dtype for _, value in named_tensors(program.root))):
+        return dtype
+    if dtype is None:
+        _log.warning("%s is in bfloat16, its graph in float32; another dtype is one to ask for", program.name)
+        return torch.float32
+    if dtype is torch.bfloat16 and provider == "cpu":
+        raise UsageError("ONNX Runtime has no bfloat16 on the CPU; give --dtype float32 or float16, or --provider cuda")
+    return dtype
 
 
 def _compared(

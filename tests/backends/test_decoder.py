@@ -239,7 +239,8 @@ def refused(error: type[LorafxError], words: str, program: Program, path: Path, 
 def test_what_cannot_be_a_decoder_is_refused_in_one_line(tmp_path: Path) -> None:
     path, program = tmp_path / "out", captured(gpt2)
     refused(UsageError, "written as onnx, not hf", program, path, format="hf")
-    refused(UsageError, "bfloat16 cannot be proven", program, path, dtype=torch.bfloat16)
+    refused(UsageError, "no bfloat16 on the CPU", program, path, dtype=torch.bfloat16)
+    refused(UsageError, "bfloat16 cannot be proven", program, path, dtype=torch.bfloat16, provider="cuda")
     refused(UsageError, "BertForSequenceClassification generates no text", captured(bert), path)
 
 

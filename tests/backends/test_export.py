@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -86,3 +89,17 @@ def test_a_capture_in_which_other_channels_go_is_refused() -> None:
     assert folded.tensor("up.weight").shape == (5, 4)
     with pytest.raises(CaptureError, match=r"up.weight has two shapes, \(6, 4\) and \(5, 4\), .*; export it as pt2"):
         replay(folded, lorafx.capture(Mlp(True), inputs=example))
+
+
+def test_a_graph_of_what_is_in_bfloat16_is_in_float32_unless_said(tmp_path: Path, caplog: Any) -> None:
+    """ONNX Runtime computes no bfloat16 on the CPU, and checkpoints of decoders mostly come in it."""
+    program = zoo.captured("bert", dtype=torch.bfloat16)
+    result = lorafx.export(program, tmp_path / "onnx")
+    assert result is not None
+    assert result.ok
+    assert "its graph in float32" in caplog.text
+    graph = onnx.load(tmp_path / "onnx" / "model.onnx").graph
+    assert onnx.TensorProto.BFLOAT16 not in {value.data_type for value in graph.initializer}
+    with pytest.raises(UsageError, match="no bfloat16 on the CPU; give --dtype float32"):
+        lorafx.export(program, tmp_path / "asked", dtype=torch.bfloat16)
+    assert not (tmp_path / "asked").exists()
