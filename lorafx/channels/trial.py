@@ -22,6 +22,7 @@ from ..graph.operands import operator_of
 from ..graph.precision import tolerance
 from ..graph.program import Program
 from ..graph.rounding import SAMPLES, jittered, slack
+from ..models.eager import same_draws
 from .axes import Axes
 from .axis import Axis
 from .removal import Removal
@@ -104,8 +105,7 @@ def _run(program: Program, see: Callable[[fx.Node, Any], None]) -> Any:
     last = {operand: node for node in nodes for operand in node.all_input_nodes}
     inputs = iter(flatten(program, program.example))
     values: dict[fx.Node, Any] = {}
-    with torch.no_grad(), torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+    with torch.no_grad(), same_draws():
         for node in nodes:
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             if node.op == "output":

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..models.eager import cacheless
+from ..models.eager import cacheless, same_draws
 from ..public import Program
 
 _log = logging.getLogger(__name__)
@@ -98,8 +98,7 @@ def same_gradients(program: Program) -> bool:
 def _gradients(model: nn.Module, inputs: Mapping[str, Any], names: list[str]) -> tuple[Any, ...]:
     # A program's tensors are its own, over the model's storage.
     values = dict(model.named_parameters(remove_duplicate=False))
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with torch.enable_grad(), same_draws():
         outputs = pytree.tree_leaves(model(**inputs))
         kept = [value for value in outputs if isinstance(value, Tensor) and value.requires_grad]
         # Any fixed weighting of all outputs will do for a loss.

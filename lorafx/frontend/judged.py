@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from ..errors import CaptureError, first_line
 from ..graph.domain import Domain, leaves_of
 from ..graph.effects import written
-from ..models.eager import answers, outcome, same
+from ..models.eager import answers, outcome, same, same_draws
 from ..models.intact import intact
 from ..training.module import build_module
 
@@ -155,8 +155,7 @@ def _moved(program: Program, graph: nn.Module) -> str:
 
 
 def _answer(graph: nn.Module, inputs: Mapping[str, Any]) -> list[Any]:
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with torch.no_grad(), same_draws():
         # A result may be the very buffer that is written next.
         given = pytree.tree_leaves(graph(**inputs))
         return [value.clone() if isinstance(value, Tensor) else value for value in given]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
-from ..models.eager import cacheless
+from ..models.eager import cacheless, same_draws
 from ..models.tokenizers import is_mask
 from ..public import Program
 
@@ -44,8 +44,7 @@ def _is_mask(name: str, value: Any) -> bool:
 
 
 def _outputs(model: nn.Module, inputs: Mapping[str, Any]) -> list[Any]:
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), cacheless(model):
-        torch.manual_seed(0)  # a model may be random in evaluation, too
+    with torch.no_grad(), same_draws(), cacheless(model):
         return pytree.tree_leaves(model(**inputs))
 
 

@@ -13,7 +13,8 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from typing import Any, TypeVar, cast
 
@@ -29,6 +30,7 @@ from ..errors import CaptureError
 from ..graph.domain import FLAGS, input_nodes, is_axes, leaves_of
 from ..graph.evaluation import RULES
 from ..graph.site import module_path
+from ..graph.tree import named_tensors
 from ..models.eager import cacheless
 from .notices import without_notices
 from .stand_ins import StandIns
@@ -156,8 +158,8 @@ def lean() -> Iterator[None]:
             gc.enable()
 
 
-#: Up to so many layers a memo of operators costs more than it saves. Captured without it, two layers of BERT, Llama and
-#: T5 take three quarters of the time or less, and their ONNX exports two thirds; twelve of BERT take a quarter more.
+#: Up to so many layers alike a memo of operators costs more than it saves. Captured without it, two layers of BERT,
+#: Llama and T5 take three quarters of the time or less, their ONNX exports two thirds; twelve of BERT a quarter more.
 _FEW_LAYERS = 6
 
 
@@ -165,10 +167,17 @@ _FEW_LAYERS = 6
 def _memo_where_it_pays(model: nn.Module) -> Iterator[None]:
     """torch remembers which shapes operators gave for which: to write that down takes longer than an operator does, and
     only layers that repeat ask again. What is traced is the same."""
-    layers = max((len(part) for part in model.modules() if isinstance(part, nn.ModuleList)), default=0)
-    wanted = dynamo_config.fake_tensor_cache_enabled and layers > _FEW_LAYERS
+    lists = (Counter(map(_form, part)) for part in model.modules() if isinstance(part, nn.ModuleList))
+    alike = max((count for forms in lists for count in forms.values()), default=0)
+    wanted = dynamo_config.fake_tensor_cache_enabled and alike > _FEW_LAYERS
     with dynamo_config.patch(fake_tensor_cache_enabled=wanted):
         yield
+
+
+def _form(layer: nn.Module) -> Hashable:
+    """What layers alike have in common: modules of the same classes, and tensors of the same shapes."""
+    classes = tuple((name, type(module)) for name, module in layer.named_modules())
+    return classes, tuple((name, value.shape) for name, value in named_tensors(layer))
 
 
 #: Where transformers has a model's code.

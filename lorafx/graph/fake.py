@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, disable_fake_tensor_cache
 
 if TYPE_CHECKING:
     from .program import Program
@@ -56,7 +56,8 @@ class FakeValues:
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._operand)
         operator: Any = node.target
         # As the tracer does: some operators have symbolic shapes in Python alone (baddbmm, of a bias it broadcasts).
-        with self.mode, torch.no_grad(), enable_python_dispatcher():
+        # Without torch's memo of operators, which takes longer to write than it saves below the memo of these.
+        with disable_fake_tensor_cache(self.mode), self.mode, torch.no_grad(), enable_python_dispatcher():
             return operator(*args, **kwargs)
 
     def _operand(self, node: fx.Node) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,9 +30,21 @@ def filled(kind: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.
 
 def answers(model: nn.Module, inputs: Mapping[str, Any]) -> list[Any]:
     """What ``model`` gives for ``inputs``, as flat values; nothing it writes to itself stays, no cache is made."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), cacheless(model), unwritten(model):
-        torch.manual_seed(0)  # a model may be random in evaluation, too
+    with torch.no_grad(), same_draws(), cacheless(model), unwritten(model):
         return pytree.tree_leaves(model(**inputs))
+
+
+@contextmanager
+def same_draws(devices: Sequence[torch.device] = ()) -> Iterator[None]:
+    """The same random numbers each time, for a model may be random in evaluation, too; the caller's go on as they
+    would have, on the CPU and on ``devices``."""
+    with torch.random.fork_rng(devices=devices):
+        started = any(kind.is_initialized() for kind in (torch.cuda, torch.xpu, torch.mtia))
+        if started or torch.backends.mps.is_available():
+            torch.manual_seed(0)
+        else:  # torch would note for each kind of device that its seed is to be this one once it is started, and where
+            torch.default_generator.manual_seed(0)  # that was asked: in place of the caller's, and in a millisecond
+        yield
 
 
 def same(a: list[Any], b: list[Any]) -> bool:

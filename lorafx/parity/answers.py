@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..errors import first_line
 from ..graph.precision import coarsest, tolerance
 from ..graph.program import Program
 from ..graph.rounding import slack
+from ..models.eager import same_draws
 from ..models.tokenizers import length_limit
 from .comparison import Case, Comparison, difference
 from .inputs import Batch, Generator
@@ -78,8 +78,7 @@ class Answers:
         runner = program_runner(program, Place.beside(program), label, seldom=True)
         outcomes = []
         for batch in batches:
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else ()):
-                torch.manual_seed(0)  # a model may be random in evaluation, too
+            with same_draws([device] if device.type == "cuda" else ()):
                 outcomes.append(_outcome(runner, batch))
         return cls(runner, tuple(batches), tuple(outcomes))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import pytest
@@ -35,11 +36,12 @@ def test_a_trace_patches_loaded_code_and_loads_no_other(monkeypatch: pytest.Monk
 
 
 class Layers(nn.Module):
-    """As many linear layers, one after another."""
+    """As many linear layers, one after another, each of them by so much wider than the one before."""
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, wider: int = 0):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(count))
+        widths = [4 + wider * number for number in range(count + 1)]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -57,6 +59,8 @@ def test_operators_are_remembered_where_many_layers_repeat():
     few, many = (lorafx.capture(Layers(count), inputs=x) for count in (2, 12))
     assert not remembers(few.graph)
     assert remembers(many.graph)
+    unlike = lorafx.capture(Layers(12, wider=1), inputs=x)
+    assert not remembers(unlike.graph), "no layer is as another, however many there are"
     assert config.fake_tensor_cache_enabled, "as it was"
     with config.patch(fake_tensor_cache_enabled=False):
         again = lorafx.capture(Layers(12), inputs=x)
