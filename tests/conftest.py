@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,6 +102,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     _set_aside()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
+    """What one test traced, fixtures included, others need not: but for the tests of tracing."""
+    if "lorafx.frontend.capture" not in sys.modules or item.path.parent.name == "frontend":
+        return (yield)
+    from tests.traces import traced_once
+
+    with traced_once():
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
