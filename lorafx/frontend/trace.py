@@ -20,7 +20,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo import config as dynamo_config
 from torch.export import Dim, ExportedProgram
 from torch.fx import config as fx_config
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
@@ -167,6 +166,8 @@ _FEW_LAYERS = 6
 def _memo_where_it_pays(model: nn.Module) -> Iterator[None]:
     """torch remembers which shapes operators gave for which: to write that down takes longer than an operator does, and
     only layers that repeat ask again. What is traced is the same."""
+    from torch._dynamo import config as dynamo_config  # half a second, which commands that trace nothing need not wait
+
     lists = (Counter(map(_form, part)) for part in model.modules() if isinstance(part, nn.ModuleList))
     alike = max((count for forms in lists for count in forms.values()), default=0)
     wanted = dynamo_config.fake_tensor_cache_enabled and alike > _FEW_LAYERS

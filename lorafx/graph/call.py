@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable imports half a second of torch at once
 from torch.utils import _pytree as pytree
 
 from ..errors import UsageError, did_you_mean
@@ -137,7 +138,7 @@ def _kind(program: Program, given: Mapping[str, Any], value: Any) -> str | None:
     return next((k for k in FILLS if value.equal(filled(k, tuple(value.shape), value.dtype, value.device))), None)
 
 
-@torch.compiler.disable()
+@_disable_dynamo
 def fills_for(program: Program, omitted: frozenset[str], given: Mapping[str, str]) -> dict[str, str] | None:
     """What the model computes with in place of ``omitted`` inputs, when it is also ``given`` others, by their fills.
 
