@@ -9,6 +9,8 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode, disable_fake_tensor_cache
 
+from .shapes import told
+
 if TYPE_CHECKING:
     from .program import Program
 
@@ -55,6 +57,8 @@ class FakeValues:
     def _computed(self, node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._operand)
         operator: Any = node.target
+        if (known := told(self.mode, operator, args, kwargs)) is not None:
+            return known
         # As the tracer does: some operators have symbolic shapes in Python alone (baddbmm, of a bias it broadcasts).
         # Without torch's memo of operators, which takes longer to write than it saves below the memo of these.
         with disable_fake_tensor_cache(self.mode), self.mode, torch.no_grad(), enable_python_dispatcher():
