@@ -146,7 +146,7 @@ def _left_to_tracer(axes: Any) -> Any:
 def lean() -> Iterator[None]:
     """Trace without what nobody reads, a fifth of the time of a large model or an export: searches for garbage among
     millions of small objects that hold few cycles, and a stack trace for each node (errors have theirs). What frequent
-    operators give is told at once, a third of the time of a small model."""
+    operators give is told at once, up to a third of the time of a small model."""
     # torch 2.11 does not read the switch: it traces all the same, in more time.
     collecting, quiet = gc.isenabled(), getattr(fx_config, "do_not_emit_stack_traces", False)
     gc.disable()
