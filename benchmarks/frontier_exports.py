@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def export(folder: Path, beside: Mapping[str, Path], row: str, budget: float, re
     from lorafx.pipeline import merge
 
     if not trained(folder):
-        folded = lorafx.fold(lorafx.capture(sized(frontier_show.read(folder / "score.json")["left"])))
+        folded = lorafx.fold(lorafx.capture(sized(frontier_show.read(folder / "score.json"))))
     elif recipe is not None:
         program = frontier_rows.kept_program(folder, recipe.passes(budget))
         folded = merge(program) if recipe.as_authors else lorafx.fold(program)
@@ -44,16 +44,35 @@ def trained(folder: Path) -> bool:
     return any((folder / name).exists() for name in (STATE, "adapter", "removed.json"))
 
 
-def sized(left: Mapping[str, tuple[int, int]]) -> Any:
-    """transformers' MiniLM whose linear layers have these sizes (out, in), by module, with random weights."""
+def sized(told: Mapping[str, Any]) -> Any:
+    """transformers' MiniLM with random weights, whose linear layers have the sizes that a run's scores tell."""
     from torch import nn
 
+    left = told["left"] or masked_sizes(told["removed"])
     model = rivals.sequence_classifier(len({name.split(".layer.")[1].split(".")[0] for name in left}))
-    if left.keys() != {name for name, _ in rivals.linear(model)}:
+    if not left or left.keys() != {name for name, _ in rivals.linear(model)}:
         raise SystemExit("a sublayer is gone there; only a run that kept what it trained can be exported")
     for name, (outputs, inputs) in left.items():
         model.set_submodule(name, nn.Linear(inputs, outputs))
     return model.eval()
+
+
+def masked_sizes(removed: Sequence[tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """The sizes (out, in) that linear layers have without so many heads and neurons of each block, by module."""
+    from torch import nn
+
+    whole = rivals.sequence_classifier()
+    width, sizes = rivals.layers_of(whole)[0].attention.self.attention_head_size, dict[str, tuple[int, int]]()
+    for name, layer in rivals.linear(whole):
+        assert isinstance(layer, nn.Linear)
+        heads, neurons = removed[int(name.split(".layer.")[1].split(".")[0])]
+        outputs, inputs = layer.out_features, layer.in_features
+        if "attention" in name:
+            gone = heads * width
+            sizes[name] = (outputs, inputs - gone) if ".output." in name else (outputs - gone, inputs)
+        else:
+            sizes[name] = (outputs, inputs - neurons) if ".output." in name else (outputs - neurons, inputs)
+    return sizes
 
 
 def rival(folder: Path, beside: Mapping[str, Path], row: str, budget: float) -> Any:
