@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from ..channels.costs import CALL, WHOLE, kind_of
+from ..channels.costs import CALL, WHOLE
 from ..channels.units import Units
 from ..deferred.programs import resident
 from ..errors import UsageError
@@ -39,9 +39,10 @@ def latency_table(
 ) -> dict[str, float]:
     """Seconds of the model (``whole``), and of each kind of unit in its blocks.
 
-    ``1536 of 1536x384`` is a unit of a weight of that shape, in x out, that reads 1,536 of them; under the same name
-    with ``-call``, what goes with the last of them only. Two models for each kind are exported and timed beside the
-    whole one, round by round: one whose weights of that kind read fewer units, one that has none of them.
+    ``1536 of 1536x384`` is a unit of a weight of that shape, in x out, that reads 1,536 of them, ``… of one token`` one
+    that is computed of one token only; under the same name with ``-call``, what goes with the last of them only. Two
+    models for each kind are exported and timed beside the whole one, round by round: one whose weights of that kind
+    read fewer units, one that has none of them.
 
     Args:
         program: the model; what passes put into it is left out
@@ -80,7 +81,7 @@ def _kinds(program: Program) -> dict[str, list[Units]]:
     found: dict[str, list[Units]] = {}
     for units in _gates().sites(program).taken:
         if isinstance(units, Units):
-            found.setdefault(kind_of(units.site, len(units.costs)), []).append(units)
+            found.setdefault(units.kind, []).append(units)
     return found
 
 

@@ -25,11 +25,11 @@ from ..errors import CaptureError
 from ..frontend.capture import program_from
 from ..frontend.trace import gradients_on, trace_with
 from ..graph.program import Source, structure
+from ..graph.rows import read_rows
 from ..graph.tree import get_tensor, has_tensor, named_tensors, put_tensor
 from ..models.intact import intact
 from ..pipeline import run, to_eval
 from ..public import Program
-from .read_rows import read_rows
 
 
 class RewritingExporter(DynamoExporter):

@@ -31,21 +31,24 @@ class Prices:
     channel: float = 0.0
     latency: Mapping[str, float] | None = None
 
-    def of(self, site: Site, count: int) -> tuple[float, float]:
-        """Seconds of each of the ``count`` units that a weight reads, and of what goes with the last of them only.
+    def of(self, site: Site, kind: str) -> tuple[float, float]:
+        """Seconds of each unit of a kind that a weight reads, and of what goes with the last of them only.
 
         UsageError for a kind that was not measured.
         """
-        table, kind = self.latency or {}, kind_of(site, count)
+        table = self.latency or {}
         if kind not in table:
             known = ", ".join(name for name in table if name != WHOLE and not name.endswith(CALL))
             raise UsageError(f"{site.module}: no latency of {kind} (known: {known}); measure it with lorafx latency")
         return table[kind], table.get(kind + CALL, 0.0)
 
 
-def kind_of(site: Site, count: int) -> str:
-    """What tables of latencies call the units that a weight reads: how many there are, and its shape, in x out."""
-    return f"{count} of {site.in_features}x{site.out_features}"
+def kind_of(site: Site, count: int, alone: bool) -> str:
+    """What tables of latencies call the units that a weight reads: how many there are, and its shape, in x out.
+
+    ``alone`` says that it is computed of one token only, which takes next to nothing.
+    """
+    return f"{count} of {site.in_features}x{site.out_features}{' of one token' if alone else ''}"
 
 
 def prices(measure: Measure, length: int, latency: Mapping[str, float]) -> Prices:

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..deferred.slices import squares
 from ..graph.program import Program
+from ..graph.rows import computed_by_row
 from ..graph.selection import Miss, Selection
 from ..graph.site import Site
 from .axes import Axes
 from .axis import Array, axis_of
-from .costs import WHOLE, Prices
+from .costs import WHOLE, Prices, kind_of
 from .table import RULES
 
 
@@ -36,6 +37,7 @@ class Units:
         mixing: what attention costs over all units, if they are heads and it is counted beside the total; else 0
         fixed: the seconds that go only when every unit goes
         total: what all numbers of the weights under consideration cost, or the seconds of the whole model
+        kind: what tables of latencies call them
     """
 
     site: Site
@@ -45,6 +47,7 @@ class Units:
     mixing: float
     fixed: float
     total: float
+    kind: str
 
     @property
     def squares(self) -> Array:
@@ -121,10 +124,15 @@ class RemovableUnits:
 
         mixing = self.prices.channel * np.bincount(of) * grouped  # rows of channels are heads
         costs, fixed = by_unit(self._costs) + mixing, 0.0
+        kind = kind_of(site, len(unique), site.node in self._alone)
         if self.prices.latency:
-            each, fixed = self.prices.of(site, len(unique))
+            each, fixed = self.prices.of(site, kind)
             costs = np.full(len(unique), each)
-        return Units(site, of, costs, lambda: by_unit(self._squares), float(mixing.sum()), fixed, self.total)
+        return Units(site, of, costs, lambda: by_unit(self._squares), float(mixing.sum()), fixed, self.total, kind)
+
+    @cached_property
+    def _alone(self) -> set[fx.Node]:
+        return computed_by_row(self.axes.program.graph)
 
     @cached_property
     def _squares(self) -> Array:

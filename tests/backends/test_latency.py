@@ -20,6 +20,9 @@ from lorafx.errors import UsageError
 from lorafx.parity.runner import Runner
 from tests import zoo
 
+#: The first of two blocks, and the last, which goes over the one token that the head reads.
+PLACES = ("", " of one token")
+
 
 def numbers(runner: Runner) -> float:
     """How many numbers the weights of an exported model have."""
@@ -43,10 +46,12 @@ def test_prices_are_what_goes_with_a_unit(monkeypatch: pytest.MonkeyPatch) -> No
     table = latency_table(zoo.captured("bert"), batch=3, length=5, threads=1, repeats=7)
     neuron = 32 + 1 + 32  # a row, its bias, a column
     head = 3 * 8 * (32 + 1) + 32 * 8  # eight channels of query, key and value, and what reads them
-    assert table["48 of 48x32"] == pytest.approx(neuron, rel=1e-9)
-    assert table["4 of 32x32"] == pytest.approx(head, rel=1e-9)
-    assert set(table) == {"whole", "48 of 48x32", "48 of 48x32-call", "4 of 32x32", "4 of 32x32-call"}
-    assert asked == [({"shapes": ((3, 5),), "repeats": 7, "memory": False}, {1})] * 4
+    kinds = {
+        f"{name}{where}": price for name, price in (("48 of 48x32", neuron), ("4 of 32x32", head)) for where in PLACES
+    }
+    assert {name: table[name] for name in kinds} == pytest.approx(kinds, rel=1e-9)
+    assert set(table) == {"whole", *kinds, *(f"{name}-call" for name in kinds)}
+    assert asked == [({"shapes": ((3, 5),), "repeats": 7, "memory": False}, {1})] * 8
 
 
 def test_a_model_without_units_is_refused() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers as hf
 
-from benchmarks import folds, frontier, frontier_rows, frontier_show, jobs, mask_search, rivals
+from benchmarks import folds, frontier, frontier_exports, frontier_rows, frontier_show, jobs, mask_search, rivals
 from benchmarks.frontier_rows import LORA, RECIPES, variant
 from lorafx.recipes.recipe import Recipe
 from lorafx.reporting.sizes import flops_by_block, weights_by_block
@@ -200,6 +200,30 @@ def test_sizes_are_counted_as_lorafx_counts_them() -> None:
     program = captured()
     counted = [sum(size for block, size in by(program).items() if block) for by in (weights_by_block, flops_by_block)]
     assert rivals.sizes(program.source.model) == tuple(counted)
+
+
+def test_a_run_that_kept_its_scores_alone_is_made_again_by_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def small(layers: int | None = None) -> Any:
+        config = bert_config(num_hidden_layers=2 if layers is None else layers)
+        return hf.BertForSequenceClassification(config)
+
+    monkeypatch.setattr(rivals, "sequence_classifier", small)
+    whole = small()
+    width = whole.bert.encoder.layer[0].attention.self.attention_head_size
+    fewer = frontier_exports.sized({"left": {}, "removed": [(0, 3), (1, 0)]})
+    sizes = {name: (layer.out_features, layer.in_features) for name, layer in rivals.linear(fewer)}
+    hidden, neurons = whole.config.hidden_size, whole.config.intermediate_size
+    assert sizes["bert.encoder.layer.0.intermediate.dense"] == (neurons - 3, hidden)
+    assert sizes["bert.encoder.layer.0.output.dense"] == (hidden, neurons - 3)
+    for name in ("query", "key", "value"):
+        assert sizes[f"bert.encoder.layer.1.attention.self.{name}"] == (hidden - width, hidden)
+    assert sizes["bert.encoder.layer.1.attention.output.dense"] == (hidden, hidden - width)
+    batch = {"input_ids": torch.arange(5, 15).view(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.int64)}
+    assert fewer(**batch).logits.shape == (2, whole.config.num_labels)
+    assert frontier_exports.sized({"left": sizes, "removed": None}).config.num_hidden_layers == 2
+    del sizes["bert.encoder.layer.0.output.dense"], sizes["bert.encoder.layer.0.intermediate.dense"]
+    with pytest.raises(SystemExit, match="a sublayer is gone"):
+        frontier_exports.sized({"left": sizes})
 
 
 def run(row: str, budget: float, fold: int, accuracy: float) -> dict[str, Any]:

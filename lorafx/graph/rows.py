@@ -62,6 +62,11 @@ def read_rows(graph: fx.Graph, *, through_attention: bool = True) -> int:
     return len(reads)
 
 
+def computed_by_row(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes of whose results one row is read that can be computed by itself, dropout left aside."""
+    return set(_reads(graph, {**_RULES, **_ATTENTION, aten.dropout.default: _first}))
+
+
 def _reads(graph: fx.Graph, rules: Mapping[Any, Rule]) -> dict[fx.Node, tuple[Row, Mapping[fx.Node, Row]]]:
     """The nodes of whose results one row is read, that row, and what of their arguments it takes."""
     asked: dict[fx.Node, set[Row | None]] = defaultdict(set)  # None is all of it
@@ -127,6 +132,10 @@ def _idle(node: fx.Node, row: Row) -> Mapping[fx.Node, Row] | None:
     """Dropout that drops nothing."""
     source, _, training = _args(node)
     return None if training is not False or not isinstance(source, fx.Node) else {source: row}
+
+
+def _first(node: fx.Node, row: Row) -> Mapping[fx.Node, Row] | None:
+    return {_args(node)[0]: row}
 
 
 def _of_features(node: fx.Node, row: Row) -> Mapping[fx.Node, Row] | None:

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention
 
 import lorafx
-from lorafx.backends.read_rows import read_rows
+from lorafx.graph.rows import computed_by_row, read_rows
 from tests import zoo
 
 WIDTH, HEADS = 12, 2
@@ -182,3 +182,12 @@ def test_an_exported_classifier(provider: Any, alone: int, tmp_path: Path) -> No
     sizes = {value.name: [size.dim_value for size in value.type.tensor_type.shape.dim] for value in graph.value_info}
     products = [sizes.get(node.output[0], []) for node in graph.node if node.op_type == "MatMul"]
     assert sum(size[1:2] == [1] for size in products) == alone
+
+
+def test_which_weights_go_over_one_token_is_known_of_a_graph_in_training() -> None:
+    program = zoo.captured("bert")
+    alone = {site.module for site in program.sites() if site.node in computed_by_row(program.graph)}
+    last = "bert.encoder.layer.1."
+    names = ("attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense")
+    assert {name for name in alone if name.startswith("bert.encoder.")} >= {last + name for name in names[1:]}
+    assert not any(name.startswith("bert.encoder.layer.0.") or name.endswith((".key", ".value")) for name in alone)
