@@ -51,7 +51,7 @@ def test_prices_are_what_goes_with_a_unit(monkeypatch: pytest.MonkeyPatch) -> No
     }
     assert {name: table[name] for name in kinds} == pytest.approx(kinds, rel=1e-9)
     assert set(table) == {"whole", *kinds, *(f"{name}-call" for name in kinds)}
-    assert asked == [({"shapes": ((3, 5),), "repeats": 7, "memory": False}, {1})] * 8
+    assert asked == [({"shapes": ((3, 5),), "repeats": 7, "memory": False}, {1})] * 9
 
 
 def test_a_model_without_units_is_refused() -> None:
