@@ -21,6 +21,7 @@ from .shared import (
     check_option,
     check_options,
     checkpoint_options,
+    class_of,
     details_option,
     open_program,
     opening,
@@ -285,7 +286,7 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ke
 def _opened_by(out: Path, kind: str, run: Path = Path("RUN")) -> str:
     """What to do with what was written: others open most of it."""
     if kind == "hf":
-        return f"{_class_of(out)}.from_pretrained({str(out)!r}), in transformers"
+        return f"{class_of(out)}.from_pretrained({str(out)!r}), in transformers"
     return {
         "onnx": f"lorafx bench {run} {out}",
         "generate": f"lorafx generate {out} --prompt TEXT",
@@ -295,14 +296,6 @@ def _opened_by(out: Path, kind: str, run: Path = Path("RUN")) -> str:
         "peft": f"PeftModel.from_pretrained(base, {str(out)!r}), in PEFT",
         "pt2": f"ExportedModel.from_pretrained({str(out)!r}, trust_remote_code=True), in transformers",
     }[kind]
-
-
-def _class_of(checkpoint: Path) -> str:
-    """The class of transformers that opens a checkpoint that was just written."""
-    from ..models.checkpoint import read_config
-    from ..models.tasks import auto_class_of
-
-    return auto_class_of(read_config(checkpoint)) or "AutoModel"
 
 
 def _quantized(out: Path) -> dict[str, Any]:

@@ -244,3 +244,11 @@ def open_program(path: Path, *, check: bool = True, **options: Any) -> Program:
     from ..frontend.load import load
 
     return load(path, check=check, **{key: value for key, value in options.items() if value not in (None, False)})
+
+
+def class_of(checkpoint: Path) -> str:
+    """The class of transformers that opens a checkpoint that was just written."""
+    from ..models.checkpoint import read_config
+    from ..models.tasks import auto_class_of
+
+    return auto_class_of(read_config(checkpoint)) or "AutoModel"

@@ -76,13 +76,7 @@ def verify(
             name = min(runner.fresh)
             raise ArtifactError(f"{runner.label}: no weights for {name}; newly initialised ones cannot be compared")
     if inputs is not None:
-        own = [Batch(f"inputs {number}", dict(values)) for number, values in enumerate(inputs, 1)]
-        strange = [name for batch in own for name in batch.values if not (left.takes(name) or right.takes(name))]
-        if strange:
-            names = [spec.name for spec in (*left.inputs, *right.inputs)]
-            raise UsageError(f"neither model takes an input {strange[0]!r}{did_you_mean(strange[0], names)}")
-        padded = any(batch.is_padded for batch in own)
-        return compare(left, right, own, per_token_outputs(left, None) if padded else frozenset())
+        return _on_given(left, right, inputs)
     tokenizer = tokenizer or find_tokenizer(left.folder, right.folder, trust_remote_code=trust_remote_code)
     if shapes is None and (left.decoder or right.decoder):
         reference, written = (left, right) if right.decoder else (right, left)
@@ -93,11 +87,26 @@ def verify(
         return compare(left, right, tokenised(texts, tokenizer, generator), tokens)
     if shapes is not None:
         return compare(left, right, generator.batches(shapes), tokens)
+    return _on_made_up(left, right, generator, tokens)
+
+
+def _on_given(left: Runner, right: Runner, inputs: Iterable[Mapping[str, Any]]) -> Comparison:
+    """Compared on a caller's inputs, each of which one of them takes."""
+    own = [Batch(f"inputs {number}", dict(values)) for number, values in enumerate(inputs, 1)]
+    strange = [name for batch in own for name in batch.values if not (left.takes(name) or right.takes(name))]
+    if strange:
+        names = [spec.name for spec in (*left.inputs, *right.inputs)]
+        raise UsageError(f"neither model takes an input {strange[0]!r}{did_you_mean(strange[0], names)}")
+    padded = any(batch.is_padded for batch in own)
+    return compare(left, right, own, per_token_outputs(left, None) if padded else frozenset())
+
+
+def _on_made_up(left: Runner, right: Runner, generator: Generator, tokens: frozenset[str]) -> Comparison:
+    """Compared on inputs of the usual shapes, those left out that a graph does not claim."""
     ends, notes = _ends(generator)
     batches = [*generator.batches((*SHAPES, *ends))]
-    outside = {
-        batch.label: why for batch in batches if (why := left.outside(batch.values) or right.outside(batch.values))
-    }
+    broken = {batch.label: left.outside(batch.values) or right.outside(batch.values) for batch in batches}
+    outside = {label: why for label, why in broken.items() if why}
     notes += tuple(f"not compared on inputs {label}: the graph holds where {why}" for label, why in outside.items())
     result = compare(left, right, (batch for batch in batches if batch.label not in outside), tokens)
     return dataclasses.replace(result, notes=(*result.notes, *notes))

@@ -322,14 +322,6 @@ class Counting(nn.Module):
 
 
 def test_what_no_capture_was_made_without_is_not_said_to_be_random(caplog: pytest.LogCaptureFixture):
-    class Branching(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x) if x.sum() > 0 else x
-
     with pytest.raises(CaptureError, match="a graph cannot branch on values"):
         lorafx.capture(Branching().eval(), inputs={"x": torch.randn(2, 4)})
     assert "random" not in caplog.text
