@@ -30,11 +30,11 @@ RECIPES: dict[str, tuple[Pass, ...]] = {
     "prilora": (Prilora(rank_first=2, rank_last=4, interval=2),),
     "salora": (Salora(rank=6, alpha=3.0),),
     "tied-lora": (TiedLora(rank=3),),
-    "finegates": (Finegates(budget=0.8),),  # of T5 less cannot close: its heads share a bias by position
+    "finegates": (Finegates(),),  # of T5 less cannot close: its heads share a bias by position
     "finegates, apart": (Finegates(couple=False),),
     "rose-lora": (RoseLora(rank=3, alpha=6.0, density=0.3, start=2, end=5),),
     "tied-lora + finegates": (TiedLora(rank=3), Finegates(couple=False)),
-    "salora + finegates": (Salora(rank=6, alpha=3.0), Finegates(budget=0.8)),
+    "salora + finegates": (Salora(rank=6, alpha=3.0), Finegates()),
     "prilora + rose-lora": (
         Prilora(rank_first=2, rank_last=4, fraction=0.0),
         RoseLora(adapters="existing", density=0.3, start=2, end=5),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -22,6 +23,7 @@ from ..graph.site import Site
 from ..graph.state import MethodState, SiteState
 
 aten = torch.ops.aten
+_log = logging.getLogger(__name__)
 
 #: Costs are summed in another order than their total.
 _ROUNDING = 1e-6
@@ -171,9 +173,10 @@ def keep_units(edit: Edit, units: Units, sublayer: bool) -> str | None:
 def units_within(
     found: Selection[Site], analysis: RemovableUnits, budget: float, sublayers: bool
 ) -> Selection[Site | Units]:
-    """The units that weights read; RecipeError when, all closed that may close, more than ``budget`` is left.
+    """The units that weights read; a warning when, all closed that may close, more than ``budget`` is left.
 
-    Of every weight's units one stays, unless ``sublayers`` have gates of their own.
+    Of every weight's units one stays, unless ``sublayers`` have gates of their own. RecipeError when the budget is one
+    of seconds, of which many are in no unit.
     """
     units = units_of(found, analysis.find, "gated where its result is read: ")
     closed = 0.0
@@ -181,10 +184,13 @@ def units_within(
         closed += own.costs.sum() + (own.fixed if sublayers else -own.costs.min())
     least = 1 - closed / analysis.total
     if budget < least - _ROUNDING:
-        raise RecipeError(
+        said = (
             f"finegates: budget = {budget:g} cannot be met: {least:.3g} is left with every gate closed that may "
             f"close; give more than that, gate more weights{'' if sublayers else ', or sublayers = true'}"
         )
+        if analysis.prices.latency:
+            raise RecipeError(said)
+        _log.warning("%s", said)
     return units
 
 
