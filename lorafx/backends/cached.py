@@ -94,7 +94,7 @@ class CachedExporter(RewritingExporter):
         self.example = dict(example)
 
     def replayed(
-        self, captured: ExportedProgram, model: nn.Module, names: Mapping[int, str], inputs: Any, shapes: Any
+        self, captured: ExportedProgram, model: nn.Module, names: Mapping[int, str], inputs: Any, config: Any
     ) -> ExportedProgram:
         """The capture with the program's history, traced again with a cache of what stayed; see the module."""
         unlifted = captured.module(check_guards=False)
@@ -102,6 +102,7 @@ class CachedExporter(RewritingExporter):
         view.source, view.heads = self.rewritten.source, self.rewritten.heads
         replayed = replay(self.rewritten, view)
         _give_past(replayed, order, given)
+        shapes = config.dynamic_shapes
         leaves = pytree.tree_leaves(shapes, is_leaf=_is_axes)
         example = _example(replayed.graph, list(get_leaf_tensors({name: inputs[name] for name in shapes}).values()))
         return torch.export.export(fx.GraphModule(replayed.root, replayed.graph), example, dynamic_shapes=tuple(leaves))
