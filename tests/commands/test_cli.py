@@ -269,7 +269,7 @@ def test_inspect_tells_what_came_of_a_run_and_of_an_export(run: Path, onnx_folde
     shown = call("inspect", onnx_folder).stdout
     assert shown.startswith(f"{onnx_folder}: onnx, written by lorafx ")
     assert "equal to" in " ".join(shown.split())
-    assert re.search(r"kB  model\.onnx$", shown, re.MULTILINE)
+    assert re.search(r"\d [kM]B  model\.onnx$", shown, re.MULTILINE)
     assert "{" not in shown, "text, not JSON"
     assert json.loads(call("inspect", onnx_folder, "--json").stdout)["kind"] == "onnx"
 

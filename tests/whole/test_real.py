@@ -52,7 +52,10 @@ def test_minilm_exports_with_the_fused_operators_of_transformers_own_export(mini
     assert theirs["SkipLayerNormalization"] == 12
     # All of theirs but these, which are faster apart.
     apart = Counter({"Sum": theirs.pop("SkipLayerNormalization"), "LayerNormalization": 12})
-    assert operators("lorafx") == theirs + apart
+    # Of the last block one token is computed: its query by itself, and its row of the mask.
+    one_token = Counter({"MatMul": 1, "Slice": 3, "Cast": 2})
+    one_token += Counter(("Expand", "Mul", "ReduceSum", "Less", "Transpose"))
+    assert operators("lorafx") == theirs + apart + one_token
 
 
 def test_smollm2_folds_into_a_checkpoint_plain_transformers_opens(smollm2: Path, tmp_path: Path) -> None:
