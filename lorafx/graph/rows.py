@@ -194,6 +194,15 @@ def _attention(node: fx.Node, row: Row) -> Mapping[fx.Node, Row] | None:
     return taken
 
 
+def _selected_along(node: fx.Node, row: Row) -> Mapping[fx.Node, Row] | None:
+    """Places of another axis, the same for every row."""
+    source, axis, places = _args(node)
+    shape = _shape(source)
+    if shape is None or axis % len(shape) == row.axis or source is places:
+        return None
+    return {source: row}
+
+
 def _turned(node: fx.Node, row: Row) -> Mapping[fx.Node, Row] | None:
     shape = _shape(node)
     if shape is None:
@@ -262,6 +271,7 @@ _RULES: dict[Any, Rule] = {
     aten.flatten.using_ints: _reshaped,
     aten.unflatten.int: _reshaped,
     aten.slice.Tensor: _untouched,
+    aten.index_select.default: _selected_along,
 }
 _ATTENTION: dict[Any, Rule] = {
     aten.scaled_dot_product_attention.default: _attention,

@@ -213,7 +213,10 @@ def test_onnx_computes_the_same_with_the_same_fused_operators(
     noted(plain, "onnx")
     after, before = made
     assert after.count("Gather") == before.count("Gather") + 4
-    assert sorted(op for op in after if op != "Gather") == sorted(op for op in before if op != "Gather")
+    # The mask of the last block's one query is cut before it is negated, or after, as the trace has it.
+    cut = ("Gather", "Slice", "Not")
+    assert sorted(op for op in after if op not in cut) == sorted(op for op in before if op not in cut)
+    assert abs(after.count("Not") - before.count("Not")) <= 1
 
 
 def test_a_checkpoint_cannot_hold_gathers_and_needs_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
