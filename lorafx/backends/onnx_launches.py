@@ -10,9 +10,10 @@ from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from .onnx_kernels import drop_idle_reshapes, known_shape, weight_of
-from .onnx_masks import axes_of, is_a, number, producer, put, simplify_masks, sweep
+from .onnx_masks import axes_of, is_a, number, producer, put, simplify_masks
 
 _CONTRIB = "com.microsoft"
 #: Of what both operators have kernels.
@@ -30,7 +31,7 @@ def launch_less(model: ir.Model) -> None:
         join_attentions(graph)
         shift_norms(graph)
         join_norms(graph)
-        sweep(graph)
+    RemoveUnusedNodesPass()(model)
 
 
 def join_attentions(graph: ir.Graph) -> int:

@@ -81,7 +81,7 @@ def cast_once(graph: ir.Graph) -> int:
             if source is not None:
                 node.replace_input_with(0, source)
                 count += 1
-        elif is_a(node, "Less") and _is_one(node.inputs[1]):
+        elif is_a(node, "Less") and _is_number(node.inputs[1], 1):
             counted = _uncast(node.inputs[0])
             total = producer(counted)
             truths = _truth(total.inputs[0]) if is_a(total, "ReduceSum") else None
@@ -104,16 +104,6 @@ def choose_once(graph: ir.Graph) -> int:
                 count += 1
                 break
     return count
-
-
-def sweep(graph: ir.Graph) -> None:
-    """Take out what nobody reads any more."""
-    for node in reversed(list(graph)):
-        if not any(value.uses() or value.is_graph_output() for value in node.outputs):
-            graph.remove(node, safe=True)
-    for name, value in list(graph.initializers.items()):
-        if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
-            graph.initializers.pop(name)
 
 
 # ---- an index that reads everything
@@ -224,10 +214,6 @@ def _uncast(value: ir.Value | None) -> ir.Value | None:
         value = node.inputs[0]
         node = producer(value)
     return value
-
-
-def _is_one(value: ir.Value | None) -> bool:
-    return _is_number(value, 1)
 
 
 def _is_number(value: ir.Value | None, wanted: int) -> bool:

@@ -73,7 +73,9 @@ def _reads(graph: fx.Graph, rules: Mapping[Any, Rule]) -> dict[fx.Node, tuple[Ro
     found: dict[fx.Node, tuple[Row, Mapping[fx.Node, Row]]] = {}
     for node in reversed(list(graph.nodes)):
         row = next(iter(asked[node])) if len(asked[node]) == 1 else None
-        taken = rules[node.target](node, row) if row is not None and node.target in rules else None
+        # Rules read arguments by their places; what is given by its name is another form of the operator.
+        known = node.target in rules and (not node.kwargs or node.target in _NAMED)
+        taken = rules[node.target](node, row) if row is not None and known else None
         if row is not None and taken is not None:
             found[node] = row, taken
         else:
@@ -280,6 +282,8 @@ _ATTENTION: dict[Any, Rule] = {
     aten.sum.dim_IntList: _along,
     aten.expand.default: _expanded,
 }
+#: What may have arguments by name: they change nothing there, or are read.
+_NAMED = (*_PER_ELEMENT, aten.scaled_dot_product_attention.default)
 _PRODUCTS = (aten.linear.default, aten.matmul.default, aten.scaled_dot_product_attention.default)
 
 

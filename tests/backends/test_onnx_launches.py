@@ -13,6 +13,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 import lorafx
 from lorafx.backends import onnx_launches, onnx_masks
@@ -58,7 +59,7 @@ def changed(proto: onnx.ModelProto, change: Callable[[ir.Graph], Any]) -> tuple[
     """The graph after a change, swept, and what the change returned."""
     made = ir.from_proto(proto)
     returned = change(made.graph)
-    onnx_masks.sweep(made.graph)
+    RemoveUnusedNodesPass()(made)
     return ir.to_proto(made), returned
 
 

@@ -157,6 +157,21 @@ def test_what_computes_each_token_alone_is_passed(between: Callable[[Tensor], Te
     assert lengths[3:] == [1, 1, 1]
 
 
+def test_arguments_by_name_keep_a_node_whole() -> None:
+    """A hand-made graph may call operators otherwise than a tracer does."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    product = graph.call_function(aten.linear.default, (x, graph.placeholder("weight")))
+    mixed = graph.call_function(aten.softmax.int, (product,), {"dim": 1})
+    read = graph.call_function(aten.select.int, (mixed, 1, 0))
+    graph.output(read)
+    sizes = {"x": (2, 5, WIDTH), "weight": (WIDTH, WIDTH)}
+    for node in graph.nodes:
+        node.meta["val"] = torch.empty(sizes.get(node.name, (2, 5, WIDTH)), device="meta")
+    assert read_rows(graph) == 0
+    assert computed_by_row(graph) == set()
+
+
 class Shared(Block):
     """Query and key are one value."""
 
