@@ -6,11 +6,11 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from ..base import Method
 from ..graph.constants import Constants
+from ..graph.operands import is_mutable
 from ..graph.program import Program
 from ..graph.site import WEIGHT_OPS, is_tensor_node
 from ..graph.tree import has_tensor
@@ -37,7 +37,7 @@ def worth_folding(program: Program) -> list[Group]:
     smallest of equals: everything learned is rounded once, and operators of the base model stay outside."""
     analysis = AffineAnalysis(program.root, RULES)
     place = {node: index for index, node in enumerate(program.graph.nodes)}
-    writes = [place[node] for node in program.graph.nodes if node.op == "call_function" and _writes(node)]
+    writes = [place[node] for node in program.graph.nodes if is_mutable(node)]
     candidates = [
         region
         for node in program.graph.nodes
@@ -148,10 +148,6 @@ def _keeps_dtypes(kept: Mapping[fx.Node, fx.Node], root: fx.Node) -> bool:
         or (node is not root and all(user.target in CASTS for user in node.users))
         for node, value in kept.items()
     )
-
-
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _undisturbed(region: Region, place: dict[fx.Node, int], writes: list[int]) -> bool:

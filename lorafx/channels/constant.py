@@ -24,7 +24,7 @@ from .axis import Array, Axis, axis_of
 from .constant_mixing import NORMS, PRODUCTS, REDUCTIONS, combined, norm, product, reduction
 from .grouped import grouped_reads, is_grouped
 from .moves import MOVES
-from .rules import spread
+from .rules import CONVOLUTIONS, LINEARS, spread
 from .table import ELEMENTWISE
 
 aten = torch.ops.aten
@@ -35,10 +35,6 @@ _CHOICES: dict[Any, tuple[int, int]] = {
     **dict.fromkeys((aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar), (1, 2)),
     **dict.fromkeys((aten.masked_fill.Scalar, aten.masked_fill.Tensor), (0, 2)),
 }
-#: Operators whose channels are the second dimension of values and weights.
-CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
-#: Operators with a matrix and a bias on the last dimension.
-LINEARS = (aten.linear.default, aten.addmm.default)
 _log = logging.getLogger(__name__)
 
 

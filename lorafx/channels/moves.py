@@ -258,36 +258,41 @@ def _stack(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
     return [axis.moved(lambda dim: dim + (dim >= new)) for axis in _beside(carrier, node, values, set(), known)]
 
 
-_VIEWS = ("view.default", "reshape.default", "_unsafe_view.default", "flatten.using_ints", "unflatten.int")
-_VIEWS += ("unsqueeze.default", "squeeze.default", "squeeze.dim", "squeeze.dims")
-_IDENTITIES = ("contiguous.default", "clone.default", "detach.default", "alias.default", "dropout.default")
-_IDENTITIES += ("to.dtype", "to.device", "to.dtype_layout", "to.other", "type_as.default", "_to_copy.default")
-_IDENTITIES += ("lift_fresh_copy.default", "feature_dropout.default")
+_VIEWS = """
+view.default reshape.default _unsafe_view.default flatten.using_ints unflatten.int unsqueeze.default squeeze.default
+squeeze.dim squeeze.dims
+"""
+_IDENTITIES = """
+contiguous.default clone.default detach.default alias.default dropout.default to.dtype to.device to.dtype_layout
+to.other type_as.default _to_copy.default lift_fresh_copy.default feature_dropout.default
+"""
 
 
-def _operators(names: tuple[str, ...], move: Move) -> dict[Any, Move]:
-    found = {}
-    for name in names:
+def overloads(names: str) -> list[Any]:
+    """The ATen operators of these names; those this torch does not have are left out."""
+    found = []
+    for name in names.split():
         packet, _, overload = name.partition(".")
-        found[getattr(getattr(aten, packet), overload)] = move
+        operator = getattr(getattr(aten, packet, None), overload, None)
+        found += [operator] if operator is not None else []
     return found
 
 
 #: Every operator that only moves channels.
 MOVES: dict[Any, Move] = {
-    **_operators(_VIEWS, view),
-    **_operators(_IDENTITIES, _identity),
-    **_operators(("transpose.int", "t.default"), _transpose),
-    **_operators(("permute.default",), _permute),
-    **_operators(("expand.default",), expand),
-    **_operators(("slice.Tensor",), _slice),
-    **_operators(("select.int",), _select),
-    **_operators(("split.Tensor", "split_with_sizes.default", "chunk.default", "unbind.int"), _split),
-    **_operators(("cat.default",), _cat),
-    **_operators(("stack.default",), _stack),
-    **_operators(("repeat.default",), _repeat),
-    **_operators(("repeat_interleave.self_int",), _repeat_interleave),
-    **_operators(("flip.default",), _flip),
-    **_operators(("constant_pad_nd.default", "pad.default"), _pad),
+    **dict.fromkeys(overloads(_VIEWS), view),
+    **dict.fromkeys(overloads(_IDENTITIES), _identity),
+    **dict.fromkeys(overloads("transpose.int t.default"), _transpose),
+    aten.permute.default: _permute,
+    aten.expand.default: expand,
+    aten.slice.Tensor: _slice,
+    aten.select.int: _select,
+    **dict.fromkeys(overloads("split.Tensor split_with_sizes.default chunk.default unbind.int"), _split),
+    aten.cat.default: _cat,
+    aten.stack.default: _stack,
+    aten.repeat.default: _repeat,
+    aten.repeat_interleave.self_int: _repeat_interleave,
+    aten.flip.default: _flip,
+    **dict.fromkeys(overloads("constant_pad_nd.default pad.default"), _pad),
     operator.getitem: _getitem,
 }

@@ -18,8 +18,9 @@ from ..graph.operands import rank_of
 from ..graph.site import WEIGHT_OPS
 from .axes import Axes
 from .axis import Array, axis_of
-from .constant import CONVOLUTIONS, LINEARS, ConstantChannels, operands
+from .constant import ConstantChannels, operands
 from .grouped import GROUPED, grouped_reads
+from .rules import CONVOLUTIONS, LINEARS
 from .table import WITHIN_ROWS
 
 aten = torch.ops.aten

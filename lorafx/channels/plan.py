@@ -24,11 +24,12 @@ from ..graph.selection import Miss
 from ..graph.site import WEIGHT_OPS, module_path
 from .axes import Axes
 from .axis import axis_of
-from .constant import CONVOLUTIONS, LINEARS, ConstantChannels, operands
+from .constant import ConstantChannels, operands
 from .experts import Order, ordered, reordered
 from .needed import grown, needed_channels
 from .removal import Removal, Widths
 from .resize import resize
+from .rules import CONVOLUTIONS, LINEARS
 from .table import RULES
 from .trial import alike, equal, first_difference
 

@@ -15,6 +15,7 @@ from .axes import Axes, flat
 from .axis import Axis, axis_of
 from .moves import pieces, slice_bounds
 from .removal import Removal
+from .rules import CONVOLUTIONS
 
 aten = torch.ops.aten
 
@@ -42,7 +43,7 @@ def resize(edit: Edit, axes: Axes, removal: Removal) -> None:
             _select(node, axes, removal)
         elif node.target is aten.scaled_dot_product_attention.default:
             _scale(node)
-        elif node.target in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default):
+        elif node.target in CONVOLUTIONS:
             _groups(node, axes, removal)
     edit.recompute()
 

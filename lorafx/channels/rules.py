@@ -15,6 +15,11 @@ from .views import squeezed
 
 aten = torch.ops.aten
 
+#: Operators whose channels are the second dimension of values and weights.
+CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+#: Operators with a matrix and a bias on the last dimension.
+LINEARS = (aten.linear.default, aten.addmm.default)
+
 Rule = Callable[[Axes, fx.Node], Known]
 
 

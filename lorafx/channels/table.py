@@ -12,8 +12,8 @@ from .axes import Axes, flat
 from .axis import Array, Axis, Known
 from .grouped import GROUPED, grouped
 from .mixing import attention, layer_norm, normalised, pooling, product, reduction
-from .moves import MOVES
-from .rules import Rule, addmm, batch_norm, convolution, elementwise, embedding, linear
+from .moves import MOVES, overloads
+from .rules import CONVOLUTIONS, Rule, addmm, batch_norm, convolution, elementwise, embedding, linear
 
 aten = torch.ops.aten
 
@@ -107,17 +107,6 @@ _assert_tensor_metadata.default sym_constrain_range.default _assert_scalar.defau
 """
 _LIKE = "zeros_like.default ones_like.default full_like.default empty_like.default rand_like.default randn_like.default"
 
-
-def overloads(names: str) -> list[Any]:
-    """The ATen operators of these names; those this torch does not have are left out."""
-    found = []
-    for name in names.split():
-        packet, _, overload = name.partition(".")
-        operator = getattr(getattr(aten, packet, None), overload, None)
-        found += [operator] if operator is not None else []
-    return found
-
-
 ELEMENTWISE = frozenset(overloads(_ELEMENTWISE))
 #: Operators that take the channels of a row together.
 WITHIN_ROWS = frozenset(overloads(f"{_NORMALISED} {_REDUCTIONS} layer_norm.default rms_norm.default"))
@@ -131,7 +120,7 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys(overloads(_POOLING), pooling),
     **dict.fromkeys(overloads(_NOTHING), nothing),
     **dict.fromkeys(overloads(_LIKE), shaped_like),
-    **dict.fromkeys(overloads("conv1d.default conv2d.default conv3d.default"), convolution),
+    **dict.fromkeys(CONVOLUTIONS, convolution),
     **dict.fromkeys(overloads("bmm.default matmul.default mm.default"), product),
     aten.linear.default: linear,
     aten.addmm.default: addmm,

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from ..graph.effects import is_view, sharing
-from ..graph.operands import rank_of
+from ..graph.operands import is_mutable, rank_of
 
 aten = torch.ops.aten
 
@@ -70,12 +70,8 @@ def _overwritten(node: fx.Node) -> set[fx.Node]:
         names += [user for user in name.users if user.target in _NAMES and user not in names]
     others = {user for name in names for user in name.users if user not in names and user is not node}
     # Another that writes is met later; a view of a part would have to be written as a part.
-    seen = [user for user in others if not set(names).isdisjoint(sharing(user)) and not _is_mutable(user)]
+    seen = [user for user in others if not set(names).isdisjoint(sharing(user)) and not is_mutable(user)]
     return set() if seen else set(names)
-
-
-def _is_mutable(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _to_linear(node: fx.Node) -> None:

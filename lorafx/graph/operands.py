@@ -50,6 +50,11 @@ def declared_arguments(node: fx.Node) -> list[torch._C.Argument]:
     return node.target._schema.arguments
 
 
+def is_mutable(node: fx.Node) -> bool:
+    """Whether the node's own operator declares that it changes a tensor in place; inner graphs are not looked into."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
 def argument(node: fx.Node, name: str) -> Any:
     """An ATen operator's argument by its name, or the default that its schema gives it."""
     for position, declared in enumerate(declared_arguments(node)):
