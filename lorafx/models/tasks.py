@@ -25,6 +25,9 @@ TASKS = {
     "sentence-similarity": "AutoModel",
 }
 
+#: The label of a position that no loss is of, as transformers' losses have it.
+IGNORED = -100
+
 #: What such a task says in the config, so that whoever opens the checkpoint later knows it.
 SETTINGS: dict[str | None, dict[str, Any]] = {
     "multi-label-classification": {"problem_type": "multi_label_classification"},
@@ -72,6 +75,13 @@ def loss_type(model: nn.Module) -> str | None:
     return getattr(model, "loss_type", None) or default
 
 
+def problem_type(config: Any) -> str:
+    """Which problem a classifier with this config solves, as transformers' loss reads its logits; one that is not named
+    there is told by ``num_labels``."""
+    named = getattr(config, "problem_type", None)
+    return named or ("regression" if config.num_labels == 1 else "single_label_classification")
+
+
 def loss_function(model: nn.Module) -> Callable[..., Tensor] | None:
     """The function that computes that loss. An encoder-decoder's shifts nothing: its labels stand at its outputs."""
     from transformers.loss.loss_utils import LOSS_MAPPING
@@ -86,7 +96,7 @@ def loss_function(model: nn.Module) -> Callable[..., Tensor] | None:
 
 def count_targets(model: nn.Module, labels: Tensor) -> Tensor:
     """How many of ``labels`` the loss of ``model`` is over, counted as HF Trainer counts a batch."""
-    return (labels[..., 1:] if is_shifted(model) else labels).ne(-100).sum()
+    return (labels[..., 1:] if is_shifted(model) else labels).ne(IGNORED).sum()
 
 
 def is_shifted(model: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..models.sentences import in_a_row, side_by_side
+from ..models.tasks import IGNORED
 from ..models.tokenizers import length_limit, pad_token
 from ..parity.inputs import SHAPES, Generator
 from ..parity.runner import Runner
@@ -28,7 +29,6 @@ from ..recipes.recipe import parse_options
 from ..training.data import prepare, tokenizer_of
 from ..training.metrics import ACCURACY, NEXT_PERPLEXITY, Metric, metric_of
 from ..training.module import LABELS
-from ..training.tokens import IGNORED
 from .decoding import spoken
 
 

@@ -66,9 +66,7 @@ def learn_answers(reading: Reading) -> Learned:
             room for its context
         UsageError: a tokenizer that does not say where its tokens stand
     """
-    asked = next((name for name in ("chat", "packing") if getattr(reading.options, name)), None)
-    if asked is not None:
-        raise UsageError(f"{reading.program.name} learns no next tokens: leave {asked} out")
+    reading.refuse("chat", "packing")
     table, pair = reading.table, reading.pair or "context"
     contexts = table.texts(pair)
     answers = answers_of(table, reading.label, contexts)

@@ -11,7 +11,8 @@ from typing import Any
 
 from ..errors import UsageError, first_line
 from ..files.table import Table, short
-from .tokens import IGNORED, Cuts, Ids
+from ..models.tasks import IGNORED
+from .tokens import Cuts, Ids
 
 #: The column of chats, where a table has one.
 MESSAGES = "messages"

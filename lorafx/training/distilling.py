@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import UsageError
-from ..models.tasks import is_shifted
+from ..models.tasks import IGNORED, is_shifted
 
 if TYPE_CHECKING:
     from ..graph.program import Program
@@ -125,7 +125,7 @@ class Teaching:
         if target is not None and target.dim() == given.dim() - 1 > 1:  # a label a token
             if is_shifted(self.teacher.program.source.model):
                 given, shown, target = given[..., :-1, :], shown[..., :-1, :], target[..., 1:]
-            learned = target != -100
+            learned = target != IGNORED
             given, shown = given[learned], shown[learned]
         else:
             given, shown = given.flatten(0, -2), shown.flatten(0, -2)

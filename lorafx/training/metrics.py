@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 
 from ..graph.program import Program
-from ..models.tasks import loss_type
-
-#: The label of what is not to be predicted, as transformers' losses have it.
-_IGNORED = -100
+from ..models.tasks import IGNORED, loss_type, problem_type
 
 
 @dataclass(frozen=True)
@@ -64,8 +61,7 @@ def metric_of(program: Program) -> Metric | None:
         names = {int(number): str(name) for number, name in (config.id2label or {}).items()}
         return entity_f1(names) if any(name.startswith("B-") for name in names.values()) else ACCURACY
     if kind.endswith("Classification"):
-        problem = getattr(config, "problem_type", None)
-        problem = problem or ("regression" if config.num_labels == 1 else "single_label_classification")
+        problem = problem_type(config)
         if problem == "regression" and config.num_labels > 1:
             return None
         return {"regression": RMSE, "multi_label_classification": F1}.get(problem, ACCURACY)
@@ -80,17 +76,17 @@ def _argmax(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
-    counted = labels != _IGNORED
+    counted = labels != IGNORED
     return float((predictions == labels)[counted].mean())
 
 
 def _surprise(logits: Tensor, labels: Tensor) -> Tensor:
     """Per row, the summed negative log-likelihood of its targets and their number: (batch, 2), fp64."""
     flat = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=_IGNORED, reduction="none"
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
     )
     sums = flat.view_as(labels).double().sum(1)
-    return torch.stack([sums, labels.ne(_IGNORED).sum(1).double()], 1)
+    return torch.stack([sums, labels.ne(IGNORED).sum(1).double()], 1)
 
 
 def _surprise_of_next(logits: Tensor, labels: Tensor) -> Tensor:
@@ -173,7 +169,7 @@ def entity_f1(names: Mapping[int, str]) -> Metric:
     def score(predictions: np.ndarray, labels: np.ndarray) -> float:
         right = found = wanted = 0
         for predicted, own in zip(predictions, labels, strict=True):
-            counted = own != _IGNORED
+            counted = own != IGNORED
             guessed, told = (entities([names[int(tag)] for tag in row[counted]]) for row in (predicted, own))
             right, found, wanted = right + len(guessed & told), found + len(guessed), wanted + len(told)
         return harmonic(right, found, wanted)

@@ -22,7 +22,7 @@ from ..graph.segments import CompiledGraph, compile_graph
 from ..graph.state import MethodState, method_state
 from ..graph.tree import copy_tree, get_tensor, own_when_trained
 from ..models.sentences import LOSS, in_a_row, side_by_side
-from ..models.tasks import count_targets, loss_function, loss_type
+from ..models.tasks import IGNORED, count_targets, loss_function, loss_type
 from .distilling import Teaching
 from .duties import Duties, watch
 from .sharding import Block, average, is_sharded, shard_again, units, whole, whole_tensors
@@ -154,7 +154,7 @@ class RewrittenModel(nn.Module):
             **({} if items is None else {"num_items_in_batch": items}),
         )
         if items is not None and "pooled_logits" in wanted and config.problem_type in _MEANS:
-            return loss * labels["labels"].ne(-100).sum() / items
+            return loss * labels["labels"].ne(IGNORED).sum() / items
         return loss
 
     def _methods(self, hook: str = "") -> Iterator[tuple[Method, Applied]]:

@@ -29,10 +29,8 @@ def learn_pairs(reading: Reading) -> Learned:
         UsageError: a batch in which there is nothing to tell a pair from; a column of labels nobody spoke of
     """
     options, table = reading.options, reading.table
-    pair, name = reading.pair or "text_pair", reading.program.name
-    asked = next((option for option in ("chat", "packing") if getattr(options, option)), None)
-    if asked is not None:
-        raise UsageError(f"{name} learns no next tokens: leave {asked} out")
+    pair = reading.pair or "text_pair"
+    reading.refuse("chat", "packing")
     if options.label is None and "label" in table.columns:
         raise UsageError(
             f"{table.name}: there is a column 'label': say label='label' to learn it as the cosine of each pair, or "

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..errors import UsageError
 from ..files.table import Table
 from .labels import Classes, Names
 from .metrics import Metric
@@ -68,6 +69,12 @@ class Reading:
     def label(self) -> str:
         """The column of what is learned."""
         return self.options.label or self.columns.label or "label"
+
+    def refuse(self, *options: str, learns: str = "no next tokens") -> None:
+        """UsageError where one of these ``options`` is set: the task ``learns`` something that it is not for."""
+        for name in options:
+            if getattr(self.options, name):
+                raise UsageError(f"{self.program.name} learns {learns}: leave {name} out")
 
     def classes(self) -> Classes:
         """The classes in the column of labels."""

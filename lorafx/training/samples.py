@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..models.tasks import IGNORED
 from .data import positions
 from .module import build_module
 from .rows import Prepared
-from .tokens import IGNORED
 
 if TYPE_CHECKING:
     from ..graph.program import Program

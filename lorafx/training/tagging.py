@@ -6,9 +6,10 @@ from typing import Any
 
 from ..errors import UsageError, first_line
 from ..files.table import short
+from ..models.tasks import IGNORED
 from .labels import listed
 from .reading import Learned, Reading
-from .tokens import IGNORED, Ids
+from .tokens import Ids
 
 #: Rows tokenised at a time.
 _CHUNK = 1000
@@ -21,9 +22,7 @@ def learn_tags(reading: Reading) -> Learned:
         ArtifactError: a row without words, with a word that is no text, or with more tags than words or fewer
         UsageError: a tokenizer that does not say which word its tokens are of
     """
-    asked = next((name for name in ("chat", "packing", "text_pair") if getattr(reading.options, name)), None)
-    if asked is not None:
-        raise UsageError(f"{reading.program.name} learns a tag for every word: leave {asked} out")
+    reading.refuse("chat", "packing", "text_pair", learns="a tag for every word")
     table, words = reading.table, listed(reading.table, reading.text, words=True)
     tags = listed(table, reading.label, words=True)
     for row, (said, tagged) in enumerate(zip(words, tags, strict=True)):

@@ -13,7 +13,7 @@ import transformers
 
 from ..errors import UsageError
 from ..models.sentences import LOSS
-from ..models.tasks import loss_type
+from ..models.tasks import loss_type, problem_type
 from .answers import learn_answers
 from .chats import chats_of, encode_chats, packed
 from .labels import numbers
@@ -54,7 +54,7 @@ def task_of(program: Program) -> tuple[str, Task]:
     UsageError when it does not learn from one.
     """
     loss, config = loss_type(program.source.model), program.config
-    problem = _problem(config) if loss == _CLASSIFIES else None
+    problem = problem_type(config) if loss == _CLASSIFIES else None
     found = next(((kind, task) for kind, task in TASKS.items() if (task.loss, task.problem) == (loss, problem)), None)
     encodes = getattr(config, "is_encoder_decoder", False)
     if found is None or "input_ids" not in program.signature.inputs or (found[0] == "sequence") != encodes:
@@ -70,19 +70,12 @@ def task_of(program: Program) -> tuple[str, Task]:
     return found
 
 
-def _problem(config: Any) -> str:
-    named = getattr(config, "problem_type", None)
-    return named or ("regression" if config.num_labels == 1 else "single_label_classification")
-
-
 # ---- texts and a label
 
 
 def _encoded(reading: Reading) -> Mapping[str, Any]:
     """The inputs of one text a row, or two."""
-    asked = next((name for name in ("chat", "packing") if getattr(reading.options, name)), None)
-    if asked is not None:
-        raise UsageError(f"{reading.program.name} learns no next tokens: leave {asked} out")
+    reading.refuse("chat", "packing")
     return dataclasses.replace(reading.texts, end=None).encode(reading.text, reading.pair)
 
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..files.table import Table
+from ..models.tasks import IGNORED
 
 #: Rows tokenised at a time.
 _CHUNK = 1000
-#: The label of what is not to be predicted, as transformers' losses have it.
-IGNORED = -100
 
 Ids = list[list[int]]
 
