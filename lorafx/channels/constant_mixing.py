@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from ..deferred.slices import nonzero
 from ..deferred.tensor import value as value_of
-from ..graph.operands import argument, rank_of
+from ..graph.operands import argument, operator_of, rank_of
 from .axis import Array, Axis, axis_of
 from .mixing import dims_of
 
@@ -103,6 +103,6 @@ def norm(facts: Facts, node: fx.Node) -> list[Axis]:
     sizes = argument(node, "normalized_shape")
     if len(sizes) != 1:
         return []
-    vector = torch.tensor(axis.data)
+    normalise, vector = operator_of(node), torch.tensor(axis.data)
     parts = {name: part.cpu() if part is not None else None for name, part in learned.items()}
-    return [Axis((last,), node.target(vector, sizes, **parts, eps=argument(node, "eps")).numpy())]  # type: ignore[operator]
+    return [Axis((last,), normalise(vector, sizes, **parts, eps=argument(node, "eps")).numpy())]

@@ -23,7 +23,7 @@ from ..errors import ArtifactError, UsageError
 from ..files.folder import MANIFEST, FileEntry, find_manifest, new_folder
 from ..files.places import checkpoint_name
 from ..formats.companions import copy_entry, inner_companions, is_weights
-from ..formats.shards import write_pieces, write_weights
+from ..formats.shards import DTYPES, write_pieces, write_weights
 from ..models.checkpoint import check_safetensors, read_config, weight_files
 from ..models.hub import local_folder
 from ..models.quantized import Quantization
@@ -32,21 +32,8 @@ from .patch import Change, Patch, make
 
 #: Bytes that are copied at once.
 _PART = 1 << 22
-#: What safetensors calls the dtypes weights come in.
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+#: The dtypes of weights, by safetensors' names.
+_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 @dataclass(frozen=True)

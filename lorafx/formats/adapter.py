@@ -23,7 +23,7 @@ from ..graph.tree import named_tensors
 from ..models.checkpoint import check_safetensors
 from .adapter_config import CONFIG, AdapterConfig, parse_config, read_config_file
 from .changes import Change, Factors, Rows, Stack, Whole
-from .peft import PREFIX
+from .peft import PREFIX, parents
 
 WEIGHTS = "adapter_model.safetensors"
 aten = torch.ops.aten
@@ -210,7 +210,7 @@ class _Binding:
                 raise self._odd(key, f"the base has no tensor {name}{hint}; is it another base?")
             value = self.adapter.tensors[key]
             self._check(key, value, tuple(self.held[name].shape))
-            copied = any(self.config.saves(path) for path in _parents(name))
+            copied = any(self.config.saves(path) for path in parents(name))
             yield Whole(name, (key,), not copied, value)
 
     def _rows(self, key: str) -> Rows:
@@ -238,7 +238,7 @@ class _Binding:
                 missing = "lora_A, lora_B"
             elif any(f"{path}.{name}" not in changed for name in self._targeted_parameters(path)):
                 missing = "lora_A, lora_B of " + ", ".join(self._targeted_parameters(path))
-            elif self.config.saves(path) and not any(self.config.saves(up) for up in _parents(path)):
+            elif self.config.saves(path) and not any(self.config.saves(up) for up in parents(path)):
                 held = (name for name in module.state_dict() if f"{path}.{name}" not in changed)
                 missing = next(held, None)
             elif self.config.tokens_of(path, module is self._table) and isinstance(module, nn.Embedding):
@@ -253,11 +253,6 @@ class _Binding:
 
     def _odd(self, key: str, why: str) -> ArtifactError:
         return ArtifactError(f"{self.file}: {key} cannot be used: {why}")
-
-
-def _parents(name: str) -> list[str]:
-    parts = name.split(".")[:-1]
-    return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
 
 
 def _use(module: nn.Module) -> WeightOp | None:

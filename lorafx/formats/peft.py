@@ -263,7 +263,7 @@ def _saved_modules(program: Program, adapted: set[str], paths: list[str]) -> lis
     model = program.source.model
     state = set(model.state_dict(keep_vars=True))
     chosen: list[str] = []
-    for path in sorted({parent for name in learned for parent in _parents(name)}, key=len):
+    for path in sorted({parent for name in learned for parent in parents(name)}, key=len):
         inside = {name for name in state if name.startswith(path + ".")}
         free = not any(f"{module}.".startswith(f"{path}.") for module in adapted)
         outermost = not any(path.startswith(done + ".") for done in chosen)
@@ -279,7 +279,8 @@ def _saved_modules(program: Program, adapted: set[str], paths: list[str]) -> lis
     ]
 
 
-def _parents(name: str) -> list[str]:
+def parents(name: str) -> list[str]:
+    """The paths of the modules around a tensor or module, from the outside: ``a`` and ``a.b`` of ``a.b.c``."""
     parts = name.split(".")[:-1]
     return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 #: The format's names of dtypes (https://huggingface.co/docs/safetensors), in the order in which it writes them.
-_DTYPES = {
+DTYPES = {
     torch.uint64: "U64",
     torch.int64: "I64",
     torch.float64: "F64",
@@ -163,13 +163,13 @@ def write_file(file: Path, tensors: Mapping[str, Tensor], progress: Callable[[in
     ``progress`` is told of bytes as they are written.
     """
     # Wide dtypes first, so that every tensor is aligned.
-    names = sorted(tensors, key=lambda name: (list(_DTYPES).index(tensors[name].dtype), name))
+    names = sorted(tensors, key=lambda name: (list(DTYPES).index(tensors[name].dtype), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
         start, end = end, end + tensors[name].numel() * tensors[name].dtype.itemsize
         shape = list(tensors[name].shape)
-        header[name] = {"dtype": _DTYPES[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
+        header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     head: list[Buffer] = [struct.pack("<Q", len(text)), text]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..models.eager import cacheless, same_draws
+from ..models.eager import cacheless, in_mode, same_draws
 from ..public import Program
 
 _log = logging.getLogger(__name__)
@@ -80,17 +80,12 @@ def same_gradients(program: Program) -> bool:
     model = program.source.model
     named = model.named_parameters()
     names = [name for name, value in named if value.requires_grad and value.is_floating_point()]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
-        with cacheless(model):
+        with in_mode(model, training=False), cacheless(model):
             expected = _gradients(model, program.example, names)
     except Exception as error:  # whatever a model's own backward raises
         _log.debug("%s has no gradients in evaluation mode: %s", program.name, error)
         return False
-    finally:
-        for module, mode in modes:
-            module.training = mode
     found = _gradients(program.module().eval(), program.example, names)
     return all(_close(a, b) for a, b in zip(expected, found, strict=True))
 

@@ -31,7 +31,7 @@ from ..graph.evaluation import RULES
 from ..graph.shapes import told_at_once
 from ..graph.site import module_path
 from ..graph.tree import named_tensors
-from ..models.eager import cacheless
+from ..models.eager import cacheless, in_mode
 from .notices import without_notices
 from .stand_ins import StandIns
 from .tuners import choosing
@@ -54,10 +54,8 @@ def export_graph(
     Raises:
         CaptureError: names the line, the guard or the dimension
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.train(training)
     left_out: list[str] = []
-    try:
+    with in_mode(model, training=training):
         while True:
             exported, noisy = _attempt(model, example, shapes)
             if exported is not None and not noisy:
@@ -68,9 +66,6 @@ def export_graph(
             for path in noisy:
                 model.get_submodule(path).training = False
             left_out += [path or "(the model itself)" for path in sorted(noisy)]
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _attempt(model: nn.Module, example: Mapping[str, Any], shapes: Any) -> tuple[ExportedProgram | None, set[str]]:

@@ -35,6 +35,19 @@ def answers(model: nn.Module, inputs: Mapping[str, Any]) -> list[Any]:
 
 
 @contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put ``model`` into training or evaluation mode; afterwards each of its modules has the mode that it had."""
+    modes = [(part, part.training) for part in model.modules()]
+    if any(mode != training for _, mode in modes):
+        model.train(training)
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+@contextmanager
 def same_draws(devices: Sequence[torch.device] = ()) -> Iterator[None]:
     """The same random numbers each time, for a model may be random in evaluation, too; the caller's go on as they
     would have, on the CPU and on ``devices``."""

@@ -130,7 +130,7 @@ def unwritten(model: nn.Module) -> Iterator[None]:
             for value, before in writes.before.values():
                 value.copy_(before)
         if writes.compiled:  # what was compiled under a mode fails without it, in the caller's hands
-            torch._dynamo.reset()
+            torch.compiler.reset()
 
 
 class _Writes(TorchDispatchMode):

@@ -60,6 +60,7 @@ class Pooling:
 class SentenceEncoder:
     """What an encoder's class is mixed with by :func:`as_encoder`: another output, and a loss of pairs."""
 
+    config: Any
     pooling: Pooling = Pooling()
 
     @property
@@ -193,7 +194,7 @@ def write_modules(model: Any, folder: Path) -> None:
     """Write what sentence-transformers needs to open ``folder`` as the same encoder, where it has no such files."""
     if not isinstance(model, SentenceEncoder) or (folder / MODULES).exists():
         return
-    pooling, config = model.pooling, model.config  # type: ignore[attr-defined]
+    pooling, config = model.pooling, model.config
     paths = {_ENCODER: "", _POOL: f"1_{_POOL}", **({_NORMALIZE: f"2_{_NORMALIZE}"} if pooling.normalise else {})}
     entries = [
         {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}

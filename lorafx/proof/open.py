@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from ..frontend.capture import capture
 from ..graph.precision import coarsest
 from ..graph.tree import named_tensors
 from ..models.checkpoint import open_model
+from ..models.eager import in_mode
 from ..models.examples import example_inputs
 from ..models.hub import local_folder
 from ..parity.inputs import InputSpec, specs_of
@@ -107,7 +106,7 @@ def _of_module(
 
     def call(inputs: dict[str, Any]) -> Any:
         taken = {name: value for name, value in inputs.items() if name in known}
-        with _evaluating(module):
+        with in_mode(module, training=False):
             return module(**taken, **fixed)
 
     lowest = coarsest(value.dtype for value in module.parameters())
@@ -125,18 +124,6 @@ def _specs(module: nn.Module, folder: Path | None) -> tuple[InputSpec, ...]:
     except UsageError as error:
         _log.debug("%s", error)
         return ()
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    modes = [(part, part.training) for part in module.modules()] if module.training else []
-    if modes:
-        module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 def _of_folder(
