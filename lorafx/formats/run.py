@@ -62,19 +62,12 @@ def save_run(
         UsageError: a model from memory, a folded program, an existing path
         ArtifactError: the folder cannot be written
     """
-    source = program.source
-    if source.path is None:
-        raise UsageError(
-            f"{program.name} came from memory, and a run refers to its base on disk: save the model in a folder "
-            "(model.save_pretrained) and capture that folder"
-        )
-    if program.origin is not None:
-        raise UsageError("a folded program is no run any more: write it with lorafx.export, or save it before fold()")
+    base = _base_of(program)
     _refuse_foreign(program)
     inputs, capturing = _capture_record(program)
     peft, reason = adapter_config(program)
     meta = {
-        "base": {"path": place_from(path, source.path), **base_record(program)},
+        "base": {"path": place_from(path, base), **base_record(program)},
         "capture": capturing,
         "seed": seed,
         "peft": reason or "adapter_config.json",
@@ -106,6 +99,20 @@ def _tensor_record(program: Program) -> dict[str, Any]:
     tied, waiting = ties(program.root), program.waiting()
     aliases = {alias: name for name in adapter_keys(program) for alias in tied[name] if alias != name}
     return {"aliases": aliases, **({"of_weights": waiting} if waiting else {})}
+
+
+def _base_of(program: Program) -> str:
+    """The folder of the base checkpoint; UsageError for a program that cannot be saved as a run of one."""
+    if program.source.path is None:
+        raise UsageError(
+            f"{program.name} came from memory, and a run refers to its base on disk: save the model in a folder "
+            "(model.save_pretrained) and capture that folder"
+        )
+    if program.origin is not None:
+        raise UsageError(
+            "a folded program can no longer be saved as a run: write it with lorafx.export, or save it before fold()"
+        )
+    return program.source.path
 
 
 def _refuse_foreign(program: Program) -> None:

@@ -88,13 +88,10 @@ def capture(
         origin = Source(unwrapped(source), task=task)
         checkpoint = None
     else:
-        options = {**options, **({"num_labels": num_labels} if num_labels is not None else {})}
-        opened = {**options, **({"trust_remote_code": True} if trust_remote_code else {})}
+        options |= {"num_labels": num_labels} if num_labels is not None else {}
+        options |= {"trust_remote_code": True} if trust_remote_code else {}
         checkpoint = local_folder(source, allow_pickle=allow_pickle)
-        model, fresh = open_model(checkpoint, task, opened, meta=meta, allow_pickle=allow_pickle)
-        _find_padding(model, checkpoint, trust_remote_code)
-        drawn = {} if meta else {name: tensor_hash(model.get_parameter(name)) for name in fresh}
-        origin = Source(model, str(checkpoint.absolute()), task, opened, {}, fresh, drawn)
+        origin = _opened(checkpoint, task, options, meta=meta, allow_pickle=allow_pickle)
     adapters, origin = _prepared(origin, adapter)
     origin = dataclasses.replace(origin, adapters=adapter_tensors(origin.model))
     example = dict(inputs) if inputs is not None else example_inputs(origin.model, checkpoint)
@@ -106,6 +103,14 @@ def capture(
         hashes = pool.submit(weight_hashes, checkpoint, read=not meta)
         program = _captured(origin, example, shapes, check=check and not meta)
         return adapted(_known_by(program, hashes.result()), adapters)
+
+
+def _opened(folder: Path, task: str | None, options: dict[str, Any], *, meta: bool, allow_pickle: bool) -> Source:
+    """The model in a checkpoint folder, and what it was opened with."""
+    model, fresh = open_model(folder, task, options, meta=meta, allow_pickle=allow_pickle)
+    _find_padding(model, folder, "trust_remote_code" in options)
+    drawn = {} if meta else {name: tensor_hash(model.get_parameter(name)) for name in fresh}
+    return Source(model, str(folder.absolute()), task, options, {}, fresh, drawn)
 
 
 def _prepared(origin: Source, adapter: Adapters | None) -> tuple[list[tuple[Adapter, float]], Source]:

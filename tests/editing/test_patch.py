@@ -459,7 +459,7 @@ def test_a_program_takes_a_patch_and_gives_it_back(build: Any, tmp_path: Path) -
     assert {name: tensor_hash(value) for name, value in named_tensors(restored.root)} == before
     with pytest.raises(ArtifactError, match="applied here already"):
         patch.apply_to(applied)
-    with pytest.raises(UsageError, match="no run any more"):
+    with pytest.raises(UsageError, match="can no longer be saved as a run"):
         applied.save(tmp_path / "run")
 
 
