@@ -102,7 +102,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     lines += ["| family | model | verdict | why |", "|---|---|---|---|"]
     for name, row in sorted(results.items()):
         why = f"{row['stage']}: {row['reason']}" if row["verdict"] != "exact" else ""
-        why = re.sub(r"/\S*site-packages/", "", why)  # where packages lie here is nobody's business
+        why = re.sub(r"/\S*site-packages/", "", why)  # paths of this machine's packages do not belong in the page
         lines.append(f"| {name} | {row['model']} | {row['verdict']} | {why.replace('|', chr(92) + '|')} |")
     return "\n".join(lines) + "\n"
 

@@ -54,7 +54,7 @@ def without(given: Trained, gone: Sequence[tuple[int, int]], width: int, hidden:
     flops = sum(heads * width * (8 * hidden + 4 * TOKENS) + neurons * 4 * hidden for heads, neurons in gone)
     given.weights = given.weights[0], given.weights[0] - weights
     given.flops = given.flops[0], given.flops[0] - flops
-    # The layers themselves stay as they were: nobody reads what is masked.
+    # The layers themselves stay as they were: what is masked is never read.
     given.left, given.facts = {}, {"removed": list(gone)}
     return given
 

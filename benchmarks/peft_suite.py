@@ -130,7 +130,7 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _cell(reason: str) -> str:
-    # Where packages lie here is nobody's business.
+    # Paths of this machine's packages do not belong in the page.
     return re.sub(r"/\S*site-packages/", "", reason).replace("|", "/")
 
 

@@ -243,7 +243,7 @@ def transformers_js() -> Path:
         for file in (LOCK, LOCK.with_name("package.json")):
             shutil.copy(file, out)
         print("fetching transformers.js", file=sys.stderr)
-        # Scripts of packages would fetch CUDA libraries, which nobody uses here.
+        # Scripts of packages would fetch CUDA libraries, which are not used here.
         command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
         _run_client(command, out, "transformers.js", name)
 

@@ -26,8 +26,8 @@ class DeadChannels(Pass):
     Before: ``y = V f(U x)``, a row of U or a column of V zero
     After: the same with smaller U and V; what a constant channel contributed is in the next bias
 
-    An axis analysis over the operators says which channels of which tensors stand and fall together, and operators it
-    does not know pin what they touch. A channel goes when it is constant or nobody needs it: hidden units, heads,
+    An axis analysis over the operators says which channels of which tensors stay or go together, and operators it
+    does not know pin what they touch. A channel goes when it is constant or nothing needs it: hidden units, heads,
     channels in heads, convolution channels, ranks of adapters. Experts of a mixture may each have other hidden units:
     the width is the largest that any of them needs. What zeros came from does not matter.
 

@@ -106,7 +106,8 @@ def _region(site: Alike) -> dict[fx.Node, None]:
 
 
 def _free(edit: Edit, site: Alike, region: dict[fx.Node, None]) -> list[str]:
-    """Names of the tensors that only ``site`` is made of: nobody reads them, nor anything inside that reads them."""
+    """Names of the tensors that only ``site`` is made of: nothing else reads them, or anything computed from them
+    inside."""
     kept = [node for node in region if node not in site.nodes and any(user not in region for user in node.users)]
     read_on = set(_region(Alike(tuple(kept))))
     tensors = [node for node in region if node.op == "get_attr" and str(node.target) in edit.program.roles]

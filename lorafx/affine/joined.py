@@ -171,6 +171,6 @@ def _alike(left: Any, right: Any) -> bool:
 
 
 def _apart(places: Callable[[], Tensor]) -> bool:
-    """Whether no two features are written to the same place; which one would stay nobody knows."""
+    """Whether no two features are written to the same place: which of them would stay is not defined."""
     found = places()
     return not found.is_meta and len(found.unique()) == len(found)

@@ -107,7 +107,7 @@ def _axis(kind: str) -> int:
 
 
 def _product(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
-    """``x @ C`` with a constant matrix: a linear map that is nobody's weight."""
+    """``x @ C`` with a constant matrix: a linear map that is not a weight of the model."""
     value, matrix = node.args[:2]
     read = analysis.constant(matrix)
     if read is None or not isinstance(value, fx.Node) or rank_of(matrix) != 2:

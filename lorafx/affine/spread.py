@@ -161,7 +161,8 @@ def _fellow(first: Spread, others: list[Spread]) -> Spread | None:
 
 
 def _viewed(node: fx.Node, part: Spread) -> Spread | None:
-    """A view cuts the features of each row anew, or makes the rows' axes and the first of the features' one axis."""
+    """A view splits the features of each row differently, or makes the rows' axes and the first of the features' one
+    axis."""
     shape, before, lead = node.meta["val"].shape, part.node.meta["val"].shape, _lead(part.entry)
     count = len(part.rows)
     if part.rows != tuple(range(count)) or not fixed(before[count:]):

@@ -79,7 +79,7 @@ def bias_of(carrier: fx.Node) -> fx.Node | None:
 
 
 def _accounting(program: Program, candidates: list[Region]) -> Callable[[Region], tuple[int, int]]:
-    """How many numbers a region reads beyond its carrier's own weight and bias: those that nobody reads but it and the
+    """How many numbers a region reads beyond its carrier's own weight and bias: those that nothing else reads but the
     regions alike (other uses of a shared module), and all.
 
     Where it is known what was put into the base model, all of that must be so: the base keeps its architecture. Of a
@@ -142,7 +142,7 @@ def _is_cast_of(node: fx.Node, origin: fx.Node) -> bool:
 
 
 def _keeps_dtypes(kept: Mapping[fx.Node, fx.Node], root: fx.Node) -> bool:
-    """Whether who reads an operator that becomes an identity finds the dtype it had, or casts it anyway."""
+    """Whether readers of an operator that becomes an identity find the dtype it had, or cast it anyway."""
     return all(
         node.meta["val"].dtype == value.meta["val"].dtype
         or (node is not root and all(user.target in CASTS for user in node.users))
@@ -164,7 +164,7 @@ def _groups(program: Program, regions: list[Region]) -> list[Group]:
     while True:
         used = {node for region in regions for node in region.nodes}
         consumers = _consumers(program.graph, constants, used)
-        # What the graph writes into is no constant, and is not freed.
+        # What the graph writes into is not a constant, and is not freed.
         read = {str(n.target) for n in nodes if n not in consumers or consumers[n] - used}
         free = {str(n.target) for n in nodes} - read
         groups: dict[str, list[Region]] = defaultdict(list)

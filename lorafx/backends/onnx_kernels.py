@@ -70,7 +70,7 @@ def drop_idle_reshapes(model: ir.Model) -> int:
                     node.outputs[0].replace_all_uses_with(before)
                     _remove(graph, node)
                     count += 1
-        for node in reversed(list(graph)):  # what led there and is read by nobody else
+        for node in reversed(list(graph)):  # what led there and is read by nothing else
             if node.op_type == "Reshape" and not any(out.uses() or out.is_graph_output() for out in node.outputs):
                 _remove(graph, node)
                 count += 1
@@ -78,7 +78,7 @@ def drop_idle_reshapes(model: ir.Model) -> int:
 
 
 def _remove(graph: ir.Graph, node: ir.Node) -> None:
-    """Take out a node that nobody reads, and the constants that only it read."""
+    """Take out a node whose results are unused, and the constants that only it read."""
     read = [value for value in node.inputs if value is not None]
     graph.remove(node, safe=True)
     for value in read:

@@ -1,4 +1,4 @@
-"""Fewer operators for a GPU, which at small batches takes longer to be told of one than to compute it.
+"""Fewer operators for a GPU, where at small batches launching one takes longer than computing it.
 
 What is joined is what ONNX Runtime's CUDA provider has one kernel for, or two for six. ONNX Runtime's own optimiser
 joins such when it loads a graph, but only in the forms that older exporters write.
@@ -58,7 +58,7 @@ def join_attentions(graph: ir.Graph) -> int:
 
 
 def shift_norms(graph: ir.Graph) -> int:
-    """Move a vector that is added to what a norm gives, and nobody else reads, into the norm's shift; in place.
+    """Move a vector that is added to what a norm gives, and nothing else reads, into the norm's shift; in place.
 
     Of a sublayer that is gone a constant may be left. Returns how many.
     """
@@ -237,7 +237,8 @@ def _read_once(norm: ir.Node) -> bool:
 
 
 def _summands(value: ir.Value, shape: tuple[int | str, ...]) -> tuple[ir.Value, ir.Value] | None:
-    """The two values of which this is the sum, read by nobody else; the second may be the same for all of a batch."""
+    """The two values that this is the sum of, if nothing else reads it; the second may be the same for all of a
+    batch."""
     node = producer(value)
     if not is_a(node, "Add") or len(tuple(value.uses())) != 1 or value.is_graph_output():
         return None

@@ -37,8 +37,8 @@ def leave_out(model: ir.Model) -> None:
 def name_norms(model: ir.Model) -> int:
     """Call each ``SimplifiedLayerNormalization`` what ONNX calls it since version 23, ``RMSNormalization``; in place.
 
-    ONNX Runtime keeps the former name, its own, among the standard operators, where nobody else knows it. Both are one
-    kernel there. Returns how many; none in a graph that would mean something else by the newer version.
+    ONNX Runtime keeps the former name, its own, among the standard operators, where no other tool knows it. Both are
+    one kernel there. Returns how many; none in a graph that would mean something else by the newer version.
     """
     nodes = [node for graph in model.graphs() for node in graph]
     plain = [node for node in nodes if node.op_type == "SimplifiedLayerNormalization" and node.domain == ""]

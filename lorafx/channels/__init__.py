@@ -1,4 +1,4 @@
-"""Which channels nobody needs, argued from the graph, tried on the example, then cut out.
+"""Which channels nothing needs: argued from the graph, tried on the example, then cut out.
 
 Imports graph and the contract of a pass; knows no method and no pass.
 

@@ -1,6 +1,6 @@
 """What one operator says of the labels it reads: the account that the runner of rules closes after each.
 
-Every label of every operand has to be spoken for: it goes on in the result, is one with (or keeps step with) a label
+Every label of every operand has to be spoken for: it goes on in the result, is one with (or tied to) a label
 that does, is contracted, is left out unread, or is pinned. A rule that forgets an axis therefore cannot free it.
 """
 
@@ -59,7 +59,7 @@ class Account:
         self._closed.append(labels.ravel())
 
     def open(self, read: list[Array]) -> Array:
-        """Those of the labels ``read`` that nothing was said of."""
+        """Those of the labels ``read`` that the result does not account for."""
         labels = np.unique(np.concatenate([np.empty(0, int), *(data.ravel() for data in read)]))
         sides = [side for pair in self._joined for side in pair]
         every = np.unique(np.concatenate([labels, *self._closed, *sides]))
@@ -95,5 +95,5 @@ def fitted(axes: list[Axis], value: Any) -> tuple[list[Axis], list[Axis]]:
 def _lies_on(axis: Axis, value: Tensor) -> bool:
     inside = bool(axis.dims) and min(axis.dims) >= 0 and max(axis.dims) < value.dim()
     sizes = [value.shape[dim] for dim in axis.dims] if inside else []
-    # Sizes that are no numbers are free, and asking whether they equal one would specialise them.
+    # Sizes that are not numbers are free, and asking whether they equal one would specialise them.
     return inside and all(isinstance(size, int) for size in sizes) and tuple(sizes) == axis.data.shape

@@ -1,7 +1,7 @@
-"""Axes: which channels of which values and tensors stand and fall together.
+"""Axes: which channels of which values and tensors stay or go together.
 
 Every dimension of fixed size gets a *label* for each of its channels; operators say which labels are one channel
-(:meth:`Axes.same`), which only have to keep step (:meth:`Axes.tie`, where a vector is broadcast over heads), which form
+(:meth:`Axes.same`), which are only tied (:meth:`Axes.tie`, where a vector is broadcast over heads), which form
 a row that can go as a whole (a head, when a flat dimension is viewed as heads × channels), of which there is one for
 each row (:meth:`Axes.broadcast`), and which must stay (:meth:`Axes.pin`). What an operator
 reads to compute something else it contracts (:meth:`Axes.contract`); what its result repeats for other channels it
@@ -45,7 +45,7 @@ class Axes:
         known: the axes of each node
         members: for each tensor the graph reads, one array of labels a dimension
         pins: the pinned labels, and why each is
-        tied_class: for each label the class of labels that it keeps step with
+        tied_class: for each label the class of labels that it is tied to
         head_row: for each label the row it lies in (the channels of one head, say), negative outside rows
         contracted: for each node, the labels it reads to compute other channels
         read: for each node, pairs of arrays: entries of the second are read wherever those of the first are needed
@@ -98,7 +98,7 @@ class Axes:
         self._account.join(a, b)
 
     def tie(self, a: Array, b: Array) -> None:
-        """Entries at one place keep step: one stays while the other does, except where a whole row goes."""
+        """Entries at one place are tied: one stays while the other does, except where a whole row goes."""
         self._tied.join(a, b)
         self._account.join(a, b)
 
@@ -106,7 +106,7 @@ class Axes:
         """Entries of ``narrow`` are repeated along its dimensions of size 1, to meet those of ``wide``.
 
         Where these dimensions run inside rows there is one entry a row, whatever channels the row keeps; elsewhere
-        entries at one place keep step.
+        entries at one place are tied.
         """
         self._broadcasts.append((wide, narrow))
         self._account.join(wide, narrow)

@@ -88,7 +88,7 @@ class Hidden:
             yield from ((node, axis) for axis in flat(known) if self._own[axis.data].any())
 
     def free(self) -> bool:
-        """Whether every expert may put them in an order of its own: nothing else holds them or keeps step with them,
+        """Whether every expert may put them in an order of its own: nothing else holds them or is tied to them,
         and all that is done with them is done to each alike."""
         pinned = np.fromiter(self.axes.pins, int)
         steps = np.zeros(self.axes.count, bool)

@@ -35,7 +35,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """Dimensions whose channels stand and fall together.
+    """Dimensions whose channels stay or go together.
 
     Attributes:
         members: the dimensions, in graph order

@@ -1,7 +1,7 @@
 """Which channels anybody needs.
 
 Needs go backward: a weight operator needs the channels that its needed outputs read through a weight that is not 0, and
-no constant one (that goes into the bias). A channel that nobody needs is dead.
+no constant one (that goes into the bias). A channel that nothing needs is dead.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Widths:
 class Removal:
     """The channels that go, given those that are needed.
 
-    Starts with all that nobody needs, and takes back what would leave a tensor empty, ragged or of another width than
+    Starts with all that nothing needs, and takes back what would leave a tensor empty, ragged or of another width than
     is wanted, until nothing changes.
     """
 

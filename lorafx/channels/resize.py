@@ -26,7 +26,7 @@ _CUTS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 
 
 def resize(edit: Edit, axes: Axes, removal: Removal) -> None:
-    """Rewrite sizes, slices, splits and scales that the removal changed, and compute the values' shapes anew."""
+    """Rewrite sizes, slices, splits and scales that the removal changed, and recompute the values' shapes."""
     loosen(edit.program.graph)
     for node in list(edit.program.graph.nodes):
         if node.op != "call_function" or not _loses(node, axes, removal):

@@ -1,4 +1,4 @@
-"""What elementwise operators and weights say of channels: which are one, which keep step, which must stay."""
+"""What elementwise operators and weights say of channels: which are one, which are tied, which must stay."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _tensors(node: fx.Node) -> list[fx.Node]:
 
 
 def elementwise(axes: Axes, node: fx.Node) -> Known:
-    """Entries at one place are one channel; a vector broadcast over rows keeps step with every row."""
+    """Entries at one place are one channel; a vector broadcast over rows is tied to every row."""
     rank, sizes = rank_of(node), sizes_of(node)
     result: list[Axis] = []
     bare: list[tuple[int, ...]] = []
@@ -140,7 +140,7 @@ def addmm(axes: Axes, node: fx.Node) -> Known:
     """The same with the weight stored (in, out)."""
     bias, value, weight = node.args[:3]
     if argument(node, "beta") != 1 or argument(node, "alpha") != 1:
-        return []  # its factors are no part of the weight and the bias that others would change
+        return []  # its factors are not part of the weight and the bias that others would change
     return affine(axes, node, value, matrix_labels(axes, weight, 0), matrix_labels(axes, weight, 1), (bias,))
 
 

@@ -38,7 +38,7 @@ class Carrier(Loser, Protocol):
         """The operator does not read these."""
 
     def step(self, data: Array) -> None:
-        """Entries along the last dimension of ``data`` keep step: all stay or all go."""
+        """Entries along the last dimension of ``data`` are tied: all stay or all go."""
 
     def hold(self, data: Array) -> None:
         """No row of ``data`` goes, whatever goes inside one."""

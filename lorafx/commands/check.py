@@ -49,7 +49,7 @@ def check_merge(base: Path, adapters: tuple[str, ...], merged: Path, task: str |
 def check(folder: Path, base: Path | None, adapters: tuple[Path, ...], as_json: bool) -> None:
     """Check the certificate of a folder that lorafx wrote: its files, and what they were made of; exit 4 if broken.
 
-    Where base and adapters are, every tensor is composed of them anew.
+    Where base and adapters are there, every tensor is composed of them again.
     """
     import dataclasses
 

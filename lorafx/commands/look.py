@@ -169,7 +169,7 @@ def _of_files(manifest: Manifest, details: bool) -> str:
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--out", "-o", type=click.Path(path_type=Path), help="Draw the page anew into this file.")
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="Draw the page again, into this file.")
 @click.option("--open", "opens", is_flag=True, help="Open the page in a browser.")
 @overwrite_option
 @details_option

@@ -26,7 +26,7 @@ _LINEAR = (torch.ops.aten.linear.default, nn.functional.linear)
 def run_by_block(graph: CompiledGraph, root: nn.Module, inputs: list[Any]) -> tuple[Any, ...]:
     """The flat outputs of ``graph`` over ``root``. What a block reads is computed before it runs and given up after it.
 
-    Tensors of mapped files that are not deferred give their memory back, and are read anew when needed.
+    Tensors of mapped files that are not deferred give their memory back, and are read again when needed.
     """
     return graph.by_segment(inputs, partial(run_segment, root))
 

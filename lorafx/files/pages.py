@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 
-#: Linux's advice to forget pages: those of a file are read anew, others lose what is in them.
+#: Linux's advice to forget pages: those of a file are read again, others lose what is in them.
 _FORGET = 4
 #: Bits of an entry of /proc/self/pagemap (Documentation/admin-guide/mm/pagemap.rst of the kernel).
 _IN_MEMORY, _SWAPPED, _OF_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))

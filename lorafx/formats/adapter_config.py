@@ -37,7 +37,7 @@ _REFUSED: Mapping[str, tuple[Any, ...]] = {
     "use_bdlora": (None, False),
     "use_qalora": (None, False),
 }
-#: Initial values that do not touch the base. Of the others (PiSSA, OLoRA, CorDA, …) PEFT computes another base anew.
+#: Initial values that do not touch the base. Of the others (PiSSA, OLoRA, CorDA, …) PEFT recomputes a changed base.
 _INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")
 _READ = frozenset(
     (

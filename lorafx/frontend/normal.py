@@ -48,8 +48,8 @@ def _is_idle(node: fx.Node) -> bool:
 
 
 def _overwritten(node: fx.Node) -> set[fx.Node]:
-    """The names of what the node writes into, if that is a fresh value that nobody sees but by them, and a pure twin of
-    the operator exists; else none."""
+    """The names of what the node writes into, if that is a fresh value that is seen only through them, and a pure twin
+    of the operator exists; else none."""
     if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable or not node.args:
         return set()
     written = [a.alias_info is not None and a.alias_info.is_write for a in node.target._schema.arguments]
@@ -59,7 +59,7 @@ def _overwritten(node: fx.Node) -> set[fx.Node]:
     while isinstance(value, fx.Node) and value.target in _NAMES:
         value = value.args[0]
     base = value
-    while isinstance(base, fx.Node) and is_view(base) and len(base.users) == 1:  # of what nobody else sees
+    while isinstance(base, fx.Node) and is_view(base) and len(base.users) == 1:  # of what nothing else reads
         base = base.args[0]
     if not isinstance(value, fx.Node) or not isinstance(base, fx.Node) or is_view(base):
         return set()

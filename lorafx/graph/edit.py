@@ -154,7 +154,7 @@ class Edit:
         return free
 
     def constant(self, name: str, value: Tensor) -> str:
-        """Store a buffer that nobody learned (indices, say) under a name not yet taken. Returns the name."""
+        """Store a buffer that was not learned (indices, say) under a name not yet taken. Returns the name."""
         free = self._unique(name)
         self._tensors.put(free, value.to(self.program.device))
         self.program.roles[free] = "constant"
@@ -247,7 +247,7 @@ class Edit:
         return node
 
     def noise(self, kind: Literal["normal", "uniform"], like: fx.Node) -> fx.Node:
-        """Noise of ``like``'s shape, N(0, 1) or U(0, 1), drawn anew in each training forward.
+        """Noise of ``like``'s shape, N(0, 1) or U(0, 1), drawn afresh in each training forward.
 
         Evaluation takes its median (0 or ½), and recomputed activations see the same draw.
         """
@@ -302,7 +302,7 @@ class Edit:
         self._fresh = set()
 
     def sweep(self, nodes: Iterable[fx.Node]) -> None:
-        """Erase those of ``nodes`` that nobody uses any more, and what was computed for them alone."""
+        """Erase those of ``nodes`` that are no longer used, and what was computed for them alone."""
         stack, gone = list(nodes), set()
         while stack:
             node = stack.pop()
@@ -313,7 +313,7 @@ class Edit:
             gone.add(node)
 
     def recompute(self) -> None:
-        """Compute the fake values of all operators anew, after tensors changed their shapes.
+        """Recompute the fake values of all operators after tensors changed their shapes.
 
         Raises:
             OperatorError: an operator does not take what it is given now

@@ -55,7 +55,7 @@ def writes(root: nn.Module, node: fx.Node) -> list[fx.Node]:
         return [operand for inside, operand in called.operands if inside in changed and isinstance(operand, fx.Node)]
     graphs = [module for value in node.all_input_nodes if (module := inner_graph(root, value)) is not None]
     if any(_writes(inside) for module in graphs for inside in module.graph.nodes):
-        # Of several graphs nobody knows which gets what.
+        # Which of several graphs gets which operand is not known.
         return [value for value in node.all_input_nodes if inner_graph(root, value) is None]
     return _writes(node)
 
@@ -89,7 +89,7 @@ def _given(root: nn.Module, node: fx.Node) -> list[fx.Node]:
 
 
 def has_effect(node: fx.Node) -> bool:
-    """Whether running the node does more than give a value, so that it stays though nobody reads that: it writes, it
+    """Whether running the node does more than give a value, so that it stays even if the value is unused: it writes, it
     asserts, it draws from the random numbers of others. Attention draws none where nothing is dropped."""
     attention = node.target is aten.scaled_dot_product_attention.default
     return node.is_impure() and not (attention and argument(node, "dropout_p") == 0.0)
@@ -128,7 +128,7 @@ def _operands(node: fx.Node, *, written: bool) -> list[fx.Node]:
     return found
 
 
-@functools.cache  # a schema is made anew each time it is asked for
+@functools.cache  # each access to ``_schema`` makes a new object
 def _aliased(target: Any) -> tuple[tuple[int, str, bool], ...]:
     """Place and name of each aliased argument of an operator, and whether the operator writes to it."""
     arguments = enumerate(target._schema.arguments)

@@ -25,7 +25,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class AdapterLora(ExactLora):
-    """LoRA of any rank whose update may have a bias, and whose rows may be given their lengths anew (DoRA).
+    """LoRA of any rank whose update may have a bias, and whose rows may be rescaled to learned lengths (DoRA).
 
     With magnitudes m: ``y = m / ‖W + s B A‖ ⊙ (W x + s B A x) + b``, lengths over the inputs of an output
     (arXiv 2402.09353, eq. 5); gradients do not go through them, as the authors have it (section 4.3).

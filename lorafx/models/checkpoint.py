@@ -185,7 +185,7 @@ def open_model(
 
 
 def _misfits(path: Path, model: nn.Module, info: Mapping[str, Any], *, allowed: bool) -> frozenset[str]:
-    """The weights that the files hold in another shape, which the model therefore has anew; ArtifactError unless
+    """The weights that the files hold in another shape, which the model therefore initialises; ArtifactError unless
     that was asked for."""
     found = sorted(info["mismatched_keys"])
     if found and not allowed:
@@ -193,7 +193,7 @@ def _misfits(path: Path, model: nn.Module, info: Mapping[str, Any], *, allowed: 
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise ArtifactError(
             f"{path}: its files hold {key} as {tuple(theirs)}, where a {type(model).__name__} of this config and "
-            f"these options has {tuple(ours)}{more}; mend config.json or the option, or have a head begin anew: "
+            f"these options has {tuple(ours)}{more}; correct config.json or the option, or let the head start afresh: "
             "ignore_mismatched_sizes = true in Python and under [model] of a recipe, --ignore-mismatched-sizes"
         )
     return frozenset(key for key, *_ in found)
@@ -212,7 +212,7 @@ def _head_misfits(path: Path, model: nn.Module) -> list[tuple[str, tuple[int, ..
 
 
 def _masks(path: Path) -> set[str]:
-    """What safetensors files hold that is no weight: the masks and single numbers that older classes kept there."""
+    """What safetensors files hold besides weights: the masks and single numbers that older classes kept there."""
     files = [file for file in weight_files(path, allow_pickle=True) if file.suffix == ".safetensors"]
     entries = {name: entry for file in files for name, entry in check_safetensors(file).items()}
     return {name for name, entry in entries.items() if not entry["shape"] or "F" not in entry["dtype"]}
@@ -222,7 +222,7 @@ def _check_unread(path: Path, model: nn.Module, unread: list[str], *, chosen: bo
     """What a checkpoint holds and its model does not take: the head of another task at most, and that is logged.
 
     Raises ArtifactError when a weight belongs within what the model has (blocks that the config does not count, an
-    adapter's matrices), or when no class was named or asked for, so that leaving a head out was nobody's choice.
+    adapter's matrices), or when no class was named or asked for, so that nobody chose to leave a head out.
     """
     if not unread:
         return
@@ -230,7 +230,7 @@ def _check_unread(path: Path, model: nn.Module, unread: list[str], *, chosen: bo
     inside = next((key for key in unread if not _is_another_head(model, key)), None)
     if inside is not None:
         raise ArtifactError(
-            f"{path}: its files hold {inside}, for which a {name} of this config has no place; mend config.json, or "
+            f"{path}: its files hold {inside}, for which a {name} of this config has no place; correct config.json, or "
             "merge what was added into the checkpoint"
         )
     if not chosen:
@@ -288,7 +288,7 @@ def _check_trust(path: str | PathLike[str], error: Exception) -> None:
 
 
 def check_kind(path: Path) -> None:
-    """Refuse a folder that is no checkpoint, whatever transformers makes of it (it opens an adapter's base).
+    """Refuse a folder that is not a checkpoint, even where transformers would open it (it opens an adapter's base).
 
     Raises:
         UsageError: lorafx wrote it as something else

@@ -33,7 +33,7 @@ def local_folder(place: str | PathLike[str], *, allow_pickle: bool = False) -> P
     """
     path = Path(place)
     name = path.as_posix() if isinstance(place, Path) else os.fspath(place)  # ./org/name is a path
-    # Beside a folder that exists, it is a path with a mistake in it: nobody else is asked about that.
+    # Beside a folder that exists, it is a mistyped path, and the hub is not asked about it.
     if path.exists() or path.parent.is_dir() or _NAME.fullmatch(name) is None:
         return path
     from huggingface_hub import snapshot_download

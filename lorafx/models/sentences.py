@@ -145,8 +145,8 @@ def as_encoder(model: nn.Module, pooling: Pooling) -> nn.Module:
 
 
 def pooled(model: nn.Module, folder: Path, task: str | None) -> nn.Module:
-    """``model`` as a sentence encoder where that is the task asked for, or where nobody asked and its folder is one of
-    sentence-transformers; else as it is."""
+    """``model`` as a sentence encoder where that is the task asked for, or where no task is named and its folder is one
+    of sentence-transformers; else as it is."""
     asked = task == TASK
     bare = getattr(model, "base_model", model) is model and hasattr(model, "config")
     if not asked and (task is not None or not bare):

@@ -115,7 +115,7 @@ def _removed(program: Program) -> Iterator[dict[str, Any]]:
     """The base's tensors that are smaller or gone."""
     if program.captured is None:
         return
-    why = {"why": "channels that are zero or that nobody reads (dead-channels): each removal was tried on the example"}
+    why = {"why": "channels that are zero or that nothing reads (dead-channels): each removal was tried on the example"}
     for name, old in named_tensors(program.captured.root):
         if program.captured.roles.get(name) not in ("base", "head"):
             continue
@@ -187,7 +187,7 @@ def check_folder(path: Path, base: Path | None = None, adapters: Sequence[Path] 
 def _check_composition(
     record: Mapping[str, Any], path: Path, base: Path | None, weights: Mapping[str, float], said: tuple[list[str], ...]
 ) -> None:
-    """Compose every tensor anew from base and adapters, if that is all that the folder was made of."""
+    """Compose every tensor again from base and adapters, if the folder was made of these alone."""
     holds, unseen, broken = said
     if record["kind"] != "hf" or not record["nothing_but_adapters"] or record["removed"]:
         unseen.append("what its tensors are made of: more than a checkpoint and LoRA adapters that files hold")

@@ -43,9 +43,9 @@ class TensorProof:
     """What was looked at, and how close it is.
 
     Attributes:
-        folded: weights of which columns were computed anew
+        folded: weights some of whose columns were recomputed
         unchanged: weights found to be the base's, bit by bit
-        left: weights that neither can be said of (computed without a region of their own, or cut in memory)
+        left: weights that are neither (computed outside a region of their own, or cut in memory)
         largest: the largest distance of a folded weight from the exact value, in units of its last place
         cases: what was found of each tensor that was looked at
         made_of: the tensors that each folded weight was composed of

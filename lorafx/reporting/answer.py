@@ -42,7 +42,7 @@ def called(key: str) -> str:
 
 
 def three_digits(value: float) -> str:
-    """A number for people: three digits, or all of its whole ones (nobody reads 4.42e+03)."""
+    """A number for people: three digits, or every digit before the point (4,420, not 4.42e+03)."""
     return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
 
 
@@ -239,7 +239,7 @@ def shaped(row: Mapping[str, Any]) -> str:
 
 
 def same_function(facts: Facts) -> Figure | None:
-    """Whether what was made computes what was trained, as it was found; None where nobody looked."""
+    """Whether what was made computes what was trained, as a comparison found; None where there was none."""
     parity = facts.sections.get("parity")
     if not isinstance(parity, Mapping) or "ok" not in parity:
         unproven = [step.name for step in facts.passes if step.proof.startswith("not checked")]

@@ -161,7 +161,7 @@ def _removed(facts: Facts) -> Iterator[Picture]:
         "% of the base's parameters that are left",
         notes=(tuple(f"{share:.0f} %" for share in shares),),
     )
-    note = "What folding left of each block, after what nobody needs was removed."
+    note = "What is left of each block after folding removed the channels that nothing needs."
     yield Picture("What was removed", note, chart, section_of("What was removed", rows))
 
 

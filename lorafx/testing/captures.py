@@ -26,7 +26,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 #: A tiny program takes a few megabytes and a worker sees most files of the suite. More than the largest round that one
-#: file makes (five models under nine recipes, with the five captures), or each of its tests would make them anew.
+#: file makes (five models under nine recipes, with the five captures), or each of its tests would make them again.
 KEPT = 64
 
 _kept: OrderedDict[Hashable, Any] = OrderedDict()
@@ -68,7 +68,7 @@ def kept() -> frozenset[Hashable]:
 
 @shared
 def of_folder(folder: Path, **options: Any) -> Program:
-    """The capture of a checkpoint folder that nobody changes."""
+    """The shared capture of a checkpoint folder; not to be changed."""
     return capture(folder, **options)
 
 

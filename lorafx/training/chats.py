@@ -94,7 +94,7 @@ def _spoken(table: Table, row: int, chat: list[dict[str, Any]], tokenizer: Any) 
         if not answered.startswith(told) or not whole.startswith(answered.rstrip()):
             what = f"its chat template writes message {at + 1} otherwise when others follow"
             raise table.error(row, f"{what}: it cannot be told what is learned; give each answer a row of its own")
-        # What stands after the last word, a line's end say, separates it from the next and is nobody's.
+        # What stands after the last word, a line's end say, separates it from the next and belongs to neither.
         spans.append((len(told), len(answered.rstrip())))
     return whole, spans
 

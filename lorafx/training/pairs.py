@@ -25,8 +25,9 @@ def learn_pairs(reading: Reading) -> Learned:
     """The inputs of both texts of every row, side by side, and which texts they are; with a label the wanted cosine.
 
     Raises:
-        ArtifactError: a wanted cosine that is none
-        UsageError: a batch in which there is nothing to tell a pair from; a column of labels nobody spoke of
+        ArtifactError: a label that is not a cosine
+        UsageError: a batch in which there is nothing to tell a pair from; a column of labels that the options do not
+            mention
     """
     options, table = reading.options, reading.table
     pair = reading.pair or "text_pair"

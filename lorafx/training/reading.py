@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns that a task reads where nobody says otherwise; None for one that it does without.
+    """The columns that a task reads unless the options name others; None for one that it does without.
 
     Attributes:
         text, pair: the columns of texts
