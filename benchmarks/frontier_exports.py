@@ -58,7 +58,7 @@ def sized(told: Mapping[str, Any]) -> Any:
 
 
 def masked_sizes(removed: Sequence[tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """The sizes (out, in) that linear layers have without so many heads and neurons of each block, by module."""
+    """The sizes (out, in) that linear layers have without this many heads and neurons of each block, by module."""
     from torch import nn
 
     whole = rivals.sequence_classifier()

@@ -41,7 +41,7 @@ class Case:
     gathered: float
 
     def decided(self, cost: float) -> float:
-        """Seconds of the way that the pass takes when gathering an element costs so many multiply-adds."""
+        """Seconds of the way that the pass takes when gathering an element costs this many multiply-adds."""
         from lorafx.channels.gather import pays
 
         return self.gathered if pays(self.width, self.kept, self.outputs, cost) else self.full

@@ -109,7 +109,7 @@ def their_export(checkpoint: Path, folder: Path, device: Device, dtype: Any) -> 
 
 
 def leave_weights_behind(file: Path) -> None:
-    """Delete an ONNX file's data; what is no large matrix of floats moves into the file."""
+    """Delete an ONNX file's data; what is not a large matrix of floats moves into the file."""
     import onnx
     from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 

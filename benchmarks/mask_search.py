@@ -47,7 +47,7 @@ def mask_search(run: Run) -> Trained:
 
 
 def without(given: Trained, gone: Sequence[tuple[int, int]], width: int, hidden: int) -> Trained:
-    """What is left of the sizes without so many heads (of ``width`` channels) and neurons of each block."""
+    """What is left of the sizes without this many heads (of ``width`` channels) and neurons of each block."""
     from lorafx.reporting.sizes import TOKENS
 
     weights = sum(heads * width * (4 * hidden + 3) + neurons * (2 * hidden + 1) for heads, neurons in gone)

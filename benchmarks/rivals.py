@@ -39,7 +39,7 @@ def adapted(model: Any, biases: bool = False) -> Any:
 
 
 def fitted(run: Run, model: Any, steps: int, seed: int) -> tuple[Any, float]:
-    """A model of PEFT trained for so many steps, merged; and the seconds. Its adapter is kept if it is wanted."""
+    """A model of PEFT trained for this many steps, merged; and the seconds. Its adapter is kept if it is wanted."""
     from transformers import Trainer, TrainingArguments
 
     texts, _ = run.texts()

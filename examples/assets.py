@@ -343,7 +343,7 @@ def _convert_gguf(folder: Path, gguf: str) -> None:
         model.tie_weights()
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    # safetensors writes for the owner alone; the other assets are readable by whoever shares the cache.
+    # safetensors writes for the owner alone; the other assets are readable by everyone who shares the cache.
     (folder / "model.safetensors").chmod(0o644)
 
 

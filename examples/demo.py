@@ -78,7 +78,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, default=1.0, help="passes over the training sentences with LoRA")
     parser.add_argument("--gated-epochs", type=float, default=3.0, help="passes with LoRA and gates after that")
     parser.add_argument("--budget", type=float, default=0.6, help="share of the encoder's weights to keep")
-    parser.add_argument("--rows", type=int, default=None, help="train on the first so many sentences only")
+    parser.add_argument("--rows", type=int, default=None, help="train on the first N sentences only")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="where to write")
     return parser.parse_args()
 

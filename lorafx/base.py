@@ -129,7 +129,7 @@ class SitePass(Pass):
     blocks: str | int | tuple[int, ...] | None = option(
         None, "only these blocks, e.g. 0..5 or 0..2,11 or -1", unset="all"
     )
-    allow_empty: bool = option(False, "selecting nothing is no error")
+    allow_empty: bool = option(False, "selecting nothing is not an error")
 
     #: Kinds of site the pass can rewrite, and why it does not others.
     kinds: ClassVar[tuple[str, ...]] = ("linear", "addmm")

@@ -40,7 +40,7 @@ class _Group(click.Group):
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt as error:
             _fail(str(error) or "interrupted", 130)
-        except BrokenPipeError:  # who reads our output has seen enough: click ends quietly
+        except BrokenPipeError:  # the reader closed the pipe (head, say): click exits quietly
             raise
         except Exception as error:
             if debug:

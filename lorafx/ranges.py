@@ -51,7 +51,7 @@ def range_of(field: dataclasses.Field[Any]) -> Range | None:
 def check_ranges(options: Any, where: str) -> None:
     """RecipeError, naming ``where``, the option, its value and its range, for the first option outside its own.
 
-    None is no number to check, and of a list or table each value is.
+    None is not checked; of a list or table, each value is.
     """
     for field in dataclasses.fields(options):
         allowed, given = range_of(field), getattr(options, field.name)

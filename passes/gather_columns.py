@@ -42,7 +42,7 @@ class GatherColumns(Pass):
     cost: float = option(
         CPU_COST, "of a gathered element, in multiply-adds: about 275 on a CPU, 2000 on a GPU", least=0
     )
-    round_to: int = option(1, "gather a multiple of so many columns, for the hardware", least=1)
+    round_to: int = option(1, "gather a multiple of this many columns, for the hardware", least=1)
 
     def sites(self, program: Program) -> Selection[Gather]:
         if self.when == "never" or program.stage != "eval" or program.device.type == "meta" or is_deferring(program):

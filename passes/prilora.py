@@ -67,7 +67,7 @@ class PriLoRA(LowRank):
 
     def refuse(self, program: Program, site: Site) -> str | None:
         if self.prunes and site.kind == STACK:
-            return "prilora prunes A by the norms of inputs, of which each matrix of a stack has others; fraction = 0"
+            return "prilora prunes A by the norms of inputs, which differ for each matrix of a stack; set fraction = 0"
         return super().refuse(program, site)
 
     def rewrite(self, edit: Edit, site: Site) -> None:

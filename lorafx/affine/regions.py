@@ -19,7 +19,7 @@ from ..graph.constants import Constants, computed, operands_first
 from ..graph.tree import copy_tree
 from .values import Value
 
-#: What has to become an identity: an operator; who reads the value that stays in its place, and as which argument.
+#: What has to become an identity: an operator; the reader of the value that stays in its place, and as which argument.
 Bypass: TypeAlias = "tuple[tuple[fx.Node, fx.Node, int], ...] | None"
 
 
@@ -135,7 +135,7 @@ class AffineAnalysis:
                 yield region
 
     def constant(self, value: object) -> Operand | None:
-        """A constant operand: a number, a tensor, or an expression of tensors; None when it is no constant."""
+        """A constant operand: a number, a tensor, or an expression of tensors; None when it is not a constant."""
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             number = partial(torch.tensor, float(value), dtype=torch.float64, device=self.device)
             return Operand(number, frozenset(), value)

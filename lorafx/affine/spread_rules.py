@@ -21,7 +21,7 @@ Rows: TypeAlias = "tuple[int, ...]"
 
 
 def shape_of(node: fx.Node) -> Any:
-    """The shape of a node's value; None when that is no tensor."""
+    """The shape of a node's value; None when that is not a tensor."""
     value = node.meta.get("val")
     return value.shape if isinstance(value, Tensor) else None
 

@@ -60,7 +60,7 @@ def added(size: int, sign: float, device: torch.device, left: Value, right: Valu
 
 
 def repeated(times: int, inner: Value) -> Value:
-    """A factor a channel, of the channels' patches: each has so many numbers. It has no offset."""
+    """A factor for each channel, for patches of the channels, each of this many numbers. It has no offset."""
     m, _ = inner
     return None if m is None else m.repeat_interleave(times), None
 

@@ -89,7 +89,7 @@ def check_generates(
         what = "are not quantised yet; leave quantize" if fewer_bits else "have no slots yet; leave slots"
         raise UsageError(f"{program.name} generates with two graphs, which {what} or generate out")
     if program.output_layer is None or not getattr(model, "can_generate", lambda: False)():
-        raise UsageError(f"{program.name} generates no text: it is no causal language model; leave generate out")
+        raise UsageError(f"{program.name} generates no text: it is not a causal language model; leave generate out")
 
 
 def decoder(program: Program, provider: str, dtype: torch.dtype | None) -> Decoder:

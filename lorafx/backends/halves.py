@@ -88,7 +88,7 @@ def halves(program: Program) -> tuple[Half, Half]:
     """The encoder and the decoder of a folded program of an encoder-decoder.
 
     Raises:
-        CaptureError: what it keeps between tokens is no plain cache of keys and values, or the decoder reads more of
+        CaptureError: what it keeps between tokens is not a plain cache of keys and values, or the decoder reads more of
             the encoder than its last states
     """
     model: Any = program.source.model
@@ -122,7 +122,7 @@ def _cache(model: Any, text: Mapping[str, Tensor]) -> tuple[str, Any]:
 
 
 def _emptied(what: str, part: Any, length: int) -> DynamicCache:
-    """A cache as wide as ``part``, of so many tokens."""
+    """A cache as wide as ``part``, of this many tokens."""
     if not all(isinstance(layer, DynamicLayer) for layer in part.layers):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in part.layers}))
         raise CaptureError(f"{what}: its cache is of {kinds}, no plain keys and values; {ELSE}")

@@ -64,7 +64,7 @@ def latency_table(
     with _exported(base, {}, threads) as whole:
 
         def saved(left: Mapping[str, int]) -> float:
-            """The share of the time that is saved with so many units left, by module."""
+            """The share of the time that is saved with this many units left, by module."""
             with _exported(base, left, threads) as other:
                 found = bench(whole, other, shapes=((batch, length),), repeats=repeats, memory=False)
             first, second = found.timings
@@ -124,7 +124,7 @@ def _fewer(every: list[Units]) -> dict[str, int]:
 
 @contextmanager
 def _exported(base: Program, left: Mapping[str, int], threads: int | None) -> Iterator[Runner]:
-    """The model in ONNX Runtime, with so many units left, by the module that reads them."""
+    """The model in ONNX Runtime, with this many units left, by the module that reads them."""
     gated = rewrite(base, [_gates()], check=False) if left else base
     if left:
         with torch.no_grad():

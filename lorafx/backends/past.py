@@ -1,6 +1,6 @@
 """The cache of a graph, taken out while passes run and given back afterwards.
 
-A graph that takes keys and values in and gives them out holds their channels fast: whoever calls it reads them. But a
+A graph that takes keys and values in and gives them out pins their channels: its caller reads them. But a
 cache only ever holds what the graph itself gave, so its channels are those of the new keys and values, and an empty
 past is as good as any to argue about them. So each ``cat(past, new)`` becomes ``cat(new[:0], new)``, and afterwards
 each past is an input again, as wide as what stayed of it.

@@ -45,7 +45,7 @@ def factors(program: Program) -> list[Factors]:
     """The update of every linear weight that has one, in graph order.
 
     Raises:
-        UsageError: something was inserted that is no low-rank branch beside a linear weight (a gate on the weight)
+        UsageError: something was inserted that is not a low-rank branch beside a linear weight (a gate on the weight)
     """
     final = to_eval(program)
     analysis = AffineAnalysis(final.root, RULES)
@@ -128,7 +128,7 @@ def _branch(analysis: AffineAnalysis, site: Site, delta: fx.Node) -> tuple[Regio
         if down.origin.kind == "value" and down.origin.node is site.input and down.carrier is not None
     ]
     if not pairs or any(region.shifts for region in pairs[0]):
-        raise UsageError(f"what was added at {site.module} is no low-rank update of a linear weight; fold it instead")
+        raise UsageError(f"what was added at {site.module} is not a low-rank update of a linear weight; fold instead")
     return min(pairs, key=lambda pair: int(pair[0].root.meta["val"].shape[-1]))
 
 

@@ -131,7 +131,7 @@ def _said(facts: dict[str, Any]) -> str:
 
 def quantize(file: Path, bits: Bits, generates: bool = False) -> tuple[int, int]:
     """Make an ONNX file one of fewer bits; how many products with a weight are, and how many are not."""
-    import onnx_ir as ir  # here: whoever writes a checkpoint comes by this module, and need not wait for ONNX
+    import onnx_ir as ir  # here: writing a checkpoint imports this module too, and need not wait for ONNX
 
     form = _form(bits, generates)
     with TemporaryDirectory(dir=file.parent) as beside, _silent():

@@ -16,7 +16,8 @@ _log = logging.getLogger(__name__)
 def quicker() -> Iterator[None]:
     """Within it, rules ask first what they would ask anyway, and the converter's table of operators is made once.
 
-    Where these lie is no promise of torch's or onnxscript's: versions that have them elsewhere export as they do.
+    Where these lie is not promised by torch or onnxscript: with versions that have them elsewhere, exports are as slow
+        as before.
     """
     try:
         from onnxscript.rewriter.pattern import Pattern

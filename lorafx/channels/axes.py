@@ -49,7 +49,7 @@ class Axes:
         head_row: for each label the row it lies in (the channels of one head, say), negative outside rows
         contracted: for each node, the labels it reads to compute other channels
         read: for each node, pairs of arrays: entries of the second are read wherever those of the first are needed
-        aligned: labels of which only a multiple of a number may stay
+        aligned: labels of which a multiple of some number has to stay
         per_row: labels of rows (the last dimension runs inside one), and labels that stay while any of their rows does
     """
 

@@ -1,6 +1,6 @@
 """Branches of residual sums that give one constant vector, whatever the input is: what can leave the graph as a whole.
 
-A sum ``x + f(x)`` of which every channel of ``f(x)`` is a constant (all heads closed, all neurons, a projection of
+A sum ``x + f(x)`` where every channel of ``f(x)`` is a constant (all heads closed, all neurons, a projection of
 zeros) is ``x + c``, and ``x`` where c is 0. Nothing of f is left then but what something else reads: attention weights
 that are an output, keys and values that a cache holds.
 """
@@ -49,7 +49,7 @@ class Branch:
         vector: what is added to ``kept``, in fp64 and with a dimension for each of the sum's
         operators: how many operators serve this branch alone
         cast: whether the sum has another dtype than ``kept``
-        returned: whether whoever calls the model gets the sum itself, or a view of it
+        returned: whether the caller of the model gets the sum itself, or a view of it
     """
 
     total: str
@@ -101,7 +101,7 @@ def proven(program: Program, step: Pass) -> tuple[tuple[Branch, ...], tuple[Miss
         if _holds(program, step, [*held, branch]):
             held.append(branch)
         else:
-            why = "it is no constant on the example inputs: it stays; please report this model"
+            why = "it is not constant on the example inputs, so it stays; please report this model"
             _log.warning("%s: %s", branch.module, why)
             missed.append(Miss(branch, why))
     return tuple(held), tuple(missed)
@@ -122,7 +122,7 @@ def _holds(program: Program, step: Pass, branches: list[Branch]) -> bool:
 
 
 def settle(edit: Edit) -> None:
-    """What is left to do when branches were taken out: readers of what stays take it as it lies in memory."""
+    """What is left to do once branches were taken out: readers of what stays take its layout in memory as it is."""
     loosen(edit.program.graph)
     edit.recompute()
 

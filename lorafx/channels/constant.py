@@ -225,7 +225,7 @@ class ConstantChannels:
         if weight is None or argument(node, "groups") != 1 or (bias is not None and shift is None):
             return None
         known = entering.data if entering is not None and entering.dims == (1,) else np.full(weight.shape[1], np.nan)
-        # The zeros around the border are no constant's: only a constant of 0 goes through a padded convolution.
+        # The border is padded with zeros, so only a constant of 0 goes through a padded convolution.
         return combined(weight, np.where(known == 0, known, np.nan), shift)
 
     def _grouped(self, node: fx.Node) -> Array | None:

@@ -18,7 +18,7 @@ from .rules import affine, matrix_labels
 #: By name: transformers registers its own operator when its experts are first imported, and not in every version.
 FALLBACK, KERNEL = "transformers.grouped_mm_fallback.default", "aten._grouped_mm.default"
 GROUPED = (FALLBACK, KERNEL)
-#: The kernel wants rows of its operands to begin at multiples of so many bytes.
+#: The kernel wants rows of its operands to begin at multiples of this many bytes.
 _ALIGNED = 16
 
 

@@ -136,7 +136,7 @@ def part(carrier: Carrier, axes: list[Axis], dim: int, index: slice | int, why: 
 
 
 def slice_bounds(node: fx.Node, size: int) -> tuple[int, int, int] | None:
-    """Start, end and step of a slice of a dimension of fixed size; None when they are no numbers."""
+    """Start, end and step of a slice of a dimension of fixed size; None when they are not numbers."""
     start, end, step = (argument(node, name) for name in ("start", "end", "step"))
     if not all(value is None or isinstance(value, int) for value in (start, end, step)):
         return None
@@ -161,7 +161,7 @@ def _slice(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
 
 
 def keeps_period(bounds: tuple[int, int, int], size: int) -> bool:
-    """Whether a slice takes one of every so many entries, of whole periods, to the end.
+    """Whether a slice with a step takes whole periods, to the end.
 
     It then does so still when whole periods are gone, and its literals stay what they are.
     """

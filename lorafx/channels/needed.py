@@ -1,7 +1,7 @@
 """Which channels anybody needs.
 
 Needs go backward: a weight operator needs the channels that its needed outputs read through a weight that is not 0, and
-no constant one (that goes into the bias). A channel that nothing needs is dead.
+not a constant one (that goes into the bias). A channel that nothing needs is dead.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _weight_needs(axes: Axes, facts: ConstantChannels, need: Array, node: fx.Nod
 
 
 def _attention_needs(axes: Axes, facts: ConstantChannels, need: Array, node: fx.Node, reads: Tensor | None) -> None:
-    """A head of which a channel is needed needs its query and key, channel by channel unless one of them is 0."""
+    """A head with a needed channel needs its query and key, channel by channel unless one of them is 0."""
     result = axis_of(axes.axes(node), 3)
     if rank_of(node) != 4 or result is None or result.dims != (1, 3):
         _all(axes, facts, need, node, reads)

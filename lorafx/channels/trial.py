@@ -82,7 +82,8 @@ def _agrees(before: Any, after: Any, known: Any, removal: Removal, slack: Any) -
 
 
 def _slack(before: Any, moved: list[Any]) -> Any:
-    """How far each element of a value, or of several, may be off by rounding; None where it is no floating tensor."""
+    """How far each element of a value, or of several, may be off by rounding; None where it is not a floating-point
+    tensor."""
     if isinstance(before, (list, tuple)):
         return [_slack(part, [other[place] for other in moved]) for place, part in enumerate(before)]
     return slack(before, moved) if isinstance(before, Tensor) and before.is_floating_point() else None

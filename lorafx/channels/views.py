@@ -48,7 +48,7 @@ class Carrier(Loser, Protocol):
         ...
 
     def fixed(self, size: int) -> Array:
-        """Entries for positions of which nothing is known but that they stay."""
+        """Entries for positions that are only known to stay."""
         ...
 
     def alike(self, axes: list[Axis], why: str) -> Axis:

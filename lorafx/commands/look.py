@@ -156,7 +156,7 @@ def inspect(folder: Path, axes: bool, details: bool, as_json: bool, **o: Any) ->
 
 
 def _of_files(manifest: Manifest, details: bool) -> str:
-    """A folder that is no program any more, in words: its report, and its files."""
+    """A folder that can no longer be opened as a program, in words: its report, and its files."""
     from ..reporting.contents import Contents, megabytes
     from ..reporting.report import REPORT, read_report
 

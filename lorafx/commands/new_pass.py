@@ -163,7 +163,7 @@ def _checked(name: str) -> str:
 
     stem = name.replace("-", "_")
     if not _NAME.fullmatch(name) or keyword.iskeyword(stem):
-        raise UsageError(f"{name!r} is no name of a pass: lower case words of letters and digits, with dashes: my-pass")
+        raise UsageError(f"{name!r} is not a name for a pass: lower-case words joined by dashes, like my-pass")
     if name in known():
         raise UsageError(f"a pass {name!r} exists already ({known()[name]}); choose another name")
     return stem

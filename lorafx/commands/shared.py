@@ -195,7 +195,7 @@ def adapters_of(texts: tuple[str, ...]) -> dict[str, float] | None:
         try:
             folder, weight = (text, 1.0) if plain else (folder, float(number))
         except ValueError:
-            raise UsageError(f"--adapter {text}: {number!r} is no weight; write FOLDER or FOLDER=0.5") from None
+            raise UsageError(f"--adapter {text}: {number!r} is not a weight; write FOLDER or FOLDER=0.5") from None
         if folder in found:
             raise UsageError(f"--adapter {folder} was given twice; give it once, with a weight (FOLDER=2)")
         found[folder] = weight

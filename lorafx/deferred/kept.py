@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: What holds the bits of a number of so many bytes.
+#: The integer type for the bits of a number, by its size in bytes.
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _library = torch.library.Library("lorafx", "DEF")

@@ -187,7 +187,7 @@ class _Editor:
         self.options = options
         self.base = capture(checkpoint, "text-generation")
         if loss_type(self.base.source.model) != "ForCausalLM" or self.base.source.fresh:
-            raise UsageError(f"{checkpoint}: {self.base.name} is no causal language model with a head of its own")
+            raise UsageError(f"{checkpoint}: {self.base.name} is not a causal language model with a head of its own")
         self.step = _step(options)
         #: The checkpoint's name of each of the program's tensors that it stores.
         self.names = {program_name(self.base, (name,)): name for name in slots(checkpoint) if _held(self.base, name)}
@@ -263,7 +263,7 @@ class _Editor:
             raise UsageError("an edit cannot change a tied weight alone; leave the output layer out of the targets")
         pairs = {self.names[name]: (before.tensor(name), after.tensor(name)) for name in self.names}
         moved = {name: pair for name, pair in pairs.items() if pair[0].data_ptr() != pair[1].data_ptr()}
-        # Merging adds 0 to the weights outside the support, which turns -0 into 0: an equal weight is no change.
+        # Merging adds 0 to the weights outside the support, which turns -0 into 0: an equal weight is not a change.
         new = {name: torch.where(a == b, a, b) for name, (a, b) in moved.items()}
         return make({name: a for name, (a, _) in moved.items()}, new)
 

@@ -161,7 +161,7 @@ class Patch:
     def load(cls, path: str | PathLike[str]) -> Patch:
         """Read a patch from its file, or from a folder that holds it as ``patch.safetensors``.
 
-        ArtifactError when there is none, or it is no patch, of a newer format, or corrupted.
+        ArtifactError when there is no file, or it is not a patch, of a newer format, or corrupted.
         """
         file = Path(path)
         if file.is_dir():

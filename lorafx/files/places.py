@@ -1,7 +1,7 @@
 """What a written folder says of where others lie: as much as finding them takes, and nothing else of the machine.
 
 Two folders that have a parent in common, short of the root of the file system, are named one from the other: they can
-be moved together, and no path of whoever wrote them goes along.
+be moved together, and no path of the machine that wrote them goes along.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Table:
         return values
 
     def texts(self, name: str) -> list[str]:
-        """A column of texts. ArtifactError names the first row whose value is no text."""
+        """A column of texts. ArtifactError names the first row whose value is not a text."""
         values = self.column(name)
         for row, value in enumerate(values):
             if not isinstance(value, str):

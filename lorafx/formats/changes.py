@@ -35,8 +35,8 @@ class Change:
 
 @dataclass(frozen=True, eq=False)
 class Factors(Change):
-    """A module's weight plus ``scale · B A``, of which each row then gets the length ``magnitude`` says, if it is there
-    (DoRA, arXiv 2402.09353, eq. 5); and ``scale · shift`` on its bias.
+    """A module's weight plus ``scale · B A``, whose rows are then rescaled to the lengths in ``magnitude``, if it is
+    there (DoRA, arXiv 2402.09353, eq. 5); and ``scale · shift`` on its bias.
 
     A: (rank, in), B: (out, rank), with a convolution's kernel behind.
     """
@@ -99,7 +99,7 @@ class Stack(Change):
 
 @dataclass(frozen=True, eq=False)
 class Rows(Change):
-    """A table of which some rows were trained."""
+    """A table some of whose rows were trained."""
 
     rows: tuple[int, ...]
     values: Tensor

@@ -1,4 +1,4 @@
-"""Checkpoints with fewer layers: a stack of which some layers compute nothing is one of the others."""
+"""Checkpoints with fewer layers: a stack in which some layers compute nothing is a stack of the others."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def hf_model(program: Program, dtype: torch.dtype | None = None) -> nn.Module:
     """
     source = program.source.model
     if not hasattr(source, "save_pretrained"):
-        raise UsageError(f"{program.name} is no transformers model; export it as onnx or pt2")
+        raise UsageError(f"{program.name} is not a transformers model; export it as onnx or pt2")
     unknown = [name for name in program.names("adapter", "gate", "statistic") if name != "clock"]
     if unknown:
         raise UsageError(f"a checkpoint cannot hold {unknown[0]}; fold the program first, or export it as onnx or pt2")

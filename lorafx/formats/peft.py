@@ -251,7 +251,7 @@ def _endings(path: str, stack: bool) -> list[str]:
 
 
 def _saved_modules(program: Program, adapted: set[str], paths: list[str]) -> list[str]:
-    """The modules that PEFT can keep as trained in full: those of which every tensor was learned, outermost only.
+    """The modules that PEFT can keep as trained in full: those whose every tensor was learned, outermost only.
 
     All other learned tensors stand in the file under their own names, and PEFT loads them into the model as they are:
     the function is the same, but PEFT does not know that they trained.

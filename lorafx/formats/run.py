@@ -167,7 +167,7 @@ def _capture_record(program: Program) -> tuple[dict[str, Tensor], dict[str, Any]
         return {}, record
     odd = [name for name, value in program.example.items() if not isinstance(value, Tensor) or value.is_meta]
     if odd:
-        raise UsageError(f"the example input {odd[0]!r} is no tensor with values, so the run cannot keep it")
+        raise UsageError(f"the example input {odd[0]!r} is not a tensor with values, so the run cannot keep it")
     inputs = {name: value.detach() for name, value in program.example.items()}
     return inputs, {**record, "inputs": list(inputs)}
 

@@ -67,7 +67,7 @@ def with_peft(model: nn.Module, adapters: Mapping[Path, float], *, own: bool) ->
 
     Raises:
         ArtifactError: PEFT is not installed, or cannot open it
-        UsageError: several adapters, or a weight, or one that is no change of weights
+        UsageError: several adapters, or a weight, or one that does not change weights alone
     """
     kinds = {folder: read_config_file(folder)["peft_type"] for folder in adapters}
     folder = next((folder for folder, kind in kinds.items() if kind != "LORA"), None)
@@ -151,7 +151,7 @@ def added_record(folder: Path, weight: float) -> dict[str, Any]:
 
 
 def _check_sum(changes: Sequence[tuple[Adapter, float, list[Change]]]) -> None:
-    """UsageError for adapters whose function is no weighted sum: two values of one tensor, or lengths (DoRA)."""
+    """UsageError for adapters whose function is not a weighted sum: two values of one tensor, or lengths (DoRA)."""
     taken: dict[str, Path] = {}
     for adapter, weight, found in changes:
         for change in found:
@@ -179,7 +179,7 @@ def _weights(program: P, adapter: Adapter, weight: float, changes: list[Change])
     stacks = {c.name: c for c in changes if isinstance(c, Stack)}
     rows = {c.name: c for c in changes if isinstance(c, Rows)}
     tied = ties(program.root)
-    # PEFT saves tables beside their adapters; what is as in the base is no change.
+    # PEFT saves tables beside their adapters; a table that equals the base is not a change.
     whole = {c.name: c for c in changes if isinstance(c, Whole) and not _same(program, c)}
     copies = {name for name, c in whole.items() if not c.tied and len(tied[name]) > 1}
     if not (stacks or rows or whole):

@@ -72,7 +72,7 @@ def capture(
         check: compare the graph with the model, which runs it a few times; without, a comparison later has to catch
             what a graph cannot follow (an export's does)
         adapter: the folder of a PEFT adapter to put on the model, several, or several with weights
-            (``{folder: weight}``), of which the sum is taken. LoRA is read without PEFT
+            (``{folder: weight}``), whose sum is taken. LoRA is read without PEFT
         options: passed to transformers when a folder is opened (``dtype``, …)
 
     Raises:

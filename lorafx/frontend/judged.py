@@ -89,7 +89,7 @@ def _lows(domain: Domain, usual: dict[str, int], agree: Callable[[dict[str, int]
 
 
 def unjudged(program: Program) -> Program:
-    """``program`` taken to be right for small sizes, too, as where there are no weights to compare with."""
+    """``program``, taken to be right for small sizes too, as where there are no weights to compare with."""
     domain = program.signature.domain
     return _with_domain(program, domain.lowered(**dict.fromkeys(domain.untold, 1)))
 
@@ -106,7 +106,7 @@ def _at(domain: Domain, sizes: Mapping[str, int]) -> str:
 
 
 def _larger(domain: Domain, usual: dict[str, int]) -> Iterator[dict[str, int]]:
-    """The example's sizes, then larger ones of which no two are the same: all together, or else one by one."""
+    """The example's sizes, then larger ones, all different: all together, or else one by one."""
     yield usual
     above = {
         name: min(2 * size + 1 + index, domain.ranges[name].high or 2 * size + 1 + index)

@@ -23,7 +23,7 @@ def normalise(graph: fx.Graph) -> None:
     - A tensor cast to the dtype it has, where it is, is the tensor: else a shared weight is read through its first
       user's cast.
     - An operator that overwrites a value of the graph's own becomes the one that makes a new value, of the same dtype;
-      who reads the value later reads that one.
+      later readers of the value read that one.
     - A product with a transposed weight is a linear.
     """
     place = {node: index for index, node in enumerate(graph.nodes)}

@@ -24,7 +24,7 @@ def _as_it_is(value: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 def _count(value: Tensor) -> int:
-    """At most so many of a dense tensor's numbers are stored where it is sparse."""
+    """The most of a dense tensor's numbers that are stored where it is sparse."""
     return value.numel()
 
 
@@ -42,7 +42,7 @@ class StandIns(TorchFunctionMode):
         given = dict(kwargs or {})
         stand_in = _STAND_INS.get(func)
         sparse = any(isinstance(value, Tensor) and value.layout != torch.strided for value in args)
-        if stand_in is None or sparse:  # a sparse tensor that was there before is no one's to lay out
+        if stand_in is None or sparse:  # the layout of a sparse tensor that was there before is not changed
             return func(*args, **given)
         return stand_in(*args, **given)
 

@@ -155,7 +155,7 @@ def lean() -> Iterator[None]:
             gc.enable()
 
 
-#: Up to so many layers alike a memo of operators costs more than it saves. Captured without it, two layers of BERT,
+#: Up to this many similar layers a memo of operators costs more than it saves. Captured without it, two layers of BERT,
 #: Llama and T5 take three quarters of the time or less, their ONNX exports two thirds; twelve of BERT a quarter more.
 _FEW_LAYERS = 6
 

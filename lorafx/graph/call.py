@@ -142,7 +142,7 @@ def fills_for(program: Program, omitted: frozenset[str], given: Mapping[str, str
     """What the model computes with in place of ``omitted`` inputs, when it is also ``given`` others, by their fills.
 
     Found by asking the eager model, on the example, on the example mirrored, in which masks and positions run the
-    other way, and on one with padding tokens: an input that stands for what another one says is no constant. None when
+    other way, and on one with padding tokens: an input derived from another is not a constant. None when
     the model cannot do without, or computes with something else than one of :data:`FILLS`.
     """
     model = program.source.model

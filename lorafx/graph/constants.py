@@ -78,7 +78,7 @@ class Constants:
     Args:
         root: where the tensors are
         activations: names of tensors from which a weight operator computes an activation, though a constant one (a
-            table of relative positions that goes through the query projection, say); its result is no constant then
+            table of relative positions that goes through the query projection, say); its result is not a constant then
     """
 
     def __init__(self, root: nn.Module, activations: frozenset[str] = frozenset()):
@@ -133,7 +133,7 @@ class Constants:
 
     def _is_overwritten(self, changing: Mapping[fx.Node, list[fx.Node]], node: fx.Node) -> bool:
         """Whether the memory of a node is a tensor's that a region without gradients overwrites, and that is read by
-        nobody else: whoever follows reads what that region gives."""
+        nothing else: operators after it read what that region gives."""
         (last, *others) = changing[node]
         alike = [other for other in changing if changing[other] is changing[node]]
         tensors = [other for other in alike if other.op == "get_attr"]

@@ -27,7 +27,7 @@ _MOVES = (aten.clone.default, aten.cat.default, aten.index_select.default, aten.
 _MOVES += (aten.repeat_interleave.self_int, aten.stack.default)
 #: Norms of query and key, and what they are made of.
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default, aten.mean.dim, aten.linalg_vector_norm.default)
-#: Elementwise operators that are no activation: residuals, scales, gates, dtypes.
+#: Elementwise operators that are not activations: residuals, scales, gates, dtypes.
 _LINEAR = (aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.neg, aten.to)
 
 

@@ -157,7 +157,7 @@ def _plain(value: Tensor, mode: FakeTensorMode) -> bool:
 
 @contextmanager
 def told_at_once() -> Iterator[None]:
-    """Within it traces ask :func:`told` first, where torch asks for its own fast rules. Where these lie is no promise
+    """Within it traces ask :func:`told` first, where torch asks for its own fast rules. Where these lie is not promised
     of torch's: versions that have them elsewhere trace as they do."""
     try:
         from torch._prims_common import is_contiguous_for_memory_format_or_false  # noqa: F401

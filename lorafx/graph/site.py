@@ -265,7 +265,7 @@ def _named(site: Site, own: str, called: str) -> Site:
     names = [site.module, own]
     if _within(own, site.module):
         names.append(own.removesuffix(".weight"))
-    # A stack is no role's: as in PEFT it is adapted where it is named itself.
+    # A stack has no role: as in PEFT, it is adapted where it is named itself.
     kept = site.role == "head" or called == site.module or site.kind == STACK
     role = site.role if kept else role_of(called, site.kind)
     return replace(site, module=called, role=role, names=tuple(n for n in dict.fromkeys(names) if n and n != called))

@@ -149,7 +149,7 @@ def gates_of(state: MethodState) -> list[Tensor]:
 
 
 def settings(rate: float, sublayer: float) -> dict[str, dict[str, float]]:
-    """What an optimiser is told of gates, by short name: their learning rates, and that nothing decays."""
+    """Optimiser options for gates, by short name: their learning rates, and no weight decay."""
     rates = {**dict.fromkeys(GATES, rate), SUBLAYER: sublayer}
     return {name: {"lr": own, "weight_decay": 0.0} for name, own in rates.items()}
 

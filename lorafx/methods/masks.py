@@ -43,7 +43,7 @@ def check_group(group: str, columns: int, where: str) -> None:
     if found is None or not 0 < int(found[1]) < int(found[2]):
         raise UsageError(f"{where}: group {group!r}: write row, matrix or n:m with n below m, e.g. 2:4")
     if columns % int(found[2]):
-        raise UsageError(f"{where}: group {group!r}: rows of {columns} entries are no multiple of {found[2]}")
+        raise UsageError(f"{where}: group {group!r}: rows of {columns} entries are not a multiple of {found[2]}")
 
 
 def lowest_by_group(score: Tensor, fraction: float, group: str) -> Tensor:

@@ -125,7 +125,7 @@ def has_identity(file: Path, known: str) -> bool:
 
 
 def by_header(hashes: Mapping[str, str]) -> list[str]:
-    """The files of which only the header and the size are known."""
+    """The files known only by their headers and sizes."""
     return [name for name, identity in hashes.items() if identity.startswith(_BY_HEADER)]
 
 

@@ -82,7 +82,7 @@ def proven(
     """Which of :data:`FILLS` ``model`` computes with in place of each of ``omitted``, when it is also ``given`` others.
 
     None when it cannot do without, or computes with something else. Asked on the example, on the example mirrored, and
-    on one with padding tokens: an input that stands for what another one says is no constant.
+    on one with padding tokens: an input derived from another is not a constant.
     """
     pad = pad_token(getattr(model, "config", None))
     examples = [

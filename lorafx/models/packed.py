@@ -90,7 +90,7 @@ def check_owners(path: Path, model: nn.Module, packed: Collection[str]) -> None:
     for name, module in model.named_modules():
         if name in packed and not isinstance(module, nn.Linear):
             raise ArtifactError(
-                f"{path}: {name} is quantised and a {type(module).__name__}, of which the layout is not known here; "
+                f"{path}: {name} is quantised and a {type(module).__name__}, whose layout is not known here; "
                 "give the checkpoint it was made from"
             )
 

@@ -28,7 +28,7 @@ TASKS = {
 #: The label of a position that no loss is of, as transformers' losses have it.
 IGNORED = -100
 
-#: What such a task says in the config, so that whoever opens the checkpoint later knows it.
+#: What such a task writes into the config, so that the checkpoint is opened for it later.
 SETTINGS: dict[str | None, dict[str, Any]] = {
     "multi-label-classification": {"problem_type": "multi_label_classification"},
     "regression": {"problem_type": "regression", "num_labels": 1},

@@ -168,7 +168,7 @@ class Comparison:
         return "\n".join([*lines, *(f"  {line}" for line in (*self.problems, *self.notes))])
 
     def to_json(self) -> dict[str, Any]:
-        """The comparison as JSON values; a difference that is no number is null and its case says why."""
+        """The comparison as JSON values; a difference that is not a number is null, and its case says why."""
         cases = [
             {
                 "inputs": case.inputs,
@@ -294,7 +294,7 @@ def _within(
         wrong = value.isnan() & counted
         if bool(wrong.any()):
             return int(wrong.reshape(-1).int().argmax()), 0.0, 0.0, side
-    # Equal infinities (logits that a model rules out) are equal, though their difference is no number.
+    # Equal infinities (logits that a model rules out) are equal, though their difference is not a number.
     gap = torch.where((x == y) | ~counted, 0.0, (x - y).abs())
     if slack is not None:
         gap = (gap - slack).clamp(min=0.0)

@@ -31,7 +31,7 @@ from ..graph.tree import aliases, copy_tree
 from ..models.tokenizers import TOKEN_TYPES
 from .inputs import InputSpec, specs_of
 
-#: Outputs that are no result of the function compared: a loss needs labels, a cache only saves later work.
+#: Outputs that are not results of the function compared: a loss needs labels, a cache only saves later work.
 _LEFT_OUT = ("loss", "past_key_values")
 #: An input that only a loss depends on: it may come with others, and is dropped.
 LABELS = "labels"

@@ -117,7 +117,7 @@ def _prompts(
 
 
 def _whole(reference: Runner, inputs: dict[str, Tensor], count: int, label: str) -> Tensor:
-    """The reference's logits for one text of so many tokens, ``[tokens, vocabulary]``."""
+    """The reference's logits for one text of this many tokens, ``[tokens, vocabulary]``."""
     try:
         outputs = reference(inputs)
     except Exception as error:  # each runtime raises classes of its own
@@ -136,7 +136,7 @@ def _step(decoder: Any, ids: Tensor, mask: Tensor, past: Any, label: str) -> tup
 
 
 def _steps(decoder: Any, ids: Tensor, mask: Tensor, parts: Sequence[int], label: str) -> Tensor:
-    """The decoder's logits for texts that it is given in parts of so many tokens, ``[batch, tokens, vocabulary]``."""
+    """The decoder's logits for texts that it is given in parts of this many tokens, ``[batch, tokens, vocabulary]``."""
     past, start, found = decoder.empty(len(ids)), 0, []
     for part in parts:
         logits, past = _step(decoder, ids[:, start : start + part], mask[:, : start + part], past, label)
@@ -211,7 +211,7 @@ def _batch(decoder: Any, texts: Sequence[_Text], cases: list[Case]) -> None:
     longest = max(len(text.asked) for text in texts)
     rows, masks = [], []
     for text in texts:
-        # Any token pads: the mask says that nobody reads it.
+        # Any token will do as padding: the mask hides it.
         padding = text.asked[:1].expand(longest - len(text.asked))
         parts = [(text.asked, torch.ones_like(text.asked)), (padding, torch.zeros_like(padding))]
         parts = parts[::-1] if decoder.side == "left" else parts

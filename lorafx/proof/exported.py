@@ -70,14 +70,14 @@ def session_options_for(place: Place) -> dict[str, Any]:
 
 
 def session_options(threads: int) -> Any:
-    """Options of an ONNX Runtime session that uses so many threads, and none when it is done."""
+    """Options of an ONNX Runtime session that uses this many threads while it runs, and none afterwards."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only, also while the file is read: a slot is a warning there
     onnxruntime.set_default_logger_severity(3)
     # By default a session takes every core of the machine, and its threads go on spinning when it is done, which slows
-    # down whoever runs next.
+    # down what runs next.
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options

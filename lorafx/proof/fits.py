@@ -67,7 +67,7 @@ class Made:
         return any(isinstance(change, Factors) and change.magnitude is not None for _, change in self.changes)
 
     def times(self, factor: float) -> Made:
-        """The same with an update so many times as large."""
+        """The same with an update this many times as large."""
         return dataclasses.replace(self, changes=tuple((weight * factor, change) for weight, change in self.changes))
 
 

@@ -58,7 +58,7 @@ def open_runner(
         base: where a run's base checkpoint is now, if it was moved
 
     Raises:
-        ArtifactError: the folder is no model, incomplete, or cannot be opened
+        ArtifactError: the folder is not a model, is incomplete, or cannot be opened
         UsageError: a program without weights, a provider that is not there, an exported model in another ``dtype``, a
             folder with code that is not trusted
     """

@@ -50,7 +50,7 @@ class Scores:
     ask: Callable[[Runner], float]
 
     def with_other(self, other: Runner) -> dict[str, Any]:
-        """Both scores, as a report has them; one that is no number is null."""
+        """Both scores, as a report has them; one that is not a number is null."""
         after = self.ask(other)
         scores = {"before": self.before, "after": after}
         return {"metric": self.metric, "on": self.on, **{key: _finite(value) for key, value in scores.items()}}

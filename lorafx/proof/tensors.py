@@ -145,7 +145,7 @@ def _distance(
     kind = torch.finfo(written.dtype)
     place = (exact.abs() * kind.eps).clamp(min=kind.smallest_normal * kind.eps)
     distance = float((((stored - exact).abs() - _FP64 * scale).clamp(min=0.0) / place).max().detach())
-    # A number that was rounded once is half of its last place away at most; `not` also finds what is no number.
+    # A number that was rounded once is half of its last place away at most; `not` also finds NaN.
     if not distance <= 0.5 + _FP64:
         raise ParityError(
             f"{name}: a folded weight is {distance:.3g} units of the last place from what the operators compute; "

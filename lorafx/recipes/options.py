@@ -83,7 +83,7 @@ class TrainOptions(Options):
     bf16: bool = option(False, "autocast to bfloat16", group="Machine")
     checkpointing: bool = option(False, "recompute activations block by block to save memory")
     save_steps: int = option(
-        0, "save a resumable checkpoint every so many steps (0: every epoch when keep_best, else never)", least=0
+        0, "save a resumable checkpoint every N steps (0: every epoch when keep_best, else never)", least=0
     )
     log_steps: int = option(50, "steps between log lines", least=1)
     trainer: dict[str, str | int | float | bool | dict[str, str | int | float | bool]] = option(

@@ -86,7 +86,7 @@ def _plugin_class(name: str, value: Any) -> type[Pass]:
 
     if not (inspect.isclass(value) and issubclass(value, Pass) and dataclasses.is_dataclass(value)):
         raise UsageError(
-            f"plug-in pass {name!r}: {known()[name]} is no pass (a frozen dataclass under lorafx.base.Pass)"
+            f"plug-in pass {name!r}: {known()[name]} is not a pass (a frozen dataclass under lorafx.base.Pass)"
         )
     if value.pass_name() != name:
         # Recipes and run folders name a pass by its file; under another name they could not be read again.

@@ -43,7 +43,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Bars:
-    """Horizontal bars: a group for each label, in it one for each series, the last of which is what it is about.
+    """Horizontal bars: a group for each label, in it one for each series; the last series is the one to look at.
 
     ``spans`` are from where to where values scatter, ``notes`` what stands at the end of a bar.
     """
@@ -99,7 +99,7 @@ def svg_of(chart: Chart, name: str, about: str) -> str:
 
     style: Any = {**_STYLE, "svg.hashsalt": name}
     with matplotlib.rc_context(style), warnings.catch_warnings():
-        # Text stays text, and whoever shows it has fonts for more letters than matplotlib comes with.
+        # Text stays text: the viewer has fonts for more letters than matplotlib comes with.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
         figure = Figure(layout="constrained")
         FigureCanvasSVG(figure)

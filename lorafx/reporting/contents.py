@@ -8,7 +8,7 @@ from pathlib import Path
 
 #: The files that hold numbers, by how their names end; what an ONNX graph keeps beside it, too.
 _WEIGHTS = (".onnx", ".onnx.data", ".onnx_data", ".onnx_adapter", ".safetensors", ".bin", ".pt2")
-#: Inputs kept for a capture are no weights.
+#: Inputs kept for a capture are not weights.
 _INPUTS = "example_inputs.safetensors"
 
 

@@ -166,7 +166,7 @@ class PassLaws:
         assert pass_dict(cls()) == {"name": cls.pass_name()}, "every option has a default, and the name is the file's"
         assert vars(cls)["__dataclass_params__"].frozen
         hash_free = {key for key, value in vars(cls()).items() if isinstance(value, list)}
-        assert not hash_free, "a list can be changed behind the back of whoever holds the pass: use a tuple"
+        assert not hash_free, "a list in a pass can be changed from outside: use a tuple"
         hints = typing.get_type_hints(cls)
         for key, field in options(cls).items():
             assert re.fullmatch(r"\S.*[^.\s]", field.metadata["help"]), f"{key} needs one help line, no full stop"
@@ -256,7 +256,7 @@ class PassLaws:
 
 
 class RewriteLaws(PassLaws):
-    """What holds for a pass that is no method: above all, that a second time changes nothing more."""
+    """What holds for a pass that is not a method: above all, that a second time changes nothing more."""
 
     @every_model
     def test_a_second_time_changes_nothing_more(self, subject: Pass, model: str) -> None:

@@ -123,7 +123,7 @@ def _start(table: Table, row: int, value: Any) -> int | None:
 
 def _placed(table: Table, row: int, text: Any, start: int | None, context: str) -> Answer:
     if not isinstance(text, str) or not text.strip():
-        raise table.error(row, f"the answer {short(text)} is no text; a row without an answer has none at all")
+        raise table.error(row, f"the answer {short(text)} is not a text; leave it empty where there is no answer")
     found = context.find(text) if start is None else start
     if found < 0 or context[found : found + len(text)] != text:
         where = "is not in its context" if start is None else f"does not stand at character {start} of its context"

@@ -47,7 +47,7 @@ def encode_chats(
     """The inputs and labels of chats, cut to the limit: the loss is of what the assistant says, its last word included.
 
     Raises:
-        ArtifactError: a row that the template refuses or rewrites, or of which no answer is left to learn
+        ArtifactError: a row that the template refuses or rewrites, or that leaves no answer to learn
         UsageError: the tokenizer has no chat template, or does not say which text its tokens are of
     """
     if not getattr(tokenizer, "chat_template", None):

@@ -147,7 +147,8 @@ def _source(value: Any, home: Path) -> Any:
 
 @contextmanager
 def _opened(table: Table, row: int, source: Any) -> Iterator[Any]:
-    """The image of a row, of which Pillow has read the header. ArtifactError when there is none, or it is broken."""
+    """The image of a row, opened by Pillow, which has read its header alone. ArtifactError when it is missing or
+    broken."""
     try:
         from PIL import Image
     except ImportError:
@@ -158,10 +159,10 @@ def _opened(table: Table, row: int, source: Any) -> Iterator[Any]:
     if isinstance(source, Path) and not source.is_file():
         raise table.error(row, f"{source}: no such image")
     if not isinstance(source, (Path, bytes)):
-        raise table.error(row, f"{short(source)} is no image, nor the path of one")
+        raise table.error(row, f"{short(source)} is neither an image nor the path of one")
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             yield image
     except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for a file that is broken
         what = source if isinstance(source, Path) else "its image"
-        raise table.error(row, f"{what} cannot be read ({first_line(error)}); mend or remove it") from None
+        raise table.error(row, f"{what} cannot be read ({first_line(error)}); repair or remove it") from None

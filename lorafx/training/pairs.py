@@ -49,7 +49,7 @@ def learn_pairs(reading: Reading) -> Learned:
     wanted = numbers(table, options.label)
     for row, value in enumerate(wanted):
         if abs(value) > 1:
-            raise table.error(row, f"label {value:g} is no cosine, which is from -1 to 1; scale the column")
+            raise table.error(row, f"label {value:g} is not a cosine, which lies between -1 and 1; scale the column")
     return Learned(inputs, {"labels": wanted}, metric=SIMILAR)
 
 

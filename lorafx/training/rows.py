@@ -27,7 +27,7 @@ class Rows(Dataset[dict[str, Any]]):
 
     @property
     def digest(self) -> str:
-        """sha256 of all rows in their order: two tables of which a model is given the same have the same."""
+        """sha256 of all rows in their order: the same for two tables that give a model the same inputs."""
         digest = hashlib.sha256()
         for index in range(len(self)):
             digest.update(json.dumps(self[index], sort_keys=True, default=lambda value: value.tolist()).encode())

@@ -2,7 +2,7 @@
 
 ``fully_shard`` gathers a module's parameters when the module is called. A program is one graph over a bare tree of
 tensors, so the blocks of that tree become modules that are called: each runs the part of the graph that is its own. A
-block whose tensors are read elsewhere too (tied weights, say) is no unit of its own and stays with the root, whose
+block whose tensors are read elsewhere too (tied weights, say) is not a unit of its own and stays with the root, whose
 tensors are whole as long as the graph runs.
 """
 

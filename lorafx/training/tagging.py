@@ -19,7 +19,7 @@ def learn_tags(reading: Reading) -> Learned:
     """Inputs of rows of words, and for every token the tag of the word that it begins; others are not learned.
 
     Raises:
-        ArtifactError: a row without words, with a word that is no text, or with more tags than words or fewer
+        ArtifactError: a row without words, with a word that is not a text, or with more or fewer tags than words
         UsageError: a tokenizer that does not say which word its tokens are of
     """
     reading.refuse("chat", "packing", "text_pair", learns="a tag for every word")
@@ -28,8 +28,8 @@ def learn_tags(reading: Reading) -> Learned:
     for row, (said, tagged) in enumerate(zip(words, tags, strict=True)):
         odd = [word for word in said if not isinstance(word, str) or not word.strip()]
         if not said or odd:
-            found = f"the word {short(odd[0])}, which is no text" if odd else "no words"
-            raise table.error(row, f"{reading.text!r} has {found}; mend or remove the row")
+            found = f"the word {short(odd[0])}, which is not a text" if odd else "no words"
+            raise table.error(row, f"{reading.text!r} has {found}; correct or remove the row")
         if len(said) != len(tagged):
             found = f"{len(said)} words in {reading.text!r} and {len(tagged)} tags in {reading.label!r}"
             raise table.error(row, f"{found}; give every word one")

@@ -61,7 +61,7 @@ def test_verify_with_an_adapter(place: Path, tmp_path: Path) -> None:
     ("given", "code", "message"),
     [
         (["nowhere"], 5, "nowhere: no adapter_config.json"),
-        (["adapter=much"], 2, "'much' is no weight; write FOLDER or FOLDER=0.5"),
+        (["adapter=much"], 2, "'much' is not a weight; write FOLDER or FOLDER=0.5"),
         (["adapter", "adapter=2"], 2, "was given twice"),
     ],
 )

@@ -38,9 +38,9 @@ def test_a_page_and_its_test_are_written_here(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("MyPass", "is no name of a pass"),
-        ("a_b", "is no name of a pass"),
-        ("lambda", "is no name of a pass"),
+        ("MyPass", "is not a name for a pass"),
+        ("a_b", "is not a name for a pass"),
+        ("lambda", "is not a name for a pass"),
         ("lora", "a pass 'lora' exists already"),
         ("json", "Python has a module 'json'"),
     ],

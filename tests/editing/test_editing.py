@@ -209,7 +209,7 @@ def test_what_cannot_be_edited_is_refused(llama: Path, tmp_path: Path) -> None:
     assert "end before the update is sparse" in refusal(llama, REQUESTS, steps=10)
     assert "role:ffn.donw" in refusal(llama, REQUESTS, targets=("role:ffn.donw",))
     assert "tokens; the model reads 32" in refusal(llama, [EditRequest("w1 " * 40, "w2")])
-    assert "is no causal language model" in refusal(_classifier(tmp_path / "bert"), REQUESTS)
+    assert "is not a causal language model" in refusal(_classifier(tmp_path / "bert"), REQUESTS)
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):

@@ -71,8 +71,8 @@ def test_two_plugins_cannot_have_one_name(plugins: list[EntryPoint]) -> None:
     ("value", "message"),
     [
         ("lorafx.passes.lora:Lora", "is in a file called 'lora'; give both the same name"),
-        ("lorafx.passes.lora:Nothing", "lorafx.passes.lora:Nothing is no pass"),
-        ("lorafx.passes.lora:option", "is no pass (a frozen dataclass under lorafx.base.Pass)"),
+        ("lorafx.passes.lora:Nothing", "lorafx.passes.lora:Nothing is not a pass"),
+        ("lorafx.passes.lora:option", "is not a pass (a frozen dataclass under lorafx.base.Pass)"),
         ("no_such_package.mine:Mine", "cannot be imported: No module named 'no_such_package'"),
         ("lorafx.errors", "lorafx.errors defines no pass"),
     ],

@@ -115,7 +115,7 @@ def test_images_that_are_none_are_refused_before_training(folder: Path) -> None:
     (folder / "red" / "notes.txt").write_text("no image")
     with pytest.raises(ArtifactError, match=r"images, red/notes\.txt: .*notes\.txt cannot be read \(cannot identify"):
         prepared(folder)
-    with pytest.raises(ArtifactError, match="data, row 2: 7 is no image, nor the path of one"):
+    with pytest.raises(ArtifactError, match="data, row 2: 7 is neither an image nor the path of one"):
         prepared({"image": [picture(RED), 7], "label": [0, 1]})
     (folder / "empty").mkdir()
     with pytest.raises(ArtifactError, match=r"empty: no images; put those of each class into a folder in it"):

@@ -175,7 +175,7 @@ def test_wanted_cosines_are_labels() -> None:
     columns = {"a": ["w1", "w2"], "b": ["w3", "w4"], "score": [0.5, "-1"]}
     ready = prepared(columns, text="a", text_pair="b", label="score")
     assert ready.collator([ready.rows[0], ready.rows[1]])["labels"].tolist() == [0.5, -1.0]
-    with pytest.raises(ArtifactError, match="row 1: label 5 is no cosine, which is from -1 to 1; scale the column"):
+    with pytest.raises(ArtifactError, match="row 1: label 5 is not a cosine, which lies between -1 and 1; scale"):
         prepared({**columns, "score": [5, 1]}, text="a", text_pair="b", label="score")
     with pytest.raises(UsageError, match="there is a column 'label': say label='label' to learn it as the cosine"):
         prepared({**PAIRS, "label": [1, 0, 1]})

@@ -174,8 +174,8 @@ def test_words_that_are_cut_are_counted() -> None:
     [
         ({"tags": [["B-X", "O"], ["O"]]}, "row 1: 3 words in 'tokens' and 2 tags in 'tags'; give every word one"),
         ({"tokens": [["w1", "w2", "w3"], []]}, "row 2: 'tokens' has no words"),
-        ({"tokens": [["w1", "", "w3"], ["w4"]]}, "row 1: 'tokens' has the word '', which is no text"),
-        ({"tokens": [["w1", None, "w3"], ["w4"]]}, "row 1: 'tokens' has the word None, which is no text"),
+        ({"tokens": [["w1", "", "w3"], ["w4"]]}, "row 1: 'tokens' has the word '', which is not a text"),
+        ({"tokens": [["w1", None, "w3"], ["w4"]]}, "row 1: 'tokens' has the word None, which is not a text"),
         ({"tags": [["B-X", 1, "O"], ["O"]]}, "row 1: label 'B-X' is not an integer, as other labels are"),
         ({"tags": [[0, 1, 3], [0]]}, "row 1: label 3, but the head has 3 classes"),
         ({"tags": [[0, 1, 2], 5]}, "row 2: 'tags' is 5, not a list"),
@@ -380,7 +380,7 @@ def test_a_text_alone_is_an_answer(caplog: pytest.LogCaptureFixture) -> None:
             "row 1: 'answers' is {'text': ['w7'], 'answer_start': []}, neither",
         ),
         ([7, ""], "row 1: 'answers' is 7, neither a text nor text and answer_start as SQuAD's are"),
-        ([{"text": [" "], "answer_start": [2]}, ""], "row 1: the answer ' ' is no text"),
+        ([{"text": [" "], "answer_start": [2]}, ""], "row 1: the answer ' ' is not a text"),
         ([{"text": ["w7"], "answer_start": ["x"]}, ""], "row 1: 'answer_start' is 'x', not a number"),
     ],
 )

@@ -36,7 +36,7 @@ class Ia3(Method):
     targets: str | tuple[str, ...] = option(
         ("role:attn.{key,value}", "role:ffn.down"), "where: as for every pass; (IA)³ scales keys, values and h"
     )
-    allow_empty: bool = option(True, "selecting nothing is no error")
+    allow_empty: bool = option(True, "selecting nothing is not an error")
     pull: float = option(0.0, "weight of a penalty that pulls the vectors towards one", least=0)
 
     def rewrite(self, edit: Edit, site: Site) -> None:
