@@ -14,7 +14,7 @@ from .facts import Facts, PassReport
 
 @dataclass(frozen=True)
 class Figure:
-    """One of them: what it is of, the figure, and what to know about it; ``said`` is how a sentence has it."""
+    """One figure: its title, the figure, and a note; ``said`` is its form in a sentence."""
 
     label: str
     value: str
@@ -31,12 +31,12 @@ class Figure:
 EARLIER = "earlier trainings"
 #: Measures that are shares of 1: three decimals say the same of all of them.
 SHARES = ("accuracy", "F1")
-#: What people call a measure whose key says it otherwise.
+#: Names for people, of measures whose keys differ.
 _CALLED = {"f1": "F1", "rmse": "root mean squared error"}
 
 
 def called(key: str) -> str:
-    """What people call a figure of an evaluation (``eval_f1``)."""
+    """The name for people of a figure of an evaluation (``eval_f1``)."""
     name = key.removeprefix("eval_")
     return _CALLED.get(name, name.replace("_", " "))
 
@@ -53,7 +53,7 @@ def score_text(measure: str, value: float) -> str:
 
 @dataclass(frozen=True)
 class Score:
-    """What training did: one measure, as it was before (where that was taken), after each training, and what on."""
+    """What training did: one measure, before (where it was measured) and after each training, and on which data."""
 
     name: str
     values: tuple[float, ...]
@@ -61,7 +61,7 @@ class Score:
 
     @property
     def value(self) -> str:
-        """All there are, the last of which is how it is now."""
+        """All values; the last is the current one."""
         return " → ".join(score_text(self.name, value) for value in self.values)
 
 
@@ -70,7 +70,7 @@ def subject(facts: Facts) -> str:
     checkpoint = facts.model.get("checkpoint")
     if not checkpoint:
         return str(facts.model["class"])
-    # Earlier versions wrote down its path; org/name of the hub is what people call it.
+    # Earlier versions wrote down its path; a model of the hub is known by org/name.
     named = PurePath(checkpoint).name if PurePath(checkpoint).is_absolute() else checkpoint
     return f"{facts.model['class']} from {named}"
 
@@ -84,7 +84,7 @@ def methods(facts: Facts) -> str:
 
 
 def _adds(step: PassReport) -> bool:
-    """Whether a pass put something on the model, or changed it: evaluation form alone is neither."""
+    """Whether a pass put something on the model, or changed it: turning into evaluation form does neither."""
     return step.tensors > 0 or step.promise != "exact"
 
 
@@ -105,7 +105,7 @@ def score_of(facts: Facts) -> Score | None:
 
 
 def measure_of(facts: Facts) -> str | None:
-    """The key of what says most of the last training's evaluation (``eval_accuracy``); None where nothing was."""
+    """The key of the main figure of the last training's evaluation (``eval_accuracy``); None where nothing was."""
     training: Any = facts.sections.get("training")
     metrics = training.get("metrics") if isinstance(training, Mapping) else None
     if not isinstance(metrics, Mapping):
@@ -115,7 +115,7 @@ def measure_of(facts: Facts) -> str | None:
 
 
 def _before(facts: Facts, key: str) -> Iterator[float]:
-    """What an evaluation gave before the first step of each training, the first of them all first."""
+    """What evaluation gave before the first step of each training, oldest first."""
     for training in (*earlier(facts), facts.sections["training"]):
         history = training.get("history") or ()
         yield from [float(entry[key]) for entry in history if entry.get("step") == 0 and key in entry][:1]
@@ -156,7 +156,7 @@ def _training(facts: Facts) -> Figure | None:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them."""
+    """Seconds for people."""
     whole = round(seconds)
     if whole < 100:
         return f"{seconds:.0f} s"
@@ -209,7 +209,7 @@ def _speed(facts: Facts) -> Figure | None:
 
 
 def timings(facts: Facts) -> list[Mapping[str, Any]]:
-    """What was timed, if it was: a row a candidate and shape; the first candidate is what the others are held against,
+    """What was timed, if it was: a row a candidate and shape; the first candidate is what the others are compared with,
     the last is what was made."""
     for name in ("benchmark", "bench"):
         section = facts.sections.get(name)
@@ -219,7 +219,7 @@ def timings(facts: Facts) -> list[Mapping[str, Any]]:
 
 
 def timings_at_one_shape(facts: Facts) -> list[Mapping[str, Any]]:
-    """The timings at the shape in the middle, which stands for all where one has to: neither the smallest nor the
+    """The timings at the middle shape, which represents all where only one is shown: neither the smallest nor the
     largest inputs."""
     timed = timings(facts)
     shapes = list(dict.fromkeys((row["batch"], row["length"]) for row in timed))
@@ -227,8 +227,8 @@ def timings_at_one_shape(facts: Facts) -> list[Mapping[str, Any]]:
 
 
 def is_clear(row: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
-    """Whether the median of ``row`` compares with that of ``first`` as they do round by round, which nothing slows down
-    on one side alone. Where not, the machine was busy, and neither median says how fast it is."""
+    """Whether the ratio of the medians of ``row`` and ``first`` agrees with their ratios round by round, where both run
+    under the same load. If it does not, the machine was busy, and the medians cannot be trusted."""
     return row["ratio_p10"] <= first["median"] / row["median"] <= row["ratio_p90"]
 
 

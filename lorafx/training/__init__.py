@@ -1,7 +1,7 @@
-"""Training a program: its module, transformers' Trainer told of methods, data, metrics.
+"""Training a program: its module, transformers' Trainer extended for methods, data, metrics.
 
 Imports graph, recipes and models; exports nothing. The names below load on first use: ``Trainer`` is transformers' for
-what ``program.module()`` returns, ``MethodTrainerMixin`` makes one of any other, ``LorafxCallback`` serves loops that
+what ``program.module()`` returns, ``MethodTrainerMixin`` turns any other into one, ``LorafxCallback`` serves loops that
 take callbacks.
 """
 

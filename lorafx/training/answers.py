@@ -1,7 +1,7 @@
 """Question answering: where in a context the answer to a question stands.
 
-A context that is longer than what is kept is read in windows that overlap, and a window without the answer points at
-its first token. Evaluation takes the best span of all windows of a row back to the context's own letters.
+A context that is too long for the model is read in overlapping windows, and a window without the answer points at
+its first token. Evaluation maps the best span of all windows of a row back to characters of the context.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Window:
-    """Part of a context: the row it is of, and where in the context each of its tokens stands; None for others."""
+    """Part of a context: its row, and where in the context each token stands; None for tokens outside it."""
 
     row: int
     places: Sequence[tuple[int, int] | None]
@@ -80,8 +80,8 @@ def learn_answers(reading: Reading) -> Learned:
 
 
 def answers_of(table: Table, column: str, contexts: Sequence[str]) -> list[list[Answer]]:
-    """The answers of every row, none where there is none: SQuAD's ``{"text": […], "answer_start": […]}``, or a text, of
-    which a column ``answer_start`` says where it begins."""
+    """The answers of every row, none where there is none: SQuAD's ``{"text": […], "answer_start": […]}``, or a text,
+    which begins where a column ``answer_start`` says."""
     starts = table.columns.get("answer_start")
     found, twice = [], 0
     for row, value in enumerate(table.column(column)):
@@ -96,7 +96,7 @@ def answers_of(table: Table, column: str, contexts: Sequence[str]) -> list[list[
 
 def _given(table: Table, row: int, column: str, value: Any, start: Any) -> list[tuple[str, int | None]]:
     if isinstance(value, str) and value.lstrip().startswith("{"):
-        with suppress(json.JSONDecodeError):  # a text that begins so
+        with suppress(json.JSONDecodeError):  # a text that only begins like JSON
             value = json.loads(value)
     if isinstance(value, str):
         return [(value, _start(table, row, start))] if value else []
@@ -108,7 +108,7 @@ def _given(table: Table, row: int, column: str, value: Any, start: Any) -> list[
 
 
 def _listed(part: Any) -> Any:
-    """A list, where one value or an array stands for one."""
+    """A list; one value or an array counts as a list."""
     return [part] if isinstance(part, (str, int)) else part.tolist() if hasattr(part, "tolist") else part
 
 

@@ -1,7 +1,7 @@
-"""Chats through the tokenizer's template: what an assistant says in them is learned, and nothing of what it is told.
+"""Chats through the tokenizer's template: what the assistant says is learned, and nothing of what is said to it.
 
-A model will be given the template's text up to where the assistant speaks. So what it says begins where that text ends,
-and ends where the template's text of the chat up to then does.
+At inference a model gets the template's text up to the assistant's turn. So what is learned begins where that text
+ends, and ends where the template's text with the turn included ends.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _spoken(table: Table, row: int, chat: list[dict[str, Any]], tokenizer: Any) 
     def text_of(said: list[dict[str, Any]], **options: bool) -> str:
         try:
             return str(tokenizer.apply_chat_template(said, tokenize=False, **options))
-        except Exception as error:  # a template raises what it likes
+        except Exception as error:  # a template may raise anything
             raise table.error(row, f"its chat template refuses the chat: {first_line(error)}") from None
 
     whole, spans = text_of(chat), []
@@ -102,7 +102,7 @@ def _spoken(table: Table, row: int, chat: list[dict[str, Any]], tokenizer: Any) 
 def packed(inputs: Mapping[str, Ids], labels: Ids, limit: int) -> tuple[dict[str, Ids], Ids]:
     """Rows of several texts, one after the other, of up to ``limit`` tokens; no text is cut, and their order stays.
 
-    A text is read after those before it in its row, but its first token is not to be predicted from them.
+    A text attends to those before it in its row, but its first token is not predicted from them.
     """
     rows: dict[str, Ids] = {"input_ids": [], "attention_mask": []}
     learned: Ids = []

@@ -20,7 +20,7 @@ _BY_TOKEN = ("ForTokenClassification", "ForCausalLM", "ForMaskedLM")
 
 
 def dataset_collator(program: Program, tokenizer: Any) -> Any:
-    """What pads rows of the inputs of ``program``, and their labels where those are tokens' or token by token."""
+    """The collator that pads the inputs of ``program``, and labels where each token has one."""
     if getattr(program.config, "is_encoder_decoder", False):
         return Collator(transformers.DataCollatorForSeq2Seq(tokenizer, program.source.model))
     if loss_type(program.source.model) in _BY_TOKEN:
@@ -34,7 +34,7 @@ class Collator:
 
     Attributes:
         collator: makes a batch of a list of rows
-        by_token: labels stand for tokens, so that a row has as many of both
+        by_token: labels are by token, so that a row has as many labels as tokens
     """
 
     collator: Any

@@ -1,4 +1,4 @@
-"""Learning from a teacher: its answers beside the labels, and the hidden states its blocks hand on.
+"""Learning from a teacher: its answers beside the labels, and the hidden states that its blocks pass on.
 
 A teacher is a program that does not train. For a program that is to lose parts — its gates are open when training
 begins — that is the program itself as it was then, whose tensors it shares until they train. What is learned from
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Model(Protocol):
-    """What of a :class:`~lorafx.training.module.RewrittenModel` learning is about."""
+    """The part of a :class:`~lorafx.training.module.RewrittenModel` that distillation needs."""
 
     program: Program
 
@@ -44,7 +44,7 @@ class Teaching:
 
     Attributes:
         teacher: the module of another program with the inputs and outputs of the one that learns
-        share: of the loss, what the teacher's answers stand for; the labels keep the rest
+        share: the teacher's share of the loss; the labels keep the rest
         temperature: what logits are divided by before they are compared
         hidden: weight of the hidden states' mean squared difference, relative to the teacher's power
     """
@@ -55,7 +55,8 @@ class Teaching:
     hidden: float = 0.0
 
     def check(self, model: Model) -> None:
-        """UsageError where ``model`` cannot learn from the teacher: other inputs, outputs or blocks, or nothing to."""
+        """UsageError where ``model`` cannot learn from the teacher: other inputs, outputs or blocks, or nothing to
+        learn."""
         ours, theirs = model.program, self.teacher.program
         if not (self.share or self.hidden):
             raise UsageError("a share of 0 and hidden states that weigh 0 teach nothing; give one of them")
@@ -118,7 +119,7 @@ class Teaching:
             return functional.mse_loss(given, shown)
         given, shown = given / self.temperature, shown / self.temperature
         if problem == "multi_label_classification":
-            # Less what the teacher's own answer costs, so that it is 0 where both agree.
+            # Less the teacher's own entropy, so that it is 0 where both agree.
             own = functional.binary_cross_entropy_with_logits(shown, shown.sigmoid())
             return (functional.binary_cross_entropy_with_logits(given, shown.sigmoid()) - own) * self.temperature**2
         target = labels.get("labels")
@@ -134,7 +135,7 @@ class Teaching:
 
 
 def _problem(teacher: Model, given: Tensor, labels: Mapping[str, Tensor]) -> str:
-    """How transformers' loss of a classifier reads its logits; another model's are of classes or words."""
+    """How transformers' loss of a classifier reads its logits; those of other models are over classes or words."""
     config, target = teacher.config, labels.get("labels")
     if getattr(config, "problem_type", None):
         return str(config.problem_type)
@@ -144,7 +145,7 @@ def _problem(teacher: Model, given: Tensor, labels: Mapping[str, Tensor]) -> str
 
 
 def _gap(given: Tensor, shown: Tensor, mask: Tensor | None) -> Tensor:
-    """The squared difference of hidden states (rows, tokens, channels) beside the teacher's squares."""
+    """The squared difference of hidden states (rows, tokens, channels) relative to the teacher's squares."""
     difference, power = (given.float() - shown.float()).square().sum(-1), shown.float().square().sum(-1)
     if mask is not None and mask.shape == power.shape:
         difference, power = difference * mask, power * mask

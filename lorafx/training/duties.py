@@ -1,8 +1,8 @@
-"""What a training loop owes the methods of a program, held where no loop can miss it: at the optimiser's own step.
+"""What a training loop owes the methods of a program, checked where no loop can miss it: at the optimiser's own step.
 
 A method may add to the loss and act around every step. The module's own loss has the penalty in it; a loop that leaves
-out the rest, or computes a loss of its own without the penalty, would train something else in silence. So a step that
-comes without is refused, whoever wrote the loop.
+out the rest, or computes a loss of its own without the penalty, would silently train something else. So a step without
+its part is refused, in any loop.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Trained(Protocol):
-    """What is watched: a :class:`lorafx.training.module.RewrittenModel`."""
+    """The part of a :class:`lorafx.training.module.RewrittenModel` that is watched."""
 
     program: Program
     duties: Duties
@@ -53,7 +53,7 @@ class Duties:
         self.ran = False
         self.done: set[str] = set()
         self.stepped = False
-        #: The penalty that the last loss has in it, for logs; None when that loss is still without.
+        #: The penalty that the last loss includes, for logs; None when that loss has none yet.
         self.carried: Tensor | None = None
 
     def tell(self, hook: str) -> None:
@@ -69,7 +69,7 @@ class Duties:
             owed.append(("after_step", self.after_step, "after_step()"))
         owed.append(("penalty", self.penalty, "penalty() in its loss"))
         for hook, names, what in owed:
-            # A penalty of None, under these options, is none to add.
+            # A penalty of None means that there is nothing to add.
             if names and hook not in self.done and not (hook == "penalty" and model.penalty() is None):
                 raise UsageError(f"{model.program.name} is trained without {what}, which {names[0]} needs; {_ADVICE}")
         self.ran, self.stepped = False, True

@@ -1,6 +1,6 @@
-"""The folder where a training keeps what it resumes from: marked as lorafx's, gone when training is done.
+"""The folder where a training keeps what it resumes from: marked as lorafx's, removed when training is done. Other
 
-What else lies in such a folder stays; a folder without the mark is somebody else's and is not written to.
+files in such a folder stay; a folder without the mark is not ours and is not written to.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MARK = "lorafx-training.json"
 
 
 def check_training_folder(folder: Path, made_from: Mapping[str, str]) -> None:
-    """UsageError when ``folder`` is not lorafx's, or has checkpoints of a training of other inputs."""
+    """UsageError when ``folder`` is not lorafx's, or holds checkpoints of a training on other inputs."""
     if is_free(folder):
         return
     if not (folder / MARK).is_file():
@@ -36,8 +36,8 @@ def check_training_folder(folder: Path, made_from: Mapping[str, str]) -> None:
 
 @contextmanager
 def training_folder(folder: Path, made_from: Mapping[str, str]) -> Iterator[Path]:
-    """A folder for checkpoints, whole ones alone. When the block ends well, what training wrote there is removed; when
-    it raises, the checkpoints stay for resuming, and without any all is as it was.
+    """A folder for complete checkpoints. When the block ends normally, what training wrote there is removed; when it
+    raises, the checkpoints stay for resuming, and if there are none the folder is left as it was.
 
     Several processes of one training share the folder; the first one looks after it.
 
@@ -67,7 +67,7 @@ def training_folder(folder: Path, made_from: Mapping[str, str]) -> Iterator[Path
 
 @contextmanager
 def output_folder(output_dir: str | PathLike[str] | None) -> Iterator[Path]:
-    """``output_dir``, not left behind if it was not there and nothing was saved; or one that goes away afterwards."""
+    """``output_dir``, removed again if it is new and nothing was saved; or a temporary folder."""
     if output_dir is None:
         with tempfile.TemporaryDirectory(prefix="lorafx-") as temporary:
             yield Path(temporary)
@@ -86,7 +86,7 @@ def resumed(folder: Path, resume: bool | str | PathLike[str]) -> str | None:
     from .trainer import checkpoint_flaw, last_checkpoint
 
     if resume is False:
-        # Whole or not, and whoever wrote it: the Trainer removes the oldest of what is called so.
+        # Complete or not, ours or not: the Trainer removes the oldest folder of such a name.
         old = max(folder.glob("checkpoint-*"), key=lambda left: (len(left.name), left.name), default=None)
         if old is not None:
             raise UsageError(f"{old}: left by an earlier training; resume it, remove it, or choose another output_dir")

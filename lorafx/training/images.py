@@ -1,7 +1,7 @@
 """Image classification: a folder with a folder of images for each class, or a table with a column of images.
 
-Every image is opened before training begins, read whole when its turn comes, and made to pixels by the checkpoint's own
-image processor.
+Every image is opened before training begins, decoded when its turn comes, and turned into pixels by the checkpoint's
+own image processor.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..graph.program import Program
     from ..recipes.options import TrainOptions
 
-#: The input that images are.
+#: The input that takes images.
 PIXELS = "pixel_values"
 
 
@@ -54,13 +54,13 @@ def find_processor(folder: Path | None, *, trust_remote_code: bool = False) -> A
 
 @dataclass(frozen=True)
 class Images(Dataset[dict[str, Any]]):
-    """Rows of an image each, read when they are asked for.
+    """Rows of one image each, read on access.
 
     Attributes:
         table: where they stand, for messages
-        sources: files, or images of Pillow's
+        sources: files, or Pillow images
         labels: the number of each one's class
-        processor: makes pixels of an image
+        processor: turns an image into pixels
         mode: what Pillow calls the colours that the model takes
     """
 
@@ -92,7 +92,7 @@ def prepare_images(
     """Rows of images for ``program``.
 
     Raises:
-        ArtifactError: a folder or a table that cannot be used, or an image that is missing or none
+        ArtifactError: a folder or a table that cannot be used, or an image that is missing or cannot be read
         UsageError: no image processor, one that makes other sizes than the model was captured with, or no Pillow
     """
     if processor is None:
@@ -128,7 +128,7 @@ def _is_folder(data: Any) -> bool:
 
 
 def _of_folder(folder: Path, column: str, label: str) -> Table:
-    """A folder of folders, each called like the class of the images in it."""
+    """A folder of folders, each named after the class of the images in it."""
     files = [file for inner in sorted(folder.iterdir()) if inner.is_dir() for file in sorted(inner.rglob("*"))]
     files = [file for file in files if file.is_file() and not file.name.startswith(".")]
     if not files:
@@ -139,7 +139,7 @@ def _of_folder(folder: Path, column: str, label: str) -> Table:
 
 
 def _source(value: Any, home: Path) -> Any:
-    """A file by its path, from the table's own folder if it is not from the root; whatever else is left as it is."""
+    """A file by its path, relative to the table's own folder unless absolute; any other value as it is."""
     if isinstance(value, Mapping):  # as datasets keep images that they have not decoded
         value = value.get("bytes") or value.get("path")
     return home / value if isinstance(value, (str, PathLike)) else value
@@ -154,7 +154,7 @@ def _opened(table: Table, row: int, source: Any) -> Iterator[Any]:
     except ImportError:
         raise UsageError("reading images needs Pillow; pip install 'lorafx[images]'") from None
     if isinstance(source, Image.Image):
-        yield source  # its owner's to close
+        yield source  # for its owner to close
         return
     if isinstance(source, Path) and not source.is_file():
         raise table.error(row, f"{source}: no such image")

@@ -23,7 +23,7 @@ class SaveOnInterrupt(TrainerCallback):
         self.asked = False
 
     def ask(self, *_: Any) -> None:
-        """Handle a signal: save soon. Asked again, stop at once."""
+        """Handle a signal: save soon. At the second signal, stop at once."""
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
@@ -46,7 +46,7 @@ def saving_at_interrupt(trainer: Any) -> Iterator[None]:
     """Let interrupts (Ctrl-C, a scheduler's SIGTERM) save a checkpoint of ``trainer`` first.
 
     Python delivers signals to the main thread alone, and several processes would not stop at the same step: elsewhere
-    an interrupt stays what it is.
+    an interrupt keeps its usual effect.
     """
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     if not alone or threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""Labels of a table as a loss takes them: classes by number, several of them a row, one a word, or numbers."""
+"""Labels of a table as a loss takes them: classes by number, several in a row, one for each word, or numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Classes:
 
     Attributes:
         table: where they stand
-        column: what it is called
+        column: its name
         config: the model's; class names it does not know are recorded there
         like: the numbers of the training table's class names (None when it has none), when this is for evaluation
         known: whether there is such a table
@@ -42,7 +42,7 @@ class Classes:
         """For every row a 1 for each class that it has, else 0; the column holds lists of classes, or several columns
         (separated by commas) hold 0 and 1 and are called like the classes.
 
-        ArtifactError as for :meth:`numbered`, or for what is neither list, nor 0 or 1.
+        ArtifactError as for :meth:`numbered`, or for a value that is neither a list, nor 0 or 1.
         """
         columns = [name.strip() for name in self.column.split(",")]
         if self.column not in self.table.columns and len(columns) > 1:
@@ -145,8 +145,8 @@ class Classes:
 
 
 def listed(table: Table, column: str, words: bool = False) -> list[list[Any]]:
-    """A column of lists: as they are, or a text that is one in JSON; with ``words`` also a text of words with spaces
-    between them. ArtifactError names the row that has none."""
+    """A column of lists: as they are, or written as JSON; with ``words`` also a text of words separated by spaces.
+    ArtifactError names the row without a list."""
     found = []
     for row, value in enumerate(table.column(column)):
         if isinstance(value, str) and value.lstrip().startswith("[") and value.rstrip().endswith("]"):
@@ -166,16 +166,16 @@ def _json_list(value: str, words: bool) -> Any:
     try:
         return json.loads(value)
     except json.JSONDecodeError:
-        return value  # words in brackets; or no list, which is said then
+        return value  # words in brackets; or not a list, which is reported below
 
 
-#: What a table may write for numbers: not all that Python reads as one, which also takes 1_0 for 10.
+#: How a table may write integers: Python would also read 1_0 as 10.
 _INTEGER = re.compile(r"\s*[+-]?[0-9]+\s*")
 _NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*")
 
 
 def integer(value: Any) -> int | None:
-    """A value of a table as an integer, None when it is none."""
+    """A value of a table as an integer, None when it is not one."""
     if isinstance(value, float):
         return int(value) if value.is_integer() else None
     if isinstance(value, int) or (isinstance(value, str) and _INTEGER.fullmatch(value)):
@@ -189,7 +189,7 @@ def _some(names: Iterable[str], most: int = 6) -> str:
 
 
 def numbers(table: Table, column: str) -> list[float]:
-    """A column of numbers. ArtifactError names the first row whose value is none, or not finite."""
+    """A column of numbers. ArtifactError names the first row whose value is not a finite number."""
     values = table.column(column)
     for row, value in enumerate(values):
         written = _NUMBER.fullmatch(value) if isinstance(value, str) else isinstance(value, (int, float))

@@ -1,5 +1,5 @@
-"""What evaluation measures beside the loss: accuracy of classes, F1 of several labels a row or of entities, errors of
-numbers, perplexity of next or masked tokens."""
+"""What evaluation measures beside the loss: accuracy of classes, F1 of several labels in a row or of entities, errors
+of numbers, perplexity of next or masked tokens."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Metric:
     Attributes:
         name: ``accuracy``, ``f1``, ``rmse``, ``perplexity``
         greater_is_better: which of two figures is the better one
-        reduce: ``(logits, labels)`` of a batch to the little that ``score`` needs, so that no logits are kept
-        score: ``(reduced, labels)`` of all batches to the figure
-        beside: ``(reduced, labels)`` of all batches to further figures by name, for people to read
+        reduce: turns ``(logits, labels)`` of a batch into the little that ``score`` needs, so that no logits are kept
+        score: turns ``(reduced, labels)`` of all batches into the figure
+        beside: turns ``(reduced, labels)`` of all batches into further figures by name, for people to read
         whole: whether ``reduce`` takes all outputs, not the first alone
     """
 
@@ -54,7 +54,7 @@ def measured_by(metric: Metric | None, own: Callable[[Any], Any] | None) -> dict
 
 
 def metric_of(program: Program) -> Metric | None:
-    """The metric of a program's task, or None where its loss says enough (several numbers a row)."""
+    """The metric of a program's task, or None where its loss says enough (several numbers in a row)."""
     kind = loss_type(program.source.model) or ""
     config = program.config
     if kind == "ForTokenClassification":
@@ -97,7 +97,7 @@ def _perplexity(rows: np.ndarray, labels: np.ndarray) -> float:
     # Over all tokens: the mean of the batches' losses would weigh a short batch like a long one.
     total, count = rows.sum(0)
     mean = total / count if count else math.nan
-    return math.inf if mean > 700 else math.exp(mean)  # beyond 700 fp64 ends
+    return math.inf if mean > 700 else math.exp(mean)  # exp overflows fp64 soon after
 
 
 # ---- several labels a row
@@ -109,7 +109,7 @@ def _chosen(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def harmonic(right: float, found: float, wanted: float) -> float:
-    """F1 of counts: of what was found and what was wanted, how much is right; 0 where nothing was either."""
+    """F1 from counts: how many were found, how many wanted, and how many of the found are right; 0 where both are 0."""
     return 2 * right / (found + wanted) if found + wanted else 0.0
 
 
@@ -135,7 +135,7 @@ def _rmse(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _correlated(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Pearson's correlation; nothing where either is always the same, and it is none."""
+    """Pearson's correlation; empty where either is constant and it is undefined."""
     if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
         return {}
     return {"pearson": float(np.corrcoef(predictions.astype(float), labels)[0, 1])}
@@ -145,7 +145,7 @@ def _correlated(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]
 
 
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
-    """The entities that tags like ``B-PER I-PER O`` say, as (kind, first word, word after the last).
+    """The entities that tags like ``B-PER I-PER O`` mark, as (kind, first word, word after the last).
 
     As conlleval reads them: an ``I-`` that continues nothing of its kind begins an entity; ``E-`` and ``S-`` end one.
     """

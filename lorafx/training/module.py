@@ -30,9 +30,9 @@ from .sharding import Block, average, is_sharded, shard_again, units, whole, who
 if TYPE_CHECKING:
     from ..graph.program import Applied, Program
 
-#: What transformers' losses call what is to be learned.
+#: The names that transformers' losses have for labels.
 LABELS = ("labels", "start_positions", "end_positions")
-#: Problem types whose loss in transformers is a mean over the micro-batch, whatever the number of items it is told.
+#: Problem types whose loss in transformers is a mean over the micro-batch, whatever ``num_items_in_batch`` is.
 _MEANS = ("regression", "multi_label_classification")
 
 
@@ -45,7 +45,7 @@ class RewrittenModel(nn.Module):
     """
 
     program: Program
-    #: Optimiser steps taken so far. No buffer: schedules read it every step, and on a GPU each reading would wait.
+    #: Optimiser steps taken so far. Not a buffer: schedules read it every step, and on a GPU each read would wait.
     clock: Tensor
     #: How many optimiser steps the training will take; schedules read it.
     total_steps: int | None = None
@@ -55,7 +55,7 @@ class RewrittenModel(nn.Module):
     units: dict[str, Block] | None = None
     #: What a loop owes the methods, and what it has done since the last step.
     duties: Duties
-    #: What it learns beside the labels, and from whom; see :meth:`learn_from`.
+    #: What it learns besides the labels, and from which teacher; see :meth:`learn_from`.
     teaching: Teaching | None = None
     #: What computes in training, and what in evaluation; a class of its own for each program holds them.
     _graphs: ClassVar[Mapping[bool, CompiledGraph]]
@@ -73,7 +73,7 @@ class RewrittenModel(nn.Module):
         return twin
 
     def learn_from(self, teacher: Program, share: float = 0.5, temperature: float = 2.0, hidden: float = 0.0) -> None:
-        """Let the loss of a training forward with labels be learned from a teacher as well: see :class:`.Teaching`.
+        """Learn from a teacher as well, in every training forward with labels: see :class:`.Teaching`.
 
         ``program.copy()``, taken before training, teaches what this program computes now. UsageError: other inputs,
         outputs or blocks, or nothing to learn.
@@ -198,8 +198,8 @@ class RewrittenModel(nn.Module):
     def penalty(self) -> Tensor | None:
         """What the methods add to the loss, for the current parameters.
 
-        None when no method adds anything, and after a training forward with labels, whose loss has it already: adding
-        what this returns is right whoever computed the loss.
+        None when no method adds anything, and after a training forward with labels, whose loss has it already: so it is
+        always right to add what this returns.
         """
         return self._penalty() if self.duties.carried is None or not self.training else None
 
@@ -246,12 +246,13 @@ class RewrittenModel(nn.Module):
             method.after_step(state)
 
     def settled(self) -> bool:
-        """Whether no method's schedule is under way: weights from before are none to choose, or to stop at."""
+        """Whether no method's schedule is still under way: weights from before its end are not to be kept, or stopped
+        at."""
         return not self.unsettled()
 
     @torch.no_grad()
     def unsettled(self) -> list[str]:
-        """The methods whose weights are not yet what they promise."""
+        """The methods whose weights do not yet keep their promises."""
         return [method.pass_name() for method, state in self._states("settled") if not method.settled(state)]
 
     @torch.no_grad()
@@ -341,7 +342,7 @@ def build_module(program: Program) -> RewrittenModel:
         module.register_parameter(name, value)
     for name, value in program.root.named_buffers(recurse=False):
         module.register_buffer(name, value, persistent=name not in program.root._non_persistent_buffers_set)
-    # A training's own, not the program's: rewrites of one program share its tensors.
+    # Belongs to a training, not to the program: rewrites of one program share its tensors.
     module.clock = torch.zeros((), dtype=torch.long)
     module.duties = watch(module, [method for method, _ in module._methods()])
     module.train(program.stage == "train")

@@ -1,5 +1,5 @@
-"""Sentence embeddings from pairs of texts: each text is embedded by itself, and pairs are told from all other texts of
-a batch, or have a wanted similarity.
+"""Sentence embeddings from pairs of texts: each text is embedded by itself, and pairs are told apart from all other
+texts of a batch, or have a target similarity.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from .labels import numbers
 from .metrics import Metric
 from .reading import Learned, Reading
 
-#: Texts whose neighbours are looked for at a time.
+#: Texts compared with all others at a time.
 _CHUNK = 1000
 
 
 def learn_pairs(reading: Reading) -> Learned:
-    """The inputs of both texts of every row, side by side, and which texts they are; with a label the wanted cosine.
+    """The inputs of both texts of every row, side by side, and which texts they are; with a label, the target cosine.
 
     Raises:
         ArtifactError: a label that is not a cosine
@@ -76,8 +76,8 @@ def _as_they_are(embeddings: Tensor, labels: Any) -> Tensor:
 
 
 def _ranks(embeddings: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """For every first text the rank of its own second among those of all rows, of which others that belong to it are
-    left out; 1 is the nearest."""
+    """For every first text the rank of its own second text among those of all rows, leaving out others that also belong
+    to it; 1 is the nearest."""
     first, second = embeddings[:, 0], embeddings[:, 1]
     ranks = []
     for start in range(0, len(first), _CHUNK):
@@ -98,7 +98,7 @@ def _reciprocal(embeddings: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def _places(values: np.ndarray) -> np.ndarray:
-    """The rank of every value, equal ones sharing the mean of theirs."""
+    """The rank of every value; equal values share the mean of their ranks."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 

@@ -1,4 +1,4 @@
-"""A table on its way to what a model learns: which columns are read, and what came of them."""
+"""A table on its way to what a model learns: which columns are read, and what they become."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Columns:
 
 @dataclass(frozen=True)
 class Reading:
-    """A table, who is to learn from it, and how.
+    """A table, the program that learns from it, and how.
 
     Attributes:
-        program: what learns
+        program: learns from it
         texts: the table, the tokenizer, and how many tokens are kept
         options: as training has them
         columns: what the task reads

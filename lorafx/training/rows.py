@@ -43,7 +43,7 @@ class Prepared:
         collator: makes a batch of a list of rows; None for the Trainer's own choice
         names: numbers of the classes, when the table named them
         cut: how many rows were longer than what is kept of one
-        metric: measures these rows, where that takes more than their labels; else the model's task says it
+        metric: measures these rows, where that takes more than their labels; else chosen by the model's task
     """
 
     rows: Any

@@ -1,4 +1,4 @@
-"""What a causal model writes after its training: for rows that it was evaluated on, beside what they say."""
+"""What a causal model writes after its training: for rows that it was evaluated on, beside the wanted text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .rows import Prepared
 if TYPE_CHECKING:
     from ..graph.program import Program
 
-#: Tokens of a text that is learned as a whole which are given as its beginning, and tokens that are written, at most.
+#: At most: tokens given as the beginning of a text that is learned as a whole, and tokens written.
 _BEGINNING, _NEW = 8, 32
 
 
@@ -23,7 +23,7 @@ def samples_of(program: Program, held_out: Prepared, tokenizer: Any, count: int)
     """The most likely continuations of the first ``count`` rows: ``prompt``, what they ``wanted`` and what was
     ``written``.
 
-    The prompt is what a row does not learn before it does; of a text that is learned as a whole, its beginning.
+    The prompt is the part of a row before what is learned; of a text that is learned as a whole, its beginning.
     """
     module, end = build_module(program).eval(), tokenizer.eos_token_id
     found = []

@@ -1,7 +1,8 @@
-"""A model whose tensors are split over processes (FSDP2), a block at a time; what needs them whole gets them whole.
+"""A model whose tensors are split over processes (FSDP2), a block at a time; readers that need whole tensors get them
+whole.
 
 ``fully_shard`` gathers a module's parameters when the module is called. A program is one graph over a bare tree of
-tensors, so the blocks of that tree become modules that are called: each runs the part of the graph that is its own. A
+tensors, so the blocks of that tree become modules that are called: each runs its own part of the graph. A
 block whose tensors are read elsewhere too (tied weights, say) is not a unit of its own and stays with the root, whose
 tensors are whole as long as the graph runs.
 """
@@ -22,7 +23,7 @@ from ..graph.tree import get_tensor, ties
 
 
 class Block(nn.Module):
-    """The tensors of one block, as a module that runs what it is given while they are whole."""
+    """The tensors of one block, as a module that runs a given function while they are whole."""
 
     def forward(self, run: Callable[..., Any], *taken: Any) -> Any:
         """``run(*taken)``."""
@@ -110,7 +111,7 @@ def whole_tensors(model: nn.Module) -> Iterator[Callable[[str], Tensor]]:
 
 
 def shard_again(model: nn.Module) -> None:
-    """Let go of what an evaluation left gathered: only the split tensors are the model's own."""
+    """Free what an evaluation left gathered: only the split tensors belong to the model."""
     if is_sharded(model):
         from torch.distributed.fsdp import FSDPModule
 
@@ -154,7 +155,7 @@ def split_state(state: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str
     return {**state, "state": kept}
 
 
-# ---- what every process measured
+# ---- statistics of every process
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Token classification: a tag for every word of a row, learned by the first token of each."""
+"""Token classification: a tag for every word of a row, learned at the first token of each word."""
 
 from __future__ import annotations
 

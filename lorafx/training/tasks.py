@@ -1,5 +1,5 @@
-"""What models learn from a table, one entry a task: the columns it reads, how they become inputs and labels, and what
-pads them. transformers' loss of a model's class says which task is its own.
+"""What models learn from a table, one entry for each task: the columns it reads, how they become inputs and labels, and
+what pads them. The loss that transformers has for a model's class decides which task it is.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Task:
         columns: what it reads
         learn: makes inputs and labels of a table
         collate: what makes a batch of rows, given the tokenizer and the eager model
-        problem: which of the problems a classifier's config may name
-        apart: whether its two texts are inputs of their own, not one after the other
+        problem: the ``problem_type`` of a classifier's config
+        apart: whether two texts are separate inputs, not joined into one
     """
 
     loss: str
@@ -74,7 +74,7 @@ def task_of(program: Program) -> tuple[str, Task]:
 
 
 def _encoded(reading: Reading) -> Mapping[str, Any]:
-    """The inputs of one text a row, or two."""
+    """The inputs of one text, or two, for each row."""
     reading.refuse("chat", "packing")
     return dataclasses.replace(reading.texts, end=None).encode(reading.text, reading.pair)
 

@@ -1,4 +1,5 @@
-"""From texts to tokens: cut to a limit and counted, ended where a model is to learn it, followed by a completion."""
+"""From texts to tokens: cut to a limit and counted, ended with the end-of-text token where a model is to learn it,
+followed by a completion."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ class Texts:
     Attributes:
         table: where they come from, for messages
         tokenizer: a transformers tokenizer
-        cuts: takes note of what did not fit
+        cuts: records what did not fit
         end: the id of the end-of-text token where texts are to end with it
     """
 
@@ -45,7 +46,7 @@ class Texts:
     end: int | None = None
 
     def encode(self, column: str, pair: str | None = None) -> dict[str, Ids]:
-        """The inputs of every row, cut to the limit. With ``end`` they end with it, if the whole text is there."""
+        """The inputs of every row, cut to the limit. With ``end``, a text that fits ends with it."""
         texts = self.table.texts(column)
         pairs = None if pair is None else self.table.texts(pair)
         result: dict[str, Ids] = {}
@@ -64,7 +65,8 @@ class Texts:
                 self.cuts.note(start + row, len(ids))
                 pair = () if pairs is None else (pairs[row],)
                 limit = {"truncation": True, "max_length": self.cuts.limit}
-                # A text that goes on ends with no token that says it ended; others keep the tokens around them.
+                # A text cut short must not end with the end-of-text token; other texts keep the special tokens around
+                # them.
                 cut = encoded if self.end is not None else self.tokenizer(texts[row], *pair, **limit)
                 for name in encoded:
                     encoded[name][row] = encoded[name][row][: self.cuts.limit] if cut is encoded else cut[name]
@@ -74,14 +76,14 @@ class Texts:
         return encoded
 
     def _at_end(self, name: str, values: Sequence[int]) -> int:
-        """What one more token is for an input: its id, 1 in a mask, and the type of the token before."""
+        """The value of one more token in an input: its id, 1 in a mask, or the type of the token before it."""
         if name == "input_ids":
             assert self.end is not None
             return self.end
         return 1 if name == "attention_mask" else values[-1] if values else 0
 
     def targets(self, column: str) -> Ids:
-        """What an encoder-decoder is to write, cut to the limit; with ``end`` it ends with it, if it is whole."""
+        """What an encoder-decoder is to write, cut to the limit; with ``end``, a text that fits ends with it."""
         whole = self.tokenizer(text_target=self.table.texts(column), verbose=False)["input_ids"]
         result = []
         for row, ids in enumerate(whole):
@@ -95,7 +97,7 @@ class Texts:
         return result
 
     def continued(self, column: str, completion: str) -> tuple[dict[str, Ids], Ids]:
-        """The inputs and labels of prompts and what follows them: the loss is of the completions alone.
+        """The inputs and labels of prompts and their completions: the loss is of the completions alone.
 
         A completion is tokenised as it follows its prompt, unless that would change the prompt's own tokens: a model
         will be given those. ArtifactError for a row whose prompt leaves no room for a token to learn.

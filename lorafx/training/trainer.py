@@ -31,7 +31,7 @@ STATE = "adapter_model.safetensors"
 _TRAINER_STATE = "trainer_state.json"
 _OPTIMIZER = "optimizer.pt"
 _SCHEDULER = "scheduler.pt"
-#: What the clock is called there.
+#: The clock's name there.
 _CLOCK = "clock"
 
 
@@ -100,9 +100,9 @@ def checkpoint_flaw(folder: Path) -> str | None:
 class LorafxCallback(TrainerCallback):
     """Tells the methods of a rewritten model about every optimiser step.
 
-    Alone it serves any Trainer whose loss is the model's own, or has ``model.penalty()`` added to it;
-    :class:`MethodTrainerMixin` brings it along. A training that stops before its last step, or ends with the weights
-    of an earlier one, is brought to the methods' end; ``concluded`` says whether that changed anything.
+    On its own it is enough for a Trainer whose loss is the model's own, or includes ``model.penalty()``;
+    :class:`MethodTrainerMixin` includes it. A training that stops before its last step, or ends with the weights
+    of an earlier one, has its schedules brought to their end; ``concluded`` says whether that changed anything.
     """
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ class LorafxCallback(TrainerCallback):
         self._asked_to_stop = control.should_training_stop
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        # Whoever stops because of an evaluation does so for weights that could be kept; other stops are left alone.
+        # A stop because of an evaluation needs weights that could be kept; other stops are left alone.
         if control.should_training_stop and not self._asked_to_stop:
             control.should_training_stop = rewritten_model(model).settled()
 
@@ -152,7 +152,7 @@ class MethodTrainerMixin(_TrainerBase):
 
     Adds the methods' penalty to the training loss, calls them around the optimiser's step, gives gates the learning
     rate a method asks for and keeps weight decay off them, and writes checkpoints of what is learned alone, from which
-    training resumes bit by bit. The best checkpoint is one of those that no method's schedule is under way in.
+    training resumes bit by bit. The best checkpoint is chosen among those taken after all schedules ended.
     """
 
     def __init__(self, model: Any = None, args: Any = None, *rest: Any, **kwargs: Any):
@@ -171,7 +171,8 @@ class MethodTrainerMixin(_TrainerBase):
         self._last_penalty: Tensor | None = None
 
     def _prepare_sharding(self) -> None:
-        """Let FSDP2 split the model a block at a time, if it is switched on; UsageError for what would not be right."""
+        """Let FSDP2 split the model a block at a time, if it is switched on; UsageError for settings that would be
+        wrong."""
         if self.is_deepspeed_enabled:
             raise UsageError("DeepSpeed splits tensors that methods need whole; train with DDP (torchrun) or FSDP2")
         if not self.is_fsdp_enabled:
@@ -302,7 +303,7 @@ class MethodTrainerMixin(_TrainerBase):
         return self._telling.concluded
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        # Early in a schedule a model is better than what the method promises; it is not what was asked for.
+        # Early in a schedule a model scores better, but does not yet keep the method's promise.
         return rewritten_model(self.model).settled() and super()._determine_best_metric(metrics, trial)
 
     def _load_best_model(self) -> None:
@@ -310,7 +311,7 @@ class MethodTrainerMixin(_TrainerBase):
 
 
 class Trainer(MethodTrainerMixin, transformers.Trainer):
-    """transformers' Trainer for what ``program.module()`` returns. Takes the same arguments."""
+    """transformers' Trainer for what ``program.module()`` returns. It takes the same arguments."""
 
 
 class Progress(ProgressCallback):
