@@ -1,7 +1,7 @@
-"""Features from several places: maps joined side by side, rows of constants among them, and features put elsewhere.
+"""Features from several places: maps joined side by side, rows of constants among them, and features moved to other
 
-Code that lays out its features itself writes ``cat([A x, 1, B x])`` and ``zeros.scatter(-1, index, y)``, with as many
-rows as its input has. Such rows are read off the operators that make them: they are all alike.
+positions. Code that lays out its own features writes ``cat([A x, 1, B x])`` and ``zeros.scatter(-1, index, y)``, with
+as many rows as its input has. Such constant rows, all alike, are evaluated from the operators that make them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .values import joined, placed
 
 aten = torch.ops.aten
 
-#: Operators that fill a value of a given size, whatever it is that they take the size of; and what with, if it is said.
+#: Operators that fill a value of a given size, and the number they fill it with, where the operator fixes it.
 _FILLED: dict[Any, float | None] = {
     **dict.fromkeys((aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default), 0.0),
     **dict.fromkeys((aten.ones.default, aten.ones_like.default, aten.new_ones.default), 1.0),
@@ -32,13 +32,13 @@ _FILLED: dict[Any, float | None] = {
 
 @dataclass(frozen=True)
 class Row(Operand):
-    """The features (last axis) of a value that has the same in every row, and whether all of them are 0."""
+    """The features (last axis) of a value whose rows are all alike, and whether all of them are 0."""
 
     zero: bool = False
 
 
 def row(constants: Constants, node: fx.Node) -> Row | None:
-    """What every row of a value has, made of constants and of sizes alone; None where that is not known."""
+    """The row that a value made of constants and sizes alone repeats; None where that is not known."""
     shape = shape_of(node)
     if not shape or not fixed(shape[-1:]):
         return None
@@ -65,7 +65,7 @@ def _expanded(constants: Constants, value: fx.Node, size: int) -> Tensor:
 
 
 def _own(node: fx.Node, reader: fx.Node) -> frozenset[fx.Node]:
-    """A row's operator as a part of the region of its only reader."""
+    """A constant row's operator as a part of the region of its only reader."""
     return frozenset([node]) if set(node.users) == {reader} else frozenset()
 
 
@@ -74,7 +74,7 @@ def _own(node: fx.Node, reader: fx.Node) -> frozenset[fx.Node]:
 
 @dataclass(frozen=True)
 class _Part:
-    """What stands at one place of a join: a row, or a value that has regions."""
+    """One operand of a join: a constant row, or a value that has regions."""
 
     node: fx.Node
     row: Row | None

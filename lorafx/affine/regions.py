@@ -1,7 +1,7 @@
 """Affine regions: parts of a graph that compute ``y = M x + c`` from one tensor, however many operators they take.
 
 Adapters, gates and scalings around a linear layer are such regions, so merging them needs no knowledge of any method.
-An embedding is affine in its one-hot index and a convolution in its patches, which makes all weights one case.
+An embedding is affine in its one-hot index and a convolution in its patches, so all weights are one case.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Region:
         parts: the regions that this one is made of
         compose: computes the map from those of its parts
         shifts: whether the map has an offset
-        groups: into how many equal blocks on its diagonal the matrix falls at least; 0 for a diagonal: into any number
+        groups: at least how many equal blocks the matrix has on its diagonal; 0 for a diagonal matrix: any number
     """
 
     root: fx.Node
@@ -66,8 +66,8 @@ class Region:
     groups: int = 0
 
     def identities(self) -> Iterator[tuple[fx.Node, fx.Node]]:
-        """What has to become an identity, and what stays in its place, inner first; looked up when it is asked for, as
-        another region may have put something else there."""
+        """What has to become an identity, and what stays in its place, inner first; looked up on access, as another
+        region may have replaced it."""
         for node, reader, place in self.bypass or ():
             kept = reader.args[place]
             assert isinstance(kept, fx.Node)
@@ -107,7 +107,7 @@ class AffineAnalysis:
 
     def __init__(self, root: nn.Module, rules: Mapping[Any, Rule]):
         self.rules = rules
-        # Of the tensors as they are now: what one region folds into must not show in the value of another.
+        # From the tensors as they are now: what one region folds into must not affect the value of another.
         self.constants = Constants(copy_tree(root))
         self.device = next((p.device for p in root.parameters()), torch.device("cpu"))
         #: What is known of features on several axes (:mod:`lorafx.affine.spread`).
@@ -115,7 +115,7 @@ class AffineAnalysis:
         self._known: dict[fx.Node, list[Region]] = {}
 
     def regions(self, node: fx.Node) -> list[Region]:
-        """The regions ending in ``node``: the same value as maps of ever more distant origins."""
+        """The regions ending in ``node``: the same value as maps of increasingly distant origins."""
         for behind in operands_first(node, lambda n: n.all_input_nodes, self._known):
             self._known[behind] = list(self._find(behind))
         return self._known[node]

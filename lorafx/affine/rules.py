@@ -21,14 +21,15 @@ from .values import Value, added, applied, block_diagonal, repeated, scaled, shi
 
 aten = torch.ops.aten
 
-#: Operators that give their operand another dtype; that give what they are given; products with a factor.
+#: Operators that cast their operand; that return it unchanged; products with a factor.
 CASTS = (aten.to.dtype, aten._to_copy.default)
 SAME = (*CASTS, aten.clone.default, aten.contiguous.default, aten.alias.default)
 MULTIPLIED = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 
 
 def _extend(region: Region, node: fx.Node, operand: Operand | None, compose: Callable[[Value], Value]) -> Region:
-    """``region`` followed by ``node``, with a constant operand; or none, then it may stay on the carrier's way."""
+    """``region`` followed by ``node``, with or without a constant operand; without, the node may stay between origin
+    and carrier."""
     return replace(
         region,
         root=node,
@@ -42,13 +43,13 @@ def _extend(region: Region, node: fx.Node, operand: Operand | None, compose: Cal
 
 
 def _passed(bypass: Bypass, node: fx.Node, kept: fx.Node) -> Bypass:
-    """The way through a region, and on through ``node``."""
+    """The bypass of a region extended by ``node``."""
     place = next(index for index, value in enumerate(node.args) if value is kept)
     return None if bypass is None else (*bypass, (node, node, place))
 
 
 def _per_feature(node: fx.Node, operand: object, axis: int) -> bool:
-    """Whether a constant operand is one number, or one number a feature, broadcast over everything else."""
+    """Whether a constant operand is one number, or one number for each feature, broadcast over everything else."""
     if not isinstance(operand, fx.Node) or operand.meta["val"].numel() == 1:
         return True
     if node.meta["val"].dim() <= axis:
@@ -118,7 +119,7 @@ def _product(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
 
 
 def groups_of(node: fx.Node) -> int:
-    """Into how many equal blocks a weight operator's matrix falls: a convolution's groups."""
+    """How many equal diagonal blocks a weight operator's matrix has: a convolution's groups."""
     last = node.args[6] if WEIGHT_OPS[node.target].kind.startswith("conv") and len(node.args) > 6 else 1
     return last if isinstance(last, int) else 1
 
@@ -169,7 +170,7 @@ def _matrix(
 
 
 def _factors(analysis: AffineAnalysis, node: fx.Node) -> Iterator[tuple[fx.Node, object, Operand]]:
-    """What a product multiplies, by which operand, and the factor that this is."""
+    """What a product multiplies, which operand is the factor, and the factor."""
     first, second = node.args[:2]
     commutes = node.target in (aten.mul.Tensor, aten.mul.Scalar)
     for value, operand in ((first, second), (second, first)) if commutes else ((first, second),):
@@ -207,7 +208,7 @@ def _add(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
     sign = -1.0 if node.target == aten.sub.Tensor else 1.0
     if node.kwargs or not isinstance(first, fx.Node):
         return
-    # Two constants may well be two maps of one constant, as where relative positions go through a projection.
+    # Two constants may be two maps of one constant, as when relative positions go through a projection.
     sums = list(_sums(analysis, node, first, second, sign))
     yield from sums
     if not sums:
@@ -238,8 +239,8 @@ def _sums(analysis: AffineAnalysis, node: fx.Node, first: Any, second: Any, sign
 
 
 def _ways(left: Region, right: Region, size: int, sign: float) -> list[Region | None]:
-    """The operands that may carry a sum: those that apply a weight in one step, where a low-rank branch's first factor
-    does not; which of two is the base's this analysis does not know. Without one, what follows may take over, if it
+    """The operands that may carry a sum: those that apply a weight in one step, which a low-rank branch's first factor
+    does not; this analysis does not know which of two is the base's. Without one, what follows may take over, if it
     comes past one side."""
     sides = [r for r in (left, right) if r.carrier is not None and carrier_features(r.carrier) == size]
     sides = [r for r in sides if sign > 0 or r is not right]
@@ -275,7 +276,7 @@ def carrier_features(carrier: fx.Node) -> int:
 
 
 def _zeros(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
-    """Zeros of a value's shape, which a sum may start with: the value times 0."""
+    """Zeros of a value's shape, which a sum may start from: the value times 0."""
     value, zero = node.args[0], analysis.constant(0.0)
     if isinstance(value, fx.Node) and _same_shape(node, value) and zero is not None:
         for axis in (-1, 1):

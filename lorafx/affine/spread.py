@@ -1,8 +1,8 @@
 """Features spread over several axes: what operators compute row by row between two values with features on the last.
 
 A block-diagonal product is a reshape, a product with one matrix a block, and a reshape back; sums of groups and
-rotations of pairs are of that kind, too. Such operators are linear in a row, wherever its axes are, and so they apply
-to the columns of a matrix as they do to activations: their own matrix is never needed.
+rotations of pairs are similar. Such operators are linear in a row, wherever its axes are, so they can be applied to the
+columns of a matrix as to activations, and their own matrix is never formed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from .regions import AffineAnalysis, Region
 from .spread_rules import LAYOUTS, PLAIN, SPLITS, VIEWS, alike, fixed, occurrences, shape_of
 from .values import Value, dense
 
-#: How many entries of a value are followed, each an operator further back: blocks, casts and a reordering take a dozen.
+#: How many entries behind a value are followed, each one operator further back: blocks, casts and a reordering take a
+#: dozen.
 _DEPTH = 16
 
 
@@ -54,7 +55,7 @@ class Spread:
 
     @property
     def ends(self) -> bool:
-        """Whether the features are on the last axis again, and each row where it was."""
+        """Whether the features are on the last axis again, and each row is where it was."""
         shape = shape_of(self.node) or ()
         lead = self.chunks == 1 and self.rows == tuple(range(len(shape) - 1))
         return bool(self.parts) and lead and fixed(shape[-1:]) and alike(shape[:-1], _lead(self.entry))
@@ -74,7 +75,7 @@ class Spread:
 
 
 def spread(analysis: AffineAnalysis, node: fx.Node) -> Iterator[Region]:
-    """Features that were spread over several axes and are on the last one again."""
+    """A region for features that were spread over several axes and are on the last one again."""
     for found in _spreads(analysis, node):
         if found.ends:
             readers = [n for n in found.nodes if found.entry in n.args]
@@ -106,7 +107,7 @@ def _lead(entry: fx.Node) -> tuple[Any, ...]:
     return tuple(entry.meta["val"].shape[:-1])
 
 
-# ---- finding them
+# ---- finding spreads
 
 
 def _spreads(analysis: AffineAnalysis, node: fx.Node) -> list[Spread]:
@@ -184,7 +185,7 @@ def _computed(analysis: AffineAnalysis, node: fx.Node, parts: tuple[Spread, ...]
     first, activations = parts[0], [part.node for part in parts]
     constants = [value for value in node.all_input_nodes if value not in activations]
     reads = [analysis.constants.reads(value) for value in constants]
-    # Each activation once: a value times itself is not linear. Options that are named may mean anything.
+    # Each activation once: a value times itself is not linear. Keyword arguments may mean anything.
     named = node.kwargs and node.target not in PLAIN
     if named or occurrences(node, activations) != len(parts) or any(read is None for read in reads):
         return None

@@ -27,7 +27,7 @@ def shape_of(node: fx.Node) -> Any:
 
 
 def fixed(sizes: Sequence[Any]) -> bool:
-    """Whether all of the sizes are numbers."""
+    """Whether all sizes are known numbers."""
     return all(isinstance(size, int) for size in sizes)
 
 
@@ -199,7 +199,7 @@ def _contracted(node: fx.Node, values: list[fx.Node], rows: Rows) -> Rows | None
     return tuple(given.index(letter) for letter in letters)
 
 
-#: Operators after which the value is what it was, in the order of a row's numbers.
+#: Operators that change neither the values nor the order of a row's numbers.
 PLAIN = (
     *(aten.clone.default, aten.contiguous.default, aten.alias.default),
     *(aten.to.dtype, aten._to_copy.default),

@@ -22,7 +22,8 @@ LEARNED = ("adapter", "gate", "statistic")
 
 @dataclass(frozen=True)
 class Group:
-    """The regions whose carriers use one weight. They fold together, so that a shared weight stays shared if it can."""
+    """The regions whose carriers use the same weight. They fold together, so that a shared weight stays shared where
+    possible."""
 
     weight: str
     regions: tuple[Region, ...]
@@ -33,8 +34,8 @@ class Group:
 
 
 def worth_folding(program: Program) -> list[Group]:
-    """The groups of regions to fold, none overlapping. Of nested regions the one that frees most is taken, and the
-    smallest of equals: everything learned is rounded once, and operators of the base model stay outside."""
+    """The groups of regions to fold, none overlapping. Of nested regions the one that frees most is taken, of equals
+    the smallest: everything learned is rounded once, and operators of the base model stay outside."""
     analysis = AffineAnalysis(program.root, RULES)
     place = {node: index for index, node in enumerate(program.graph.nodes)}
     writes = [place[node] for node in program.graph.nodes if is_mutable(node)]
@@ -72,7 +73,7 @@ def weight_of(carrier: fx.Node) -> fx.Node:
 
 
 def bias_of(carrier: fx.Node) -> fx.Node | None:
-    """The node of the carrier's bias, or None. It may be computed: a part of a tensor, say."""
+    """The node of the carrier's bias, or None. It may be computed, as a part of a tensor, say."""
     use = WEIGHT_OPS[carrier.target]
     bias = carrier.args[use.bias] if use.bias is not None and len(carrier.args) > use.bias else None
     return bias if isinstance(bias, fx.Node) else None
@@ -119,7 +120,7 @@ def _accounting(program: Program, candidates: list[Region]) -> Callable[[Region]
 
 def _can_take_over(region: Region) -> bool:
     """Closed (inner values are read inside only, but for casts of the origin), and led by a carrier of the map's size
-    and dtype, which can read the origin. Folded, at least one operator goes: folding comes to rest."""
+    and dtype, which can read the origin. Folding removes at least one operator, so repeated folding ends."""
     carrier, root = region.carrier, region.root
     if carrier is None or not region.bypass or root.meta["val"].dtype != carrier.meta["val"].dtype:
         return False
@@ -151,7 +152,8 @@ def _keeps_dtypes(kept: Mapping[fx.Node, fx.Node], root: fx.Node) -> bool:
 
 
 def _undisturbed(region: Region, place: dict[fx.Node, int], writes: list[int]) -> bool:
-    """Whether nothing is written in place while the region is computed: folded, all of it is computed at one place."""
+    """Whether nothing is written in place while the region is computed: once folded, all of it is computed at one
+    place."""
     first = min(place[node] for node in region.nodes)
     return not any(first < index < place[region.root] for index in writes)
 

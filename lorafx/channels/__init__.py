@@ -11,14 +11,15 @@ An example, with three hidden channels::
   labels, the same for all of them. A's columns are x's features, and x is an input: pinned (``Axes.pins``).
 - ``constant`` knows that channel 1 of h is relu(0.5) = 0.5, whatever x is.
 - ``needed`` asks who reads a channel: B reads 0; nothing in it reads 2; and 1, a constant, can go into b.
-- ``removal`` says what stays: label 0. ``groups`` and ``units`` say it to people and to gates.
-- ``plan`` cuts A to 1 × 4, a to 1, B to 2 × 1, and adds 0.5 · B[:, 1] to b; ``resize`` mends sizes in the graph.
-- ``trial`` ran both on the example inputs before any of that was believed.
+- ``removal`` says what stays: label 0. ``groups`` shows it to people, ``units`` to gates.
+- ``plan`` cuts A to 1 × 4, a to 1, B to 2 × 1, and adds 0.5 · B[:, 1] to b; ``resize`` corrects sizes in the graph.
+- ``trial`` runs both on the example inputs before the result is accepted.
 
 Where all channels of an addend are constant, ``branches`` takes the whole of it out of the graph.
 
 Of channels that must stay, ``gather`` finds the columns that no weight reads.
 
-``rules``, ``moves``, ``views``, ``mixing``, ``grouped`` and ``experts`` are what is known of operators, ``table`` lists
-them; ``account`` sees to it that what no rule accounts for is pinned; ``costs`` is what channels cost.
+``rules``, ``moves``, ``views``, ``mixing``, ``grouped`` and ``experts`` say what operators do to channels, and
+``table`` lists the operators; ``account`` makes sure that what no rule accounts for is pinned; ``costs`` says what
+channels cost.
 """

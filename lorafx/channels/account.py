@@ -1,6 +1,6 @@
-"""What one operator says of the labels it reads: the account that the runner of rules closes after each.
+"""What one operator says about the labels it reads: an account that is closed after each rule.
 
-Every label of every operand has to be spoken for: it goes on in the result, is one with (or tied to) a label
+Every label of every operand has to be accounted for: it goes on in the result, is one with (or tied to) a label
 that does, is contracted, is left out unread, or is pinned. A rule that forgets an axis therefore cannot free it.
 """
 
@@ -15,7 +15,7 @@ from .axis import Array, Axis
 
 
 class Classes:
-    """Labels joined into classes: the smallest label of each class stands for it."""
+    """Labels joined into classes (union-find): the smallest label of a class represents it."""
 
     def __init__(self) -> None:
         self._pairs: list[tuple[Array, Array]] = []
@@ -43,19 +43,19 @@ class Classes:
 
 
 class Account:
-    """The statements of one rule about labels."""
+    """What one rule says about labels."""
 
     def __init__(self) -> None:
         self._joined: list[tuple[Array, Array]] = []
         self._closed: list[Array] = []
 
     def join(self, a: Array, b: Array) -> None:
-        """Entries at one place (broadcast against each other) share their fate."""
+        """Entries at one place (broadcast against each other) stay or go together."""
         a, b = np.broadcast_arrays(a, b)
         self._joined.append((a.ravel(), b.ravel()))
 
     def close(self, labels: Array) -> None:
-        """These are spoken for."""
+        """These are accounted for."""
         self._closed.append(labels.ravel())
 
     def open(self, read: list[Array]) -> Array:
@@ -79,8 +79,8 @@ class Account:
 def fitted(axes: list[Axis], value: Any) -> tuple[list[Axis], list[Axis]]:
     """The axes that lie on dimensions of ``value`` of their own, entry by entry, and the others.
 
-    Rules compute axes from what an operator should do; its fake value says what it does. An axis of one entry is no
-    channel either: it is broadcast, or all that there is.
+    Rules compute axes from what an operator should do; its fake value shows what it does. An axis of one entry has no
+    channels either: it is broadcast, or the only entry there is.
     """
     places = [dim for axis in axes for dim in axis.dims]
     good: list[Axis] = []

@@ -3,12 +3,12 @@
 Every dimension of fixed size gets a *label* for each of its channels; operators say which labels are one channel
 (:meth:`Axes.same`), which are only tied (:meth:`Axes.tie`, where a vector is broadcast over heads), which form
 a row that can go as a whole (a head, when a flat dimension is viewed as heads × channels), of which there is one for
-each row (:meth:`Axes.broadcast`), and which must stay (:meth:`Axes.pin`). What an operator
-reads to compute something else it contracts (:meth:`Axes.contract`); what its result repeats for other channels it
-reads (:meth:`Axes.reads`).
+each row (:meth:`Axes.broadcast`), and which must stay (:meth:`Axes.pin`). Labels that an operator reads to compute
+other channels are contracted (:meth:`Axes.contract`); entries that its result repeats for other channels are read
+(:meth:`Axes.reads`).
 
 It fails closed: an operator without a rule, a rule that raises, a label that a rule leaves unmentioned, an axis that
-does not fit the operator's value, a value that is changed in place — all pin what they touch.
+does not fit the operator's value, a value that is changed in place — each of these pins what it touches.
 
 A dimension without labels (a free size, or positions) never shrinks.
 """
@@ -39,11 +39,11 @@ class Axes:
     Args:
         program: the program
         rules: what is known of operators, by target or by the target's name
-        distrusted: names of nodes whose rules are not to be believed, and why: they pin what they touch
+        distrusted: names of nodes whose rules proved wrong, and why: they pin what they touch
 
     Attributes:
         known: the axes of each node
-        members: for each tensor the graph reads, one array of labels a dimension
+        members: for each tensor that the graph reads, one array of labels for each dimension
         pins: the pinned labels, and why each is
         tied_class: for each label the class of labels that it is tied to
         head_row: for each label the row it lies in (the channels of one head, say), negative outside rows
@@ -83,7 +83,7 @@ class Axes:
             self.known[node] = self._visit(node)
         self._solve()
 
-    # ---- what rules say
+    # ---- called by rules
 
     def new(self, *shape: int) -> Array:
         """Fresh labels."""
@@ -105,8 +105,8 @@ class Axes:
     def broadcast(self, wide: Array, narrow: Array) -> None:
         """Entries of ``narrow`` are repeated along its dimensions of size 1, to meet those of ``wide``.
 
-        Where these dimensions run inside rows there is one entry a row, whatever channels the row keeps; elsewhere
-        entries at one place are tied.
+        Where these dimensions run inside rows there is one entry for each row, whichever channels the row keeps;
+        elsewhere entries at one place are tied.
         """
         self._broadcasts.append((wide, narrow))
         self._account.join(wide, narrow)
@@ -144,7 +144,8 @@ class Axes:
             self._held_rows.append(axis.data)
 
     def contract(self, node: fx.Node, labels: Array) -> None:
-        """``node`` reads these channels to compute others: they are needed unless it is known that it needs less."""
+        """``node`` reads these channels to compute others: they are needed unless ``needed`` knows that it needs
+        fewer."""
         self.contracted[node].append(labels)
         self._account.close(labels)
 
@@ -153,14 +154,14 @@ class Axes:
         self.read[node].append((result, operand))
 
     def leave(self, labels: Array) -> None:
-        """The operator at hand does not read these."""
+        """The current operator does not read these."""
         self._account.close(labels)
 
     def axes(self, value: object) -> list[Axis]:
         """The axes of an operand; none for a number."""
         return self.known[value] if isinstance(value, fx.Node) else []
 
-    # ---- going through the graph
+    # ---- walking the graph
 
     def _visit(self, node: fx.Node) -> Known:
         if node.op == "get_attr":
@@ -175,8 +176,8 @@ class Axes:
         return self._held(node, known, read)
 
     def _judged(self, node: fx.Node) -> Known:
-        """What the operator's rule says; nothing, with all it reads pinned, where no rule can be believed."""
-        # Operators of other libraries, which may not be there, stand in the table by name.
+        """What the operator's rule says; nothing, with all it reads pinned, where there is no rule to trust."""
+        # Operators of other libraries, which may not be installed, are in the table by name.
         rule = self.rules.get(node.target) or self.rules.get(str(node.target)) if node.op == "call_function" else None
         if node.op == "output":
             return self._pinned(node, "an output of the model")
@@ -187,7 +188,7 @@ class Axes:
         try:
             return self._fitting(node, rule(self, node))
         except Exception as error:
-            # Nothing is lost but channels that could have gone; the fold must not fail over a rule.
+            # All that is lost are channels that could have gone; folding must not fail because of a rule.
             _log.warning("%s: the channels of %s stay: %s: %s", node.name, node.target, type(error).__name__, error)
             return self._pinned(node, f"the rule of {node.target} failed")
 
@@ -198,7 +199,7 @@ class Axes:
         return []
 
     def _fitting(self, node: fx.Node, known: Known) -> Known:
-        """What of a rule's answer lies on the node's value; the rest is pinned."""
+        """The part of a rule's answer that fits the node's value; the rest is pinned."""
         several = any(isinstance(item, list) for item in known)
         values = node.meta.get("val")
         parts = list(zip(known, values or (), strict=True)) if several else [(known, values)]
@@ -254,7 +255,7 @@ class Axes:
                 self._tied.join(wide, narrow)
 
     def _hold_per_row(self) -> None:
-        """A row stays if its entry must, and an entry if its row must."""
+        """A row stays if its entry must stay, and an entry if its row must stay."""
         pinned = self.pinned
         for wide, narrow in self.per_row:
             rows = self.head_row[wide][..., :1]
@@ -263,7 +264,7 @@ class Axes:
             self.pin(entries[np.isin(rows, list(self.held_rows))], "its row is held")
 
     def _solve_rows(self) -> Array:
-        """The row of each label, -1 where it lies in none. Two rows that one channel lies in are one row."""
+        """The row of each label, -1 where it is in none. Two rows that share a channel are one row."""
         labels = np.concatenate([np.empty(0, int), *(a for a, _ in self._row_of)])
         rows = np.concatenate([np.empty(0, int), *(b for _, b in self._row_of)])
         channels = self.channel[labels]

@@ -24,13 +24,13 @@ class Axis:
     data: Array
 
     def moved(self, place: Callable[[int], int]) -> Axis:
-        """The axis after its dimensions went elsewhere; kept in order."""
+        """The axis after its dimensions were renumbered, in increasing order."""
         dims = [place(dim) for dim in self.dims]
         order = sorted(range(len(dims)), key=dims.__getitem__)
         return Axis(tuple(dims[i] for i in order), self.data.transpose(order))
 
 
-#: What is known of a node: its axes; of a node that gives several values, a list of such.
+#: What is known of a node: its axes; of a node that gives several values, a list of those.
 Known: TypeAlias = "list[Any]"
 
 

@@ -1,8 +1,8 @@
 """Branches of residual sums that give one constant vector, whatever the input is: what can leave the graph as a whole.
 
 A sum ``x + f(x)`` where every channel of ``f(x)`` is a constant (all heads closed, all neurons, a projection of
-zeros) is ``x + c``, and ``x`` where c is 0. Nothing of f is left then but what something else reads: attention weights
-that are an output, keys and values that a cache holds.
+zeros) is ``x + c``, and ``x`` where c is 0. Then nothing of f is left except what something else reads: attention
+weights that are an output, keys and values that a cache holds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .trial import alike
 aten = torch.ops.aten
 _log = logging.getLogger(__name__)
 
-#: Sums, and the places of what may be a constant in them.
+#: Sums, and the argument positions that may hold the constant.
 _SUMS: dict[Any, tuple[int, ...]] = {aten.add.Tensor: (1, 0), aten.sub.Tensor: (1,)}
 
 
@@ -47,7 +47,7 @@ class Branch:
         kept: the name of its other addend
         module: the path of the module that gives the vector
         vector: what is added to ``kept``, in fp64 and with a dimension for each of the sum's
-        operators: how many operators serve this branch alone
+        operators: how many operators this branch alone needs
         cast: whether the sum has another dtype than ``kept``
         returned: whether the caller of the model gets the sum itself, or a view of it
     """
@@ -85,13 +85,13 @@ class Branch:
             return edit.call(aten.add.Tensor, kept, edit.tensor(name))
         if self.cast:
             return edit.call(aten.to.dtype, kept, dtype)
-        # A caller who changes what it is given must change neither an input nor another output.
+        # A caller that writes into the result must change neither an input nor another output.
         return edit.call(aten.clone.default, kept) if self.returned else kept
 
 
 def proven(program: Program, step: Pass) -> tuple[tuple[Branch, ...], tuple[Miss[Branch], ...]]:
-    """The branches that ``step`` can take out of ``program``, last first, each tried on the example inputs before it is
-    believed; and those that were argued and did not hold: a rule of the analysis is a bug then."""
+    """The branches that ``step`` can take out of ``program``, last first, each tried on the example inputs first; and
+    those that the analysis named but the trial refuted: then a rule of the analysis has a bug."""
     found = constant_branches(program)
     if not found or _holds(program, step, found):
         return tuple(found), ()
@@ -128,7 +128,8 @@ def settle(edit: Edit) -> None:
 
 
 def constant_branches(program: Program) -> list[Branch]:
-    """What the analysis alone says of a program in evaluation form, last first: nothing inside a branch that goes."""
+    """What the analysis alone finds in a program in evaluation form, last first; no branches inside a branch that
+    goes."""
     if not _may_have(program):
         return []
     axes = Axes(program, RULES)
@@ -149,7 +150,8 @@ def constant_branches(program: Program) -> list[Branch]:
 def _branch(
     node: fx.Node, place: int, facts: ConstantChannels, gone: set[fx.Node]
 ) -> tuple[Branch | None, set[fx.Node]]:
-    """The branch in one place of a sum, and the operators that go with it; None where it is none, or must stay."""
+    """The branch at one operand of a sum, and the operators that go with it; None where there is none, or it must
+    stay."""
     added, kept = node.args[place], node.args[1 - place]
     if not isinstance(added, fx.Node) or not isinstance(kept, fx.Node) or added is kept:
         return None, set()
@@ -172,7 +174,7 @@ def _branch(
 
 
 def _factor(node: fx.Node, place: int) -> float:
-    """What the addend in one place is multiplied by."""
+    """The factor of the addend at operand ``place``: ``alpha``, with the sign of a subtraction."""
     sign = -1.0 if node.target is aten.sub.Tensor else 1.0
     alpha = argument(node, "alpha")
     return sign * float(alpha) if place == 1 else 1.0
@@ -188,7 +190,7 @@ def _alike(kept: fx.Node, total: fx.Node) -> bool:
 
 
 def _only(total: fx.Node, added: fx.Node, kept: fx.Node, gone: set[fx.Node]) -> set[fx.Node]:
-    """The operators that compute ``added`` and nothing else that is read: they go with it."""
+    """The operators that compute ``added`` and nothing else that is read; they go with it."""
     only = {total}
     stack = [added]
     while stack:
@@ -201,7 +203,7 @@ def _only(total: fx.Node, added: fx.Node, kept: fx.Node, gone: set[fx.Node]) -> 
 
 
 def _is_returned(node: fx.Node) -> bool:
-    """Whether the model's caller gets the node's value, or one that lies in its memory."""
+    """Whether the model's caller gets the node's value, or one that shares its memory."""
     stack = [node]
     while stack:
         node = stack.pop()
@@ -213,7 +215,7 @@ def _is_returned(node: fx.Node) -> bool:
 
 def _may_have(program: Program) -> bool:
     """Whether anything could make all channels of a value constant: a tensor of zeros that is not merely added, or a
-    number 0 that something is multiplied by. Cheaper to ask than the analysis."""
+    factor 0. Cheaper than the analysis."""
     for node in program.graph.nodes:
         numbers = [given for given in node.args if not isinstance(given, fx.Node)]
         if node.target in (aten.mul.Tensor, aten.mul.Scalar) and 0 in numbers:
@@ -226,5 +228,5 @@ def _may_have(program: Program) -> bool:
 
 
 def _is_zero(value: Tensor) -> bool:
-    # The first number tells of nearly any tensor that it is not.
+    # For nearly every tensor, the first number already shows that it is not zero.
     return not bool(value.detach()[(0,) * value.dim()]) and not bool(value.detach().any())

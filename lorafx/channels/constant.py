@@ -1,4 +1,4 @@
-"""What is known of channels: which have one constant value.
+"""Which channels have one constant value.
 
 Constants go forward: a zero row gives its bias, elementwise operators map it, a factor 0 absorbs.
 """
@@ -30,7 +30,7 @@ from .table import ELEMENTWISE
 aten = torch.ops.aten
 
 _PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar)
-#: Operators that choose between two operands, and where these stand.
+#: Operators that choose between two operands, and where these are among the arguments.
 _CHOICES: dict[Any, tuple[int, int]] = {
     **dict.fromkeys((aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar), (1, 2)),
     **dict.fromkeys((aten.masked_fill.Scalar, aten.masked_fill.Tensor), (0, 2)),
@@ -74,10 +74,10 @@ class _Carried:
 
 
 class ConstantChannels:
-    """For every axis of every value, the constant that each of its channels is; not-a-number where it is none.
+    """For every axis of every value, the constant that each of its channels is; NaN where it has none.
 
     Attributes:
-        experts: the experts whose rows are meant, where rows are sorted by expert
+        experts: whose rows the facts are about, where rows are sorted by expert
     """
 
     experts = slice(None)
@@ -130,7 +130,7 @@ class ConstantChannels:
         return _matched(labels, found)
 
     def _found(self, node: fx.Node, labels: list[Axis]) -> Any:
-        """What the operator makes constant; axes it says nothing of are unknown."""
+        """What the operator makes constant; axes that it leaves out are unknown."""
         if node.op == "get_attr":
             value = get_tensor(self.axes.program.root, str(node.target))
             return [Axis(axis.dims, _uniform(value, axis.dims[0])) for axis in labels]
@@ -174,7 +174,7 @@ class ConstantChannels:
         return self.weight(value)
 
     def has_plain_bias(self, node: fx.Node) -> bool:
-        """Whether a linear or addmm node has no bias, or a constant vector, that it adds as it is."""
+        """Whether a linear or addmm node has no bias, or adds a constant vector unscaled."""
         bias = operands(node)[2]
         if node.target is aten.addmm.default and (argument(node, "beta") != 1 or argument(node, "alpha") != 1):
             return False
@@ -182,10 +182,9 @@ class ConstantChannels:
         return bias is None or (shift is not None and shift.dim() == 1)
 
     def free(self, node: fx.Node) -> Array | None:
-        """Which channels along the last dimension of a weight operator's input it can do without, read or not.
+        """Which channels along the last dimension of its input a weight operator can do without, read or not: those
 
-        Those that are 0; and any constant, where the operator has a bias that can take it over
-        (:meth:`absorbs`).
+        that are 0, and any constant, where the operator's bias can absorb it (:meth:`absorbs`).
         """
         value = operands(node)[0] if node.target in LINEARS else node.args[0]
         dim = 1 if node.target in CONVOLUTIONS else rank_of(value) - 1
@@ -229,7 +228,7 @@ class ConstantChannels:
         return combined(weight, np.where(known == 0, known, np.nan), shift)
 
     def _grouped(self, node: fx.Node) -> Array | None:
-        # Another constant than 0 would differ from expert to expert.
+        # A constant other than 0 would differ from expert to expert.
         reads, entering = grouped_reads(self.constants, node, self.experts), axis_of(self.of(node.args[0]), 1)
         if reads is None:
             return None
@@ -274,7 +273,7 @@ class ConstantChannels:
         return result
 
     def _choice(self, node: fx.Node, axis: Axis, rank: int) -> Array:
-        """A choice between two values is constant where both are the same constant, however it falls out."""
+        """A choice between two values is constant where both are the same constant, whichever is chosen."""
         chosen: list[Any] = [node.args[position] for position in _CHOICES[node.target]]
         ways = [
             self._along(way, axis, rank) if isinstance(way, fx.Node) else np.full([1] * len(axis.dims), float(way))
@@ -327,7 +326,7 @@ def _matched(labels: list[Axis], facts: list[Axis]) -> list[Axis]:
 
 
 def _uniform(value: Tensor, dim: int) -> Array:
-    """For each position along ``dim`` the one value found there, not-a-number where there are several."""
+    """For each position along ``dim`` the one value found there, NaN where there are several."""
     if value.is_meta or not value.is_floating_point():
         return np.full(value.shape[dim], np.nan)
     return uniform(value.detach(), dim).numpy()

@@ -17,14 +17,14 @@ from .mixing import dims_of
 aten = torch.ops.aten
 
 PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
-#: Reductions that give a constant of a constant, and one that gives 0 of 0.
+#: Reductions that map a constant to a constant, and one that maps 0 to 0.
 _OF_ALL = (aten.mean.dim, aten.amax.default, aten.amin.default)
 REDUCTIONS = (*_OF_ALL, aten.sum.dim_IntList)
 NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 
 
 class Facts(Protocol):
-    """What is known of constants so far."""
+    """The constants found so far."""
 
     def of(self, value: object) -> list[Axis]:
         """The facts about a value, in the axes its labels have."""

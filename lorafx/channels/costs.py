@@ -18,12 +18,12 @@ WHOLE, CALL = "whole", "-call"
 
 @dataclass(frozen=True)
 class Prices:
-    """What things cost, in a unit of one's own: counted for each number, or measured for each unit.
+    """What things cost, in some unit: counted for each number, or measured for each unit.
 
     Attributes:
         number: a number of a weight, for each token
         channel: a channel of a head, which attention mixes over positions
-        latency: what is read instead, if there is any: seconds of the whole model, of a unit by its kind
+        latency: read instead, if given: seconds of the whole model, of a unit by its kind
             (:func:`kind_of`), and, by that name and ``-call``, of what goes with a weight's last unit
     """
 
@@ -44,9 +44,9 @@ class Prices:
 
 
 def kind_of(site: Site, count: int, alone: bool) -> str:
-    """What tables of latencies call the units that a weight reads: how many there are, and its shape, in x out.
+    """The name in tables of latencies of the units that a weight reads: how many there are, and its shape, in x out.
 
-    ``alone`` says that it is computed of one token only, which takes next to nothing.
+    ``alone`` marks one computed for a single token only, which takes next to nothing.
     """
     return f"{count} of {site.in_features}x{site.out_features}{' of one token' if alone else ''}"
 

@@ -1,8 +1,8 @@
-"""Hidden units of experts: what no expert needs goes, though each expert needs other units.
+"""Hidden units of experts: units that an expert does not need go, though each expert needs different ones.
 
-Which of its hidden units an expert calls the first is free, as long as every tensor that holds them agrees: a
-permutation of them leaves the function alone. So those that an expert needs come first, in each expert its own, and the
-ordinary removal takes what lies behind the longest list.
+The order of an expert's hidden units is free, as long as every tensor that holds them agrees: permuting them does not
+change the function. So each expert puts the units that it needs first, and the ordinary removal takes what lies behind
+the longest list.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Order:
 
     Attributes:
         units: the channel of each hidden unit (units,)
-        old: for each expert, which unit comes to each place (experts, units)
+        old: for each expert, which unit moves to each place (experts, units)
         places: the tensors that hold the units, and along which dimension
     """
 
@@ -50,7 +50,7 @@ def reordered(orders: list[Order], name: str, value: Tensor) -> Tensor:
 
 
 def ordered(axes: Axes, facts: ConstantChannels, need: Array) -> tuple[Array, list[Order]]:
-    """Orders that let experts' hidden units go, and which channels anybody needs then."""
+    """Orders that let experts' hidden units go, and which channels are needed then."""
     result, found = need.copy(), []
     for alike in products(axes).values():
         for node in alike:
@@ -89,7 +89,7 @@ class Hidden:
 
     def free(self) -> bool:
         """Whether every expert may put them in an order of its own: nothing else holds them or is tied to them,
-        and all that is done with them is done to each alike."""
+        and every operator treats all of them alike."""
         pinned = np.fromiter(self.axes.pins, int)
         steps = np.zeros(self.axes.count, bool)
         steps[self.axes.tied_class[self._own]] = True
@@ -110,15 +110,15 @@ class Hidden:
         channels, sizes = self.axes.channel[axis.data], sizes_of(node)
         if channels.ndim > 1 or channels.size % self.units.size:
             return False
-        # Rows of values stay with their expert as long as there are as many: no operator here puts them in another
-        # order. Weights have one part an expert.
+        # Rows of values stay with their expert as long as there are as many: no operator here reorders them. Weights #
+        # have one part for each expert.
         constant = self.facts.constants.reads(node) is not None
         apart = (3, self.experts) if constant else (2, self._rows)
         whole = bool((channels.reshape(-1, self.units.size) == self.units).all())
         return whole and (len(sizes), sizes[0]) == apart and axis.dims[0] > 0
 
     def needs(self, need: Array) -> Array:
-        """Which units each expert needs (experts, units), given what anybody needs."""
+        """Which units each expert needs (experts, units), given what is needed at all."""
         others = need.copy()
         others[self.units] = False
         nodes = [node for node, _ in self._holders if self.facts.constants.reads(node) is None]

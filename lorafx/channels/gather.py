@@ -61,7 +61,7 @@ def pays(width: int, kept: int, outputs: Sequence[int], cost: float = CPU_COST) 
 
 
 def gathers(program: Program, round_to: int = 1) -> list[Gather]:
-    """All that could be gathered, in graph order; of each value a multiple of ``round_to`` columns."""
+    """Everything that could be gathered, in graph order; a multiple of ``round_to`` columns of each value."""
     index = TensorIndex(program.root, program.graph)
     candidates = [node for node in program.graph.nodes if _is_candidate(program, index, node)]
     if not candidates:

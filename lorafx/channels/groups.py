@@ -1,4 +1,4 @@
-"""The axes of a program for people: which tensors' dimensions go together, and what keeps those that stay."""
+"""The axes of a program for people: which dimensions of which tensors go together, and what keeps those that stay."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def axis_groups(program: Program) -> list[Group]:
 
 def _parts(axes: Axes) -> Iterator[list[tuple[int, str, int]]]:
     """Connected parts of the graph whose nodes are dimensions and whose edges are shared classes."""
-    import networkx as nx  # slow to load, and most programs have nothing to group
+    import networkx as nx  # slow to import, and most programs have nothing to group
 
     graph = nx.Graph()
     first: dict[int, tuple[int, str, int]] = {}

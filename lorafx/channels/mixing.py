@@ -1,4 +1,4 @@
-"""What operators that mix channels say of them: attention, products of activations, norms and reductions."""
+"""Rules for operators that mix channels: attention, products of activations, norms and reductions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def heads(axes: Axes, value: fx.Node, count: int) -> Array:
 def attention(axes: Axes, node: fx.Node) -> Known:
     """Query and key meet channel by channel within each head; the channels of the value leave.
 
-    Positions, of tokens or of a batch, that are channels of something (learned queries) are left to be pinned.
+    Positions, of tokens or of a batch, that are channels of something (learned queries) are not accounted for, and so
+    pinned.
     """
     operands: Any = node.args[:3]
     if any(rank_of(operand) != 4 for operand in operands):
@@ -71,7 +72,7 @@ def _attention_without_heads(axes: Axes, node: fx.Node) -> Known:
 
 
 def product(axes: Axes, node: fx.Node) -> Known:
-    """The last dimension of one value meets the last but one of another."""
+    """The last dimension of one value meets the second to last of another."""
     a, b = node.args[:2]
     rank = rank_of(a)
     if rank_of(b) == 2 and rank >= 2:
@@ -117,7 +118,7 @@ def dims_of(node: fx.Node, position: int) -> set[int]:
 
 
 def _whole(axes: Axes, node: fx.Node, found: list[Axis], over: set[int], why: str) -> None:
-    """Channels along ``over`` are taken together: in a row all stay or all go, elsewhere all stay."""
+    """Channels along ``over`` are computed together: inside a row all stay or all go, elsewhere all stay."""
     for axis in found:
         if not set(axis.dims) & over:
             continue
@@ -129,7 +130,7 @@ def _whole(axes: Axes, node: fx.Node, found: list[Axis], over: set[int], why: st
 
 
 def normalised(axes: Axes, node: fx.Node) -> Known:
-    """Softmax and its kind: the same sizes, computed over one dimension."""
+    """Softmax and similar operators: the same sizes, computed over one dimension."""
     found = axes.axes(node.args[0])
     _whole(axes, node, found, dims_of(node, 1), f"{node.target} runs over it")
     return found

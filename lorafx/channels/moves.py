@@ -1,7 +1,7 @@
 """Operators that only move channels about: the same move for labels and for facts about channels.
 
-Each function takes the axes of the operands and gives those of the result. What a move cannot follow it hands to the
-``Carrier``, which knows what that means for what is carried: labels are pinned or tied, facts are forgotten.
+Each function takes the axes of the operands and gives those of the result. What a move cannot follow it passes to the
+``Carrier``, which handles it: labels are pinned or tied, facts are forgotten.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _leave(carrier: Carrier, axes: list[Axis]) -> None:
 
 
 def _transpose(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
-    given: Any = node.args[1:3] or (0, 1)  # a matrix is turned without being told how
+    given: Any = node.args[1:3] or (0, 1)  # ``t`` has no dimensions among its arguments
     a, b = (int(dim) % rank_of(node) for dim in given)
     return [_reordered(carrier, node, axis, lambda dim: {a: b, b: a}.get(dim, dim)) for axis in known(node.args[0])]
 
@@ -102,7 +102,7 @@ def _flip(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
 
 
 def _pad(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
-    """Padding between channels is followed no further; the others pass."""
+    """Axes that are padded are followed no further; the others pass."""
     amounts: Any = node.args[1]
     rank = rank_of(node)
     touched = {
@@ -118,7 +118,7 @@ def _pad(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
 
 
 def part(carrier: Carrier, axes: list[Axis], dim: int, index: slice | int, why: str) -> list[Axis]:
-    """The axes of a slice or, for a number, of one position along ``dim``, which then is gone."""
+    """The axes of a slice or, for a number, of one position along ``dim``, which is then gone."""
     result = []
     for axis in axes:
         if dim in axis.dims:
@@ -163,7 +163,7 @@ def _slice(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:
 def keeps_period(bounds: tuple[int, int, int], size: int) -> bool:
     """Whether a slice with a step takes whole periods, to the end.
 
-    It then does so still when whole periods are gone, and its literals stay what they are.
+    It then still does so when whole periods are gone, and its literals need no change.
     """
     start, end, step = bounds
     return size % step == 0 and start < step and end > size - step + start
@@ -249,7 +249,7 @@ def _beside(carrier: Carrier, node: fx.Node, values: Any, skipped: set[int], kno
         twins = [twin for twin in found if twin is not None and twin.dims == first.dims]
         if len(twins) == len(others) - 1:
             result.append(carrier.alike([first, *twins], str(node.target)))
-    return result  # what is in none of these is pinned as unmentioned
+    return result  # what is in none of these is unaccounted for, and so pinned
 
 
 def _stack(carrier: Carrier, node: fx.Node, known: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Which channels anybody needs.
+"""Which channels are needed.
 
 Needs go backward: a weight operator needs the channels that its needed outputs read through a weight that is not 0, and
 not a constant one (that goes into the bias). A channel that nothing needs is dead.
@@ -28,14 +28,14 @@ _log = logging.getLogger(__name__)
 
 
 def needed_channels(axes: Axes, facts: ConstantChannels) -> Array:
-    """For every channel class, whether anybody needs it."""
+    """For every channel class, whether it is needed."""
     return grown(axes, facts, axes.pinned, list(axes.program.graph.nodes))
 
 
 def grown(axes: Axes, facts: ConstantChannels, need: Array, nodes: list[fx.Node]) -> Array:
     """``need``, and what the operators among ``nodes`` need to compute it.
 
-    What an operator contracts is needed, unless its reader below knows better.
+    What an operator contracts is needed, unless one of the functions below says less.
     """
     need = need.copy()
     readers = []

@@ -1,4 +1,4 @@
-"""What is removed from a program: argued by the analysis, tried on the example inputs, then carried out."""
+"""What is removed from a program: found by the analysis, tried on the example inputs, then carried out."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class Plan:
     Attributes:
         axes, facts: the analysis
         removal: which channels stay
-        orders: what experts put in another order before that
+        orders: how experts' units are reordered before that
         cut: for each tensor that shrinks, the indices that stay along each of its dimensions
-        missed: what was argued and did not hold when it was tried: operators whose channels stay, or all tensors
+        missed: what the trial refuted: operators whose channels stay, or all tensors
     """
 
     axes: Axes
@@ -72,7 +72,7 @@ class Plan:
 
     def carry_out(self, edit: Edit) -> None:
         """Remove what the plan says from the program it was made for."""
-        edit.values.learn(edit.program.graph)  # what stays as it is need not be computed again
+        edit.values.learn(edit.program.graph)  # what does not change need not be recomputed
         for node in list(edit.program.graph.nodes):
             idle = self._is_idle(edit, node)
             if node.target in LINEARS:
@@ -104,11 +104,13 @@ class Plan:
 
 
 def proven(program: Program, step: Pass, widths: Widths) -> Plan:
-    """What ``step`` can remove from ``program``, tried on its example inputs before it is believed.
+    """What ``step`` can remove from ``program``, tried on its example inputs first. An operator that turns out not to
 
-    An operator that then does not do what its rule says keeps all it touches: the rule is a bug. Of weights that are
-    computed later each block is tried on what reaches it; where one differs nothing is removed. Either is a miss of the
-    plan's, and a warning.
+    do what its rule says keeps all it touches: its rule has a bug. Where weights are computed later, each block is
+
+    tried on the values that reach it; if one differs, nothing is removed. Either becomes a miss of the plan, and a
+
+    warning.
     """
     distrusted: dict[str, str] = {}
     while True:
@@ -154,7 +156,7 @@ def argued(program: Program, widths: Widths, distrusted: dict[str, str] | None =
 
 
 class _Flaw(NamedTuple):
-    """What did not hold when a plan was tried, and the operator that is to blame, if one is."""
+    """What a trial refuted, and the operator responsible, if there is one."""
 
     operator: str
     why: str
@@ -175,7 +177,7 @@ def _flaw(program: Program, step: Pass, plan: Plan) -> _Flaw | None:
         return _Flaw(error.node, str(error))
     except Exception as error:
         why = f"it cannot be carried out ({type(error).__name__}: {first_line(error)})"
-        if is_deferring(program):  # whose operators cannot be run one by one: all weights would be in memory
+        if is_deferring(program):  # its operators cannot be run one by one: all weights would be in memory
             return _Flaw("", why)
     return _Flaw(first_difference(program, trial, plan.axes, plan.removal) or "", why)
 
@@ -194,15 +196,15 @@ def _weight(node: fx.Node) -> Any:
 
 
 def _silence(edit: Edit, node: fx.Node) -> None:
-    """Make zeros of a weight operator's weight."""
+    """Replace a weight operator's weight by zeros."""
     name = str(_weight(node).target)
     zeros = torch.zeros_like(edit.program.tensor(name))
     edit.set_tensor(name, nn.Parameter(zeros, requires_grad=False))
 
 
 def _absorb(edit: Edit, plan: Plan, node: fx.Node, every: bool) -> None:
-    """Put what removed constant channels contribute into the bias of the operator that reads them; ``every`` one, also
-    what stays."""
+    """Add the contribution of removed constant channels to the bias of the operator that reads them; with ``every``, of
+    all constant channels."""
     value, weight, bias = operands(node)
     last = value.meta["val"].dim() - 1
     labels, known = axis_of(plan.axes.axes(value), last), axis_of(plan.facts.of(value), last)

@@ -1,4 +1,4 @@
-"""Which dead channels go: as many as leave every tensor a rectangle of a width that the hardware likes."""
+"""Which dead channels go: as many as leave every tensor rectangular, with widths that suit the hardware."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .axis import Array, Axis
 
 @dataclass(frozen=True)
 class Widths:
-    """What widths are wanted.
+    """Which widths are wanted.
 
     Attributes:
         round_to: widths are multiples of this, where the full width is more
-        at_least: no width is less, unless the full one is
+        at_least: the smallest width, unless the full one is smaller
         uniform: the same widths in every block
     """
 
@@ -85,7 +85,7 @@ class Removal:
                 return
 
     def _rectangle(self, data: Array) -> None:
-        """Every part of a value keeps something; rows that stay keep as many channels each."""
+        """Every part of a value keeps something; rows that stay keep the same number of channels."""
         flat = data.reshape(-1, data.shape[-1])
         kept = self.stays(flat)
         counts = kept.sum(1)
@@ -108,20 +108,21 @@ class Removal:
             self._rectangle_of_rows(data, alive.reshape(data.shape[:-1]), target)
 
     def _per_row(self, wide: Array, narrow: Array) -> None:
-        """A row and the entry there is for it stay together."""
+        """A row and its entry stay together."""
         alive = self.stays(wide).any(-1, keepdims=True) | self.stays(narrow)
         self._restore(np.broadcast_to(narrow, alive.shape)[alive])
         self._row[self.axes.head_row[wide[..., :1][alive]]] = True
 
     def _fewest(self, lacking: Array, count: int) -> Array:
-        """The first of these labels that bring back as many; one may hold several places (gate and up of a unit)."""
+        """The first of these labels that together bring back enough; one may be in several places (gate and up of a
+        unit)."""
         _, first, places = np.unique(self.axes.tied_class[lacking], return_index=True, return_counts=True)
         order = np.argsort(first)
         enough = np.searchsorted(np.cumsum(places[order]), count) + 1
         return lacking[first[order][:enough]]
 
     def _rectangle_of_rows(self, data: Array, alive: Array, target: int) -> None:
-        """Rows in rows: where one stays, as many stay beside it."""
+        """Rows in rows: where one stays, the same number stay beside it."""
         counts = alive.sum(-1)
         most = int(counts.max())
         for place in zip(*np.nonzero((counts > 0) & (counts < most)), strict=True):

@@ -1,4 +1,4 @@
-"""Make the literals of a graph agree with its tensors again after channels were removed."""
+"""Make the literals in a graph match its tensors again after channels were removed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .rules import CONVOLUTIONS
 aten = torch.ops.aten
 
 _SHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
-#: What asks for strides as well as numbers.
+#: Views, which need suitable strides.
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
 _CUTS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 
@@ -49,7 +49,7 @@ def resize(edit: Edit, axes: Axes, removal: Removal) -> None:
 
 
 def loosen(graph: fx.Graph) -> None:
-    """Ask views for numbers alone: a value that changed may lie in memory in another way, far from where it did."""
+    """Turn views into reshapes: a value that changed, or one computed from it, may have other strides."""
     for node in graph.nodes:
         if node.target in _VIEWS:
             node.target = aten.reshape.default
@@ -131,7 +131,7 @@ def _select(node: fx.Node, axes: Axes, removal: Removal) -> None:
 
 
 def _scale(node: fx.Node) -> None:
-    """Attention divides by the root of its width unless told a scale: say the one it had."""
+    """Attention divides by the root of its width unless given a scale: give it the one it had."""
     if argument(node, "scale") is None:
         node.update_kwarg("scale", 1 / math.sqrt(value_of(node.args[0]).shape[-1]))
 

@@ -1,4 +1,4 @@
-"""What elementwise operators and weights say of channels: which are one, which are tied, which must stay."""
+"""Rules for elementwise operators and weights: which are one, which are tied, which must stay."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def elementwise(axes: Axes, node: fx.Node) -> Known:
 
 
 class _Pins:
-    """What becomes of an axis that is only repeated: it stays."""
+    """An axis that is only repeated stays."""
 
     def __init__(self, axes: Axes):
         self._axes = axes
@@ -108,7 +108,7 @@ def contract(axes: Axes, node: fx.Node, axis: Axis | None, dim: int, labels: Arr
     if len(axis.dims) == 1:
         axes.same(axis.data, labels)
     else:
-        # One matrix for every head: all keep the same channels, and heads are told apart no more.
+        # One matrix for every head: all keep the same channels, and heads are no longer told apart.
         axes.tie(axis.data, labels)
         for other in axis.dims[:-1]:
             axes.hold(axis, other, why)

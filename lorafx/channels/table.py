@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 class Labels:
-    """Labels, as what moves carry."""
+    """Labels as the thing that moves carry."""
 
     def __init__(self, axes: Axes, node: fx.Node):
         self.found, self.node = axes, node
@@ -73,7 +73,7 @@ def _moved(move: Any) -> Rule:
 
 
 def nothing(axes: Axes, node: fx.Node) -> Known:
-    """A value that has no channels of anything it reads: a size, a range."""
+    """A value that has none of the channels it reads: a size, a range."""
     for value in node.all_input_nodes:
         for axis in flat(axes.known[value]):
             axes.leave(axis.data)
@@ -108,7 +108,7 @@ _assert_tensor_metadata.default sym_constrain_range.default _assert_scalar.defau
 _LIKE = "zeros_like.default ones_like.default full_like.default empty_like.default rand_like.default randn_like.default"
 
 ELEMENTWISE = frozenset(overloads(_ELEMENTWISE))
-#: Operators that take the channels of a row together.
+#: Operators that compute the channels of a row together.
 WITHIN_ROWS = frozenset(overloads(f"{_NORMALISED} {_REDUCTIONS} layer_norm.default rms_norm.default"))
 
 #: What the analysis knows. Any other operator pins what it reads.

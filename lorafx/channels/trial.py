@@ -1,6 +1,6 @@
 """Whether a graph from which channels were removed computes, operator by operator, what it computed before.
 
-The analysis argues that it does. Here the argument is tried on the example inputs before anything is believed: the
+The analysis claims that it does. Here the claim is tried on the example inputs before it is relied on: the
 first operator that gives other values than it gave, in the channels that stayed, is the one whose rule was wrong.
 """
 
@@ -72,7 +72,7 @@ def first_difference(program: Program, sliced: Program, axes: Axes, removal: Rem
 
 
 def _agrees(before: Any, after: Any, known: Any, removal: Removal, slack: Any) -> bool:
-    """Whether a value, or several, is what stays of another, but for the slack of its elements."""
+    """Whether a value, or several, is what stays of another, within the slack of its elements."""
     if not isinstance(before, (list, tuple)):
         return equal(_kept(before, known, removal), _flat(after, known), _kept(slack, known, removal))
     parts = known if known and isinstance(known[0], list) else [[] for _ in before]
@@ -131,7 +131,7 @@ def _value(program: Program, node: fx.Node, args: Any, kwargs: Any) -> Any:
 
 
 def _kept(value: Any, axes: list[Axis], removal: Removal) -> Any:
-    """What of a value stays, with the dimensions of every axis as one."""
+    """The part of a value that stays, with the dimensions of every axis flattened into one."""
     if not isinstance(value, Tensor) or not axes:
         return value
     result = _flat(value, axes)
@@ -143,7 +143,7 @@ def _kept(value: Any, axes: list[Axis], removal: Removal) -> Any:
 
 
 def _flat(value: Any, axes: list[Axis]) -> Any:
-    """A value with the dimensions of every axis as one, behind all others."""
+    """A value with the dimensions of every axis flattened into one, behind all others."""
     if not isinstance(value, Tensor) or not axes:
         return value
     order = [dim for axis in axes for dim in axis.dims]
@@ -154,7 +154,7 @@ def _flat(value: Any, axes: list[Axis]) -> Any:
 
 
 def equal(a: Any, b: Any, slack: Tensor | None = None) -> bool:
-    """Whether two values are equal up to rounding, but for the slack of their elements."""
+    """Whether two values are equal up to rounding, within the slack of their elements."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
     if a.shape != b.shape or a.dtype != b.dtype:

@@ -36,8 +36,8 @@ class Units:
         read_squares: reads those weights for :attr:`squares`
         mixing: what attention costs over all units, if they are heads and it is counted beside the total; else 0
         fixed: the seconds that go only when every unit goes
-        total: what all numbers of the weights under consideration cost, or the seconds of the whole model
-        kind: what tables of latencies call them
+        total: the cost of all numbers of the weights under consideration, or the seconds of the whole model
+        kind: their name in tables of latencies
     """
 
     site: Site
@@ -51,7 +51,7 @@ class Units:
 
     @property
     def squares(self) -> Array:
-        """For each unit, the sum of squares of the numbers that go with it; the weights are read when it is asked."""
+        """For each unit, the sum of squares of the numbers that go with it; the weights are read on access."""
         return self.read_squares()
 
     @property
@@ -66,7 +66,7 @@ class Units:
 def units_of(found: Selection[Site], find: Callable[[Site], Units | str], instead: str = "") -> Selection[Site | Units]:
     """What ``find`` makes of the weights that were selected: the units they read, or a reason why they are missed.
 
-    ``instead`` says what becomes of those, before the reason.
+    ``instead`` says what happens to those, before the reason.
     """
     units = [(site, find(site)) for site in found.taken]
     missed = [Miss(site, f"{instead}{why}") for site, why in units if isinstance(why, str)]
@@ -140,8 +140,7 @@ class RemovableUnits:
         return self._summed(lambda name, value, dim: sums[name][dim].numpy())
 
     def _summed(self, measure: Callable[[str, Tensor, int], Array | float]) -> Array:
-        """For each label, the sum over the weights that lie at it of what ``measure`` says of each position along a
-        dimension, or of all of them."""
+        """For each label, the sum of ``measure`` over the weights' positions that have this label."""
         sums = np.zeros(self.axes.count)
         for name in self._names:
             for dim, labels in enumerate(self.axes.members[name]):

@@ -1,6 +1,6 @@
-"""Views: how the channels of a value lie in another shape of the same numbers.
+"""Views: where the channels of a value are in another shape of the same numbers. Also what all moves of channels share:
 
-Also what all moves of channels share: the carrier of what is moved.
+the carrier.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from .axis import Array, Axis
 
 
 class Loser(Protocol):
-    """What knows the end of an axis."""
+    """Handles the end of an axis."""
 
     def lose(self, axis: Axis, why: str) -> None:
         """The axis is followed no further: its channels stay."""
 
 
 class Carrier(Loser, Protocol):
-    """What is carried along axes."""
+    """What is carried along axes: labels, or facts about channels."""
 
     def squash(self, axis: Axis, dim: int, why: str) -> Axis | None:
-        """``axis`` without ``dim``, whose positions are not told apart any more; None when nothing is left."""
+        """``axis`` without ``dim``, whose positions are no longer told apart; None when nothing is left."""
         ...
 
     def rows(self, data: Array) -> None:
@@ -67,7 +67,7 @@ def _segments(ins: Sizes, outs: Sizes) -> tuple[tuple[list[int], list[int]], ...
     return _runs(before, after)
 
 
-@functools.lru_cache(maxsize=4096)  # algebra is slow, while blocks repeat and every graph is analysed a few times
+@functools.lru_cache(maxsize=4096)  # symbolic algebra is slow, and blocks repeat
 def _runs(ins: Sizes, outs: Sizes) -> tuple[tuple[list[int], list[int]], ...]:
     return tuple(_found(list(ins), list(outs)))
 
