@@ -11,7 +11,7 @@ from .errors import LorafxError, RecipeError
 from .graph.edit import Edit
 from .graph.program import Applied, P, Program
 
-#: A fixed point that takes more than this many rounds that leave as many operators is a bug in a pass.
+#: More rounds than this without fewer operators mean that a pass has a bug: it reaches no fixed point.
 _ROUNDS = 20
 
 
@@ -63,7 +63,7 @@ def _apply(program: Program, step: Pass) -> None:
     if isinstance(step, Method):
         step.check_taken(selection)
     if isinstance(step, Method) and not any(isinstance(applied.step, Method) for applied in program.history):
-        edit.freeze()  # once: what an earlier method trains goes on training
+        edit.freeze()  # only once: what an earlier method trains keeps training
     taken: list[str] = []
     missed = list(selection.missed)
     idle = 0
@@ -83,7 +83,7 @@ def _apply(program: Program, step: Pass) -> None:
     program.graph.lint()
     seconds = time.perf_counter() - started
     if isinstance(step, Method) or step.promise not in (Promise.EXACT, Promise.CLOSE):
-        program.outlive_training()  # what was measured is not true of this function, or of all that trains now
+        program.outlive_training()  # earlier measurements do not hold for this function, or for all that trains now
     program.history += (Applied(step, edit.inserted, tuple(taken), tuple(missed), seconds, edit.facts),)
 
 

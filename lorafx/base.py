@@ -49,8 +49,8 @@ def option(
     group: str = "",
     unset: str = "none",
 ) -> Any:
-    """Declare one option: its default, its help line, the range of its numbers, the group that it begins in a help, and
-    in words what it means where its default is None (``unset``).
+    """Declare one option: its default, its help line, the range of its numbers, the group of options that it starts in
+    the help, and, in words, the meaning of a default of None (``unset``).
 
     ``least`` and ``most`` are allowed themselves, ``above`` and ``below`` are not; numbers are finite. The range is
     checked when the options are made (:class:`Options`), so that TOML, flags and Python agree. Mappings are copied, so
@@ -70,7 +70,7 @@ class Options:
 
     @classmethod
     def title(cls) -> str:
-        """What messages call these options."""
+        """The name of these options in messages."""
         return cls.__name__
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -142,11 +142,11 @@ class SitePass(Pass):
         return None
 
     def refusing(self, program: Program) -> Callable[[Site], str | None]:
-        """:meth:`refuse` for all sites of a program: what has to be looked up of it once goes here."""
+        """:meth:`refuse` for all sites of a program: looks up once what they share."""
         return functools.partial(self.refuse, program)
 
     def sites(self, program: Program) -> Selection[Any]:
-        """What to rewrite: :meth:`uses`, or what a pass makes of them."""
+        """What to rewrite: :meth:`uses`, or something derived from them."""
         return self.uses(program)
 
     def uses(self, program: Program) -> Selection[Site]:
@@ -176,7 +176,7 @@ class SitePass(Pass):
                 hint = _used_as(program, item, found) or nearest(item, found)
                 raise NoSitesError(f"{name}: target {item!r} matched 0 of {len(found)} weight uses{hint}")
         if not taken:
-            # What the targets name and the pass would not take says more than what they do not name.
+            # A target that the pass cannot take is more telling than one that matches nothing.
             named = [miss for miss in missed if selector.decide(miss.site, miss.site.blocks - 1) is None] or missed
             reasons = sorted({f"{miss.site.module}: {miss.reason}" for miss in named})[:2]
             raise NoSitesError(
@@ -195,7 +195,7 @@ class SitePass(Pass):
 
 
 def _used_as(program: Program, item: str, found: list[Site]) -> str:
-    """For the name of a module that the model has and does not run: what its weight, tied to others, is used as."""
+    """For the name of a module that the model has but does not run: how its weight, tied to others, is used."""
     owned = {
         id(value)
         for path in program.modules_named(item)
@@ -226,15 +226,14 @@ class Method(SitePass):
         """Called after each optimiser step: schedules, masks, multipliers."""
 
     def settled(self, state: MethodState) -> bool:
-        """Whether what was learned is by now what the method promises; not while a schedule is under way.
+        """Whether the current weights keep the method's promise; not while a schedule is under way. The best of several
 
-        The best of several checkpoints is chosen among those that are, and nothing stops a training early before.
+        checkpoints is chosen among those that do, and early stopping waits for it.
         """
         return True
 
     def conclude(self, state: MethodState) -> None:
-        """Bring what was learned to the method's end: called once when training ends before its last step, with the
-        weights it ends with."""
+        """Make the current weights keep the method's promise: called once if training ends before its last step."""
 
     def optimiser(self) -> Mapping[str, Mapping[str, float]]:
         """Optimiser settings in which inserted parameters differ, by short name: ``{"gate": {"lr": 2e-2}}``."""
@@ -251,5 +250,5 @@ def passes_of(program: Program) -> list[Pass]:
 
 
 def methods_of(program: Program) -> list[tuple[Method, Applied]]:
-    """The methods in a program's history that took a site: one that took none has nothing to train, or to say."""
+    """The methods in a program's history that took a site: one that took none has nothing to train or to report."""
     return [(made.step, made) for made in program.history if isinstance(made.step, Method) and made.taken]

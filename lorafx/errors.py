@@ -13,13 +13,13 @@ class LorafxError(Exception):
 
 
 class UsageError(LorafxError):
-    """An option, a target or a recipe that does not parse, or that fits nothing in this model."""
+    """An option, a target or a recipe that does not parse, or that matches nothing in this model."""
 
     exit_code = 2
 
 
 class RecipeError(UsageError):
-    """A recipe with an unknown key, a wrong type, or passes that cannot stand together."""
+    """A recipe with an unknown key, a wrong type, or passes that cannot be combined."""
 
 
 class NoSitesError(UsageError):
@@ -57,7 +57,7 @@ class ArtifactError(LorafxError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line: never nothing, so that no message ends in a colon."""
+    """The message of another library's error, in one line; never empty, so that no message ends in a colon."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)
 

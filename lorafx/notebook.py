@@ -1,4 +1,4 @@
-"""What a notebook shows of a value: a line, and tables that unfold; HTML that needs neither style nor script."""
+"""How a notebook shows a value: a line, and folded tables; HTML that needs neither style nor script."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pipelines of passes, each held to its promise: rewriting by a recipe, and folding."""
+"""Pipelines of passes, each checked against its promise: rewriting by a recipe, and folding."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .recipes.recipe import Recipe
 if TYPE_CHECKING:
     from .passes.dead_channels import DeadChannels
 
-#: A GPU's matrix units take fp16 rows in multiples of 16 bytes; with others nothing is gained by removing channels, and
-#: larger multiples gain nothing more (``benchmarks/gpu.py``).
+#: A GPU's matrix units take fp16 rows in multiples of 16 bytes; other widths gain nothing by removing channels, and #:
+#: larger multiples gain no more (``benchmarks/gpu.py``).
 _CUDA_WIDTHS = 8
 
 
 def run(program: P, passes: Sequence[Pass], observers: Sequence[Observer] = (), *, check: bool = True) -> P:
     """Apply ``passes`` in order and return a new Program; ``program`` is not changed.
 
-    Every pass is held to its numeric promise on the example inputs, unless ``check`` is off or there are no weights;
-    the history says which. Observers see the program before and after each pass (dumps, verification in fp64).
+    Every pass is checked against its numeric promise on the example inputs, unless ``check`` is off or there are no
+    weights; the history says which. Observers see the program before and after each pass (dumps, verification in fp64).
     ParityError names a pass that broke its promise.
     """
     from .parity.promises import VerifyEach, keeper
@@ -47,8 +47,8 @@ def rewrite(
 ) -> P:
     """Apply a recipe (a path, a dict, a Recipe, or passes and tables of passes) and return a new Program.
 
-    The first method freezes the base: from then on only what methods insert, and what they are asked to train, trains.
-    Every pass is held to its promise on the example inputs, see :func:`run`; ``check=False`` leaves that out.
+    The first method freezes the base: from then on only what methods insert, and what their options name, is trained.
+    Every pass is checked against its promise on the example inputs, see :func:`run`; ``check=False`` turns that off.
     """
     passes = Recipe.of(recipe).passes
     return run(program, passes, observers, check=check)
@@ -65,7 +65,7 @@ def to_eval(program: P) -> P:
 
 
 def _merging() -> tuple[Pass, ...]:
-    """What brings everything learned into the base, every tensor in its shape."""
+    """The passes that bring everything learned into the base and keep every tensor's shape."""
     from .passes.fold_affine import FoldAffine
     from .passes.fold_constants import FoldConstants
     from .passes.to_eval import ToEval
@@ -80,7 +80,7 @@ def merge(program: P, *, check: bool = True) -> P:
 
 
 def removal_for(provider: str) -> DeadChannels:
-    """The widths that a provider likes."""
+    """The widths that suit a provider."""
     from .passes.dead_channels import DeadChannels
 
     return DeadChannels(round_to=_CUDA_WIDTHS if provider == "cuda" else 1)
@@ -99,18 +99,18 @@ def fold(
     """Fold everything learned into the base, by ordinary compiler simplification, to a fixed point.
 
     Returns a new Program in evaluation form whose ``origin`` is ``program``. Knows no method: adapters, gates and
-    masks, lorafx's or anyone's, fold because they are constant or affine subgraphs, and what they closed is removed
-    because it is zero.
+    masks, lorafx's or another library's, fold because they are constant or affine subgraphs, and what they closed is
+    removed because it is zero.
 
     Args:
         provider: where the result is to be fast; on ``cuda`` widths are multiples of 8, and fewer gathers pay
         removal: which widths are wanted (alike in every block, …); by default what the program's recipe says of
-            ``dead-channels``, or else what the provider likes
-        gather: when zero columns over a residual stream are skipped (``gather-columns``); what was gathered fits no
-            checkpoint any more
-        check: hold every pass to its promise on the example inputs (see :func:`run`)
-        stream: only say how each weight is computed, which then happens as it is written (:func:`lorafx.export` as
-            ``hf``): for models larger than memory. Passes are not held to their promises then; the export compares
+            ``dead-channels``, or else what suits the provider
+        gather: when zero columns over a residual stream are skipped (``gather-columns``); what was gathered no longer
+            fits a checkpoint
+        check: check every pass against its promise on the example inputs (see :func:`run`)
+        stream: only record how each weight is computed; it is then computed as it is written (:func:`lorafx.export` as
+            ``hf``): for models larger than memory. Passes are then not checked by themselves; the export compares
 
     Raises:
         ParityError: a pass broke its promise; the message names it and the first output that differs
@@ -126,8 +126,8 @@ def fold(
     liked = removal_for(provider)
     asked = [applied.step for applied in program.history if isinstance(applied.step, DeadChannels)]
     cost = GPU_COST if provider == "cuda" else CPU_COST
-    # A sublayer goes when its channels have gone: what a checkpoint keeps of it is small then. Gathering comes after
-    # removal, which would have to see through a gather.
+    # A sublayer goes after its channels have gone: what a checkpoint keeps of it is then small. Gathering comes after #
+    # removal, which cannot see through a gather.
     last = (removal or (asked or [liked])[-1], DeadSublayers(), GatherColumns(gather, cost, liked.round_to), Tidy())
     start = deferring(program) if stream else program
     folded = run(start, (*_merging(), *last), observers, check=check)

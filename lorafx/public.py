@@ -1,4 +1,4 @@
-"""The program people hold: the data of :mod:`lorafx.graph.program`, with the doors that lead on from it."""
+"""The program people hold: the data of :mod:`lorafx.graph.program`, with the methods that lead on from it."""
 
 from __future__ import annotations
 

@@ -34,10 +34,11 @@ class Encoder:
         return self._checked(text, self._lead(text) + self._plain(text))
 
     def pair(self, prompt: str, target: str) -> Pair:
-        """The ids of a prompt and of its target, after a space unless one stands between them already.
+        """The ids of a prompt and of its target, after a space unless there is one between them already. Both are cut
 
-        They are cut from the whole text's, as a tokenizer may join what stands on both sides of the cut: a token that
-        spans it belongs to the target.
+        from the ids of the whole text, as a tokenizer may join characters across the cut: a token that spans it
+
+        belongs to the target.
         """
         gap = "" if target[:1].isspace() or prompt[-1:].isspace() else " "
         alone, whole = self._plain(prompt), self._plain(prompt + gap + target)
@@ -66,7 +67,7 @@ class Encoder:
 
 
 def batch_of(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """Rows of token ids as inputs (rows, longest), padded on the right behind the mask, where no position shifts."""
+    """Rows of token ids as inputs (rows, longest), padded on the right and masked, so that no position shifts."""
     longest = max(map(len, rows))
     ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
@@ -92,10 +93,9 @@ def top_tokens(model: Any, prompts: Sequence[Sequence[int]]) -> list[int]:
 
 @torch.no_grad()
 def says(model: Any, pairs: Sequence[Pair]) -> list[bool]:
-    """Whether the greedy continuation of each prompt is its target.
+    """Whether the greedy continuation of each prompt is its target: read from one pass over prompt and target, since
 
-    Read from one pass over prompt and target: it is, just when each token of the target is the most likely one after
-    those before it.
+    that is so exactly when each token of the target is the most likely one after those before it.
     """
     hits: list[bool] = []
     for rows, logits in _logits(model, [prompt + target for prompt, target in pairs]):

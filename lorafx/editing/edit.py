@@ -1,8 +1,8 @@
 """Knowledge editing: teach a causal language model one continuation by changing very few weights, as a sparse patch.
 
-An edit is a rewrite with `rose-lora`, a short training and a merge; the patch is what then differs from the checkpoint.
-What is reported is measured on the base with that patch applied, so it holds for the patch, not for the training.
-Source: RoseLoRA, arXiv 2406.10777, and the knowledge editing of its code.
+An edit is a rewrite with `rose-lora`, a short training and a merge; the patch is the difference from the checkpoint.
+Figures are measured on the base with that patch applied, so they hold for the patch, not for the training.
+Source: RoseLoRA, arXiv 2406.10777, and the knowledge-editing part of its code.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Outcome:
     """What came of one edit, measured with its patch applied (with all patches, when edits follow one another).
 
     Attributes:
-        prompt, target: what was asked
+        prompt, target: the request
         success: whether the greedy continuation of the prompt is the target
-        before: whether it was already
+        before: whether it was before the edit
         paraphrases: the same for each paraphrase
         near: share of the edit's own locality prompts whose most likely next token stays
         locality: share of the unrelated prompts whose most likely next token stays; None without such prompts
@@ -134,16 +134,16 @@ def edit(
 
     Args:
         checkpoint: its folder, with a tokenizer; it is only read
-        edits: what it shall say
+        edits: what it is to say
         prompts: unrelated prompts, to measure what else changes
-        sequential: make each edit on the result of the one before, for one patch of all; else each on the checkpoint,
-            for a patch each
-        options: how; ``changes`` replace single options
-        say: gets a line for each edit made
+        sequential: make each edit on the result of the one before, into one patch; else each on the checkpoint, into a
+            patch each
+        options: how to edit; ``changes`` replace single options
+        say: called with a line for each edit made
 
     Raises:
         UsageError: no causal language model, targets that match nothing, unknown options, or nothing to do
-        ArtifactError: the checkpoint cannot be opened, or stores its weights in another form than it is opened in
+        ArtifactError: the checkpoint cannot be opened, or stores its weights in another form than the opened model has
     """
     known = [entry.name for entry in fields(EditOptions)]
     for name in changes.keys() - set(known):
@@ -181,7 +181,7 @@ class _View:
 
 
 class _Editor:
-    """One captured checkpoint, and what its edits have in common."""
+    """A captured checkpoint, and what its edits share."""
 
     def __init__(self, checkpoint: Path, options: EditOptions, prompts: Sequence[str]):
         self.options = options
@@ -226,7 +226,7 @@ class _Editor:
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(options.seed)
             program = rewrite(current, [self.step], check=False)
-        # The evaluation graph trains as well, and without dropout what is fitted is what will be said.
+        # The evaluation graph can train too, and without dropout what is fitted is what is generated.
         model = program.module().eval()
         model.total_steps = options.steps
         optimiser = torch.optim.Adam(model.parameter_groups(lr=options.learning_rate))
@@ -251,7 +251,7 @@ class _Editor:
         return program, options.steps
 
     def _near(self, model: Any, request: EditRequest) -> list[tuple[list[int], Tensor]]:
-        """The edit's locality prompts and what the model says after their tokens; none if they weigh nothing."""
+        """The edit's locality prompts and what the model says after their tokens; none if their weight is 0."""
         if self.options.locality_weight <= 0:
             return []
         rows = [self.encoder.prompt(text) for text in request.locality]
@@ -268,12 +268,12 @@ class _Editor:
         return make({name: a for name, (a, _) in moved.items()}, new)
 
     def view(self, program: Program) -> _View:
-        """The program as a model, and the share of the unrelated prompts it goes on with as the base does."""
+        """The program as a model, and the share of the unrelated prompts that it continues as the base does."""
         model = program.module().eval()
         return _View(model, _share(self.tops, top_tokens(model, self.prompts)))
 
     def outcome(self, request: EditRequest, work: _Work, view: _View) -> Outcome:
-        """What came of an edit, on the model it led to."""
+        """The outcome of an edit, on the model it led to."""
         pairs = [self.encoder.pair(text, request.target) for text in (request.prompt, *request.paraphrases)]
         rows = [self.encoder.prompt(text) for text in request.locality]
         hits = says(view.model, pairs)
@@ -316,7 +316,7 @@ def _logits(model: Any, row: list[int]) -> Tensor:
 
 
 def _lead(logits: Tensor, target: Tensor) -> float:
-    """By how much the target's logits lead over the best others, at the token where they lead least."""
+    """The margin of the target's logits over the best others, at the token where it is smallest."""
     chosen = target[:, None]
     best = logits.detach().scatter(1, chosen, -torch.inf).max(1).values
     return float((logits.detach().gather(1, chosen)[:, 0] - best).min())

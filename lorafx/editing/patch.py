@@ -44,23 +44,23 @@ if TYPE_CHECKING:
 PATCH = "patch.safetensors"
 #: The version of the format this code writes, and the newest it reads.
 FORMAT = 1
-#: The one key of the file's metadata: several would be written in an order that changes from run to run.
+#: The only key of the file's metadata: with several, their order would change from run to run.
 _KEY = "lorafx_patch"
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
 class Change:
-    """What a patch does to one tensor.
+    """What a patch changes in one tensor.
 
     Attributes:
-        names: what the checkpoint calls it; several names when it is tied
+        names: its names in the checkpoint; several when it is tied
         shape: its shape
         indices: ascending flat positions of the changed weights, (changed,), int32 or int64
         values: the new weights there, (changed,), in the tensor's dtype
         old: the old ones
         before: sha256 of the whole tensor's bytes without the patch
-        after: the same, with it
+        after: the same with the patch
     """
 
     names: tuple[str, ...]
@@ -111,7 +111,7 @@ class Change:
     def exchanged(self, current: Tensor, *, undo: bool = False) -> Tensor:
         """A copy of the checked tensor ``current`` with the new weights (the old ones with ``undo``)."""
         result = current.detach().cpu().contiguous().clone()
-        # Through the bits, so that no NaN's payload and no signed zero is touched on the way.
+        # As integers, so that NaN payloads and signed zeros stay as they are.
         _bits(result)[self.indices.long()] = _bits(self.old if undo else self.values)
         if tensor_hash(result) != (self.before if undo else self.after):
             raise ArtifactError(f"the patch is corrupted: {self.name} does not become what it should; make it again")
@@ -120,7 +120,8 @@ class Change:
 
 @dataclass(frozen=True)
 class Patch:
-    """The weights an edit changed, one :class:`Change` a tensor; ``about`` is what its maker noted (JSON values)."""
+    """The weights an edit changed, one :class:`Change` for each tensor; ``about`` holds notes of its maker (JSON
+    values)."""
 
     changes: tuple[Change, ...]
     about: Mapping[str, Any] = field(default_factory=dict)
@@ -194,7 +195,7 @@ class Patch:
         Like a folded program it can be run, rewritten and exported, not saved as a run: runs refer to their base.
 
         Raises:
-            ArtifactError: the program's weights are not those the patch is for, or are patched already
+            ArtifactError: the program's weights are not those that the patch is for, or are already patched
         """
         return self._exchange(program, undo=False)
 
@@ -213,12 +214,12 @@ class Patch:
             for alias, tensor in list(named_tensors(result.root)):
                 if tensor is current:
                     put_tensor(result.root, alias, fresh, persistent(result.root, alias))
-        # What it is compared with when exported is what it computes now, not what it computed before the patch.
+        # An export is compared with what the program computes now, not with what it computed before the patch.
         return dataclasses.replace(result, origin=result)
 
 
 def program_name(program: Program, names: tuple[str, ...]) -> str:
-    """What ``program`` calls the tensor that its checkpoint stores under one of ``names``.
+    """The program's name for the tensor that its checkpoint stores under one of ``names``.
 
     Checkpoints of bare models lack the prefix of the base model (``transformer.`` in GPT-2), as transformers allows.
     ArtifactError when the program has no such tensor.
@@ -238,7 +239,7 @@ def make(base: Mapping[str, Tensor], edited: Mapping[str, Tensor]) -> Patch:
 
     Args:
         base: tensors by name; two names of one storage (tied weights) are patched as one
-        edited: as many of the same names, shapes and dtypes
+        edited: the same names, shapes and dtypes
 
     Raises:
         UsageError: the two do not hold the same tensors, or hold no values (meta device)

@@ -1,8 +1,8 @@
 """Patches on checkpoint folders: put on, taken off and made tensor by tensor, so memory holds one tensor at a time.
 
-Weight files are copied byte by byte but for the changed tensors, each where it was: header, order and padding stay, so
-that a folder patched and reverted has the very files it had before. What is written is hashed on its way, and a killed
-writer is gone on with at the last whole file.
+Weight files are copied byte by byte except for the changed tensors, which stay in place: header, order and padding are
+kept, so that a folder patched and reverted has exactly the files it had before. Bytes are hashed as they are written,
+and a killed writer is resumed after the last complete file.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a tensor lies: its file, the bytes from ``start`` to ``end``, dtype and shape."""
+    """Where a tensor is stored: its file, the bytes from ``start`` to ``end``, dtype and shape."""
 
     file: Path
     start: int
@@ -57,7 +57,7 @@ class Slot:
 
 
 def apply(checkpoint: str | PathLike[str], patch: Patch, out: str | PathLike[str], *, overwrite: bool = False) -> None:
-    """Write the patched checkpoint: the folder's files again, with the patch's weights in its safetensors files.
+    """Write the patched checkpoint: a copy of the folder's files, with the patch's weights in its safetensors files.
 
     Args:
         checkpoint: an ordinary checkpoint folder, sharded or not
@@ -66,8 +66,8 @@ def apply(checkpoint: str | PathLike[str], patch: Patch, out: str | PathLike[str
         overwrite: replace ``out`` if lorafx wrote it
 
     Raises:
-        ArtifactError: the folder is damaged, is not the one the patch is for (names the tensor), or is patched already
-        UsageError: no checkpoint folder, or ``out`` exists
+        ArtifactError: the folder is damaged, is not the one the patch is for (names the tensor), or is already patched
+        UsageError: not a checkpoint folder, or ``out`` exists
     """
     _exchange(checkpoint, patch, out, undo=False, overwrite=overwrite)
 
@@ -92,7 +92,7 @@ def between(base: str | PathLike[str], edited: str | PathLike[str]) -> Patch:
 
 
 def slots(checkpoint: Path) -> dict[str, Slot]:
-    """Where every tensor of a checkpoint folder lies, by name, in the order of its files."""
+    """Where every tensor of a checkpoint folder is stored, by name, in the order of its files."""
     manifest = find_manifest(checkpoint)
     if manifest is not None and manifest.kind != "hf":
         raise UsageError(
@@ -128,7 +128,7 @@ def _exchange(checkpoint: Any, patch: Patch, out: Any, *, undo: bool, overwrite:
     folder = local_folder(checkpoint)
     held = slots(folder)
     pairs = [(change, slot) for change in patch.changes for slot in _found(folder, held, change)]
-    for change, slot in pairs:  # all before the first byte is copied: a wrong base is seen at once
+    for change, slot in pairs:  # all of them before the first byte is copied: a wrong base is reported at once
         change.check(slot.read(), str(folder), undo=undo)
     meta = {"checkpoint": checkpoint_name(folder), "patch": "reverted" if undo else "applied", "changed": patch.changed}
     files = {slot.file for slot in held.values()}
@@ -146,7 +146,7 @@ _Pairs = list[tuple[Change, Slot]]
 
 
 def _of(pairs: _Pairs, file: Path) -> _Pairs:
-    """What changes in one file, in the order of its bytes."""
+    """The changes to one file, in the order of its bytes."""
     return sorted((pair for pair in pairs if pair[1].file == file), key=lambda pair: pair[1].start)
 
 
@@ -177,21 +177,21 @@ def _parts(value: Tensor) -> Iterator[memoryview]:
 
 
 def _digest(patch: Patch, files: Iterable[Path], undo: bool) -> str:
-    """What a patched folder is made from: the patch, and the files as they lie on the disk."""
+    """What a patched folder is made from: the patch, and the files as they are on disk."""
     changes = [(change.names, change.before, change.after) for change in patch.changes]
     stats = {str(file.absolute()): (file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)}
     return hashlib.sha256(json.dumps([__version__, undo, changes, stats]).encode()).hexdigest()[:16]
 
 
 def _top_files(folder: Path) -> list[str]:
-    """All files but the weights again, in formats a patch does not reach: they are not what the folder says it is."""
+    """All files except weights in formats that a patch does not reach: those would not match the patched folder."""
     reached = {file.name for file in folder.glob("*.safetensors*")}
     names = [file.name for file in folder.iterdir() if file.is_file() and file.name != MANIFEST]
     return sorted(name for name in names if name in reached or not is_weights(name))
 
 
 def _found(folder: Path, held: dict[str, Slot], change: Change) -> list[Slot]:
-    """The tensor's places: a tied one is stored once as a rule, under any of its names."""
+    """Where the tensor is stored: a tied one usually once, under any of its names."""
     found = [held[name] for name in change.names if name in held]
     if not found:
         raise ArtifactError(f"{folder}: wrong base: it holds no {change.name}; the patch is for another model")

@@ -1,4 +1,4 @@
-"""What an edit is asked to do: the rows of an edits file, and the options of editing."""
+"""Requests for edits: the rows of an edits file, and the options of editing."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class EditRequest:
     Attributes:
         prompt: the text before, without the space that follows it
         target: the text after
-        paraphrases: other prompts that ``target`` should follow; they are measured, never trained on
-        locality: prompts near by whose continuation should stay
+        paraphrases: other prompts that ``target`` should follow; measured, never trained on
+        locality: related prompts whose continuation should stay
     """
 
     prompt: str
@@ -72,9 +72,9 @@ PAPER = EditOptions(
 
 
 def read_edits(path: str | PathLike[str]) -> tuple[EditRequest, ...]:
-    """Read edits from a table, JSON Lines as a rule: ``prompt``, ``target``, maybe ``paraphrases`` and ``locality``.
+    """Read edits from a table, usually JSON Lines: ``prompt``, ``target``, and optionally ``paraphrases`` and
 
-    ArtifactError, with the line, for a row that is none.
+    ``locality``. ArtifactError, with the line, for a row that is not an edit.
     """
     table = read_table(path)
     known = [entry.name for entry in fields(EditRequest)]

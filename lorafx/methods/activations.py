@@ -1,4 +1,4 @@
-"""What flows into weights on real texts, measured by running the evaluation graph."""
+"""The inputs of weights on real texts, measured by running the evaluation graph."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BATCH = 8
 def input_power(
     program: Program, sites: Iterable[Site], data: str | None, column: str, samples: int, length: int
 ) -> dict[str, Tensor]:
-    """For each site's weight, the mean square of every channel that enters it (in,), over real tokens, fp64.
+    """For each site's weight, the mean square of every input channel (in,), over unpadded tokens, fp64.
 
     Raises:
         UsageError: texts without a tokenizer, or a program without weights
@@ -32,7 +32,7 @@ def input_power(
         raise UsageError("the program was captured without weights; capture it with them to measure activations")
     final = evaluation_form(program)
     wanted = {(site.parameter, site.kind) for site in sites}
-    # By use, not by input or by weight: weights share inputs, and a weight may be used more than once.
+    # By use, not by input or weight: weights share inputs, and a weight may be used more than once.
     uses = [site for site in final.sites() if (site.parameter, site.kind) in wanted]
     masks = {site.input: mask_of(final.graph, site.input) for site in uses}
     sums: dict[str, Tensor] = {}

@@ -1,6 +1,6 @@
-"""Passes for adapters that others trained, where they are more than the ``lora`` pass makes. Values follow later.
+"""Passes for adapters that other libraries trained, where these go beyond the ``lora`` pass. Values are loaded later.
 
-They know nothing of files: what goes where is said by the path of a module or the name of a tensor.
+The passes know nothing about files: module paths and tensor names say what goes where.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class AdapterLora(ExactLora):
     """LoRA of any rank whose update may have a bias, and whose rows may be rescaled to learned lengths (DoRA).
 
     With magnitudes m: ``y = m / ‖W + s B A‖ ⊙ (W x + s B A x) + b``, lengths over the inputs of an output
-    (arXiv 2402.09353, eq. 5); gradients do not go through them, as the authors have it (section 4.3).
+    (arXiv 2402.09353, eq. 5); gradients do not flow through them, as in section 4.3.
     """
 
     promise: ClassVar[Promise] = Promise.SHAPES
@@ -53,7 +53,7 @@ class AdapterLora(ExactLora):
         return edit.call(aten.add.Tensor, grown, edit.call(aten.mul.Tensor, delta, factor))
 
     def _factor(self, edit: Edit, site: Site) -> fx.Node:
-        """What each output is multiplied by: (out,)."""
+        """The factor of each output: (out,)."""
         names = edit.names(site)
         short_a, short_b = (
             ("lora_embedding_A", "lora_embedding_B") if site.kind == "embedding" else ("lora_A", "lora_B")
@@ -75,7 +75,7 @@ class AdapterLora(ExactLora):
 
 @dataclass(frozen=True)
 class AdapterWeights(Method):
-    """Change weights themselves: update stacks of them, replace rows of tables, or take tensors that trained in full.
+    """Change weights themselves: update stacks, replace rows of tables, or replace tensors that were trained in full.
 
     Before: ``f(W)``
     After: ``f(W + s B A)``, ``f(W[rows ← R])`` or ``f(V)``, by operators on tensors alone
@@ -91,7 +91,7 @@ class AdapterWeights(Method):
     copies: tuple[str, ...] = option((), "tensors that have values of their own, though they were tied")
 
     def sites(self, program: Program) -> Selection[tuple[str, str]]:
-        # A table may be in two options: rows are replaced in what it became.
+        # A table may be in two options: its rows are replaced after the table is.
         options = ("whole", "copies", "stacks", "rows")
         return Selection(tuple((option, name) for option in options for name in getattr(self, option)))
 
@@ -142,8 +142,8 @@ def _reads(edit: Edit, name: str) -> list[fx.Node]:
 
 
 def _take(edit: Edit, name: str, names: list[str]) -> None:
-    """Give a tensor storage of its own under ``names``. Where others keep what it was, its own module reads the new one
-    and every other module the old."""
+    """Give a tensor storage of its own under ``names``. Where it is tied to others, its own module reads the new tensor
+    and every other module the old one."""
     old, own = edit.program.tensor(name), name.rpartition(".")[0]
     kept = [alias for alias in edit.aliases(name) if alias not in names]
     for alias in edit.aliases(name) if kept else ():

@@ -22,7 +22,7 @@ from .masks import dropped, lowest
 class CloseUnits(SitePass):
     """Base of the passes that close neurons and heads by an importance; subclasses define :meth:`importance`.
 
-    A unit is closed by zeros in the columns that read it; removing it is the folding passes' business.
+    A unit is closed by zeros in the columns that read it; the folding passes remove it.
     """
 
     promise: ClassVar[Promise] = Promise.SHAPES
@@ -47,7 +47,7 @@ class CloseUnits(SitePass):
         return units if _closed(program, units) < count else f"{count} of its units are closed already"
 
     def rewrite(self, edit: Edit, site: Any) -> None:
-        """Nothing yet: the importances of all sites are measured together, in :meth:`finish`."""
+        """Do nothing yet: the importances of all sites are measured together, in :meth:`finish`."""
 
     def finish(self, edit: Edit) -> None:
         units = tuple(unit for unit in self.sites(edit.program).taken if isinstance(unit, Units))
@@ -59,7 +59,7 @@ class CloseUnits(SitePass):
 
 
 def _closed(program: Program, units: Units) -> int:
-    """How many units nothing reads any more."""
+    """How many units are no longer read."""
     value = program.tensor(units.site.parameter).detach()
     if value.is_meta:
         return 0

@@ -1,6 +1,6 @@
 """Stochastic gates in [0, 1]: random while training, so that closing them can be learned; their median in evaluation.
 
-Each kind is the graph it inserts and the same formulas on tensors, for loss terms and reports.
+Each kind has the graph that it inserts, and the same formulas on tensors for loss terms and reports.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..graph.state import MethodState, SiteState
 aten = torch.ops.aten
 _log = logging.getLogger(__name__)
 
-#: Costs are summed in another order than their total.
+#: Costs are summed in a different order from their total, so the two may differ by rounding.
 _ROUNDING = 1e-6
 
 
@@ -45,7 +45,7 @@ class HardConcrete:
 
     @classmethod
     def insert(cls, edit: Edit, log_alpha: fx.Node) -> fx.Node:
-        """The node of the gates of ``log_alpha``: one draw a forward, shared by all tokens."""
+        """The node of the gates of ``log_alpha``: one draw in each forward, shared by all tokens."""
         uniform = edit.noise("uniform", log_alpha)
         uniform = edit.call(aten.add.Scalar, edit.call(aten.mul.Scalar, uniform, 1 - 2 * cls.EPSILON), cls.EPSILON)
         logit = edit.call(aten.add.Tensor, edit.call(aten.logit.default, uniform), log_alpha)
@@ -110,7 +110,7 @@ class ClampedGaussian:
 
     @staticmethod
     def open_probability(theta: Tensor, deviation: float) -> Tensor:
-        """``Φ((tanh θ + ½) / deviation)``: how likely noise of that deviation leaves each gate above 0."""
+        """``Φ((tanh θ + ½) / deviation)``: the probability that noise of that deviation leaves each gate above 0."""
         return torch.special.ndtr((theta.tanh() + 0.5) / deviation)
 
 
@@ -120,8 +120,8 @@ def multiplied(edit: Edit, value: fx.Node, vectors: Sequence[fx.Node], of: str |
     Args:
         edit: the rewriting
         value: (…, channels)
-        vectors: gates, one a channel or one for all
-        of: the name of a tensor with the number of each channel's gate, where there is none for each
+        vectors: gates, one for each channel or one for all
+        of: the name of a tensor with the number of each channel's gate, where channels share gates
     """
     gates = functools.reduce(functools.partial(edit.call, aten.mul.Tensor), vectors)
     if of is not None:
@@ -134,7 +134,7 @@ def multiplied(edit: Edit, value: fx.Node, vectors: Sequence[fx.Node], of: str |
 
 #: The short name of the one gate of all the units that a weight reads.
 SUBLAYER = "gate_sublayer"
-#: The short names of gate vectors: of what is removed together, of columns, of rows, of a whole sublayer.
+#: The short names of gate vectors: of units (removed together), of columns, of rows, of a whole sublayer.
 GATES = ("gate", "gate_in", "gate_out", SUBLAYER)
 
 
@@ -144,7 +144,7 @@ def own_gates(site: SiteState) -> dict[str, Tensor]:
 
 
 def gates_of(state: MethodState) -> list[Tensor]:
-    """The θ of all gates, one tensor a vector."""
+    """The θ of all gates, one tensor for each vector."""
     return [theta for site in state.sites for theta in own_gates(site).values()]
 
 
@@ -155,10 +155,10 @@ def settings(rate: float, sublayer: float) -> dict[str, dict[str, float]]:
 
 
 def keep_units(edit: Edit, units: Units, sublayer: bool) -> str | None:
-    """Keep what :func:`kept_share` counts of coupled gates; ``sublayer`` if one gate more closes all of them.
+    """Store what :func:`kept_share` needs to count coupled gates; ``sublayer`` if one more gate closes all of them.
 
     Returns:
-        The name of the tensor that holds the number of each channel's unit; None where every channel is one.
+        The name of the tensor that holds the number of each channel's unit; None where every channel is a unit.
     """
     edit.statistic("cost", torch.tensor(units.costs, dtype=torch.float32), units.site)
     edit.statistic("attention", torch.tensor(units.mixing), units.site)
@@ -173,10 +173,11 @@ def keep_units(edit: Edit, units: Units, sublayer: bool) -> str | None:
 def units_within(
     found: Selection[Site], analysis: RemovableUnits, budget: float, sublayers: bool
 ) -> Selection[Site | Units]:
-    """The units that weights read; a warning when, all closed that may close, more than ``budget`` is left.
+    """The units that weights read; warns when more than ``budget`` is left with everything closed that may close. One
 
-    Of every weight's units one stays, unless ``sublayers`` have gates of their own. RecipeError when the budget is one
-    of seconds, of which many are in no unit.
+    of every weight's units stays, unless ``sublayers`` have gates of their own. RecipeError instead of the warning
+
+    when the budget counts seconds, many of which belong to no unit.
     """
     units = units_of(found, analysis.find, "gated where its result is read: ")
     closed = 0.0
@@ -198,11 +199,9 @@ is_open = ClampedGaussian.is_open
 
 
 def kept_share(state: MethodState, openness: Callable[[Tensor], Tensor] = is_open) -> Tensor:
-    """What is kept of the selected weights, or of the model's time, by a measure of how open a gate is; as evaluation
-    sees it by default.
-
-    Coupled gates have a cost each, and those of a sublayer what all of its units cost, and what goes with the last of
-    them; of independent ones open rows times open columns count.
+    """The share of the selected weights, or of the model's time, that is kept, by a measure of how open a gate is (by
+    default as in evaluation). Each coupled gate has a cost; a sublayer's gate costs what all of its units cost plus
+    what goes with the last of them; independent gates count open rows times open columns.
     """
     if "total" in state.shared:
         total = state.shared["total"] + torch.stack([site["attention"] for site in state.sites]).sum()
@@ -213,13 +212,13 @@ def kept_share(state: MethodState, openness: Callable[[Tensor], Tensor] = is_ope
 
 
 def away_from(state: MethodState, share: float) -> Tensor:
-    """The mean over vectors of how far the mean of the surrogate lies from ``share``."""
+    """The mean over vectors of the distance between the surrogate's mean and ``share``."""
     means = [ClampedGaussian.surrogate(theta).mean() for theta in gates_of(state)]
     return (torch.stack(means) - share).abs().mean()
 
 
 def _lost(site: SiteState, openness: Callable[[Tensor], Tensor]) -> Tensor:
-    """The cost of what the closed gates of one site's units leave out."""
+    """The cost that the closed gates of one site's units save."""
     opened = openness(site["gate"]).float()
     if SUBLAYER not in site.tensors:
         return ((1 - opened) * site["cost"]).sum()
@@ -230,19 +229,19 @@ def _lost(site: SiteState, openness: Callable[[Tensor], Tensor]) -> Tensor:
 def keep_open(
     gates: list[Tensor], opened: Callable[[Tensor], Tensor], share: Callable[[], float], least: float, ajar: float
 ) -> bool:
-    """Hold barely open the gates that closed last, as many as it takes for ``share()`` to be ``least``; in place.
+    """Hold the gates that closed last barely open, as many as needed for ``share()`` to reach ``least``; in place.
 
-    Gates that move in step close all at once; what is closed has no gradient of the task and would not come back.
+    Gates that move together close all at once, and a closed gate gets no gradient from the task and would not reopen.
 
     Args:
-        gates: the parameters of gates; of closed ones the higher closed later
+        gates: the parameters of gates; of two closed gates, the higher one closed later
         opened: whether each is open
         share: what is kept now
         least: what has to be kept
         ajar: the parameter of a gate that is barely open
 
     Returns:
-        Whether that much is kept; where all of them would not be enough, all stay as they are.
+        Whether ``least`` is kept; where opening all of them would not be enough, none is changed.
     """
     if share() >= least:
         return True
@@ -264,14 +263,14 @@ def keep_open(
 
 
 def fine_gates(state: MethodState) -> list[Tensor]:
-    """The θ of all gates but those of sublayers, one tensor a vector."""
+    """The θ of all gates except those of sublayers, one tensor for each vector."""
     return [theta for site in state.sites for name, theta in own_gates(site).items() if name != SUBLAYER]
 
 
 def leave_one_open(state: MethodState) -> None:
-    """Open the most open gate of each vector whose gates are all closed, but for those of sublayers; in place."""
+    """Open the most open gate of each vector whose gates are all closed, except those of sublayers; in place."""
     for theta in fine_gates(state):
-        # Chosen where the gates are: to ask for it here would wait for the device, gate by gate at every step.
+        # Chosen on the device: reading it here would synchronise for each gate at every step.
         place = theta.argmax(0, keepdim=True)
         most = theta.gather(0, place)
         theta.scatter_(0, place, torch.where(is_open(theta).any(), most, torch.full_like(most, ClampedGaussian.AJAR)))

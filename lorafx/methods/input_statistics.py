@@ -1,4 +1,5 @@
-"""What a training forward measures: sums over real tokens, kept in buffers that are saved, resumed and all-reduced."""
+"""Statistics of training forwards: sums over unpadded tokens, kept in buffers that are saved, resumed and
+all-reduced."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ def measure_input(edit: Edit, site: Site) -> None:
     """
     square_sum = edit.statistic("square_sum", torch.zeros(site.in_features), site)
     token_count = edit.statistic("token_count", torch.zeros(1), site)
-    # Whatever its dtype was at capture: under autocast it is bf16, which sums of squares need more digits than.
+    # Whatever its dtype was at capture: under autocast it is bf16, too coarse for sums of squares.
     value = edit.call(aten.to.dtype, edit.call(aten.detach.default, site.input), torch.float32)
     mask = token_mask(edit, value)
     ones = edit.call(aten.ones_like.default, edit.call(aten.select.int, value, -1, 0))
@@ -47,10 +48,9 @@ def token_mask(edit: Edit, value: fx.Node) -> fx.Node | None:
 
 
 def mask_of(graph: fx.Graph, value: fx.Node) -> fx.Node | None:
-    """The input that says which tokens of ``value`` (…, features) are real: of its leading sizes, or of as many tokens
-    in one row, as where a value is flattened to (tokens, features). None when there is none.
-
-    Sizes are compared as the graph knows them, so that an encoder's mask is not taken for a decoder's.
+    """The mask among the inputs for the tokens of ``value`` (…, features): one of its leading sizes, or of as many
+    tokens in all, where a value is flattened to (tokens, features). None when there is none. Sizes are compared
+    symbolically, so that an encoder's mask is not taken for a decoder's.
     """
     leading = _sizes(value)[:-1]
     for node in graph.find_nodes(op="placeholder"):

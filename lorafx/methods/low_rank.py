@@ -1,4 +1,5 @@
-"""The low-rank branch beside a weight: what every method of the LoRA family inserts, and the few places they differ.
+"""The low-rank branch beside a weight: what every method of the LoRA family inserts, and the few places where they
+differ.
 
 A branch computes ``delta = leave(B · s · g ⊙ A · x)``. A pass says the rank, the scale and the initial values, and may
 multiply each rank by something (``each_rank``) or work on the result (``leave``); everything else is the same for all.
@@ -39,7 +40,7 @@ def kaiming(tensor: Tensor) -> None:
 
 
 class _RankTooLargeError(UsageError):
-    """A rank that a weight cannot hold, though another could."""
+    """A rank too large for a weight, though a lower one would do."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ class LowRank(Method):
     """Base of the passes that insert ``y + B (s · A drop(x))``; subclasses define ``rank_of`` and ``scale_of``.
 
     A: (rank, in) Kaiming-uniform, B: (out, rank) zero, both fp32. For an embedding, A reads the one-hot index; for a
-    convolution A has the kernel and B is 1×1. The scale acts on the rank-r activation: the same maths as on the output
-    at rank/out of the traffic. A stack of matrices is updated itself (:mod:`.stacks`), by passes that name the kind.
+    convolution A has the kernel and B is 1×1. The scale acts on the rank-r activation: the same result as on the
+    output, with rank/out of the memory traffic. A stack of matrices is updated itself (:mod:`.stacks`), by passes that
+    name the kind.
     """
 
     promise: ClassVar[Promise] = Promise.EXACT
@@ -56,7 +58,7 @@ class LowRank(Method):
     dropout: float = option(0.0, "dropout before A while training", least=0, below=1)
     trainable: tuple[str, ...] = option(("auto",), "modules that train in full; auto: a classification head")
 
-    # ---- what a method chooses
+    # ---- chosen by a method
 
     @property
     def prunes(self) -> bool:
@@ -80,14 +82,15 @@ class LowRank(Method):
         return edit.parameter(site, "lora_B.weight", shape)
 
     def each_rank(self, edit: Edit, site: Site, ranks: int) -> fx.Node | None:
-        """The node of what ranks are multiplied by (ranks,), those of a stack's matrices in turn; None for nothing."""
+        """The node of the factors of ranks (ranks,), those of a stack's matrices one after another; None for no
+        factors."""
         return None
 
     def leave(self, edit: Edit, site: Site, delta: fx.Node) -> fx.Node:
-        """Work on the branch's result (…, out), before it is added; a stack has none."""
+        """Change the branch's result (…, out) before it is added; a stack has no branch."""
         return delta
 
-    # ---- what all share
+    # ---- shared by all
 
     def checked_rank(self, rank: int, site: Site) -> int:
         """``rank``, if ``site`` can hold it; UsageError with the site's name otherwise."""
@@ -111,8 +114,8 @@ class LowRank(Method):
         return reason
 
     def _too_small(self, site: Site) -> str | None:
-        """Why a weight cannot hold the rank, when ``all-linear`` names it (a gate of one output, say). Of one that is
-        named more closely the user has to decide, so its rank is an error."""
+        """Why a weight that ``all-linear`` names cannot hold the rank (a gate with one output, say). For a weight named
+        more specifically the user has to decide, so there it is an error."""
         item = Target.parse(self.targets).match(site)
         if item is None or item.kind != ALL_LINEAR:
             return None
@@ -192,7 +195,7 @@ def _linear(step: LowRank, edit: Edit, site: Site, rank: int, scale: float) -> f
 
 
 def _embedding(step: LowRank, edit: Edit, site: Site, rank: int, scale: float) -> fx.Node:
-    # Zero A and normal B, the other way round than a linear: the reference implementation's choice for embeddings.
+    # Zero A and normal B, the opposite of a linear layer: the reference implementation's choice for embeddings.
     a = edit.parameter(site, "lora_embedding_A", (rank, site.in_features))
     b = edit.parameter(site, "lora_embedding_B", (site.out_features, rank), nn.init.normal_)
     hidden = edit.call(aten.embedding.default, edit.call(aten.t.default, a), site.input)
@@ -217,7 +220,7 @@ _BRANCHES = {"linear": _linear, "addmm": _linear, "embedding": _embedding, "conv
 
 @dataclass(frozen=True)
 class ExactLora(LowRank):
-    """Plain LoRA whose rank and scale are given for each module, by its path."""
+    """Plain LoRA whose rank and scale are given for each module by its path."""
 
     kinds: ClassVar[tuple[str, ...]] = (*_BRANCHES, STACK)
 

@@ -14,24 +14,24 @@ _N_OF_M = re.compile(r"(\d+):(\d+)")
 
 
 def lowest(score: Tensor, count: int) -> Tensor:
-    """A mask of the ``count`` lowest entries of each row (the last dimension); of equal ones those of lower index."""
+    """A mask of the ``count`` lowest entries of each row (the last dimension); ties go to the lower index."""
     order = score.argsort(dim=-1, stable=True)
     return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order[..., :count], True)
 
 
 def highest(score: Tensor, count: int) -> Tensor:
-    """A mask of the ``count`` highest entries of each row (the last dimension); of equal ones those of lower index."""
+    """A mask of the ``count`` highest entries of each row (the last dimension); ties go to the lower index."""
     order = score.argsort(dim=-1, stable=True, descending=True)
     return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order[..., :count], True)
 
 
 def kept(fraction: float, size: int) -> int:
-    """⌈fraction · size⌉, not misled by the last bit of the product."""
+    """⌈fraction · size⌉, robust against rounding of the product."""
     return math.ceil(fraction * size - 1e-9 * size)
 
 
 def dropped(fraction: float, size: int) -> int:
-    """⌊fraction · size⌋, not misled by the last bit of the product."""
+    """⌊fraction · size⌋, robust against rounding of the product."""
     return math.floor(fraction * size + 1e-9 * size)
 
 

@@ -13,20 +13,21 @@ def steps_of(moment: float, total_steps: int) -> int:
 def start_of(moment: float, total_steps: int) -> int:
     """A beginning in steps: below 1 it is a share of ``total_steps``, from 1 on a number of steps.
 
-    Unlike an end, which may be 1 for all of them: what begins at 100 % never does.
+    Unlike an end, which may be 1.0 for all steps: a beginning at 100 % would never come.
     """
     return round(moment * total_steps) if moment < 1 else round(moment)
 
 
 def linear(step: float, start: float, end: float, first: float, last: float) -> float:
-    """``first`` until ``start``, ``last`` from ``end`` on, straight in between."""
+    """``first`` until ``start``, ``last`` from ``end`` on, linear in between."""
     if step >= end:
         return last
     return first + (last - first) * max(0.0, step - start) / (end - start)
 
 
 def cubic(step: float, start: float, end: float, first: float, last: float) -> float:
-    """``first`` until ``start``, ``last`` from ``end`` on, in between fast at first: ``last + (first - last)(1 - t)³``.
+    """``first`` until ``start``, ``last`` from ``end`` on, in between, fast at first, ``last + (first - last)(1 -
+    t)³``.
 
     Source: Zhu & Gupta 2017, arXiv 1710.01878, eq. 1.
     """

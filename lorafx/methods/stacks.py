@@ -1,7 +1,7 @@
 """Low-rank updates of stacks of matrices, as PEFT's ``target_parameters`` has them: the weight itself is changed.
 
-Which rows an expert sees is decided as the model runs, so there is no branch beside a stack: ``W[e] + s B[e] A[e]`` is
-computed from tensors alone, wherever and however the stack is used, and folds as constants do.
+Which rows an expert sees is decided when the model runs, so a stack cannot have a branch beside it: ``W[e] + s B[e]
+A[e]`` is computed from tensors alone, wherever and however the stack is used, and folds as constants do.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 
 class StackShape(NamedTuple):
-    """What an update of a stack is made of: A (experts · rank, in) with the expert slowest, B (out, rank · experts)
+    """The parts of an update of a stack: A (experts · rank, in) with the expert slowest, B (out, rank · experts)
     with the expert fastest, times ``scale``. ``transposed`` says that a matrix is stored (in, out)."""
 
     rank: int
@@ -35,9 +35,9 @@ class StackShape(NamedTuple):
 
 
 def stack_shape(program: Program, site: Site, rank: int, scale: float) -> StackShape:
-    """The update of a stack at ``site``; which side of a matrix is ``in`` is what PEFT takes for it.
+    """The update of a stack at ``site``; which side of a matrix is ``in`` is decided as in PEFT: by ``is_transposed``,
 
-    That is told by an attribute of the module that owns the stack, ``is_transposed``, and never by how it is used.
+    an attribute of the module that owns the stack, and never by how it is used.
     """
     owner = program.source.model.get_submodule(site.parameter.rpartition(".")[0])
     return StackShape(rank, site.matrices, bool(getattr(owner, "is_transposed", False)), scale)
@@ -55,8 +55,8 @@ def delta(edit: Edit, a: fx.Node, b: fx.Node, shape: StackShape) -> fx.Node:
 
 
 def plus(edit: Edit, stored: fx.Node, change: fx.Node) -> fx.Node:
-    """The node of ``stored + change``, in the dtype of ``stored`` and rounded to it once: of what an earlier update
-    rounded, the value before that is taken."""
+    """The node of ``stored + change``, in the dtype of ``stored`` and rounded to it once: an earlier update's cast is
+    skipped."""
     rounded = stored.target is aten.to.dtype and INSERTED_BY in stored.meta
     value = edit.cast(node_at(stored, 0) if rounded else stored, change.meta["val"].dtype)
     return edit.cast(edit.call(aten.add.Tensor, value, change), stored.meta["val"].dtype)
@@ -67,7 +67,7 @@ def update_stack(edit: Edit, site: Site, a: fx.Node, b: fx.Node, shape: StackSha
     stored, reader = site.stored, site.reader
     assert stored is not None
     assert reader is not None
-    # What shows a stack from another side may have several users, each a site.
+    # A transposed view of a stack may have several users, each a site.
     if stored in reader.all_input_nodes:
         edit.feed(reader, stored, plus(edit, stored, delta(edit, a, b, shape)))
         edit.sweep([stored])

@@ -1,4 +1,4 @@
-"""A share of open gates, brought down to a target while training: by a multiplier, along a ramp, above a floor."""
+"""Bring the share of open gates down to a target while training: by a multiplier, along a ramp, above a floor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .schedules import ascend, linear, steps_of
 
 
 class GateKind(Protocol):
-    """What closing and opening needs of a kind of gate: parameters that are barely open and barely closed."""
+    """What steering needs from a kind of gate: parameters that are barely open and barely closed."""
 
     AJAR: ClassVar[float]
     SHUT: ClassVar[float]
@@ -34,10 +34,9 @@ class Steering:
     Attributes:
         state: what the method sees now; its shared ``multiplier`` is moved
         kind: the kind of its gates
-        gates: their parameters, one tensor a vector
-        share: what is kept now
-        target: what is to be kept
-        ramp: over which of the steps what may be kept comes down from 1, as a moment of training; 0 starts at it
+        gates: their parameters, one tensor for each vector
+        share: gives the share that is kept now target: the share to be kept
+        ramp: when the allowed share, which comes down from 1, reaches the target, as a moment of training; 0: at once
     """
 
     state: MethodState
@@ -52,7 +51,7 @@ class Steering:
 
     @property
     def allowed(self) -> float:
-        """What may be kept at this step."""
+        """The share that may be kept at this step."""
         return linear(self.state.step, 0, self._end, 1.0, self.target)
 
     @property
@@ -62,8 +61,7 @@ class Steering:
     def step(self, rate: float, *, restart: bool, floor: bool = True) -> None:
         """Move the multiplier; with ``floor`` the gates that closed last stay open where too many did.
 
-        A sublayer that closed takes much at once, and the task let its gate come down to nothing: finer gates come back
-        in its place, where there are enough of them.
+        A sublayer closes a lot at once, so finer gates reopen in place of its gate, where there are enough of them.
 
         On a GPU this waits for the device once, to read the share, unless the floor is needed.
         """
@@ -88,9 +86,9 @@ class Steering:
         return beyond
 
     def close(self) -> None:
-        """Close at once what is still to close: the least open gates, as few as it takes to keep at most ``target``.
+        """Close at once what is still to close: the least open gates, as few as needed to keep at most ``target``. The
 
-        The most open gate of every vector stays, however much is to go.
+        most open gate of every vector always stays.
         """
         if self.share() <= self.target:
             return
@@ -104,7 +102,7 @@ class Steering:
         enough(min(bisect.bisect_left(range(len(order) + 1), True, key=enough), len(order)))
 
     def _order(self, before: list[Tensor]) -> Tensor:
-        """The open gates that may close, the least open first, by their places in all vectors one after another."""
+        """The open gates that may close, the least open first, by their positions in the concatenated vectors."""
         free = [self.kind.is_open(gate) for gate in before]
         for may, gate in zip(free, before, strict=True):
             may[gate.argmax()] = False
@@ -113,7 +111,7 @@ class Steering:
         return closed_last.argsort(stable=True)[: int(torch.cat(free).sum())]
 
     def _shut(self, before: list[Tensor], places: Tensor | None) -> None:
-        """Set the gates to what they were ``before``, but for those in ``places``, which are closed."""
+        """Set the gates to their values ``before``, except those in ``places``, which are closed."""
         values = torch.cat(before)
         values = values if places is None else values.index_fill(0, places, self.kind.SHUT)
         for gate, value in zip(self.gates, values.split([len(gate) for gate in before]), strict=True):

@@ -14,7 +14,7 @@ _SAME = (aten.view.default, aten.reshape.default, aten.contiguous.default, aten.
 
 
 def place_in_block(site: Site) -> str:
-    """Where in its block a weight stands, with its shape: ``encoder.layer.attention.query.64x32``, the same in all."""
+    """The place of a weight in its block, with its shape: ``encoder.layer.attention.query.64x32``, the same in all."""
     stack, size = stack_of(site.module), f"{site.out_features}x{site.in_features}"
     inside = site.module.removeprefix(stack).lstrip(".").partition(".")[2]
     return f"{stack}.{inside}.{size}" if inside else f"{site.module}.{size}"

@@ -1,7 +1,7 @@
 """Parity: whether two models compute the same function, shown on inputs of several shapes with padding.
 
-Positions that are padding are left out of outputs that have a value for each token: no reader looks at them, and fused
-attention may hold anything there. How a difference is judged is said in :mod:`lorafx.parity.comparison`.
+Positions that are padding are left out of outputs that have a value for each token: nothing reads them, and fused
+attention may leave anything there. :mod:`lorafx.parity.comparison` says how differences are judged.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _compared(
 
 @dataclass(frozen=True)
 class Answers:
-    """What a program answers to some inputs, asked once: the program may be changed afterwards.
+    """A program's outputs for some inputs, computed once: the program may be changed afterwards.
 
     Attributes:
         runner: how it was run
@@ -73,7 +73,7 @@ class Answers:
 
     @classmethod
     def of(cls, program: Program, batches: Sequence[Batch], label: str) -> Answers:
-        """Ask ``program``, where its tensors are; the caller's random state stays as it is."""
+        """Run ``program`` on the device of its tensors; the caller's random state stays as it is."""
         device = program.device
         runner = program_runner(program, Place.beside(program), label, seldom=True)
         outcomes = []
@@ -87,10 +87,10 @@ class Answers:
     ) -> Comparison:
         """Compare, ``self`` being the reference. Inputs it refuses count only if they are the first.
 
-        Where ``acceptable`` says no, padding is told apart and left out, which takes two more runs.
+        Where ``acceptable`` says no, padded positions are found and left out, which takes two more runs.
 
         Args:
-            other: what the other program answers to the same inputs
+            other: the other program's outputs for the same inputs
             acceptable: whether a comparison is good enough
             slack: what each element may be off for nothing, by the names of batches and outputs (:meth:`slack`)
         """
@@ -103,7 +103,7 @@ class Answers:
         return _compared(self.runner, other.runner, counted, tokens, same_nan=True, slack=slack)
 
     def slack(self, moved: Sequence[Answers]) -> dict[str, Slack]:
-        """The differences that rounding explains, from the answers when every value was moved by its last bit."""
+        """The differences that rounding explains, from outputs with every value moved by its last bit."""
         found: dict[str, Slack] = {}
         for number, (batch, outcome) in enumerate(zip(self.batches, self.outcomes, strict=True)):
             if not isinstance(outcome, str):
@@ -132,7 +132,7 @@ def example_batches(program: Program) -> tuple[Batch, ...]:
 def _outcome(runner: Runner, batch: Batch) -> Outcome:
     try:
         return runner(batch.values)
-    except Exception as error:  # whatever a runtime raises, it is that model's answer to these inputs
+    except Exception as error:  # whatever a runtime raises counts as that model's result for these inputs
         return first_line(error)
 
 
@@ -155,7 +155,7 @@ def _cases(
 def per_token_outputs(runner: Runner, generator: Generator | None) -> frozenset[str]:
     """The outputs whose second axis follows the length of the text, found by trying two lengths.
 
-    Shapes alone cannot tell: five logits for five tokens' worth of text look like one a token.
+    Shapes alone are ambiguous: five logits for a text of five tokens look like one for each token.
     """
     if generator is None:
         generator = Generator(runner.inputs, limit=length_limit(runner.config))
@@ -169,12 +169,12 @@ def per_token_outputs(runner: Runner, generator: Generator | None) -> frozenset[
             return frozenset()
         here = {name for name, value in outputs.items() if value.dim() >= 2 and value.shape[1] == length}
         found = here if found is None else found & here
-    # Where only one length goes, the name has to tell.
+    # Where only one length is possible, the name decides.
     return frozenset(name for name in found or () if len(lengths) == 2 or name.endswith("hidden_state"))
 
 
 def _labels(a: Runner, b: Runner) -> Iterator[str]:
-    """A difference in what the classes mean: equal logits under other names are other answers."""
+    """A difference in the meaning of classes: equal logits under other names are different answers."""
     names = [getattr(runner.config, "id2label", None) for runner in (a, b)]
     if not all(isinstance(name, Mapping) for name in names):
         return

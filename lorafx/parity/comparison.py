@@ -19,7 +19,7 @@ from torch import Tensor
 from ..graph.precision import dtype_name
 from ..notebook import shown
 
-#: Numbers compared at a time.
+#: How many numbers are compared at a time.
 _BLOCK = 1 << 22
 
 
@@ -33,7 +33,7 @@ class Case:
         max_abs: the largest difference
         scale: the largest absolute value of the reference
         index: where the largest difference is
-        problem: what cannot be said in numbers: a missing output, another shape, NaN, a refusal
+        problem: what numbers cannot express: a missing output, another shape, NaN, a refusal
         shapes_differ: whether the outputs differ in presence, shape or dtype kind
     """
 
@@ -55,7 +55,7 @@ class Comparison:
         dtype: the lower precision of the two
         tolerance: the largest difference allowed, as a share of an output's scale
         cases: one entry for each output and batch
-        problems: what is wrong beside the outputs, e.g. labels in another order
+        problems: what is wrong apart from the outputs, e.g. labels in another order
         notes: what to know, e.g. shapes that both refuse
         checked: what was compared: the ``full`` function, its ``blocks`` one by one, or ``tensors`` by themselves
     """
@@ -86,7 +86,7 @@ class Comparison:
 
     @property
     def worst(self) -> Case | None:
-        """The case that is furthest off; None when nothing was compared."""
+        """The case with the largest difference; None when nothing was compared."""
         return max(self.cases, key=lambda case: (self.relative(case), case.max_abs), default=None)
 
     @property
@@ -129,7 +129,7 @@ class Comparison:
 
     @property
     def difference(self) -> str:
-        """Where the worst case is and how far off."""
+        """Where the worst case is, and its difference."""
         return self.summary if self.worst is None else self.describe(self.worst)
 
     def first_beyond(self, share: float) -> Case | None:
@@ -137,7 +137,7 @@ class Comparison:
         return next((case for case in self.cases if case.problem or self.relative(case) > share), None)
 
     def describe(self, case: Case) -> str:
-        """One line: where a case is and how far off."""
+        """One line: where a case is, and its difference."""
         if case.problem:
             return f"{case.output} for inputs {case.inputs}: {case.problem}"
         where = f"{case.output}{list(case.index)} for inputs {case.inputs}"
@@ -230,7 +230,7 @@ def difference(
     """The case of one output, of one shape on both sides.
 
     Args:
-        inputs: how the batch is called
+        inputs: the batch's name
         name: the output
         a, b: its values; ``a`` is the reference
         tokens: which positions of the first two axes count; all when None

@@ -1,4 +1,4 @@
-"""Inputs to compare and to time models with: what a model takes, and tensors made up or tokenised to fit."""
+"""Inputs to compare and to time models with: what a model takes, and tensors generated or tokenised to fit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..graph.domain import Range
 from ..models.tokenizers import TOKEN_TYPES, is_mask
 
-#: batch × length of the generated inputs: the smallest, the smallest that is not one, and odd ones.
+#: batch × length of the generated inputs: the smallest, the smallest above one, and odd sizes.
 SHAPES = tuple((batch, length) for batch in (1, 2, 5) for length in (1, 2, 33))
 
 
@@ -26,9 +26,9 @@ class InputSpec:
     Attributes:
         name: its keyword
         dtype: of the tensor the model takes
-        sizes: one entry an axis; None where it is free
+        sizes: one entry for each axis; None where it is free
         low, high: integer values lie in ``[low, high)``
-        ranges: the sizes that free axes may have, by axis, where more is known than that they are positive
+        ranges: the sizes that free axes may have, by axis, where more is known about them than that they are positive
     """
 
     name: str
@@ -97,8 +97,8 @@ def _range(name: str, value: Tensor, config: Any) -> tuple[int, int]:
 def merged(a: Sequence[InputSpec], b: Sequence[InputSpec]) -> tuple[InputSpec, ...]:
     """The inputs two models need together: an axis is free if both leave it free, a value is one both allow.
 
-    Token types that one of them does not take are left out: the other fills them with zeros, which is what the
-    first computes with. Raises UsageError when neither says what it takes.
+    Token types that one of them does not take are left out: the other fills them with zeros, which is what the first
+    uses. Raises UsageError when neither says what it takes.
     """
     names = list(dict.fromkeys(spec.name for spec in (*a, *b)))
     if not names:
@@ -125,21 +125,21 @@ def _common(a: Range | None, b: Range | None) -> Range | None:
     return Range(max(a.low, b.low), min(highs, default=None))
 
 
-# ---- made up
+# ---- generated
 
-#: The longest text that is made up because it is the end of a range: beyond it a comparison takes too long.
+#: The longest text that is generated because it is the end of a range: beyond it a comparison takes too long.
 _LONGEST = 2048
 
 
 @dataclass(frozen=True)
 class Generator:
-    """Makes up inputs of any shape that a model, or two of them, takes.
+    """Generates inputs of any shape that a model, or two of them, takes.
 
     Attributes:
         specs: the inputs
         seed: of the values; the same seed gives the same inputs
         pad: the padding token
-        left: padding stands before the text
+        left: whether padding comes before the text
         limit: the longest text the models take, if they have a limit
     """
 
@@ -150,10 +150,9 @@ class Generator:
     limit: int | None = None
 
     def batches(self, shapes: Iterable[tuple[int, int]]) -> Iterator[Batch]:
-        """One batch a shape, clipped to what the models take, the shorter rows padded; shapes that coincide once. The
-        ends of the ranges come, too.
-
-        A single row is not padded, so the longest one comes a second time with padding.
+        """One batch for each shape, clipped to what the models take, shorter rows padded; shapes that coincide only
+        once. The ends of the ranges are added. A single row is not padded, so the longest batch comes a second time
+        with padding.
         """
         asked = list(shapes)
         wanted = list(dict.fromkeys(self.clipped(*shape) for shape in (*asked, *self._ends(asked))))
@@ -192,7 +191,8 @@ class Generator:
         return size
 
     def batch(self, batch: int, length: int, valid: Sequence[int] | None = None) -> Batch:
-        """Inputs of one shape. ``valid`` is how many tokens of each row are text; by default ever fewer, row by row."""
+        """Inputs of one shape. ``valid`` is how many tokens of each row are text; by default fewer in each following
+        row."""
         if valid is None:
             masked = any(spec.is_mask for spec in self.specs)
             valid = [max(1, length - row * length // batch) if masked else length for row in range(batch)]
@@ -230,7 +230,7 @@ class Generator:
         return value.to(spec.dtype)
 
     def _words(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Token ids without the padding token, but where the padding is: models look for it."""
+        """Token ids without the padding token, except where there is padding: models look for it."""
         if self.pad is None:
             return ids
         ids = torch.where(ids == self.pad, (ids + 5) % 8, ids)
@@ -243,7 +243,7 @@ class Generator:
 def tokenised(texts: Iterable[str], tokenizer: Any, generator: Generator) -> Iterator[Batch]:
     """Real texts in batches of 1, 2, 5, 1, 2, 5, …; empty ones are left out, long ones cut to what the models take.
 
-    Inputs a tokenizer does not make (a decoder's) are made up.
+    Inputs that a tokenizer does not make (a decoder's) are generated.
     """
     lines = [text for text in texts if text.strip()]
     if not lines:

@@ -1,4 +1,5 @@
-"""Every pass is held to its promise: what the program computes after it is compared with what it computed before."""
+"""Every pass is checked against its promise: what the program computes after it is compared with what it computed
+before."""
 
 from __future__ import annotations
 
@@ -26,13 +27,13 @@ if TYPE_CHECKING:
     from ..graph.program import Program
 
 
-#: How many times further than the program before, or than a few draws of its rounding, a pass that is right in fp64 may
-#: be from that in the program's own dtype.
+#: A pass that is right in fp64 may deviate, in the program's own dtype, by this many times as much as the program #:
+#: before it does, or as a few draws of its rounding do.
 _FURTHER = 4.0
 
 
 class Unproven(Observer):
-    """Writes into the history why no pass is held to its promise."""
+    """Writes into the history why no pass is checked against its promise."""
 
     def __init__(self, reason: str):
         self.reason = reason
@@ -42,7 +43,7 @@ class Unproven(Observer):
 
 
 def keeper(program: Program, check: bool) -> Observer:
-    """Who watches over the promises of passes on ``program``, unless an observer does already."""
+    """The observer that checks the promises of passes on ``program``, unless one of the caller's already does."""
     device = program.device.type
     if not check:
         return Unproven("it was not asked for")
@@ -54,12 +55,13 @@ def keeper(program: Program, check: bool) -> Observer:
 
 
 class VerifyEach(Observer):
-    """Hold every pass to its numeric promise on the example inputs and on the first of them alone.
+    """Check every pass against its numeric promise on the example inputs and on the first of them alone. The runner
 
-    The runner does so by itself unless told otherwise. What the program computes is asked once after each pass, and is
-    the reference of the next. Before a pass is blamed for a difference, what else explains it is ruled out: where
+    does so by default. The program's outputs are computed once after each pass, and are the reference for the next.
+
+    Before a pass is blamed for a difference, other explanations are ruled out: where
     tensors lie in memory and which kernels torch chooses (bits may depend on both), and the rounding of the program's
-    own dtype. Bits that differ for no more than that are equal in fp64, to the tolerance of fp64.
+    own dtype. Where nothing else differs, the outputs agree in fp64, within the tolerance of fp64.
 
     Args:
         double: run the pass once more on the program in fp64 and compare there, where neither the rounding of the
@@ -85,7 +87,7 @@ class VerifyEach(Observer):
             self._last = None
             note_proof(program, "it promises nothing")
             return
-        assert previous is not None  # ``compares`` asks for it
+        assert previous is not None  # requested by ``compares``
         promise = step.promise
         if self.double:
             programs = _in_double(previous, step)
@@ -94,7 +96,7 @@ class VerifyEach(Observer):
             if step.promise is Promise.CLOSE and not result.ok:
                 result = _without_rounding(programs[0], first, second)
         else:
-            assert self._last is not None  # before() saw to it
+            assert self._last is not None  # set by before()
             if not program.history[-1].taken and _form(program) == self._form:
                 note_proof(program, "it changed nothing", 0.0)
                 return
@@ -121,9 +123,9 @@ def _compared(first: Answers, second: Answers, promise: Promise) -> Comparison:
 def _explained(
     found: Comparison, step: Pass, before: tuple[Program, Answers], after: tuple[Program, Answers]
 ) -> tuple[Comparison, Promise]:
-    """What a broken promise comes to when nothing but ``step`` can be the cause, and what it is then held to.
+    """What is left of a broken promise once every cause but ``step`` is excluded, and the promise it is then checked
 
-    ``found`` and the promise itself, when nothing else explains the difference.
+    against. ``found`` and the promise itself, when nothing else explains the difference.
     """
     exact = step.promise is Promise.EXACT
     if exact and found.ok:
@@ -148,17 +150,18 @@ def _explained(
     # Right in fp64, and in the program's dtype as near to that as the program before, which rounds as well.
     near, nearer = (_compared(first, own, Promise.CLOSE).max_rel for own in (after[1], before[1]))
     if near > _FURTHER * nearer + found.tolerance:
-        # Its few numbers may have rounded luckily: what rounding does to it is told by moving all of it.
+        # Its few numbers may have rounded luckily: moving all values shows what rounding can do.
         nearer = max(nearer, _moved_by_rounding(*before))
     return (result, Promise.CLOSE) if near <= _FURTHER * nearer + found.tolerance else (found, step.promise)
 
 
 def _moved_by_rounding(program: Program, answers: Answers) -> float:
-    """How far outputs go, as a share of their scale, when all that the program rounds is moved within a last place."""
+    """How far outputs move, as a share of their scale, when everything that the program rounds is moved within its last
+    place."""
     graph = evaluation_form(program)
     moved = (_answers(jittered(graph, seed), "the program") for seed in range(SAMPLES))
     gaps = [_compared(answers, one, Promise.CLOSE).max_rel for one in moved]
-    return max((gap for gap in gaps if math.isfinite(gap)), default=0.0)  # what overflows says nothing of rounding
+    return max((gap for gap in gaps if math.isfinite(gap)), default=0.0)  # an overflow says nothing about rounding
 
 
 def _without_rounding(program: Program, before: Answers, after: Answers) -> Comparison:
@@ -173,14 +176,14 @@ def _answers(program: Program, label: str) -> Answers:
 
 
 def _form(program: Program) -> list[Any]:
-    """What a pass that took nothing has left as it was: equal lists, equal programs."""
+    """What a pass that rewrote nothing leaves unchanged: equal lists mean equal programs."""
     nodes = [(node, node.target, node.args, node.kwargs) for node in program.graph.nodes]
     return [program.stage, nodes, [(name, _Same(value), value._version) for name, value in named_tensors(program.root)]]
 
 
 @dataclass(frozen=True, eq=False)
 class _Same:
-    """A tensor compared by identity, and kept so that its identity is not given away."""
+    """A tensor compared by identity, and kept alive so that its id is not reused."""
 
     value: Tensor
 
@@ -207,7 +210,7 @@ def _broken(result: Comparison, promise: Promise) -> str:
 
 
 def note_proof(program: Program, text: str, difference: float | None = None) -> None:
-    """Write how the last pass was held to its promise, and what was found, into the program's history."""
+    """Write into the program's history how the last pass was checked, and what was found."""
     *earlier, last = program.history
     program.history = (*earlier, dataclasses.replace(last, proof=text, difference=difference))
 

@@ -33,7 +33,7 @@ from .inputs import InputSpec, specs_of
 
 #: Outputs that are not results of the function compared: a loss needs labels, a cache only saves later work.
 _LEFT_OUT = ("loss", "past_key_values")
-#: An input that only a loss depends on: it may come with others, and is dropped.
+#: An input that only a loss depends on; it is dropped.
 LABELS = "labels"
 
 #: ONNX Runtime's names of the providers.
@@ -45,9 +45,9 @@ class Runner:
     """Computes a model's outputs: ``runner({name: tensor})`` gives ``{name: tensor}``.
 
     Attributes:
-        label: how messages and tables name it
+        label: its name in messages and tables
         kind: ``program``, ``module``, ``checkpoint``, ``run``, ``onnx``, …
-        provider: what really runs it: ``torch cpu``, ``torch cuda``, or ONNX Runtime's provider
+        provider: what actually runs it: ``torch cpu``, ``torch cuda``, or ONNX Runtime's provider
         threads: CPU threads it uses
         dtype: its lowest precision
         inputs: what it takes; empty when it does not say
@@ -55,10 +55,10 @@ class Runner:
         config: the Hugging Face config, if there is one
         folder: where its files (and its tokenizer) are, if anywhere
         fresh: parameters that no file held, so that their values are random
-        note: what to know about it, e.g. that the provider asked for is not the one that runs it
-        decoder: what runs it by steps, with its cache, if it has one (:class:`lorafx.proof.decoder.CachedDecoder`,
+        note: what to know about it, e.g. that another provider runs it than was requested
+        decoder: runs it by steps, with its cache, if it has one (:class:`lorafx.proof.decoder.CachedDecoder`,
             :class:`lorafx.proof.encoder_decoder.CachedEncoderDecoder`)
-        outside: of inputs in their ranges, which relation between their sizes its graph needs and they do not keep
+        outside: says which relation between sizes its graph needs and given inputs, each in its range, do not satisfy
     """
 
     label: str
@@ -99,7 +99,7 @@ class Runner:
         return self._moved(fill(like, dtype=spec.dtype), spec.dtype)
 
     def takes(self, name: str) -> bool:
-        """Whether an input of that name is one of its own; so is any of what does not say."""
+        """Whether it takes an input of that name; any, if it does not say what it takes."""
         named = name in self.optional or any(spec.name == name for spec in self.inputs)
         return named or name == LABELS or not self.inputs
 
@@ -196,7 +196,7 @@ def program_runner(
 
 
 def _root(program: Program) -> nn.Module:
-    """The program's tensors; what its graph writes into is the runner's own, so that the program stays as it was."""
+    """The program's tensors; those that its graph writes into are copies, so that the program stays as it was."""
     changed = written(program.root, program.graph)
     names = {str(node.target) for node in changed if node.op == "get_attr"}
     apart = {alias for name in names for alias in aliases(program.root, name)}

@@ -100,13 +100,13 @@ class Recipe:
         data = self.to_dict()
         parts = [tomli_w.dumps({name: data[name]}) for name in ("model", "train") if name in data]
         for entry in data["pass"]:
-            # Left to itself the writer puts a short list of tables on one line. Only headers begin with a bracket here.
+            # By default the writer puts a short list of tables on one line. Only headers begin with a bracket here.
             parts.append("[[pass]]\n" + re.sub(r"(?m)^\[", "[pass.", tomli_w.dumps(entry)))
         return "\n".join(parts)
 
 
 def _section(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values given, checked; the others are left to whoever reads the section."""
+    """The given values, checked; the others keep their defaults where the section is used."""
     checked = parse_options(cls, values, where)
     return {key: getattr(checked, key) for key in values}
 
@@ -165,7 +165,7 @@ def _known_keys(values: Mapping[str, Any], known: Any, where: str) -> None:
 def coerce(value: Any, hint: Any) -> Any:
     """``value`` as the declared type ``hint``: the closed set bool, int, float, str, tuples, dicts, Literals, unions.
 
-    Raises TypeError when it is none of them. Lists become tuples and integers floats; nothing else is converted.
+    TypeError when it fits none of them. Lists become tuples and integers floats; nothing else is converted.
     """
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
@@ -220,7 +220,7 @@ def default_text(entry: dataclasses.Field[Any], value: Any) -> str:
 def parse_text(text: str, hint: Any) -> Any:
     """An option's value from command-line text: TOML if it parses as the type, else plain text (``a,b`` for a list).
 
-    TypeError when it is neither.
+    TypeError when neither fits.
     """
     for candidate in (text, f"[{text}]"):
         try:

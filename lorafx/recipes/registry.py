@@ -25,7 +25,7 @@ GROUP = "lorafx.passes"
 
 @cache
 def known() -> Mapping[str, str]:
-    """Pass name → ``module`` or ``module:Class``. UsageError when a plug-in takes a name that is taken."""
+    """Pass name → ``module`` or ``module:Class``. UsageError when a plug-in uses a name that is already taken."""
     folder = Path(__file__).parent.parent / "passes"
     names = {
         file.stem.replace("_", "-"): f"lorafx.passes.{file.stem}"
@@ -73,7 +73,7 @@ def pass_class(name: str) -> type[Pass]:
 
 
 def in_recipes(step: object) -> bool:
-    """Whether a recipe can say this pass: it is one of those known by name."""
+    """Whether a recipe can name this pass."""
     from ..base import Pass
 
     if not isinstance(step, Pass) or step.pass_name() not in known():

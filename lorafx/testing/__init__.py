@@ -1,15 +1,15 @@
 """For the tests of passes, in packages of their own too: the laws that every pass keeps, and tiny models to try it on.
 
-A pass is held to the laws by a class of a test file (``pip install "lorafx[testing]"``)::
+A class in a test file checks a pass against the laws (``pip install "lorafx[testing]"``)::
 
     from lorafx.testing import MethodLaws
 
     class TestMyPass(MethodLaws):
         step = MyPass
 
-A ``Method`` has :class:`MethodLaws`, any other pass :class:`RewriteLaws`. The folder is a pytest plug-in besides
+A ``Method`` has :class:`MethodLaws`, any other pass :class:`RewriteLaws`. The folder is also a pytest plug-in
 (``pytest_plugins = ["lorafx.testing"]`` in the root's ``conftest.py``), which fails tests that change a model of
-:func:`captured`: others are handed the same one.
+:func:`captured`, since other tests share it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,6 @@ __all__ = ["MODELS", "MethodLaws", "PassLaws", "RewriteLaws", "captured", "rando
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown() -> Iterator[None]:
-    """A test that changed a capture others share has failed, whatever it asserted."""
+    """A test that changed a shared capture has failed, whatever it asserted."""
     yield
     captures.check()

@@ -1,8 +1,8 @@
-"""Captures that tests share: each is made once in a process, whichever file asks for it, and is never changed.
+"""Captures that tests share: each is made once in a process and never changed.
 
 Passes give new programs, and what they train has storage of its own, so tests may rewrite, fold and train what they
-make of a shared capture. One that is to be changed itself is copied first. Every test is held to it: what a test was
-handed is hashed when it is made and again when the test ends (:func:`check`, called by the plug-in).
+make of a shared capture. A test that needs to change one copies it first. This is checked: what a test was given is
+hashed when it is made and again when the test ends (:func:`check`, called by the plug-in).
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _handed: set[Hashable] = set()
 
 
 def shared(make: Callable[P, T]) -> Callable[P, T]:
-    """``make``, whose results are kept: programs, modules, and mappings of them.
+    """``make`` with its results kept: programs, modules, and mappings of them. Arguments are compared by value, however
 
-    Arguments are told apart by value, however they are given: ``captured()`` is ``captured(bert)``. Making one draws
-    from random numbers of its own, so that a test sees the same ones whether it is the first to ask or not.
+    they are passed: ``captured()`` is ``captured(bert)``. Making one uses its own random state, so that a test sees the
+    same numbers whether or not it is the first to ask.
     """
     signature = inspect.signature(make)
 

@@ -1,6 +1,6 @@
 """The laws every pass keeps, as classes that a test file derives one from.
 
-What a pass makes of the models is worked out once for all laws that only look at it. The models are those of
+Each pass is applied to the models once, for all laws that only read the result. The models are those of
 :mod:`.models`: as captured, with random adapters, with these ready for evaluation, and with half the channels closed.
 """
 
@@ -55,7 +55,7 @@ def stages(model: str) -> dict[str, Program]:
 
 
 def _with_zeros(program: Program) -> Program:
-    """The evaluation graph with half the neurons closed, and half of what every query reads zero."""
+    """The evaluation graph with half the neurons closed, and half of the columns of every query weight zero."""
     closed = run(program, [ToEval(), Magnitude(targets="role:ffn.down", keep=0.5)])
     for site in closed.sites():
         if site.role in ("attn.query", "attn.qkv"):
@@ -74,7 +74,7 @@ _made: dict[tuple[type[Pass], str, str], list[tuple[Program, Program]]] = {}
 
 
 def results(step: Pass, model: str) -> list[tuple[Program, Program]]:
-    """Each case with what the pass makes of it, run once for all laws that only look at the result."""
+    """Each case with the result of the pass, run once for all laws that only read it."""
     key = (type(step), json.dumps(pass_dict(step), sort_keys=True), model)
     if key not in _made:
         _made[key] = [(program, run(program, [step])) for program in cases(step, model)]
@@ -82,12 +82,12 @@ def results(step: Pass, model: str) -> list[tuple[Program, Program]]:
 
 
 def forget() -> None:
-    """Give up the results that are kept."""
+    """Drop the results that are kept."""
     _made.clear()
 
 
 def snapshot(program: Program) -> tuple[Any, ...]:
-    """All that a pass could change without leave: graph, roles, values, what trains."""
+    """Everything that a pass must not change by accident: graph, roles, values, what trains."""
     tensors = {name: (id(value), value._version, value.requires_grad) for name, value in named_tensors(program.root)}
     changes = dict(program.config_changes)
     return str(program.graph), dict(program.roles), tensors, program.history, changes, program.stage
@@ -133,7 +133,7 @@ class PassLaws:
 
     Attributes:
         step: the class of the pass
-        options: those with which it has work on models as small as these; its defaults without
+        options: make it rewrite something in models as small as these; its defaults if not given
     """
 
     step: ClassVar[type[Pass]]
@@ -301,8 +301,8 @@ class MethodLaws(PassLaws):
     def test_without_weights_it_begins_as_with_them(
         self, subject: Pass, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
     ) -> None:
-        """On the meta device a method has its values, but for those that are made of weights: a run has them as soon
-        as it is opened with these."""
+        """On the meta device a method has its values, except those computed from weights: a run has them once it is
+        opened with weights."""
         inserted = ("adapter", "gate", "statistic")
         below = tmp_path_factory.getbasetemp()
         program = run(of_folder(_weightless(below), task="text-classification", meta=True), [subject])
