@@ -1,4 +1,4 @@
-"""Folders as they are written: runs, PEFT adapters, checkpoints, and what goes along with them.
+"""Writing folders: runs, PEFT adapters, checkpoints, and the files that go along with them.
 
 Imports everything a program holds; opening folders is frontend/.
 """

@@ -43,7 +43,7 @@ class Adapter:
     tensors: Mapping[str, Tensor]
 
     def changes(self, model: nn.Module) -> list[Change]:
-        """What it makes of ``model`` (on the meta device too), every tensor of the file in exactly one change.
+        """Its changes to ``model`` (which may be on the meta device), every tensor of the file in exactly one of them.
 
         Raises:
             ArtifactError: a tensor that no module takes or that does not fit, a module without its tensors
@@ -51,7 +51,7 @@ class Adapter:
         return _Binding(self, model).changes()
 
     def resized(self, model: Any) -> int | None:
-        """The vocabulary that its saved embedding layers have, if that is another than the model's."""
+        """The size of the vocabulary of its saved embedding layers, if it differs from the model's."""
         table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
         path = next((path for path, module in model.named_modules() if module is table), None)
         if table is None or path is None:
@@ -63,10 +63,9 @@ class Adapter:
 
 
 def read_adapter(path: str | PathLike[str]) -> Adapter:
-    """Open the folder of a LoRA adapter, without PEFT.
+    """Open the folder of a LoRA adapter, without PEFT. Raises: ArtifactError: no adapter, an incomplete file, or a
 
-    Raises:
-        ArtifactError: no adapter, a file that is not whole, or a config that says what is not known here
+    config with settings that are not known here
     """
     folder = Path(path)
     data = read_config_file(folder)
@@ -92,7 +91,7 @@ def _plain(key: str) -> str:
 
 
 class _Binding:
-    """The tensors of one adapter, on their way to the modules of one model."""
+    """Matches the tensors of one adapter with the modules of one model."""
 
     def __init__(self, adapter: Adapter, model: nn.Module):
         self.adapter, self.config = adapter, adapter.config
@@ -113,7 +112,7 @@ class _Binding:
                 continue
             short = "lora_B.bias" if match[3] == ".bias" else match[2]
             groups.setdefault(match[1], {})[short] = key
-        # A name that the base does not have says more than what is then missing elsewhere.
+        # A name that the base does not have is more telling than what is missing as a consequence.
         others, places = list(self._others(rest)), {owner: self._place(owner, keys) for owner, keys in groups.items()}
         found = [*(self._low_rank(*places[owner], keys) for owner, keys in groups.items()), *others]
         self._check_missing(found, set(groups))
@@ -125,7 +124,7 @@ class _Binding:
     # ---- low-rank factors
 
     def _place(self, owner: str, keys: dict[str, str]) -> tuple[str, int]:
-        """The module that low-rank factors belong to, and how many wrappers stand around it."""
+        """The module that low-rank factors belong to, and how many wrappers are around it."""
         path, depth = owner, 0
         while path not in self.modules and path.endswith(".base_layer"):
             path, depth = path.removesuffix(".base_layer"), depth + 1
@@ -230,7 +229,7 @@ class _Binding:
         return self.model.get_input_embeddings() if hasattr(self.model, "get_input_embeddings") else None
 
     def _check_missing(self, found: list[Change], owners: set[str]) -> None:
-        """ArtifactError for a module that the config names and the file has nothing for."""
+        """ArtifactError for a module that the config names but the file has no tensors for."""
         changed = {change.name for change in found}
         for path, module in self.modules.items():
             missing = None

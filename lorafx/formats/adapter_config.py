@@ -1,6 +1,6 @@
-"""What ``adapter_config.json`` of a LoRA adapter says, and the refusal of what it says and is not known here.
+"""The ``adapter_config.json`` of a LoRA adapter: every key is read, known to be irrelevant to the function, or refused
 
-Every key is accounted for: read, without a part in the function, or refused by name.
+by name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..methods.low_rank import pattern_value
 
 CONFIG = "adapter_config.json"
 
-#: Keys without a part in what the trained adapter computes: where it came from, how it was initialised and trained.
+#: Keys that do not affect what the trained adapter computes: where it came from, how it was initialised and trained.
 _IRRELEVANT = frozenset(
     (
         *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "peft_version", "inference_mode"),
@@ -50,7 +50,7 @@ _READ = frozenset(
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The part of a LoRA adapter's config that decides what it computes, and how it trains on; names are PEFT's.
+    """The part of a LoRA adapter's config that decides what it computes, and how training continues; names are PEFT's.
 
     ``biases`` says that biases were trained too (``bias`` is not ``none``).
     """
@@ -82,7 +82,7 @@ class AdapterConfig:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def targets(self, path: str) -> bool:
-        """Whether ``target_modules`` and what narrows it name the module ``path``."""
+        """Whether ``target_modules`` and the options that narrow it name the module ``path``."""
         if _names(self.exclude_modules, path) or self.saves_within(path):
             return False
         if isinstance(self.target_modules, str) or path in self.target_modules:
@@ -94,11 +94,11 @@ class AdapterConfig:
         return _names(self.target_parameters, name)
 
     def saves(self, path: str) -> bool:
-        """Whether ``modules_to_save`` names the module: by the end of its path, without regard to dots."""
+        """Whether ``modules_to_save`` names the module: by the end of its path, which need not begin at a dot."""
         return any(path.endswith(name) for name in self.modules_to_save)
 
     def saves_within(self, path: str) -> bool:
-        """Whether the module is one that was saved in full, or lies in one."""
+        """Whether the module was saved in full, or is inside one that was."""
         return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save)
 
     def tokens_of(self, path: str, is_input: bool) -> tuple[int, ...] | None:

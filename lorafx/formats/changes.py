@@ -1,6 +1,6 @@
-"""What an adapter makes of single tensors: each change computes the new tensor in fp64.
+"""What an adapter changes in single tensors: each change computes the new tensor in fp64. Merged weights are compared
 
-That is what merged weights are held against, and what a graph with the adapter beside its weights has to compute.
+with these, and a graph with the adapter beside its weights has to compute the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..graph.site import WeightOp
 
 @dataclass(frozen=True)
 class Change:
-    """What an adapter makes of one tensor.
+    """What an adapter changes in one tensor.
 
     Attributes:
         name: the tensor's name in the model
@@ -38,7 +38,7 @@ class Factors(Change):
     """A module's weight plus ``scale · B A``, whose rows are then rescaled to the lengths in ``magnitude``, if it is
     there (DoRA, arXiv 2402.09353, eq. 5); and ``scale · shift`` on its bias.
 
-    A: (rank, in), B: (out, rank), with a convolution's kernel behind.
+    A: (rank, in), B: (out, rank), followed by a convolution's kernel sizes.
     """
 
     module: str
@@ -76,7 +76,7 @@ class Shift(Change):
 
 @dataclass(frozen=True, eq=False)
 class Stack(Change):
-    """A parameter plus ``scale · B A`` for each expert of a stack; or for the one matrix that it is.
+    """A parameter plus ``scale · B A`` for each expert of a stack; or to a parameter that is a single matrix.
 
     A: (experts · rank, in) with the expert slowest, B: (out, rank · experts) with the expert fastest. ``transposed``
     says that an expert is stored (in, out).
@@ -110,8 +110,8 @@ class Rows(Change):
 
 @dataclass(frozen=True, eq=False)
 class Whole(Change):
-    """A tensor that was trained in full. Of a module in ``modules_to_save`` PEFT trained a copy, so that what was tied
-    to it stays; any other is loaded into the model as it is."""
+    """A tensor that was trained in full. For a module in ``modules_to_save`` PEFT trained a copy, so tensors tied to it
+    keep their values; any other tensor is loaded into the model as it is."""
 
     value: Tensor
 

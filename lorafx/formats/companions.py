@@ -1,7 +1,8 @@
-"""What a checkpoint folder holds beside its config and weights, and what of that is true of a rewritten model too.
+"""The files of a checkpoint folder besides config and weights, and which of them still hold for a rewritten model.
 
-Nobody can list all that tokenizers, processors, sentence encoders and model code keep in a folder. So everything goes
-along but what is named here: weights, records of how the model came to be, and what describes another model.
+There is no complete list of the files of tokenizers, processors, sentence encoders and model code. So everything is
+
+copied except what is named here: weights, records of how the model was made, and descriptions of another model.
 """
 
 from __future__ import annotations
@@ -29,21 +30,21 @@ _WEIGHTS = (
     *("*.gguf", "*.onnx", "*.onnx_data", "*.onnx.data", "*.tflite", "*.mlmodel", "*.pkl", "*.pdparams"),
     *("*.safetensors.index.json", "*.bin.index.json", "*.h5.index.json", "*.msgpack.index.json"),
 )
-#: True of the base alone: its card and results, how it was trained, an adapter of it, how its weights were quantised,
-#: what lorafx wrote about it, what its ONNX graph is called.
+#: About the base alone: its card and results, how it was trained, an adapter of it, how its weights were quantised, #:
+#: what lorafx wrote about it, the name of its ONNX graph.
 _OF_THE_BASE = (
     *("README*", "*results.json", "trainer_state.json", "training_args*", "events.out.*", "*.log"),
     *("adapter_config.json", "quant*_config.json", "hf_quant_config.json"),
     *(MANIFEST, "certificate.json", "recipe.toml", REPORT, PAGE, "blocks.svg", "export.json", "genai_config.json"),
 )
-#: What sentence-transformers says of the model that the folder names: another head is another model.
+#: What sentence-transformers says about the model in the folder: another head makes it another model.
 _OF_THE_ENCODER = (MODULES, "sentence_*_config.json", "config_sentence_transformers.json")
 #: A folder in the folder that holds one of these, and no weights, belongs to the tokenizer or the processor.
 _OF_A_PROCESSOR = ("tokenizer*", "vocab.*", "*.model", "*.jinja", "*processor_config.json", "*preprocessor*.json")
 
 
 def companions(folder: str | PathLike[str]) -> list[str]:
-    """The paths below a checkpoint folder, with ``/``, of what goes along: files, and folders that are empty."""
+    """The paths below a checkpoint folder, with ``/``, that are copied: files, and empty folders."""
     top = Path(folder)
     chosen = [file.name for file in top.iterdir() if file.is_file() and _goes_along(file.name)]
     return sorted(chosen + inner_companions(top))
@@ -61,15 +62,16 @@ def inner_companions(folder: str | PathLike[str]) -> list[str]:
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file's name is one that weights have, in any format."""
+    """Whether a file has the name of a weight file, in any format."""
     return _matches(name, _WEIGHTS)
 
 
 def copy_companions(program: Program, folder: Path) -> list[str]:
-    """Copy what goes along from the checkpoint of ``program`` to a folder written for it; returns what was copied.
+    """Copy companion files from the checkpoint of ``program`` to a folder written for it; returns what was copied.
 
-    What the folder has already is kept, but for the generation settings: a model's own come from its config alone. A
-    model that came from memory has these only.
+    Files that the folder already has are kept, except the generation settings, which there come from the config alone.
+
+    A model that came from memory has generation settings only.
 
     Raises:
         ArtifactError: the checkpoint is gone
@@ -116,10 +118,10 @@ def _generates(program: Program) -> bool:
 
 
 def _not_of(program: Program, base: Path) -> list[str]:
-    """Companions of the base that are not true of this program: of a head it has no more, of generation it cannot."""
+    """Companions of the base that do not hold for this program: of a head that it no longer has, or of generation."""
     left = [] if _generates(program) else [GENERATION]
     named = json.loads((base / "config.json").read_text(encoding="utf-8")).get("architectures") or [program.name]
-    # Who opens a folder that says how its encoder is pooled takes it for a sentence encoder.
+    # A folder that says how its encoder is pooled would be opened as a sentence encoder.
     bare = not isinstance(program.source.model, SentenceEncoder) and pooling_of(base, asked=False) is not None
     if program.name not in named or bare:
         left += [name for name in companions(base) if _matches(name, _OF_THE_ENCODER)]
@@ -133,7 +135,7 @@ def _goes_along(name: str) -> bool:
 
 
 def _module_folders(top: Path) -> set[Path]:
-    """The folders of sentence-transformers' modules, weights and all: they are not what lorafx rewrites."""
+    """The folders of sentence-transformers' modules, with their weights: lorafx does not rewrite them."""
     try:
         entries = json.loads((top / MODULES).read_text(encoding="utf-8"))
         paths = [PurePosixPath(entry["path"]) for entry in entries]

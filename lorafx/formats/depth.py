@@ -21,7 +21,7 @@ from ..training.module import build_module
 
 @dataclass(frozen=True)
 class Shallower:
-    """A stack of layers without those that compute nothing.
+    """A stack of layers without the layers that compute nothing.
 
     Attributes:
         stack: the path that its layers are below
@@ -51,7 +51,7 @@ class Shallower:
         return cls(stack, {old: new for new, old in enumerate(kept)}, len(layers))
 
     def config(self, config: Any) -> Any:
-        """The config of the model without the other layers; errors are its class's own."""
+        """The config of the model without the other layers; errors come from its class."""
         result, own = copy.deepcopy(config), {}
         if is_layered(config):
             own = {int(layer): sizes for layer, sizes in config.to_dict()["per_layer_config"].items()}
@@ -65,7 +65,7 @@ class Shallower:
         return result
 
     def name(self, name: str) -> str | None:
-        """What a tensor is called then; None for one of a layer that goes."""
+        """The new name of a tensor; None for one of a layer that goes."""
         inside = name.removeprefix(f"{self.stack}.") if name.startswith(f"{self.stack}.") else ""
         number, dot, rest = inside.partition(".")
         if not (dot and number.isdigit()):
@@ -74,14 +74,14 @@ class Shallower:
         return None if new is None else f"{self.stack}.{new}.{rest}"
 
     def renumbered(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Values by the names of tensors, under the names they have then."""
+        """Values by the names of tensors, under the new names."""
         return {new: value for name, value in values.items() if (new := self.name(name)) is not None}
 
 
 def computes(model: nn.Module, program: Program) -> bool:
     """Whether a model gives what a program gives on its example inputs, up to rounding.
 
-    What a layer does may follow from its index in ways that no config shows.
+    A layer's function may depend on its index in ways that no config shows.
     """
     names = inspect.signature(model.forward).parameters
     options = {"use_cache": False} if "use_cache" in names else {}

@@ -1,6 +1,6 @@
 """The adapter format of Hugging Face PEFT: which key each tensor has, and the config that adapts the same modules.
 
-One file serves both readers. A run folder's keys are PEFT's whatever was inserted; ``adapter_config.json`` is written
+One file serves both readers. A run folder's keys are PEFT's, whatever was inserted; ``adapter_config.json`` is written
 when PEFT's LoRA computes the same function from them.
 """
 
@@ -78,10 +78,10 @@ def adapter_keys(program: Program) -> dict[str, str]:
 
 
 def _wrappers(program: Program, adapted: Collection[str]) -> dict[str, list[str]]:
-    """What is adapted of each module, in the order in which PEFT puts wrappers around it, innermost first: itself, or
-    those of its parameters that are stacks."""
+    """What is adapted in each module, in the order in which PEFT wraps it, innermost first: the module itself, or its
+    parameters that are stacks."""
     found: dict[str, list[str]] = {}
-    for name, value in named_tensors(program.source.model):  # in the order of the module, whatever was adapted first
+    for name, value in named_tensors(program.source.model):  # in the parameters' own order
         if name in adapted and value.dim() == 3:
             found.setdefault(name.rpartition(".")[0], []).append(name)
     return {**{path: [path] for path in adapted}, **found}
@@ -122,8 +122,8 @@ def adapter_config(program: Program) -> tuple[dict[str, Any] | None, str]:
 
 
 def _base_of(program: Program) -> str | None:
-    """What PEFT opens the base by: its name on the hub where it came from there, else its place as the process sees it
-    that writes this (PEFT keeps what it was given)."""
+    """The name by which PEFT opens the base: its name on the hub if it came from there, else its path as this process
+    sees it (PEFT, too, keeps the path that it was given)."""
     path = program.source.path
     if path is None:
         return None
@@ -144,7 +144,7 @@ def _adapted(program: Program) -> list[_Adapted]:
     for applied in program.history:
         for entry in applied.inserted:
             factors = {name for name in entry.tensors.values() if program.roles[name] != "statistic"}
-            if factors <= seen:  # a pass that only looks after what an earlier one inserted, or keeps counts
+            if factors <= seen:  # a pass that only steers what an earlier one inserted, or keeps statistics
                 continue
             seen |= factors
             if not isinstance(applied.step, LowRank) or not _plain_pair(program, entry, tied):
@@ -160,9 +160,9 @@ def _adapted(program: Program) -> list[_Adapted]:
 
 
 def _check_rest(program: Program, adapted: list[_Adapted]) -> None:
-    """Raise unless the program is its base with plain LoRA, but for what the adapter file holds.
+    """Raise unless the program is its base with plain LoRA, apart from tensors that the adapter file holds. This is
 
-    Shown, not assumed: a pass may change weights, or the graph, and insert nothing that would tell.
+    checked, not assumed: a pass may change weights, or the graph, without inserting anything.
     """
     from ..graph.program import structure
     from ..methods.low_rank import ExactLora
@@ -173,7 +173,7 @@ def _check_rest(program: Program, adapted: list[_Adapted]) -> None:
         raise _InexpressibleError("the program it was made from is not at hand")
     ranks = {entry.module: entry.rank for entry in adapted}
     scales = {entry.module: entry.step.scale_of(entry.site) for entry in adapted}
-    # Of what was captured without weights the adapters need none either: only the graph is looked at.
+    # A program captured without weights needs no adapter values either: only the graph is checked.
     with torch.device("meta") if base.device.type == "meta" else nullcontext():
         plain = run(base, [ExactLora(targets=tuple(ranks), ranks=ranks, scales=scales)], check=False)
     if structure(to_eval(plain).graph) != structure(to_eval(program).graph):
@@ -209,8 +209,8 @@ def _supported(program: Program, site: Site) -> bool:
 
 
 def _stored_in_out(adapted: list[_Adapted]) -> bool:
-    """Whether the matrices are stored (in, out). PEFT asks once for all, and corrects itself where they are mixed; with
-    stacks it does not take it."""
+    """Whether the matrices are stored (in, out). PEFT has one option for all, and corrects itself where they are mixed;
+    with stacks it refuses the option."""
     return {entry.site.kind for entry in adapted} & {"linear", "addmm", STACK} == {"addmm"}
 
 
@@ -231,7 +231,8 @@ def _exact_parameters(program: Program, wanted: Collection[str]) -> list[str]:
 
 
 def _shortest(wanted: Iterable[str], others: Iterable[str], stacks: Collection[str] = ()) -> list[str] | None:
-    """For each wanted path its shortest dotted ending that is the end of none of ``others``; None if one has none."""
+    """For each wanted path its shortest dotted suffix that is a suffix of none of ``others``; None if a path has
+    none."""
     foreign = {ending for path in others for ending in _endings(path, path in stacks)}
     chosen: set[str] = set()
     for path in wanted:
@@ -247,14 +248,14 @@ def _endings(path: str, stack: bool) -> list[str]:
     return [".".join(parts[-length:]) for length in range(min(1 + stack, len(parts)), len(parts) + 1)]
 
 
-# ---- what else was learned
+# ---- other learned tensors
 
 
 def _saved_modules(program: Program, adapted: set[str], paths: list[str]) -> list[str]:
     """The modules that PEFT can keep as trained in full: those whose every tensor was learned, outermost only.
 
-    All other learned tensors stand in the file under their own names, and PEFT loads them into the model as they are:
-    the function is the same, but PEFT does not know that they trained.
+    All other learned tensors are in the file under their own names, and PEFT loads them into the model as they are: the
+    function is the same, but PEFT does not know that they were trained.
     """
     learned = {name for name in program.learned() if program.roles[name] in ("base", "head", "unread")}
     # PEFT would train a copy of a tied tensor; under its own name it stays tied.
@@ -270,7 +271,7 @@ def _saved_modules(program: Program, adapted: set[str], paths: list[str]) -> lis
         container = isinstance(model.get_submodule(path), (nn.ModuleDict, nn.ModuleList))
         if inside <= learned and free and outermost and not container:
             chosen.append(path)
-    # PEFT takes these names for the ends of others, without regard to dots, and leaves their parts out of LoRA.
+    # PEFT matches these names as suffixes, even inside a path component, and leaves the modules inside out of LoRA.
     return [
         name
         for name in chosen
@@ -299,7 +300,7 @@ def _scales(adapted: list[_Adapted]) -> dict[str, Any]:
     rslora = all(getattr(entry.step, "rslora", False) for entry in adapted)
     stacked = any(entry.site.kind == STACK for entry in adapted)
     ranks = {entry.module: entry.rank for entry in adapted}
-    # What PEFT divides alpha by, to get back the scale.
+    # The divisor with which PEFT turns alpha back into the scale.
     divisors = {module: math.sqrt(rank) if rslora else rank for module, rank in ranks.items()}
     alphas = {e.module: _plain(e.step.scale_of(e.site) * divisors[e.module]) for e in adapted}
     rank, rank_pattern = _with_exceptions(ranks)
@@ -316,7 +317,7 @@ def _scales(adapted: list[_Adapted]) -> dict[str, Any]:
 
 
 def _plain(value: float) -> float | int:
-    """``value`` without the last bits of a division that was multiplied back; an integer where it is one."""
+    """``value`` without the rounding of a division and a multiplication; an integer where it is one."""
     rounded = float(f"{value:.12g}")
     return int(rounded) if rounded.is_integer() else rounded
 

@@ -1,4 +1,4 @@
-"""A PEFT adapter folder as PEFT reads it: what is compared before an exported adapter gets its name."""
+"""A PEFT adapter folder as PEFT reads it: an exported adapter is compared through it before it gets its name."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def opened_adapter(program: Program, folder: Path) -> nn.Module:
         return base
     from peft import PeftModel
 
-    with warnings.catch_warnings():  # advice to those who train on; the comparison judges what is computed
+    with warnings.catch_warnings():  # advice for further training; the comparison judges what is computed
         warnings.simplefilter("ignore")
         return PeftModel.from_pretrained(cast(Any, base), folder).eval()
 
 
 def _base_of(program: Program) -> nn.Module:
-    """A base of its own: opened again, so that nothing but the adapter can bring what was learned."""
+    """A base of its own: opened again, so that what was learned can only come from the adapter."""
     source = program.source
     if source.path is None or not (Path(source.path) / "config.json").is_file():
         return copy.deepcopy(source.model).eval()
@@ -43,7 +43,7 @@ def _base_of(program: Program) -> nn.Module:
 def apply_adapter(model: nn.Module, folder: Path) -> None:
     """Put a LoRA adapter of PEFT's format into ``model``, merged; each tensor is rounded once."""
     changes = read_adapter(folder).changes(model)
-    # What was trained in full first: other adapters may stand on it.
+    # Tensors trained in full come first: other changes may build on them.
     with torch.no_grad():
         for change in sorted(changes, key=lambda change: not isinstance(change, Whole)):
             old = model.get_parameter(change.name)

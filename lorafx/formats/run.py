@@ -56,7 +56,7 @@ def save_run(
         report: what to write instead of ``program.report``, e.g. with the metrics of training
         seed: sets the random state before the run is rebuilt, which fixes what was not saved (a head that has no
             values yet, when the program was captured on the meta device)
-        made_from: what the manifest is to say of the inputs; see :func:`lorafx.commands.job.run_job`
+        made_from: what the manifest says about the inputs; see :func:`lorafx.commands.job.run_job`
 
     Raises:
         UsageError: a model from memory, a folded program, an existing path
@@ -78,7 +78,7 @@ def save_run(
     with new_folder(path, "run", meta, overwrite, known) as folder:
         _write_config(program, folder)
         (folder / RECIPE).write_text(recipe_of(program, train or {}).to_toml(), encoding="utf-8")
-        # Not a copy of them all, nor read again to be hashed: they may be a gigabyte.
+        # Neither copied at once nor read again for hashing: they may be a gigabyte.
         known[VALUES] = write_file(folder / VALUES, _values(program))
         if inputs:
             known[INPUTS] = write_file(folder / INPUTS, inputs)
@@ -95,7 +95,7 @@ def _values(program: Program) -> dict[str, Tensor]:
 
 
 def _tensor_record(program: Program) -> dict[str, Any]:
-    """Which stored tensors have other names too, and which wait for the base's weights to be made of them."""
+    """Which stored tensors have several names, and which are yet to be computed from the base's weights."""
     tied, waiting = ties(program.root), program.waiting()
     aliases = {alias: name for name in adapter_keys(program) for alias in tied[name] if alias != name}
     return {"aliases": aliases, **({"of_weights": waiting} if waiting else {})}
@@ -133,7 +133,8 @@ def _refuse_foreign(program: Program) -> None:
 
 
 def base_record(program: Program) -> dict[str, Any]:
-    """What a program was made of, as JSON values: the name of its base, task, options, and the hashes of its files."""
+    """What a program was made from, as JSON values: the name of its base, task, options, and the hashes of its
+    files."""
     source = program.source
     hashes = dict(source.hashes)
     if source.path is not None and (Path(source.path) / "config.json").is_file():

@@ -1,7 +1,7 @@
 """Checkpoints written a tile at a time: no weight is ever in memory as a whole, and each byte is hashed on its way.
 
-Which tensor is called what in a file, which of several names of one tensor is kept, and how tensors spread over files
-is transformers' own: it is asked on the meta device. What it would then hold in memory is computed here and written.
+Names in files, which of several names of one tensor is kept, and how tensors are spread over files are left to
+transformers, run on the meta device. The values, which it would hold in memory, are computed here as they are written.
 """
 
 from __future__ import annotations
@@ -60,17 +60,17 @@ _LONG = 1 << 28
 def write_checkpoint(model: Any, folder: Path, shard_size: int | str = "5GB") -> dict[str, FileEntry]:
     """Write a transformers model whose parameters may be deferred as ``save_pretrained`` would.
 
-    Weight files that an interrupted run left whole in ``folder`` are kept, if it is a ``new_folder``'s to go on with.
+    Weight files that an interrupted run completed in ``folder`` are kept, if ``new_folder`` resumed it.
 
     Args:
         model: in evaluation form; parameters and buffers may be of any dtype
         folder: an existing folder
-        shard_size: bytes of a file at most, as a number or with a unit ("5GB")
+        shard_size: the most bytes in a file, as a number or with a unit ("5GB")
 
     Returns:
         size and hash of every weight file
     """
-    with TemporaryDirectory(dir=folder) as beside:  # transformers clears away the weight files it finds
+    with TemporaryDirectory(dir=folder) as beside:  # transformers deletes the weight files that it finds
         with own_configs(model.config), _no_bars():
             model.save_pretrained(beside, state_dict={})  # everything but the weights
         for file in Path(beside).iterdir():
@@ -94,7 +94,7 @@ def write_checkpoint(model: Any, folder: Path, shard_size: int | str = "5GB") ->
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """Have transformers not count the weight files that it writes: there are none of its."""
+    """Hide transformers' progress bar over weight files: it writes none."""
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
@@ -104,16 +104,16 @@ def _no_bars() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-#: Writes one file, telling of bytes as they are written.
+#: Writes one file and reports bytes as they are written.
 Writer = Callable[[Path, Callable[[int], object]], FileEntry]
 
 
 def write_weights(folder: Path, writers: Mapping[str, Writer], size: int) -> dict[str, FileEntry]:
-    """Write the weight files of a ``new_folder``, each noted when it is whole; those noted before are kept.
+    """Write the weight files of a ``new_folder``, each noted when it is complete; those noted before are kept.
 
     Args:
         writers: what writes each file, by its name
-        size: bytes of all of them, about; many are shown on their way
+        size: bytes of all of them, roughly; for many, progress is shown
 
     Returns:
         size and hash of every file
@@ -129,8 +129,8 @@ def write_weights(folder: Path, writers: Mapping[str, Writer], size: int) -> dic
 
 
 def _whole(folder: Path, wanted: Iterable[str]) -> dict[str, FileEntry]:
-    """The files ``wanted`` that an interrupted run finished, by its own account and found to be what it says; others
-    that it noted are removed."""
+    """The files ``wanted`` that an interrupted run finished, as its notes say and their hashes confirm; others that it
+    noted are removed."""
     entries = {}
     for name, noted in noted_whole(folder).items():
         file, entry = folder / name, FileEntry(*noted)
@@ -148,7 +148,7 @@ def _state(model: Any) -> dict[str, Tensor]:
 
     ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
     held = {name: value for name, value in model.state_dict(keep_vars=True).items() if name not in ignored}
-    # Of meta tensors, ties are told by the model's own parameters, which are here what is tied.
+    # For meta tensors, ties follow from the model's own parameters.
     kept = remove_tied_weights_from_state_dict({name: _like(value) for name, value in held.items()}, model)
     return revert_weight_conversion(model, {name: held[name].detach() for name in kept})
 
@@ -177,9 +177,9 @@ def write_file(file: Path, tensors: Mapping[str, Tensor], progress: Callable[[in
 
 
 def write_pieces(file: Path, pieces: Iterable[Iterable[Buffer]], progress: Callable[[int], object] = int) -> FileEntry:
-    """Write a file of pieces, one after another, each in parts; its size and sha256, taken on the way.
+    """Write a file of pieces, one after another, each in parts; returns its size and sha256, computed meanwhile. A few
 
-    A few parts wait to be written while the next is made; what a piece holds is not needed when the next one begins.
+    parts wait to be written while the next is made; a piece may be freed when the next one begins.
     ``progress`` is told of bytes as they are written.
     """
     size = 0
@@ -215,7 +215,7 @@ class _Writer:
         return size
 
     def wait(self) -> None:
-        """Until all is written; raises what went wrong."""
+        """Wait until all is written; raises what went wrong."""
         while self._waiting:
             self._waiting.popleft().result()
 

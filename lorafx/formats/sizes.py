@@ -1,6 +1,6 @@
-"""Which settings of a config say a model's shapes: for all layers alike, or layer by layer.
+"""Which settings of a config give a model's shapes: for all layers alike, or layer by layer. What a setting decides is
 
-What a setting decides is not looked up but tried: the model's class is built without values under another value of it.
+not looked up but tried out: the model's class is built without values under another value of it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Shapes = Mapping[str, Any]
 
 
 def of_config(cls: Any, config: Any) -> Any:
-    """A model of a class without values; errors are the class's own."""
+    """A model of a class without values; errors come from the class."""
     with own_configs(), torch.device("meta"):
         return cls(config)
 
@@ -36,7 +36,8 @@ def of_config(cls: Any, config: Any) -> Any:
 def settings_for(cls: Any, config: Any, before: Shapes, after: Shapes) -> Iterator[dict[str, Any]]:
     """Settings of ``config`` under which the shapes ``before`` of a ``cls`` might be ``after``, the likeliest first.
 
-    The caller tries them. Where no setting can be read from the sizes, the config as it is shows what does not fit.
+    The caller tries them. Where no setting can be read off the sizes, it is the config as it is, which shows what does
+    not fit.
     """
     yield from list(resized(config, before, after)) or [{}]
     yield from by_layer(cls, config, before, after)
@@ -45,9 +46,9 @@ def settings_for(cls: Any, config: Any, before: Shapes, after: Shapes) -> Iterat
 def resized(config: Any, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[dict[str, int]]:
     """Settings that might turn the shapes ``before`` into ``after`` in every layer alike, the likeliest first.
 
-    A size is a setting of the config, twice one (gate and up in one tensor), or one times the width of a head. Which is
-    meant its value alone does not tell (a model may be as wide as its heads together), so every reading is offered.
-    Without changed sizes, or when a size changed in two ways, there is nothing to offer but the config as it is.
+    A size is a setting of the config, twice one (gate and up in one tensor), or one times the width of a head. The
+    value alone does not tell which (a model may be as wide as all its heads together), so every reading is offered.
+    Without changed sizes, or when a size changed in two ways, only the config as it is can be offered.
     """
     changed: dict[int, set[int]] = {}
     for name, old in before.items():
@@ -76,7 +77,7 @@ def _readings(config: Any, old: int, new: int) -> Iterator[dict[str, int]]:
 
 
 def by_layer(cls: Any, config: Any, before: Shapes, after: Shapes) -> Iterator[dict[str, Any]]:
-    """Settings that say ``after`` layer by layer (``per_layer_config``), if the class's layers can be told.
+    """Settings that give ``after`` layer by layer (``per_layer_config``), if the class's layers can be found.
 
     Only what is inside layers may differ. A config of two stacks (an encoder and a decoder) has no layer for each, and
     one of several models (texts and images) counts none.
@@ -95,7 +96,7 @@ def by_layer(cls: Any, config: Any, before: Shapes, after: Shapes) -> Iterator[d
 
 
 def with_settings(config: Any, settings: Mapping[str, Any]) -> Any:
-    """A copy of a config that says more; errors are the class's own."""
+    """A copy of a config with more settings; errors come from the class."""
     result = copy.deepcopy(config)
     for key, value in settings.items():
         setattr(result, key, value)
@@ -103,7 +104,7 @@ def with_settings(config: Any, settings: Mapping[str, Any]) -> Any:
 
 
 def _unsaid(config: Any) -> Iterator[dict[str, int]]:
-    """Nothing, and sizes that classes work out where their config does not say them: only what is said can differ."""
+    """Nothing, and sizes that classes derive where their config leaves them out: only explicit settings can differ."""
     yield {}
     known = vars(config)
     width, heads = known.get("hidden_size"), known.get("num_attention_heads")
@@ -115,7 +116,7 @@ def _unsaid(config: Any) -> Iterator[dict[str, int]]:
 
 @dataclass(frozen=True)
 class _Stack:
-    """A model's layers, and what the sizes inside them follow from.
+    """A model's layers, and how the sizes inside them follow from settings.
 
     Attributes:
         config: of the model
@@ -131,7 +132,7 @@ class _Stack:
 
     @classmethod
     def of(cls, kind: Any, config: Any) -> _Stack | None:
-        """None where the class makes no model of the config."""
+        """None where the class cannot build the config."""
         model = _tried(kind, config)
         if model is None:
             return None
@@ -144,7 +145,7 @@ class _Stack:
         return dataclasses.replace(stack, slopes={key: slopes for key, slopes in found.items() if slopes})
 
     def said(self) -> dict[int, dict[str, Any]]:
-        """What the config says of single layers already, by all of their indices."""
+        """The settings that the config already has for single layers, for all indices."""
         known = self.config.to_dict().get("per_layer_config") or {}
         return {layer: {} for layer in self.places.values()} | {int(i): dict(sizes) for i, sizes in known.items()}
 
@@ -152,8 +153,8 @@ class _Stack:
         return getattr(self.config.per_layer_config[layer], key)
 
     def _slopes(self, kind: Any, key: str) -> dict[tuple[str, int], float]:
-        """What one more of a setting adds in each layer. Nothing for a setting that is read outside of layers: a class
-        that asks the whole config for it is refused by transformers."""
+        """What one more of a setting adds in each layer. Nothing for a setting that is read outside of layers:
+        transformers refuses classes that read a per-layer setting from the whole config."""
         twice = {i: {**sizes, key: 2 * self._value(key, i)} for i, sizes in self.said().items()}
         model = _tried(kind, self.config, {"per_layer_config": twice})
         shapes = {} if model is None else {name: tensor.shape for name, tensor in named_tensors(model)}
@@ -186,7 +187,7 @@ class _Stack:
         return self._settings(said)
 
     def _settings(self, said: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-        """What is alike in all layers is said once."""
+        """Settings that are alike in all layers are given once."""
         values = {key: {sizes.get(key) for sizes in said.values()} for key in self.slopes}
         alike = {key: found.pop() for key, found in values.items() if len(found) == 1}
         rest = {i: {key: size for key, size in sizes.items() if key not in alike} for i, sizes in said.items()}
@@ -195,9 +196,9 @@ class _Stack:
 
 
 def _tried(kind: Any, config: Any, settings: Mapping[str, Any] | None = None) -> Any:
-    """A model without values; None where the class makes none of such a config, by whatever error of its own."""
+    """A model without values; None where the class raises any error for such a config."""
     try:
         return of_config(kind, with_settings(config, settings or {}))
-    except Exception as error:  # a class's own of any kind; what is found is tried on the tensors before it is believed
+    except Exception as error:  # a class may raise anything; what is found is tried on the tensors first
         _log.debug("%s is not built with %s: %s", kind.__name__, settings, error)
         return None

@@ -1,4 +1,4 @@
-"""Slots: the inputs of an ONNX model that take an adapter at run time, and what its file says of them."""
+"""Slots: the inputs of an ONNX model that take an adapter at run time, and what its file says about them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Slots:
     """The slots of a model.
 
     Attributes:
-        base: what its base is known by, see :func:`fingerprint`
+        base: identifies its base, see :func:`fingerprint`
         pairs: by the module's path
         tensors: inputs that stand for whole tensors of the base, by the tensor's name; they have the base's values
             unless given, or none at all (NaN) where the base had none
@@ -58,8 +58,8 @@ class Slots:
 
 
 def fingerprint(program: Program) -> str:
-    """What the base of a program is known by, whatever was inserted or trained: its tensors, but for those that no file
-    holds."""
+    """Identifies the base of a program, whatever was inserted or trained: a hash of its tensors, except those that no
+    file holds."""
     base = program.captured or program
     held = ((n, v) for n, v in named_tensors(base.root) if base.roles.get(n) not in ("constant", "unread"))
     found = sorted((name, tensor_hash(value)) for name, value in held if name not in base.source.drawn)

@@ -1,4 +1,5 @@
-"""Timing models side by side: interleaved, so that a busy machine disturbs all alike, with medians, ratios and spread.
+"""Timing models side by side: interleaved, so that a busy machine disturbs all of them alike, with medians, ratios and
+spread.
 
 Peak memory is measured in a process of its own for each candidate that is a folder: what it takes to load and run it.
 """
@@ -49,7 +50,7 @@ class Timing:
         batch, length: of the inputs; the length is 0 for inputs without one
         rounds: how often it ran, after warm-up
         median, p10, p90: seconds
-        ratio: how many times as fast as the first candidate: the median over rounds of the first's time by this one's
+        ratio: speed relative to the first candidate: the median over rounds of its time divided by this one's
         ratio_p10, ratio_p90: the spread of that ratio
     """
 
@@ -77,13 +78,13 @@ class Candidate:
     Attributes:
         label: its name
         kind: ``program``, ``module``, ``checkpoint``, ``run``, ``onnx``, …
-        provider: what really ran it
+        provider: what actually ran it
         threads: CPU threads
         dtype: its lowest precision
-        bytes_on_disk: of its folder; None for what is in memory
-        peak_bytes: the largest resident memory of a process that loads it and runs the largest shape once; None for
-            what is in memory, or where the system does not tell
-        library_bytes: what of that the libraries took before the model was loaded
+        bytes_on_disk: of its folder; None for a model in memory
+        peak_bytes: the largest resident memory of a process that loads it and runs the largest shape once; None for a
+            model in memory, or where the system does not report it
+        library_bytes: the part of that which libraries took before the model was loaded
         note: what to know, e.g. that the provider asked for could not be loaded
     """
 
@@ -183,7 +184,7 @@ def bench(
         repeats: rounds for each shape; a round runs every candidate once
         threads: CPU threads of each candidate
         provider: ``cpu`` or ``cuda``
-        seconds: time to spend in all; a shape that takes too long gets fewer rounds, but five at least
+        seconds: time to spend in all; a shape that takes too long gets fewer rounds, but at least five
         memory: measure peak memory too, in a process for each folder
         trust_remote_code: whether code that comes with a folder may run: a checkpoint's own, that in a pickled .pt2
         allow_pickle: whether weights in ``.bin`` files may be read
@@ -249,8 +250,8 @@ def _call(runner: Runner, inputs: Mapping[str, Tensor]) -> Callable[[], float]:
 
 
 def _times(calls: Sequence[Callable[[], float]], repeats: int, budget: float) -> list[list[float]]:
-    """Seconds of every call in every round. Candidates take turns, so that drift and disturbance hit all alike, in
-    another order each round, since what ran before leaves its caches and waking threads behind."""
+    """Seconds of every call in every round. Candidates take turns, so that drift and disturbance hit all alike, in a
+    different order each round, since a candidate leaves caches and waking threads behind."""
     order = list(range(len(calls)))
     shuffled = random.Random(0)
     started = time.perf_counter()
@@ -268,7 +269,7 @@ def _times(calls: Sequence[Callable[[], float]], repeats: int, budget: float) ->
 
 
 def _timing(label: str, batch: int, length: int, own: Sequence[float], first: Sequence[float]) -> Timing:
-    # Round by round: whatever slowed down one round slowed down both sides of its ratio.
+    # Round by round: what slowed down a round slowed down both sides of its ratio.
     ratios = [reference / seconds for reference, seconds in zip(first, own, strict=True)]
     times = (median(own), _quantile(own, 0.1), _quantile(own, 0.9))
     speed = (median(ratios), _quantile(ratios, 0.1), _quantile(ratios, 0.9))
@@ -312,7 +313,7 @@ def _machine() -> dict[str, Any]:
 def _peak_of(
     folder: Path, shape: tuple[int, int], threads: int, opening: tuple[str, dict[str, Any]]
 ) -> tuple[int | None, int | None]:
-    """Peak memory of a process that loads a folder and runs it once, and what its libraries took of that."""
+    """Peak memory of a process that loads a folder and runs it once, and the part of it that its libraries took."""
     request = json.dumps([str(folder.resolve()), *shape, threads, *opening])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-m", "lorafx.proof.bench", request]

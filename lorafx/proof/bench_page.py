@@ -1,4 +1,4 @@
-"""What a benchmark found, as a page: times side by side, and beside them the scores that folders know of themselves."""
+"""A benchmark's result as a page: times side by side, with the scores recorded in the folders."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def bench_page(result: BenchResult, folders: Sequence[Path]) -> str:
     labels = [candidate.label for candidate in result.candidates]
     found = [_scored(label, local_folder(folder)) for label, folder in zip(labels, folders, strict=True)]
     known = [one for one in found if one is not None]
-    # Scores on other rows, or of another measure, do not compare; the last folder is what a benchmark is about.
+    # Scores on other rows, or of another measure, do not compare; the last folder is the one in question.
     scores = [score for score, rows in known if (score.measure, rows) == (known[-1][0].measure, known[-1][1])]
     notes = tuple(f"{candidate.label}: {candidate.note}" for candidate in result.candidates if candidate.note)
     facts = Facts({"class": " · ".join(labels)}, notes=notes).plus(benchmark=result, **{SCORED: scores or None})
@@ -34,8 +34,8 @@ def bench_page(result: BenchResult, folders: Sequence[Path]) -> str:
 
 
 def _scored(label: str, folder: Path) -> tuple[Scored, str] | None:
-    """What a folder's report says of how the model in it does, and the rows that was measured on; None where it does
-    not say, or where what is in it was not found to be what was scored."""
+    """The score in a folder's report, and the rows it was measured on; None where there is none, or where the model in
+    the folder was not found to be the one that was scored."""
     report = _report(folder)
     key = None if report is None else measure_of(report)
     if report is None or key is None:

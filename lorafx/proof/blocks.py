@@ -1,7 +1,7 @@
-"""A folded program held against the one it was folded from, block by block, with the tensors of one in memory.
+"""Compare a folded program with the one it was folded from, block by block, with the tensors of one block in memory.
 
-Each block of the folded program is given what the unfolded one hands to it, so that what it computes is compared and
-not what rounding in all blocks before made of its inputs. A block that is wrong cannot hide behind those that follow.
+Each block of the folded program gets the unfolded one's inputs, so that the block itself is compared, without the
+rounding of all blocks before it. A wrong block cannot hide behind those that follow.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class BlockProof:
     """What was compared: the values that pass from one block to another, and the outputs.
 
     Attributes:
-        comparison: a case for each
+        comparison: a case for each of these
         blocks: how many blocks gave at least one of them
-        missed: blocks that gave none, because folding left nothing of what they hand on under its name
+        missed: blocks that gave none, because folding left none of their values under its name
     """
 
     comparison: Comparison
@@ -35,7 +35,7 @@ class BlockProof:
 
     @property
     def ok(self) -> bool:
-        """Whether every block gave something to compare, and all of it agrees."""
+        """Whether every block gave something to compare, and everything agrees."""
         return not self.missed and self.comparison.ok
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ def prove_blocks(reference: Program, folded: Program, inputs: Mapping[str, Any],
 
     Args:
         inputs: what both are called with
-        label: how ``folded`` is called in the comparison
+        label: the name of ``folded`` in the comparison
     """
     first, second = own_evaluation_form(reference), own_evaluation_form(folded)
     expected, _ = handed_on(first, inputs)

@@ -1,7 +1,7 @@
-"""Certificates: what a folder was made of and what was shown of it, as one JSON file that can be checked again.
+"""Certificates: what a folder was made from and what was proven about it, as one JSON file that can be checked again.
 
-A folder with a certificate can be moved and copied. What the certificate says of its own files is checked wherever it
-is; what it says of the base and of adapters, where those are.
+A folder with a certificate can be moved and copied. What the certificate says about its own files can be checked
+anywhere; what it says about base and adapters, where those are available.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .tensors import COLUMNS, TensorProof
 CERTIFICATE = "certificate.json"
 #: Certificates of another format are not read.
 _FORMAT = 1
-#: Files that are read by who opens a folder, whatever they are called: weights, code, configs and vocabularies.
+#: Files that opening a folder reads, whatever their names: weights, code, configs and vocabularies.
 _READ = {".bin", ".data", ".gguf", ".h5", ".jinja", ".json", ".model", ".msgpack", ".onnx", ".onnx_data", ".pt", ".pt2"}
 _READ |= {".pth", ".py", ".safetensors", ".txt"}
 
@@ -53,9 +53,9 @@ def write_certificate(
         program: what was written
         folder: where
         kind: in which format
-        files: those that were hashed as they were written; every other one is read
+        files: those that were hashed as they were written; all others are read
         parity: which functions were compared, and how closely
-        tensors: what was found of each tensor
+        tensors: what was found for each tensor
     """
     import transformers
 
@@ -112,7 +112,7 @@ def _tensors(proof: TensorProof | None) -> dict[str, Any] | None:
 
 
 def _removed(program: Program) -> Iterator[dict[str, Any]]:
-    """The base's tensors that are smaller or gone."""
+    """The base's tensors that became smaller or are gone."""
     if program.captured is None:
         return
     why = {"why": "channels that are zero or that nothing reads (dead-channels): each removal was tried on the example"}
@@ -129,7 +129,7 @@ def _removed(program: Program) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Found:
-    """What checking a certificate gave: what holds, what could not be looked at, and what does not hold."""
+    """The result of checking a certificate: what holds, what could not be checked, and what does not hold."""
 
     holds: tuple[str, ...]
     unseen: tuple[str, ...]
@@ -156,7 +156,7 @@ def check_folder(path: Path, base: Path | None = None, adapters: Sequence[Path] 
 
     Raises:
         ArtifactError: there is no certificate, or one that cannot be read
-        UsageError: places of more or fewer adapters than there are
+        UsageError: more or fewer places of adapters than there are adapters
     """
     record = _read(path)
     holds: list[str] = []
@@ -206,7 +206,7 @@ def _check_composition(
 
 @dataclass(frozen=True)
 class _Origin:
-    """What a folder was made of, base or adapter: where that is, None where nothing says so, and its files by hash."""
+    """An ingredient of a folder, base or adapter: where it is, if known, and its files by hash."""
 
     what: str
     name: str
@@ -217,7 +217,7 @@ class _Origin:
 def _origins(
     record: Mapping[str, Any], path: Path, base: Path | None, adapters: Sequence[Path]
 ) -> tuple[_Origin, list[_Origin]]:
-    """Base and adapters, where they are said to be now or else where the certificate found them."""
+    """Base and adapters, at the places given or else at those in the certificate."""
     held = record["adapters"]
     if adapters and len(adapters) != len(held):
         names = ", ".join(_name(one) for one in held) or "none"
@@ -235,7 +235,7 @@ def _place(path: Path, record: Mapping[str, Any]) -> Path | None:
 
 
 def _name(record: Mapping[str, Any]) -> str:
-    """What was called so; older certificates have its path alone."""
+    """The ingredient of that name; older certificates have only its path."""
     return str(record.get("name") or Path(str(record["path"])).name)
 
 
@@ -248,8 +248,8 @@ def _changed(folder: Path, files: Mapping[str, str]) -> Iterator[str]:
 
 
 def _added(folder: Path, files: Mapping[str, Any]) -> Iterator[str]:
-    """Files that were put beside those that were written and may change what opening the folder gives, as an adapter
-    does that transformers finds there."""
+    """Files that were added later and may change the model that opening the folder gives, such as an adapter that
+    transformers picks up."""
     for file in sorted(file for file in folder.rglob("*") if file.suffix in _READ and file.is_file()):
         name = file.relative_to(folder).as_posix()
         if name not in files and name not in (CERTIFICATE, MANIFEST) and not name.startswith("."):

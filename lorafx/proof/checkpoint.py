@@ -1,9 +1,8 @@
-"""What holds the files of a checkpoint to the program they were folded from, without ever having all of it in memory.
+"""Compare the files of a checkpoint with the program they were folded from, without ever having all of it in memory.
 
-Three things together say what one comparison says of a small model: each weight is what its operators compute
+Three checks together show what one comparison shows for a small model: each weight is what its operators compute
 (:mod:`.tensors`), each block of the folded program with the weights of the files is the block it was folded from
-(:mod:`.blocks`), and transformers reads the files as that program. How much of it is looked at has a name:
-:data:`Check`.
+(:mod:`.blocks`), and transformers reads the files as that program. How much is checked has a name: :data:`Check`.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ from .open import open_runner
 from .tensors import TensorProof, prove_tensors
 from .verify import verify
 
-#: What of a checkpoint is compared: each tensor by itself; tensors, and blocks on the values that reach them; or the
+#: How a checkpoint is compared: each tensor by itself; tensors, and blocks on the values that reach them; or the
 #: whole function, from inputs to outputs.
 Check = Literal["tensors", "blocks", "full"]
 CHECKS = get_args(Check)
 
 
 def refuse_check(check: object, kind: str, dtype: torch.dtype | None) -> None:
-    """UsageError for a check that there is none of, or that an export of this kind cannot be put to."""
+    """UsageError for an unknown check, or one that exports of this kind do not have."""
     if isinstance(check, bool) or check == "full":
         return
     if check not in CHECKS:
@@ -63,11 +62,11 @@ def hold_checkpoint(
 ) -> tuple[Comparison, TensorProof | None]:
     """Compare the checkpoint in ``folder`` with ``reference``, which ``folded`` was folded from.
 
-    With the comparison comes what was found of each tensor, where that was looked at.
+    Returned with the comparison is what was found for each tensor, where tensors were checked. Where tensors alone
 
-    Where something cannot be said of tensors, blocks are compared too. Where blocks cannot be compared (their hidden
-    states lost channels) or differ, the whole is, on the example inputs; so it is in another ``dtype``, whose weights
-    were rounded on purpose.
+    prove too little, blocks are compared too. Where blocks cannot be compared (their hidden
+    states lost channels) or differ, the whole is, on the example inputs; also in another ``dtype``, whose weights were
+    rounded on purpose.
 
     Raises:
         ParityError: as :func:`prove_tensors`; any other difference is the caller's to judge
@@ -91,7 +90,7 @@ def hold_checkpoint(
 def proof_of_files(
     reference: Program, folded: Program, folder: Path, *, trust_remote_code: bool = False
 ) -> TensorProof | None:
-    """What each weight of a checkpoint is, read from its files; None for one that nothing was folded into."""
+    """The proof of each weight of a checkpoint, read from its files; None for one that nothing was folded into."""
     if folded.origin is None:
         return None
     return prove_tensors(reference, folded, _weights(_opened(folder, trust_remote_code), folded))
@@ -103,7 +102,7 @@ def _opened(folder: Path, trusted: bool) -> nn.Module:
 
 
 def _in_parts(runner: Runner) -> Runner:
-    """The same runner, which reads large matrices as programs do that run by block."""
+    """The same runner, reading large matrices as programs that run by block do."""
 
     def call(inputs: dict[str, Tensor]) -> Any:
         with LargeInParts():
@@ -125,7 +124,7 @@ def _by_blocks(reference: Program, program: Program, opened: Runner) -> Comparis
     if not blocks.ok:
         result = held_against(reference, opened, by_block=True, inputs=[inputs])
         return dataclasses.replace(result, notes=(*result.notes, f"as a whole only: {blocks}"))
-    # Of one set of weights: padding shows nothing more here, and its outputs are anyone's.
+    # Both sides have the same weights: padding shows nothing more here, and outputs there are arbitrary.
     unpadded = {name: torch.ones_like(value) if is_mask(name) else value for name, value in inputs.items()}
     whole = verify(open_runner(program, by_block=True), opened, inputs=[unpadded])
     found = dataclasses.replace(blocks.comparison, notes=(*whole.notes, str(blocks)), checked="blocks")
@@ -149,6 +148,6 @@ def _with_weights(program: Program, written: Mapping[str, Tensor]) -> Program:
 
 
 def _forget_own(part: nn.Module, *_: Any) -> None:
-    """Give back the memory of a module's own weights; they are mapped from their file."""
+    """Release the memory of a module's own weights, which are mapped from their file."""
     for tensor in part.parameters(recurse=False):
         forget(tensor)

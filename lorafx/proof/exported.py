@@ -1,4 +1,4 @@
-"""Running an exported model: the folder transformers' exporters write, through the runtime it was written for."""
+"""Run an exported model: a folder that transformers' exporters wrote, in the runtime it was written for."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def open_exported(folder: Path, place: Place, label: str, trusted: bool = False)
         backend: Any = exported.runners[names[0]]
     except (ArtifactError, UsageError):
         raise
-    except Exception as error:  # each runtime raises classes of its own for a broken file
+    except Exception as error:  # each runtime has its own exceptions for a broken file
         raise ArtifactError(f"{folder}: the {kind} model cannot be opened: {first_line(error)}") from error
     dtype = _exported_dtype(exported)
     if place.dtype not in (None, dtype):
@@ -58,7 +58,7 @@ def open_exported(folder: Path, place: Place, label: str, trusted: bool = False)
 
 
 def session_options_for(place: Place) -> dict[str, Any]:
-    """How an ONNX Runtime session is opened so that it computes, and shares the machine, as torch does."""
+    """How an ONNX Runtime session is opened, so that it computes and uses threads as torch does."""
     import onnxruntime
 
     options = session_options(place.threads)
@@ -76,7 +76,7 @@ def session_options(threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only, also while the file is read: a slot is a warning there
     onnxruntime.set_default_logger_severity(3)
-    # By default a session takes every core of the machine, and its threads go on spinning when it is done, which slows
+    # By default a session takes every core of the machine, and its threads keep spinning when it is done, which slows #
     # down what runs next.
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.force_spinning_stop", "1")

@@ -1,4 +1,4 @@
-"""What an export is held against: the trained program, and the refusal of one that holds random values."""
+"""What an export is compared with: the trained program; refuses one that holds random values."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ..public import Program
 from .open import open_runner
 from .verify import verify
 
-#: What a program's own rounding may explain of a difference at most, as a share of the scale: decoders whose adapters
-#: are large are so far from exact in fp32. Mistakes that are known (another epsilon, another GELU) are further off.
+#: The most of a difference that a program's own rounding may explain, as a share of the scale: decoders with large #:
+#: adapters are this far from exact in fp32. Known mistakes (another epsilon, another GELU) are further off.
 _MOST = 1e-4
 _KEPT = (Promise.EXACT, Promise.CLOSE)
 
@@ -37,7 +37,7 @@ def reference_of(program: Program) -> Program:
 
 
 def refuse_untrained(program: Program) -> None:
-    """UsageError for a program that computes what its base computes with values no file holds and no training gave."""
+    """UsageError for a program that computes its base alone, with values that come from no file and no training."""
     random = program.untrained()
     base = program.captured
     if not random or base is None:
@@ -51,11 +51,12 @@ def refuse_untrained(program: Program) -> None:
 
 
 def held_against(reference: Program, written: Any, by_block: bool = False, **options: Any) -> Comparison:
-    """:func:`lorafx.verify`, told how precise ``reference`` itself is where the two differ by more than the tolerance.
+    """:func:`lorafx.verify`, taking into account how precise ``reference`` itself is where the two differ by more than
+    the tolerance.
 
     Two computations that are each as far from the exact one (fp64) as ``reference`` is, or as far as moving all that it
-    rounds within a last place takes it, differ by up to twice that. So much is added to the tolerance then, but no more
-    than the tolerance again or a ten-thousandth of the scale, whichever is more; the notes say so.
+    rounds within a last place takes it, differ by up to twice that. That much is then added to the tolerance, but no
+    more than the tolerance again or a ten-thousandth of the scale, whichever is more; the notes say so.
 
     ``by_block`` has the tensors of one of its blocks at a time in memory; ``options`` are those of
     :func:`lorafx.verify`.
@@ -67,17 +68,17 @@ def held_against(reference: Program, written: Any, by_block: bool = False, **opt
         return result
     own = verify(open_runner(reference, dtype=torch.float64, by_block=by_block), held, **options).max_rel
     if result.max_rel > result.tolerance + 2 * own and not by_block:
-        # Its numbers may have rounded luckily: what rounding does to them is told by moving all of it.
+        # Its numbers may have rounded luckily: moving all values shows what rounding can do.
         form = evaluation_form(resident(reference))
         moved = (verify(held, open_runner(jittered(form, seed)), **options).max_rel for seed in range(SAMPLES))
-        own = max(own, *(gap for gap in moved if math.isfinite(gap)), 0.0)  # what overflows says nothing of rounding
+        own = max(own, *(gap for gap in moved if math.isfinite(gap)), 0.0)  # an overflow says nothing about rounding
     allowed = result.tolerance + min(2 * own, most)
     note = f"the program itself is up to {own:.2g} of the scale from what it is in fp64, by rounding"
     return dataclasses.replace(result, tolerance=allowed, notes=(*result.notes, note))
 
 
 def unproven(check: bool) -> str:
-    """Why an export is not compared with its program; empty when it is."""
+    """The reason why an export is not compared with its program; empty when it is."""
     return "" if check else "not compared with the program: it was not asked for"
 
 

@@ -1,9 +1,9 @@
-"""One tensor of a merge, held against base and adapter: every number of it, a tile at a time.
+"""Compare one tensor of a merge with base and adapter: every number of it, a tile at a time.
 
-It is judged twice. No number may be further from the exact one (fp64, from the files) than rounding takes it;
-and what changed, as a whole, must be the update: in half precision a small update can vanish in each number's rounding,
-and a skipped merge with it, but not in all of them together. If it fails, other things that could have been done to it
-are tried, and the first that fits is named.
+It is judged twice. No number may be further from the exact one (fp64, from the files) than rounding explains; and the
+change as a whole must be the update: in half precision a small update, and so a skipped merge, can vanish in each
+number's rounding, but not in all of them together. If it fails, known mistakes are tried, and the first that fits is
+named.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..formats.changes import Change, Factors, Stack, Whole
 _SUMS = 2.0**-24
 #: Roundings of an update on its way in the weights' dtype: the product, its scale, and one for a cast.
 _ROUNDINGS = 3
-#: … of all of a row that is given its length: the sum, the length, the quotient, the product.
+#: … and of a row that is rescaled to a length: the sum, the length, the quotient, the product.
 _LENGTHS = 5
 #: How much of the update must be there. Rounding on the way moves few numbers by a place: 1 within some hundredths; a
 #: skipped merge is 0, one done twice 2.
@@ -33,7 +33,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Made:
-    """How a tensor is to have come to be: the base's, and weighted changes of it."""
+    """How a tensor should have been made: from the base's, by weighted changes."""
 
     name: str
     base: Tensor
@@ -50,8 +50,8 @@ class Made:
         return deferred(exact)
 
     def amplitude(self) -> Tensor | None:
-        """For each number the length of the two vectors whose product its update is, deferred; None where it is none.
-        What summing that product rounds off is a share of it (Cauchy and Schwarz)."""
+        """For each number the product of the lengths of the two vectors whose dot product its update is, deferred; None
+        where the update is not a dot product. It bounds the rounding of the sum (Cauchy–Schwarz)."""
         old = deferred(self.base.detach())
         sizes = [abs(weight) * (_lengths(change).updated(old) - old.double()).abs() for weight, change in self.products]
         return deferred(torch.stack(sizes).sum(0)) if len(sizes) > 1 else deferred(sizes[0]) if sizes else None
@@ -63,7 +63,7 @@ class Made:
 
     @property
     def lengths(self) -> bool:
-        """Whether rows were given lengths (DoRA)."""
+        """Whether rows were rescaled to lengths (DoRA)."""
         return any(isinstance(change, Factors) and change.magnitude is not None for _, change in self.changes)
 
     def times(self, factor: float) -> Made:
@@ -72,7 +72,7 @@ class Made:
 
 
 def _lengths(change: Factors | Stack) -> Factors | Stack:
-    """A change by the lengths of the factors' vectors, a product of rank 1."""
+    """The same change with the lengths of its factors' vectors, a product of rank 1."""
     if isinstance(change, Factors):
         a, b = (value.detach().flatten(1).double() for value in (change.a, change.b))
         lengths = a.norm(dim=0, keepdim=True), b.norm(dim=1, keepdim=True)
@@ -87,10 +87,9 @@ class Fit:
     """How a tensor found compares with one way it could have been made.
 
     Attributes:
-        largest: the largest difference from the exact value (fp64)
-        excess: the largest difference as a share of what rounding allows there
-        there: how much of the rounded update is there (1 is all); None where rounding leaves nothing of it
-        times: how many times the exact update is there; None without an update
+        largest: the largest difference from the exact value (fp64) excess: the largest difference as a share of what
+        rounding allows at that place there: how much of the rounded update is present (1 is all); None where rounding
+        leaves nothing of it times: how many times the exact update is present; None without an update
     """
 
     largest: float
@@ -105,7 +104,7 @@ class Fit:
 
 
 def fit(found: Tensor, made: Made, unit: float | None = None) -> Fit:
-    """Hold ``found`` against ``made``, computed with this unit roundoff; by default that of its dtype."""
+    """Compare ``found`` with ``made``, computed with this unit roundoff; by default that of its dtype."""
     exact, sizes = made.value(), made.amplitude()
     unit = torch.finfo(found.dtype).eps / 2 if unit is None else unit
     least = torch.finfo(found.dtype).smallest_normal * torch.finfo(found.dtype).eps
@@ -122,7 +121,7 @@ def fit(found: Tensor, made: Made, unit: float | None = None) -> Fit:
                 allowed + max(inner, _SUMS) * size[0] + made.lengths * math.sqrt(want.shape[-1]) * _SUMS * want.abs()
             )
         share = distance / allowed
-        # A number that is none is further than any.
+        # NaN is further than any number.
         largest = max(largest, float(torch.nan_to_num(distance, nan=math.inf).max()))
         excess = max(excess, float(torch.nan_to_num(share, nan=math.inf).max()))
         before = old.to(new.dtype).double()
@@ -144,8 +143,8 @@ def _rows(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def judge(found: Tensor, made: Made, tied: Sequence[Made] = ()) -> tuple[Fit, str]:
-    """How a tensor fits, and what is wrong with it; nothing when nothing is. ``tied`` is what was made of the tensors
-    that it is tied to in the base."""
+    """How a tensor fits, and what is wrong with it, if anything. ``tied`` says how the tensors that it is tied to in
+    the base were made."""
     first = fit(found, made)
     if first.ok:
         return first, ""
@@ -157,7 +156,7 @@ def judge(found: Tensor, made: Made, tied: Sequence[Made] = ()) -> tuple[Fit, st
 
 
 def _as_well(made: Made, dtype: torch.dtype) -> Iterator[Made]:
-    """Other ways that are right: the base, the adapter, or both in the merge's dtype from the start."""
+    """Other ways that count as right: the base, the adapter, or both in the merge's dtype from the start."""
     old = dataclasses.replace(made, base=deferred(made.base.detach()).to(dtype)) if made.base.dtype != dtype else None
     if old is not None:
         yield old
@@ -198,7 +197,7 @@ def _is(found: Tensor, made: Made) -> bool:
 
 
 def _others(made: Made, first: Fit) -> Iterator[tuple[str, Made]]:
-    """What is done wrong, with what it makes."""
+    """Known mistakes, with the tensor that each makes."""
     if not made.changes:
         return
     yield "skipped: it is the base's", dataclasses.replace(made, changes=())
@@ -236,7 +235,7 @@ def _experts_fastest(change: Change) -> Change | None:
 
 
 def _turned(change: Change) -> Change | None:
-    """The update of a square weight the other way round."""
+    """The update of a square weight, transposed."""
     if isinstance(change, Factors) and change.a.dim() == 2 and change.a.shape[1] == change.b.shape[0]:
         return dataclasses.replace(change, a=change.b.t(), b=change.a.t(), magnitude=None)
     if isinstance(change, Stack) and change.a.shape[1] == change.b.shape[0]:
@@ -253,5 +252,5 @@ _WRONG = {
 
 
 def _holds(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether every number is one of ``dtype``."""
+    """Whether every number can be represented in ``dtype``."""
     return all(torch.equal(tile.to(dtype).to(tile.dtype), tile) for tile in _rows(tensor.detach()))

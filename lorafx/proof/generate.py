@@ -23,7 +23,7 @@ from .open import open_runner
 
 @dataclass(frozen=True)
 class Generated:
-    """What a model said.
+    """What a model generated.
 
     Attributes:
         text: without special tokens
@@ -68,14 +68,15 @@ def generate(
 
     Args:
         folder: what :func:`lorafx.proof.open.open_runner` opens
-        prompt: a text to go on with
+        prompt: the text to continue
         chat: ``prompt`` is what a user says, put into the tokenizer's chat template
-        most: new tokens at most; texts also end where the model's positions do
-        say: gets the text as it grows, in whole characters
+        most: the most new tokens; texts also end where the model's positions do
+        say: called with the text as it grows, in whole characters
         opening: options of :func:`lorafx.proof.open.open_runner`
 
     Raises:
-        UsageError: no tokenizer, no chat template, a prompt without tokens or too long, or a model of something else
+        UsageError: no tokenizer, no chat template, a prompt without tokens or too long, or a model that does not
+            generate text
     """
     folder = local_folder(folder)
     runner = open_runner(folder, **opening)
@@ -104,7 +105,8 @@ def generate(
 
 
 def _say(text: str, said: str, say: Callable[[str], None], last: bool) -> str:
-    """Say what is new; what has been said. The end may be a part of a character, which the next token completes."""
+    """Pass on the new text; returns all that was passed on. The end may be part of a character, which the next token
+    completes."""
     if last or text.endswith("\N{REPLACEMENT CHARACTER}") or not text.startswith(said):
         return said
     say(text[len(said) :])
@@ -140,7 +142,7 @@ def _ends(runner: Runner, folder: Path) -> set[int]:
 
 
 def _start(runner: Runner, folder: Path) -> tuple[int, ...]:
-    """What the answers of an encoder-decoder begin with; nothing of a model that goes on with a text."""
+    """The tokens that an encoder-decoder's output begins with; empty for a model that continues a text."""
     pair = getattr(runner.config, "is_encoder_decoder", False)
     return starts(runner.config, folder, runner.folder) if pair else ()
 
@@ -168,7 +170,8 @@ def _at_once(runner: Runner, prompt: Tensor, start: tuple[int, ...], folder: Pat
 
 
 def _likeliest(logits: Tensor, folder: Path) -> Tensor:
-    """The next token [1, 1]. ArtifactError where no token is likelier than another: any would look like an answer."""
+    """The next token [1, 1]. ArtifactError where no token is likelier than another: any choice would look like an
+    answer."""
     last = logits[:, -1:].cpu()
     if last.isnan().any():
         raise ArtifactError(f"{folder}: its logits are NaN: a weight is, or a number outgrew its dtype; write it again")

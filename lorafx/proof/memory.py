@@ -1,4 +1,4 @@
-"""How much memory this process has taken."""
+"""The peak memory of this process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def peak_memory() -> int | None:
-    """The largest resident memory of this process so far, in bytes; None where the system does not tell.
+    """The largest resident memory of this process so far, in bytes; None where the system does not report it.
 
     On Linux ``ru_maxrss`` would also count the process that started this one, so the kernel's own mark is read.
     """

@@ -1,6 +1,6 @@
-"""Merges that others made, held against base and adapter: which tensors are right, and what is wrong with the others.
+"""Check merges by other tools against base and adapter: which tensors are right, and what is wrong with the others.
 
-Any tool's: a merged checkpoint is opened as transformers opens it, so that names and layouts are those of the model.
+Merged checkpoints are opened as transformers opens them, so that names and layouts are those of the model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .fits import Made, judge
 
 @dataclass(frozen=True)
 class Fault:
-    """A tensor that is not what base and adapter make of it, and why, as far as can be told."""
+    """A tensor that is not what base and adapter give, and the cause, if it was found."""
 
     name: str
     cause: str
@@ -39,12 +39,12 @@ class Fault:
 
 @dataclass(frozen=True)
 class Checked:
-    """One tensor that was found to be what it should.
+    """One tensor that was found to be right.
 
     Attributes:
         name: its name in the model
         dtype: in which it was found
-        keys: the keys of the adapter that are in it; none for one that is the base's
+        keys: the adapter's keys that went into it; empty for a tensor of the base
         largest: the largest difference from the exact value (fp64)
         share: the largest difference as a share of what rounding allows at that place
     """
@@ -58,14 +58,14 @@ class Checked:
 
 @dataclass(frozen=True)
 class MergeCheck:
-    """What a merge was found to be: the tensors that are right, and the faults."""
+    """The result of checking a merge: the tensors that are right, and the faults."""
 
     tensors: tuple[Checked, ...]
     faults: tuple[Fault, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether every tensor is what base and adapter make of it."""
+        """Whether every tensor is what base and adapter give."""
         return not self.faults
 
     def text(self) -> str:
@@ -86,7 +86,7 @@ class MergeCheck:
 
 
 def check_merge(base: str | Path, adapters: Adapters, merged: str | Path, *, task: str | None = None) -> MergeCheck:
-    """Hold the checkpoint ``merged`` against ``base`` with LoRA adapters on it, tensor by tensor.
+    """Compare the checkpoint ``merged`` with ``base`` plus LoRA adapters, tensor by tensor.
 
     Weights are read from their files a tile at a time; where transformers puts several tensors of the files into one
     (experts), that one is in memory.
@@ -122,7 +122,7 @@ def _by_name(model: Any, changes: Sequence[tuple[float, Change]]) -> dict[str, l
     """The changes of each tensor, those of others that it is tied to included where they keep the tie."""
     tied = ties(model)
     found: dict[str, list[tuple[float, Change]]] = {}
-    # What was replaced is what others are added to.
+    # Replacements come first: other changes are added to them.
     for weight, change in sorted(changes, key=lambda one: not isinstance(one[1], Whole)):
         for name in tied[change.name] if change.tied else [change.name]:
             found.setdefault(name, []).append((weight, change))
@@ -172,6 +172,6 @@ def _checked(
 def _made(name: str, tensor: Tensor, changes: Sequence[tuple[float, Change]]) -> Made:
     whole = [change for _, change in changes if isinstance(change, Whole)]
     rest = tuple((weight, change) for weight, change in changes if not isinstance(change, Whole))
-    if whole and rest:  # other changes stand on what was replaced
+    if whole and rest:  # other changes build on the replacement
         return Made(name, whole[0].value, rest)
     return Made(name, tensor, tuple(changes))

@@ -50,9 +50,9 @@ def open_runner(
         provider: ``cpu`` or ``cuda``
         threads: CPU threads; torch's current number when None
         dtype: compute in this dtype; a checkpoint or a module is then captured, so that the whole graph is converted
-        label: how to name it; the path or the class by default
+        label: its name; the path or the class by default
         by_block: of a program, have the tensors of one block at a time in memory
-        sealed: refuse a folder lorafx began to write and did not finish
+        sealed: refuse a folder that lorafx did not finish writing
         trust_remote_code: whether code that comes with a folder may run: a checkpoint's own, that in a pickled .pt2
         allow_pickle: whether weights in ``.bin`` files may be read
         base: where a run's base checkpoint is now, if it was moved
@@ -117,7 +117,7 @@ def _of_module(
 
 
 def _specs(module: nn.Module, folder: Path | None) -> tuple[InputSpec, ...]:
-    """What a model takes; nothing where that is not known: the other side of a comparison may say it."""
+    """What a model takes; empty where that is not known: the other side of a comparison may say it."""
     config = getattr(module, "config", None)
     try:
         return specs_of(example_inputs(module, folder), config) if config is not None else ()

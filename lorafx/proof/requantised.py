@@ -1,5 +1,5 @@
-"""What is lost when a folded checkpoint is quantised again as its base was: the base's numbers were exact, these are
-not."""
+"""What is lost when a folded checkpoint is quantised again as its base was: the base's numbers survive that exactly,
+folded ones do not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..models.quantized import Quantization
 
 
 def requantised(program: Program, folder: Path) -> str | None:
-    """How far the weights that folding changed move when the base's own method quantises them again, beside how far
+    """How far quantising again by the base's own method moves the weights that folding changed, compared with how far
     folding moved them, as one line; None where the base of ``program`` is not quantised.
 
     Both as shares of the norm of these weights in ``folder``. Three models are in memory.

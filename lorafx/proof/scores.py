@@ -1,7 +1,8 @@
-"""How good a model that computes another function on purpose still is: one figure for it, and one for the original.
+"""The quality of a model that computes a different function on purpose (quantised, say): one figure for it, and one for
+the original.
 
-On a table that is what training evaluates: accuracy, F1, an error, perplexity. Without one it is what the original
-says of its own examples: the perplexity of the texts that a decoder writes, or how often both answer alike.
+On a table that is what training evaluates: accuracy, F1, an error, perplexity. Without a table it is measured on
+examples of the original: the perplexity of the texts that a decoder writes, or how often both give the same answer.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ from .decoding import spoken
 
 @dataclass(frozen=True)
 class Scores:
-    """What is asked of a model and of another that is to stand in for it.
+    """A score of a model, to be compared with that of its replacement.
 
     Attributes:
         metric: what training measures (``accuracy``, ``f1``, ``perplexity`` …), ``agreement`` (share of answers that
             are the model's) or ``similarity`` (mean cosine of outputs with the model's)
-        on: of what
+        on: what it is measured on
         before: what the model scores
-        ask: what another scores
+        ask: gives the score of another model
     """
 
     metric: str
@@ -60,7 +61,7 @@ def scores_of(program: Program, runner: Runner, data: Any, options: Mapping[str,
     """What ``runner``, which was made of ``program``, scores on a table, or on its own examples when that is None.
 
     Raises:
-        UsageError: the model does not learn from a table, or has nothing that is measured
+        UsageError: the model does not learn from a table, or has no metric
         ArtifactError: the table cannot be used
     """
     if data is not None:
@@ -97,7 +98,7 @@ def _on_table(program: Program, runner: Runner, data: Any, options: TrainOptions
 def _score(metric: Metric, runner: Runner, batches: Sequence[Any], collator: Any) -> float:
     reduced, wanted = [], []
     with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)  # tokens to guess are masked by chance: the same ones for every model
+        torch.manual_seed(0)  # masked tokens are chosen at random: the same ones for every model
         for rows in batches:
             batch = dict(collator(rows))
             labels = [batch.pop(name) for name in LABELS if name in batch]
@@ -112,7 +113,7 @@ def _score(metric: Metric, runner: Runner, batches: Sequence[Any], collator: Any
 
 
 def _joined(batches: Sequence[Tensor]) -> np.ndarray:
-    """One array of batches whose rows differ in length, which HF Trainer pads so, too."""
+    """One array from batches whose rows differ in length, padded as HF Trainer does."""
     widest = max(batch.shape[-1] for batch in batches) if batches[0].dim() > 1 else 0
     padded = [
         torch.nn.functional.pad(batch, (0, widest - batch.shape[-1]), value=IGNORED) if widest else batch

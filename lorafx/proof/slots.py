@@ -24,39 +24,39 @@ class Filled:
     Args:
         session: ONNX Runtime's, which others may share
         adapter: a loaded ``LoraAdapter``, if any
-        values: inputs beside those of a call
+        values: further inputs of every call
     """
 
     def __init__(self, session: Any, adapter: Any = None, values: Mapping[str, np.ndarray] | None = None):
         import onnxruntime
 
         self.session, self.values = session, dict(values or {})
-        self.adapter = adapter  # run options point to it, and do not keep it
+        self.adapter = adapter  # run options hold a pointer to it, not a reference
         self.options = onnxruntime.RunOptions()
         if adapter is not None:
             self.options.add_active_adapter(adapter)
 
     def run(self, names: Sequence[str] | None, feed: Mapping[str, Any]) -> list[Any]:
-        """As a session does."""
+        """As in an ONNX Runtime session."""
         return self.session.run(names, {**self.values, **feed}, self.options)
 
     def get_inputs(self) -> list[Any]:
-        """What a call has to give; slots are none of it."""
+        """The inputs of a call, without slots."""
         return self.session.get_inputs()
 
 
 def load_adapter(folder: Path, slots: Path) -> Any:
     """The adapter in a folder, as ONNX Runtime loads it. ArtifactError: it is for another base than the one in
-    ``slots``, or no adapter."""
+    ``slots``, or is not an adapter."""
     import onnxruntime
 
     file, known = folder / ADAPTER, read_slots(slots)
-    adapters: Any = onnxruntime.AdapterFormat  # it takes paths as text, whatever it declares
+    adapters: Any = onnxruntime.AdapterFormat  # it only takes paths as text, whatever its signature says
     try:
         version = adapters.read_adapter(str(file)).get_model_version()
         adapter = onnxruntime.LoraAdapter()
         adapter.Load(str(file))
-    except Exception as error:  # ONNX Runtime raises classes of its own
+    except Exception as error:  # ONNX Runtime has its own exceptions
         raise ArtifactError(f"{file}: not an adapter for ONNX Runtime: {first_line(error)}") from None
     if version != known.number:
         raise ArtifactError(f"{file}: an adapter of another base than {slots} (base {version}, not {known.number})")

@@ -1,9 +1,9 @@
-"""Weights that were folded, held against the operators they stand for: column by column, to the last place.
+"""Compare folded weights with the operators they replace: column by column, to the last place.
 
-A comparison of whole models in low precision cannot see one wrong number in one weight. So for every weight that took
-over a region of the graph, the region's own operators are run in fp64 on unit vectors, which gives columns of the exact
-map; the weight that was written must be that column, rounded once. Weights that nothing was folded into must have the
-bits they had.
+A comparison of whole models in low precision cannot see one wrong number in one weight. So for every weight that
+replaced a region of the graph, the region's own operators are run in fp64 on unit vectors, which gives columns of the
+exact map; the column in the written weight must be that one, rounded once. Weights that nothing was folded into must
+have the bits they had.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..passes.to_eval import ToEval
 from ..pipeline import run
 from ..public import Program
 
-#: Columns looked at of each folded weight, spread evenly: all rows of them.
+#: How many columns of each folded weight are checked, in all rows, spread evenly.
 COLUMNS = 8
 #: What fp64 rounds off in sums of 10,000 terms and a few operators, as a share of the largest.
 _FP64 = 1e-12
@@ -40,15 +40,15 @@ _FP64 = 1e-12
 
 @dataclass(frozen=True)
 class TensorProof:
-    """What was looked at, and how close it is.
+    """What was checked, and how close it is.
 
     Attributes:
         folded: weights some of whose columns were recomputed
         unchanged: weights found to be the base's, bit by bit
         left: weights that are neither (computed outside a region of their own, or cut in memory)
         largest: the largest distance of a folded weight from the exact value, in units of its last place
-        cases: what was found of each tensor that was looked at
-        made_of: the tensors that each folded weight was composed of
+        cases: the result for each tensor that was checked
+        made_of: the tensors that each folded weight was composed from
     """
 
     folded: int
@@ -74,10 +74,10 @@ class TensorProof:
 
 
 def prove_tensors(reference: Program, folded: Program, written: Mapping[str, Tensor]) -> TensorProof:
-    """Hold the weights in ``written`` (by the names they have in ``folded``) to what ``reference`` computes.
+    """Compare the weights in ``written`` (by their names in ``folded``) with what ``reference`` computes.
 
     Raises:
-        ParityError: a weight is further from the exact one than its rounding, or changed and should not have
+        ParityError: a weight is further from the exact one than rounding explains, or changed when it should not have
     """
     base = run(deferring(reference), (ToEval(), FoldConstants()), check=False)
     nodes = {node.name: node for node in folded.graph.nodes}
@@ -117,7 +117,7 @@ def _weight_of(node: fx.Node | None) -> str | None:
 
 def _kept(region: Region, folded: Tensor) -> tuple[Tensor, Tensor] | None:
     """Which outputs and which inputs of the region's map are in its weight; None where that is not known, and where the
-    map is none of vectors (a convolution's)."""
+    map is not one of vectors (a convolution's)."""
     assert region.carrier is not None
     use = WEIGHT_OPS[region.carrier.target]
     full = node_at(region.carrier, use.weight).meta["val"].shape
@@ -145,7 +145,7 @@ def _distance(
     kind = torch.finfo(written.dtype)
     place = (exact.abs() * kind.eps).clamp(min=kind.smallest_normal * kind.eps)
     distance = float((((stored - exact).abs() - _FP64 * scale).clamp(min=0.0) / place).max().detach())
-    # A number that was rounded once is half of its last place away at most; `not` also finds NaN.
+    # A number rounded once is off by at most half of its last place; `not` also finds NaN.
     if not distance <= 0.5 + _FP64:
         raise ParityError(
             f"{name}: a folded weight is {distance:.3g} units of the last place from what the operators compute; "
@@ -190,7 +190,8 @@ def _run(base: Program, region: Region, given: Tensor, columns: Tensor | None) -
 
 
 def _read_off(base: Program, node: fx.Node, origin: fx.Node, columns: Tensor | None) -> Tensor | None:
-    """What an operator gives that applies a stored matrix to the unit vectors: columns of it, or none, and its bias.
+    """What an operator that applies a stored matrix gives for unit vectors: these ``columns`` of it (zero without), and
+    its bias.
 
     The same numbers as the operator's, without the matrix in fp64: a table of a large vocabulary is gigabytes. None for
     any other operator.
@@ -212,7 +213,7 @@ def _read_off(base: Program, node: fx.Node, origin: fx.Node, columns: Tensor | N
 
 
 def _constant(base: Program, node: fx.Node) -> Tensor:
-    """A tensor of the program, or what operators compute from such alone, in fp64."""
+    """A tensor of the program, or a value that operators compute from tensors alone, in fp64."""
     return value(Constants(base.root).value(node, torch.float64))
 
 
@@ -235,7 +236,7 @@ def _same(before: Tensor, folded: Tensor, written: Tensor) -> bool:
 
 
 def _side_by_side(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The tiles of a tensor beside the same rows of another that is there."""
+    """The tiles of a tensor, with the same rows of another one."""
     if not a.dim():
         a, b = a.reshape(1), b.reshape(1)
     place = 0

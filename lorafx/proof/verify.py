@@ -1,4 +1,4 @@
-"""Whether two models, of whatever kind, compute the same function: the comparison people ask for."""
+"""Whether two models, of whatever kind, compute the same function: the public comparison."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .decoding import hold_generation
 from .open import open_runner
 
 #: The longest text compared unless shapes are given. Attention takes time and memory with the square of the length, and
-#: the tables and windows that end somewhere mostly end before; a comparison that stops here says so.
+#: #: tables of positions and windows mostly end before; a comparison that stops here says so.
 LONGEST = 512
 
 
@@ -45,13 +45,13 @@ def verify(
     Args:
         a: the reference: a program, a module, a runner, or a folder (checkpoint, run, folded, ONNX)
         b: the other, likewise
-        texts: real texts to compare on, instead of made-up tokens
+        texts: real texts to compare on, instead of generated tokens
         tokenizer: makes tokens of them and says on which side to pad; found in either folder when None
-        shapes: batch × length of made-up inputs, clipped to what both models take; by default small and odd ones, one
+        shapes: batch × length of generated inputs, clipped to what both models take; by default small and odd ones, one
             row, one token, and the longest text the models take, up to ``LONGEST`` tokens
-        seed: of made-up inputs
+        seed: of generated inputs
         dtype: compute both in this dtype; fp64 leaves rounding no room to hide a mistake
-        inputs: inputs of one's own, instead of all that
+        inputs: the caller's own inputs, instead of all that
         provider: ``cpu`` or ``cuda``
         threads: CPU threads of each side
         trust_remote_code: whether code that comes with a folder may run: a checkpoint's own, that in a pickled .pt2
@@ -63,8 +63,8 @@ def verify(
         UsageError: inputs cannot be made, or there is no tokenizer for ``texts``
 
     A shape that both sides refuse is noted and left out; one that only one of them refuses is a difference, unless it
-    was made up here and a graph does not claim it. What was exported with its cache is held to what it generates
-    (:mod:`lorafx.proof.decoding`).
+    was generated here and the graph does not claim to hold for it. What was exported with its cache is compared by what
+    it generates (:mod:`lorafx.proof.decoding`).
     """
     opening = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle, "base": base}
     options: dict[str, Any] = {"dtype": dtype, **opening}
@@ -91,7 +91,7 @@ def verify(
 
 
 def _on_given(left: Runner, right: Runner, inputs: Iterable[Mapping[str, Any]]) -> Comparison:
-    """Compared on a caller's inputs, each of which one of them takes."""
+    """Compared on the caller's inputs, each of which at least one side must take."""
     own = [Batch(f"inputs {number}", dict(values)) for number, values in enumerate(inputs, 1)]
     strange = [name for batch in own for name in batch.values if not (left.takes(name) or right.takes(name))]
     if strange:
@@ -102,7 +102,7 @@ def _on_given(left: Runner, right: Runner, inputs: Iterable[Mapping[str, Any]]) 
 
 
 def _on_made_up(left: Runner, right: Runner, generator: Generator, tokens: frozenset[str]) -> Comparison:
-    """Compared on inputs of the usual shapes, those left out that a graph does not claim."""
+    """Compared on inputs of the usual shapes, leaving out those that a graph does not claim to hold for."""
     ends, notes = _ends(generator)
     batches = [*generator.batches((*SHAPES, *ends))]
     broken = {batch.label: left.outside(batch.values) or right.outside(batch.values) for batch in batches}
@@ -113,7 +113,7 @@ def _on_made_up(left: Runner, right: Runner, generator: Generator, tokens: froze
 
 
 def _ends(generator: Generator) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
-    """The shape at the far end of what the models take, if they say one; and what to know about it."""
+    """The shape of the longest text that the models take, if they have a limit; and a note about it."""
     limit = generator.limit
     if limit is None or not any(spec.is_text for spec in generator.specs):
         return (), ()
