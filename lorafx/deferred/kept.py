@@ -1,7 +1,8 @@
-"""An operator that gives a tensor its old bits where it is what it was.
+"""An operator that restores a tensor's old bits wherever the values are equal.
 
 A number that did not change may have lost its sign: -0.0 + 0 is +0.0. Telling which, number by number, takes half the
-time of composing a low-rank weight in bf16, and only zeros can be meant, so it is asked first whether there are any.
+time of composing a low-rank weight in bf16, and only zeros can be affected, so it is checked first whether there are
+any.
 """
 
 from __future__ import annotations

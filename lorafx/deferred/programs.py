@@ -12,13 +12,14 @@ from .tensor import deferred, is_deferred, value
 
 
 def is_deferring(program: Program) -> bool:
-    """Whether any tensor of the program is one that is computed later."""
+    """Whether any tensor of the program is computed later."""
     return any(is_deferred(tensor) for _, tensor in named_tensors(program.root))
 
 
 def deferring(program: P) -> P:
-    """The program with every matrix as a deferred tensor, adapters too: what passes make of them is noted down, for the
-    product of two small ones is as large as a weight. Vectors stay as they are: they are small, and they decide."""
+    """The program with every matrix as a deferred tensor, adapters too: what passes compute from them is recorded,
+    since the product of two small ones is as large as a weight. Vectors stay as they are: they are small, and passes
+    look at their values."""
     result = program.copy()
     made: dict[int, Tensor] = {}
     for name, tensor in list(named_tensors(result.root)):
@@ -31,7 +32,7 @@ def deferring(program: P) -> P:
 
 
 def resident(program: P) -> P:
-    """The program with all of its tensors in memory; itself when they are."""
+    """The program with all of its tensors in memory; itself when they already are."""
     if not is_deferring(program):
         return program
     result = program.copy()
@@ -46,10 +47,9 @@ def resident(program: P) -> P:
 
 
 def has_zeros(program: Program) -> bool:
-    """Whether any weight that is read has a row or column of zeros, or any vector that is not merely added a zero:
-    whether there is anything that channels could be dead of. Looks at the beginning of each row and column.
-
-    The rows of a table are looked up by number, so they are not channels: one of zeros (for padding) does not count.
+    """Whether any weight in use has a row or column of zeros, or any vector that is not merely added a zero: without
+    them no channel can be dead. Looks at the beginning of each row and column. The rows of a table are looked up by
+    number, so they are not channels, and one of zeros (for padding) does not count.
     """
     read, tables, added = dict[int, Tensor](), set[int](), set[int]()
     for node in program.graph.find_nodes(op="get_attr"):
@@ -73,7 +73,7 @@ def has_zeros(program: Program) -> bool:
 
 
 def _place(user: fx.Node, node: fx.Node) -> str:
-    """What an operator uses a tensor as: its ``bias``, its ``table``, or anything else."""
+    """How an operator uses a tensor: its ``bias``, its ``table``, or anything else."""
     use = WEIGHT_OPS.get(user.target)
     if use is None or user.args[use.weight] is node:
         return "table" if use is not None and use.kind == "embedding" else ""

@@ -1,4 +1,4 @@
-"""How a tensor is made: the operators and the tensors it comes from, written down."""
+"""How a tensor is made: a record of the operators and tensors it comes from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """How a tensor is made: by ``op`` from ``args`` and ``kwargs``, in which recipes stand for tensors; or it is there.
+    """How a tensor is made: by ``op`` from ``args`` and ``kwargs``, in which recipes stand for tensors; or it is in
+    memory.
 
     Attributes:
         shape, stride, dtype, device: the tensor's
@@ -38,7 +39,7 @@ class Recipe:
 
     @cached_property
     def _operands(self) -> list[Recipe]:
-        # Asked for by every part of every tensor, and slow to find.
+        # Needed for every part of every tensor, and slow to compute.
         leaves = pytree.tree_leaves((self.args, dict(self.kwargs or {})), is_leaf=is_recipe)
         return [leaf for leaf in leaves if isinstance(leaf, Recipe)]
 

@@ -24,7 +24,7 @@ _LINEAR = (torch.ops.aten.linear.default, nn.functional.linear)
 
 
 def run_by_block(graph: CompiledGraph, root: nn.Module, inputs: list[Any]) -> tuple[Any, ...]:
-    """The flat outputs of ``graph`` over ``root``. What a block reads is computed before it runs and given up after it.
+    """The flat outputs of ``graph`` over ``root``. What a block reads is computed before it runs and freed after it.
 
     Tensors of mapped files that are not deferred give their memory back, and are read again when needed.
     """
@@ -45,7 +45,7 @@ def run_segment(
             if is_deferred(tensor):
                 if id(tensor) not in made:
                     made[id(tensor)] = compute(tensor)
-                    if recipe_of(tensor).there is None:  # what it was computed of is not needed any more
+                    if recipe_of(tensor).there is None:  # what it was computed from is no longer needed
                         forget(tensor)
                 _put(root, name, made[id(tensor)])
         with LargeInParts():
@@ -58,7 +58,7 @@ def run_segment(
 
 
 class LargeInParts(TorchFunctionMode):
-    """Linear layers whose matrix is large apply a range of its rows at a time: little of its file is in memory."""
+    """Apply a large matrix of a linear layer a range of rows at a time: little of its file is in memory."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         large = func in _LINEAR and len(args) > 1 and not kwargs and _is_large(args[1])
@@ -80,9 +80,9 @@ def _is_large(weight: Any) -> bool:
 def handed_on(
     program: Program, inputs: Mapping[str, Any], instead: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the blocks of a program hand on to others, and which block does, by the names of the nodes.
+    """The values that the blocks of a program pass on to others, and the block of each, by the names of the nodes. For
 
-    Values of the names in ``instead`` are handed on as they are there, unless they have another shape here.
+    names in ``instead``, those values are passed on, unless they have another shape here.
     """
     found: dict[str, Any] = {}
     places: dict[str, str] = {}
@@ -107,11 +107,11 @@ def alike(a: Any, b: Any) -> bool:
 
 
 def difference_by_block(program: Program, other: Program, equal: Callable[[Any, Any], bool]) -> str | None:
-    """The first value that a block of ``other`` hands on and that is not what ``program`` has under its name, with the
-    block; None when all are equal. Both are in evaluation form.
+    """The first value that a block of ``other`` passes on and that differs from the one of that name in ``program``,
+    with the block; None when all are equal. Both are in evaluation form.
 
-    Runs on the example. Blocks of ``other`` are given what those of ``program`` hand on; what has another shape goes on
-    within ``other`` and is not compared. The two take turns, and a weight that was chosen from one of ``program``'s is
+    Runs on the example. Blocks of ``other`` get what those of ``program`` pass on; values of another shape stay within
+    ``other`` and are not compared. The two take turns, and a weight that was chosen from one of ``program``'s is
     taken from that: each is computed once.
     """
     expected = _Steps(program)
@@ -146,7 +146,7 @@ class _Steps:
         self._given = {name for segment in self.segments for name in segment.gives}
 
     def go_on(self, names: set[str]) -> None:
-        """Run until the values ``names`` are there that there are."""
+        """Run until those of the values ``names`` that exist are computed."""
         while names & self._given - self.values.keys():
             self.made = {}
             self.step(next(self._left), self.made)

@@ -1,8 +1,8 @@
-"""What rows and columns hold, told by reading no more of a tensor than that takes.
+"""What rows and columns hold, found by reading no more of a tensor than necessary.
 
-A row that is not zero shows it in its first few numbers, mostly. What is still open after them is read on, a tile at a
-time, unless the way the tensor is made says that it is zero (:mod:`.zeros`). So the same is told of a weight that is
-computed as it is written as of one in memory, without a second copy of either.
+A row that is not zero mostly shows it in its first few numbers. Rows still undecided are read on, a tile at a time,
+unless the way the tensor is made shows that they are zero (:mod:`.zeros`). So weights that are computed as they are
+written give the same results as those in memory, without a second copy of either.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from .zeros import zeros_of
 
 #: Numbers of each row or column that are looked at first.
 _FIRST = 4
-#: Numbers between two times that memory is given back.
+#: How many numbers are read before memory is released.
 _HELD = 1 << 26
-#: What was told of tensors that are computed later. Their values are settled: what they are made of is not written to.
+#: Results for tensors that are computed later. Their values are fixed: what they are made from is not written to.
 _KNOWN: WeakKeyDictionary[Recipe, dict[tuple[str, int], Tensor]] = WeakKeyDictionary()
 
 _Differs = Callable[[Tensor], Tensor]
@@ -48,8 +48,8 @@ def nonzero(tensor: Tensor, dim: int, among: Tensor | None = None) -> Tensor:
 
 
 def uniform(tensor: Tensor, dim: int) -> Tensor:
-    """For each position along ``dim`` the one finite number that is found there, in fp64; not-a-number where there are
-    several, or none."""
+    """For each position along ``dim`` the one finite number that is found there, in fp64; NaN where there are several,
+    or none."""
     if tensor.dim() == 1:
         held = value(tensor.detach()).double().cpu()
         return torch.where(held.isfinite(), held, torch.nan)
@@ -92,7 +92,7 @@ def _kept(tensor: Tensor, what: str, dim: int, tell: Callable[[], Tensor]) -> Te
 
 
 def _by_blocks(tensor: Tensor, dim: int, tell: Callable[[Tensor], Tensor]) -> Tensor:
-    """What is told of each position along ``dim``; of the rows of a tensor that may be mapped, a range at a time."""
+    """The results for each position along ``dim``; of the rows of a tensor that may be mapped, a range at a time."""
     held = tensor.recipe.there if isinstance(tensor, Deferred) else None
     if dim or held is None:
         return tell(tensor)

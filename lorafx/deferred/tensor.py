@@ -1,8 +1,8 @@
-"""A tensor that is not there yet: every operator on it is written down instead of run.
+"""A tensor that is not computed yet: every operator on it is recorded instead of run.
 
 A checkpoint larger than memory can be folded by the same code that folds a small one: weights enter as deferred
-tensors over memory-mapped files, passes compute with them, and what comes out knows how to compute itself, a tile at a
-time, when it is written. What a program asks of a value at once (is it zero? which number is it?) is computed at once.
+tensors over memory-mapped files, passes compute with them, and the results know how to compute themselves, a tile at a
+time, when they are written. Where a value is needed at once (is it zero? which number is it?) it is computed at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .tiles import tiles_of, value_of
 
 aten = torch.ops.aten
 
-#: Bytes of tiles between two times that memory is given back.
+#: How many bytes of tiles are read before memory is released.
 _HELD = 1 << 27
 
 #: Operators that look at values and give no tensor whose shape is known without them.
@@ -88,17 +88,17 @@ def _shape(recipe: Recipe) -> Tensor:
 
 
 def recipe_of(tensor: Tensor) -> Recipe:
-    """How a tensor is made; one that is not deferred is there."""
+    """How a tensor is made; one that is not deferred is its own recipe."""
     return tensor.recipe if isinstance(tensor, Deferred) else there(tensor)
 
 
 def deferred(tensor: Tensor) -> Deferred:
-    """A tensor that is there, as one that operators note down: memory-mapped weights, above all."""
+    """A tensor in memory (a memory-mapped weight, above all) as one on which operators are recorded."""
     return tensor if isinstance(tensor, Deferred) else Deferred(recipe_of(tensor))
 
 
 def is_deferred(tensor: Tensor) -> bool:
-    """Whether what is done with the tensor is noted down."""
+    """Whether operators on the tensor are recorded."""
     return isinstance(tensor, Deferred)
 
 
@@ -136,7 +136,7 @@ def passing_rows(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def forget(tensor: Tensor) -> None:
-    """Give back the memory that mapped files take which the tensor was computed from; it is read again when needed."""
+    """Release the memory of mapped files that the tensor was computed from; it is read again when needed."""
     stack, seen = [recipe_of(tensor)], set()
     while stack:
         recipe = stack.pop()

@@ -1,8 +1,8 @@
 """Computing deferred tensors a tile at a time: which part of each operand a part of the result needs.
 
 A part is a range along one dimension. Operators that work element by element need the same part of their operands, a
-matrix product the rows of one and all of the other, a transposed matrix the other dimension. Of any other operator
-everything is computed, once: slower, not wrong.
+matrix product the rows of one and all of the other, a transposed matrix the other dimension. For any other operator
+everything is computed, once: slower, but right.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from .recipe import Recipe
 
 aten = torch.ops.aten
 
-#: Elements of a tile. In fp64 4 MB: what is composed stays near the processor, and a few of them weigh nothing. Half of
-#: it and twice of it take longer.
+#: Elements of a tile: 4 MB in fp64, which stays in the processor's cache. Half and twice this size take longer.
 TILE = 1 << 19
 
 
@@ -62,7 +61,7 @@ def tiles_of(recipe: Recipe) -> Iterator[Tensor]:
     parts, index, start = Tiles(recipe), _rows_of(recipe), 0
     while start < rows:
         size = min(step, rows - start)
-        if index is not None:  # of rows that lie far apart, what lies between would be computed too
+        if index is not None:  # for rows that lie far apart, everything between them would be computed too
             far = (index[start : start + size] - index[start]).abs() >= 2 * step
             size = int(far.int().argmax()) if bool(far.any()) else size
         yield parts.part(Part(0, start, size))
@@ -90,7 +89,7 @@ class Tiles:
 
     def part(self, part: Part | None) -> Tensor:
         """One part, or all of it."""
-        known: dict[Wanted, list[Wanted]] = {}  # what is kept on the way must not change the plan
+        known: dict[Wanted, list[Wanted]] = {}  # values kept on the way must not change the plan
 
         def needs(wanted: Wanted) -> list[Wanted]:
             if wanted not in known:

@@ -1,4 +1,4 @@
-"""Which rows and columns of a matrix are zero for certain, told from how it is made, without making it."""
+"""Which rows and columns of a matrix are certainly zero, derived from how it is made, without computing it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ class Zeros(NamedTuple):
 
 
 def zeros_of(tensor: Tensor, known: dict[Recipe, Zeros] | None = None) -> Zeros:
-    """The rows and columns of a tensor of two dimensions or more that are zero whatever else it is made of.
+    """The rows and columns of a tensor of two dimensions or more that must be zero. Tensors in memory are read, a tile
 
-    Tensors that are there are read, a tile at a time and once with ``known``. What sums, differences or operators
-    without a rule here might cancel is not found: nothing is called zero that might not be.
+    at a time, and only once with ``known``. Zeros by cancellation, or by operators without a rule here, are not found:
+
+    nothing is reported zero that might not be.
     """
     found = known if known is not None else {}
 

@@ -1,4 +1,4 @@
-"""Bytes on disk: folders that are whole or not there, and tables of rows.
+"""Bytes on disk: folders that are complete or absent, and tables of rows.
 
 Imports errors and the version only; knows no model.
 """

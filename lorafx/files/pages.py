@@ -1,4 +1,4 @@
-"""Memory that a mapped file takes while it is read, given back."""
+"""Release the memory that a mapped file takes while it is read."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ _IN_MEMORY, _SWAPPED, _OF_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
 
 
 def release(address: int, size: int) -> bool:
-    """Give back the pages that lie within ``size`` bytes from ``address``; what uses them again reads the file again.
+    """Release the pages within ``size`` bytes from ``address``; using them again reads the file again. Does nothing
 
-    Does nothing where any of them holds something else than its file does, or where the system does not tell. Whether
-    they were given back.
+    where any of them differs from its file, or where the system does not say. Returns whether they were released.
     """
     if sys.platform != "linux":
         return False

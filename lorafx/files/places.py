@@ -1,6 +1,6 @@
-"""What a written folder says of where others lie: as much as finding them takes, and nothing else of the machine.
+"""How a written folder refers to others: with what it takes to find them, and nothing else about the machine.
 
-Two folders that have a parent in common, short of the root of the file system, are named one from the other: they can
+Two folders with a common parent below the root of the file system refer to each other by relative paths: they can
 be moved together, and no path of the machine that wrote them goes along.
 """
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 
 def relative_place(folder: str | PathLike[str], target: str | PathLike[str]) -> str | None:
-    """Where ``target`` lies as seen from ``folder``, with ``/`` between the parts; None where nothing but the root of
-    the file system is above both."""
+    """The path of ``target`` relative to ``folder``, with ``/`` between the parts; None where only the root of the file
+    system is above both."""
     start, end = Path(folder).resolve(), _physical(target)
     try:
         common = Path(os.path.commonpath([start, end]))
@@ -33,7 +33,7 @@ def found_from(folder: str | PathLike[str], place: str) -> Path:
 
 
 def checkpoint_name(path: str | PathLike[str]) -> str:
-    """What people call a checkpoint: ``org/name`` in Hugging Face's cache, else the name of its folder."""
+    """The name for people of a checkpoint: ``org/name`` in Hugging Face's cache, else the name of its folder."""
     *_, owner, snapshots, name = ("", "", *_physical(path).parts)
     if snapshots == "snapshots" and owner.startswith("models--"):
         return owner.removeprefix("models--").replace("--", "/")
@@ -41,7 +41,7 @@ def checkpoint_name(path: str | PathLike[str]) -> str:
 
 
 def _physical(path: str | PathLike[str]) -> Path:
-    """An absolute path without links on its way, so that ``..`` means the same to every reader; its end is kept as it
-    is called."""
+    """An absolute path without symbolic links in its parents, so that ``..`` means the same to every reader; its last
+    part is kept."""
     absolute = Path(os.path.abspath(path))
     return absolute.parent.resolve() / absolute.name

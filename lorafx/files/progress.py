@@ -1,7 +1,8 @@
-"""How far a folder is that is being written: which of its files are whole, noted down in the folder itself.
+"""The progress of a folder that is being written: which of its files are complete, recorded in the folder itself. A
 
-A writer that goes on where a killed one stopped keeps those and nothing else: half a file, or a folder that was meant
-to be there for a moment, must not pass for a part of the result.
+writer that resumes a killed one's work keeps those and nothing else: half a file, or a temporary folder, must not pass
+
+for a part of the result.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-#: Hidden, and gone before the folder gets its name.
+#: Hidden, and removed before the folder gets its name.
 PROGRESS = ".written.json"
 _NEW = f"{PROGRESS}.new"
 #: What is in a folder while it is written, and no part of it.
@@ -19,14 +20,14 @@ PASSING = frozenset((PROGRESS, _NEW))
 
 
 def note_whole(folder: Path, files: Mapping[str, tuple[int, str]]) -> None:
-    """Write down the files that are whole: size in bytes and sha256, by name. A killed process leaves the old account
-    or the new one."""
+    """Record the files that are complete: size in bytes and sha256, by name. A killed process leaves the old record or
+    the new one."""
     (folder / _NEW).write_text(json.dumps(files), encoding="utf-8")
     (folder / _NEW).replace(folder / PROGRESS)
 
 
 def noted_whole(folder: Path) -> dict[str, tuple[int, str]]:
-    """What :func:`note_whole` wrote down last; nothing where there is no account that can be read."""
+    """What :func:`note_whole` recorded last; empty where there is no readable record."""
     try:
         noted = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
         return {str(name): (int(size), str(digest)) for name, (size, digest) in noted.items()}
@@ -35,7 +36,7 @@ def noted_whole(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def keep_whole(folder: Path) -> None:
-    """Remove everything from a folder but the files that are noted as whole, and the account of them."""
+    """Remove everything from a folder except the files recorded as complete, and the record."""
     known = {PROGRESS, *noted_whole(folder)}
     for entry in folder.iterdir():
         if entry.name not in known:
@@ -43,6 +44,6 @@ def keep_whole(folder: Path) -> None:
 
 
 def end_progress(folder: Path) -> None:
-    """Remove the account: the folder is whole."""
+    """Remove the record: the folder is complete."""
     for name in PASSING:
         (folder / name).unlink(missing_ok=True)

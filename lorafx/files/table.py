@@ -27,7 +27,7 @@ class Table:
     """Rows of named columns, and where each row stands in its file.
 
     Attributes:
-        name: what messages call it: the path of the file
+        name: its name in messages, the path of the file
         columns: a list of values per column, all of one length; None where a row has no value
         places: where each row is, e.g. ``line 7``
         classes: the class names that a dataset has for the integers of a column, by column
@@ -66,7 +66,7 @@ class Table:
 
 
 def short(value: object) -> str:
-    """A value as a message shows it."""
+    """A value as shown in a message."""
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."
 
@@ -224,7 +224,7 @@ def _of_columns(name: str, value: Mapping[Any, Any], classes: Mapping[str, Seque
     return Table(name, columns, [f"row {number}" for number in range(1, most + 1)], classes or {})
 
 
-# ---- what others hold tables in
+# ---- tables of other libraries
 
 
 def is_frame(value: Any) -> bool:

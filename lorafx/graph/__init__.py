@@ -1,4 +1,4 @@
-"""What a program is: a graph over named tensors, the one hand that edits it, and what can be said of it.
+"""What a program is: a graph over named tensors, the only class that edits it, and analyses of it.
 
 Imports models and files; knows no pass.
 """

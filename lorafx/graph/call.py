@@ -1,7 +1,9 @@
-"""From a call's keyword inputs to the graph's: nothing is dropped in silence, nothing made up that the model would not.
+"""From a call's keyword inputs to the graph's: nothing is silently dropped, and nothing is filled in that the model
+would not fill in.
 
-What a call gives is what the graph takes, within its domain. What it leaves out is what the eager model was found to
-compute without it; what it gives besides has to be what the eager model computes anyway. All else is an error.
+A call gives inputs of the graph, within its domain. For an input left out, the graph gets what the eager model was
+found to use without it; an input that the graph does not have must be what the eager model uses anyway. All else is an
+error.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ def by_name(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 
 def arguments(program: Program, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``program`` computes with in a call with ``inputs``, by name.
+    """What ``program`` uses in a call with ``inputs``, by name.
 
     UsageError: an input that the program was captured without, one that is missing, or a size outside the domain.
     """
@@ -72,7 +74,7 @@ def flatten(program: Program, inputs: Mapping[str, Any]) -> list[Any]:
 
 
 def _default(program: Program, name: str) -> Any:
-    """What the eager model takes for a setting that a call leaves out."""
+    """The eager model's value of a setting that a call leaves out."""
     if name == "use_cache":
         return False  # a program never returns a cache
     parameter = parameters_of(program.source.model).get(name)
@@ -93,8 +95,8 @@ def _is_default(program: Program, name: str, value: Any) -> bool:
 def _fills(
     program: Program, given: Mapping[str, Any], omitted: frozenset[str], extra: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """What the model computes with in place of ``omitted`` inputs; UsageError unless that is known, and the same with
-    ``extra`` ones."""
+    """What the model uses in place of ``omitted`` inputs; UsageError unless that is known, and the same with ``extra``
+    inputs."""
     kinds = {name: _kind(program, given, value) for name, value in extra.items()}
     for name, kind in kinds.items():
         if kind is None or fills_for(program, frozenset(), {name: kind}) is None:
@@ -139,11 +141,11 @@ def _kind(program: Program, given: Mapping[str, Any], value: Any) -> str | None:
 
 @_disable_dynamo
 def fills_for(program: Program, omitted: frozenset[str], given: Mapping[str, str]) -> dict[str, str] | None:
-    """What the model computes with in place of ``omitted`` inputs, when it is also ``given`` others, by their fills.
+    """What the model uses in place of ``omitted`` inputs, when it is also ``given`` others, by their fills. Found by
 
-    Found by asking the eager model, on the example, on the example mirrored, in which masks and positions run the
+    running the eager model on the example, on the example mirrored, in which masks and positions run the
     other way, and on one with padding tokens: an input derived from another is not a constant. None when
-    the model cannot do without, or computes with something else than one of :data:`FILLS`.
+    the model cannot do without, or uses something other than one of :data:`FILLS`.
     """
     model = program.source.model
     if program.device.type == "meta" or any(value.is_meta for value in model.parameters()):

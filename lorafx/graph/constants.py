@@ -38,7 +38,7 @@ V = TypeVar("V")
 
 
 def operands_first(target: T, operands: Callable[[T], Iterable[T]], known: Collection[T] = ()) -> Iterator[T]:
-    """``target`` and all it is made of, each once and after its operands; without what is ``known``.
+    """``target`` and everything it is computed from, each once and after its operands, leaving out what is ``known``.
 
     Without recursion: a graph is deeper than the stack of calls.
     """
@@ -56,9 +56,9 @@ def operands_first(target: T, operands: Callable[[T], Iterable[T]], known: Colle
 
 
 def computed(target: T, operands: Callable[[T], Iterable[T]], compute: Callable[[T, Mapping[T, V]], V]) -> V:
-    """The value of ``target``: ``compute(node, values)`` of all it is made of, each once, operands first.
+    """The value of ``target``: ``compute(node, values)`` for everything it is computed from, each once, operands first.
 
-    A value is dropped when it was read for the last time.
+    A value is dropped after its last use.
     """
     order = list(operands_first(target, operands))
     left = Counter(part for node in order for part in set(operands(node)))
@@ -140,13 +140,13 @@ class Constants:
         return not others and self._is_region(last) and all(set(tensor.users) == {last} for tensor in tensors)
 
     def _is_steady(self, node: fx.Node) -> bool:
-        """Whether a region that overwrites a tensor makes the same of what it made of it, but for the rounding: a
-        projection, say. Then its first result is that of every evaluation."""
+        """Whether a region that overwrites a tensor maps its own result to itself, up to rounding (a projection, say).
+        Then its first result is that of every evaluation."""
         called = body(self.root, node)
         assert called is not None, "only regions are asked"
         given = [self.value(v, torch.float64) if isinstance(v, fx.Node) else v for _, v in called.operands]
         tensors = [value for value in given if isinstance(value, Tensor)]
-        # Of what is on the meta device or comes later nothing is known.
+        # Nothing is known about values on the meta device or computed later.
         if any(value.is_meta or type(value) not in (Tensor, nn.Parameter) for value in tensors):
             return False
         given = [value.clone() if isinstance(value, Tensor) else value for value in given]
@@ -177,7 +177,8 @@ class Constants:
         return computed(node, _operands, compute)
 
     def key(self, value: object) -> Hashable:
-        """What a constant operand is made of: equal keys are equal values. Short, however much it is made of."""
+        """A key for a constant operand: equal keys are equal values. Short, however much the operand is computed
+        from."""
         if not isinstance(value, fx.Node):
             return repr(value)
         for node in operands_first(value, _operands, self._keys):
@@ -187,11 +188,11 @@ class Constants:
         return self._keys[value]
 
     def short(self, key: Hashable) -> Hashable:
-        """Another key for ``key``, the same for equal ones: keys of keys stay flat."""
+        """A short key for ``key``, the same for equal ones, so that keys of keys stay flat."""
         return self._known.setdefault(key, ("made of", len(self._known)))
 
     def _held(self, name: str) -> Hashable:
-        """A parameter is known by its name; a buffer by its values, as a tracer lifts one constant from each use."""
+        """A parameter is identified by its name; a buffer by its values, as a tracer lifts a constant at each use."""
         value = get_tensor(self.root, name) if has_tensor(self.root, name) else None
         if value is None or value.is_meta or isinstance(value, nn.Parameter):
             return name

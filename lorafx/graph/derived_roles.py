@@ -1,9 +1,9 @@
-"""Roles that a graph tells where names do not: what meets in an attention, and what goes up, through and down.
+"""Roles from the graph where names do not tell: what meets in an attention, and what goes up, through and down.
 
-A projection whose result is argument 0, 1 or 2 of an attention, but for moves, elementwise operators and norms between,
-is its query, key or value; one that reads nothing but an attention is its output. A projection that reads an
+A projection whose result reaches argument 0, 1 or 2 of an attention through moves, elementwise operators and norms
+alone is its query, key or value; one that reads nothing but an attention is its output. A projection that reads an
 elementwise function of others of its block, and gives what these read its width again, comes down from what they went
-up to. Whatever is not as plain as that has no role here.
+up to. Anything less plain has no role here.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Projection:
 def derived_roles(
     graph: fx.Graph, projections: Mapping[fx.Node, Projection], beside: Collection[fx.Node]
 ) -> dict[fx.Node, str]:
-    """The roles of those of ``projections`` whose place in the graph tells one; none where it tells two.
+    """The roles of those of ``projections`` whose place in the graph gives exactly one role.
 
-    ``beside`` are nodes that stand beside a projection and add to it (an adapter): what they read is not followed.
+    ``beside`` are nodes that add to a projection (an adapter): what they read is not followed.
     """
     walk = _Walk(graph, projections, frozenset(beside))
     found: dict[fx.Node, set[str]] = defaultdict(set)
@@ -60,7 +60,7 @@ def derived_roles(
 
 
 class _Walk:
-    """Goes backward from values to what they are made of."""
+    """Goes backward from values to what they are computed from."""
 
     def __init__(self, graph: fx.Graph, projections: Mapping[fx.Node, Projection], beside: frozenset[fx.Node]):
         self.projections, self.beside = projections, beside

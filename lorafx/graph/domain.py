@@ -1,8 +1,8 @@
 """The inputs a graph is right for: sizes with their ranges and relations, as the trace concluded, and fixed values.
 
 Where a model's code branches on a size, a graph holds one branch: it is right for the sizes that take it. A size that
-was free in the trace is right above one only, because a tracer tells 1 from all others without saying so; whether it is
-right at 1 too is found by trying (:mod:`lorafx.models.eager`).
+was free in the trace is only right above one, because a tracer silently treats 1 as special; whether it is right at 1
+too is found by trying (:mod:`lorafx.models.eager`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..errors import CaptureError, UsageError
 
 #: The smallest size a trace says anything about.
 _TRACED = 2
-#: Arguments that are settings of a transformers model, with its config's values for defaults; not inputs of its graph.
+#: Arguments that are settings of a transformers model, with defaults from its config; not inputs of its graph.
 FLAGS = ("use_cache", "output_attentions", "output_hidden_states", "return_dict", "return_loss")
 
 Leaves = Mapping[str, Any]
@@ -47,7 +47,7 @@ class Range:
         return size >= self.low and (self.high is None or size <= self.high)
 
     def within(self, low: Any, high: Any) -> Range:
-        """What is also from ``low`` to ``high``, as the tracer writes numbers."""
+        """The part that is also between ``low`` and ``high``, in the tracer's numbers."""
         bounded = high.is_number and high < 2**62
         highs = [end for end in (self.high, int(high) if bounded else None) if end is not None]
         return Range(max(self.low, int(low)), min(highs, default=None))
@@ -66,7 +66,7 @@ class Domain:
         shapes: the axes of each tensor input: a number, or an expression over the free sizes (mostly just one's name)
         ranges: the free sizes by name
         relations: conditions on the free sizes beyond their ranges, as Python expressions
-        values: what every other input was in the trace
+        values: the value of every other input in the trace
     """
 
     shapes: Mapping[str, tuple[int | str, ...]]
@@ -113,14 +113,14 @@ class Domain:
         return inside and all(self.holds(relation, sizes) for relation in self.relations)
 
     def holds(self, relation: str, sizes: Mapping[str, int]) -> bool:
-        """Whether a relation holds for these free sizes; not, where it divides by nothing."""
+        """Whether a relation holds for these free sizes; false where it divides by zero."""
         try:
             return bool(self.evaluate(relation, sizes))
         except ZeroDivisionError:
             return False
 
     def broken(self, inputs: Mapping[str, Any]) -> str:
-        """The first relation between their sizes that ``inputs`` do not keep, for people; empty when they keep all."""
+        """The first relation between sizes that ``inputs`` violate, for people; empty when there is none."""
         sizes = self.sizes(leaves_of(inputs))
         known = sizes.keys() == self.ranges.keys()
         return next((self.readable(one) for one in self.relations if known and not self.holds(one, sizes)), "")
@@ -223,7 +223,8 @@ def domain_of(exported: ExportedProgram, example: Mapping[str, Any], names: tupl
         exported: the trace
         example: the inputs it was made on
         names: those of them that the graph takes
-        shapes: the dynamic shapes asked for; axes that were to be one dimension are one, if the trace says so or not
+        shapes: the dynamic shapes asked for; axes that were given as one dimension count as one, whether or not the
+            trace says so
 
     Raises:
         CaptureError: a conclusion cannot be checked
@@ -300,8 +301,7 @@ def _relations(values: list[Any], symbols: set[Any], same: Mapping[Any, Any]) ->
 
 
 def _always(relation: Any) -> bool:
-    """Whether an inequality holds for all sizes there are, as that a text has no fewer tokens than are chosen of it
-    (``min(4, n) <= n``): sympy does not look into minima."""
+    """Whether an inequality holds for all sizes (``min(4, n) <= n``, say): sympy does not look into minima."""
     if not isinstance(relation, (sympy.Le, sympy.Ge, sympy.Lt, sympy.Gt)):
         return False
     less: Any = relation.lts
@@ -318,7 +318,7 @@ def _at_most_zero(value: Any) -> bool:
     slope = sympy.expand(value.subs(choice, stand_in)).diff(stand_in)
     if not slope.is_number:
         return False
-    # A minimum is no more than any of what it is taken of: one bounds it from above, all from below.
+    # A minimum is at most each of its arguments: any one bounds it from above, all together from below.
     enough = any if isinstance(choice, sympy.Min) == bool(slope > 0) else all
     return enough(_at_most_zero(value.subs(choice, one)) for one in choice.args)
 

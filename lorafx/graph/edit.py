@@ -1,4 +1,4 @@
-"""The only hand that changes a graph. It keeps names, roles, fake-tensor metadata and provenance right."""
+"""The only class that changes a graph. It keeps names, roles, fake-tensor metadata and provenance right."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ aten = torch.ops.aten
 class Edit:
     """Changes one program on behalf of one pass.
 
-    Values of new nodes are computed on fake tensors as they are inserted, so shapes and dtypes (symbolic ones too)
-    are always known and a wrong shape fails at the line that made it.
+    Values of new nodes are computed on fake tensors as they are inserted, so shapes and dtypes (symbolic ones too) are
+    always known, and a wrong shape fails at the line that causes it.
     """
 
     def __init__(self, program: Program, step: Step):
         self.program = program
         self.step = step
-        #: What the pass has to say for the report: titles and JSON values.
+        #: What the pass reports: titles and JSON values.
         self.facts: dict[str, Any] = {}
         self._inserted: dict[str, Inserted] = {}
         self._owned: dict[tuple[str, str], str] = {}
@@ -52,7 +52,7 @@ class Edit:
 
     @property
     def inserted(self) -> tuple[Inserted, ...]:
-        """What was inserted so far, one entry a module."""
+        """What was inserted so far, one entry for each module."""
         return tuple(self._inserted.values())
 
     # ---- tensors
@@ -79,8 +79,8 @@ class Edit:
             role: one of :data:`lorafx.graph.program.ROLES`; a ``statistic`` does not train
             of_weight: makes the new tensor, instead of ``init``, of the weight as a matrix (out, in) in that dtype (a
                 stack as it is stored); without weights it waits until the run is opened with them
-            owner: the path to keep it under instead of the module's; all who name one owner share its tensor, which is
-                stored once
+            owner: the path to keep it under instead of the module's; all sites that name one owner share its tensor,
+                which is stored once
         """
         entry = self._entry(site)
         key = short.removesuffix(".weight")
@@ -265,7 +265,7 @@ class Edit:
         for node in (detached, added):
             node.meta.update(nn_module_stack={}, val=value.meta["val"], **{INSERTED_BY: self.step.pass_name()})
 
-    # ---- what stands around a weight
+    # ---- around a weight
 
     def output(self, site: Site) -> fx.Node:
         """The node of ``site``'s result with all that earlier passes added to it."""
@@ -316,7 +316,7 @@ class Edit:
         """Recompute the fake values of all operators after tensors changed their shapes.
 
         Raises:
-            OperatorError: an operator does not take what it is given now
+            OperatorError: an operator does not accept its operands any more
         """
         for node in self.program.graph.nodes:
             if node.op != "call_function":
@@ -331,7 +331,7 @@ class Edit:
         return self.values.of(node)
 
     def _fake_like(self, value: Tensor) -> Tensor:
-        # Everything lies on the device of the captured graph (meta, when captured without weights), so that operators
+        # Everything is on the device of the captured graph (meta, when captured without weights), so that operators
         # on fake tensors never see two devices.
         node = next(iter(self.program.graph.find_nodes(op="placeholder")))
         device = node.meta["val"].device
@@ -346,5 +346,5 @@ class Edit:
 
     @cached_property
     def _weights(self) -> dict[fx.Node, str]:
-        """What the weights are called that the operators use."""
+        """The names of the weights that the operators use."""
         return {s.reader or s.node: s.module for s in self.program.sites() if s.node.target in WEIGHT_OPS or s.reader}

@@ -1,4 +1,4 @@
-"""What a graph changes in place: an analysis of values must not believe what it knew of them before."""
+"""What a graph changes in place: an analysis must forget what it knew about such values."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _SHARING = (
 
 
 def written(root: nn.Module, graph: fx.Graph) -> frozenset[fx.Node]:
-    """Nodes whose values some operator of ``graph`` changes in place, whoever shares their memory included; its tensors
-    and inner graphs are those of ``root``."""
+    """Nodes whose values some operator of ``graph`` changes in place, including all that share their memory; its
+    tensors and inner graphs are those of ``root``."""
     return frozenset(writers(root, graph))
 
 

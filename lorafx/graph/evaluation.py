@@ -60,7 +60,7 @@ def _median(operator: Any, *rest: Any) -> Callable[[fx.Node], None]:
     return change
 
 
-#: The median of the noise that a pass inserted. A model's own random numbers are its own affair.
+#: The median of the noise that a pass inserted. A model's own random numbers are left alone.
 _MEDIANS: dict[Any, Callable[[fx.Node], None]] = {
     aten.randn_like.default: _median(aten.zeros_like.default),
     aten.rand_like.default: _median(aten.full_like.default, 0.5),

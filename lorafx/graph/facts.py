@@ -1,7 +1,7 @@
-"""What passes note that others ask for: small types over the rows that a program's history keeps under a title.
+"""What passes record for others to read: small types over the rows that a program's history keeps under a title.
 
-A history keeps plain JSON values, so any pass may have titles and rows of its own; only what is read elsewhere too has
-a type here.
+A history keeps plain JSON values, so any pass may have titles and rows of its own; only what other modules read has a
+type here.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fact:
-    """One row; subclasses say its title and its fields."""
+    """One row; subclasses define its title and its fields."""
 
     title: ClassVar[str]
 
     @classmethod
     def read(cls, row: Any) -> Self | None:
-        """The fact that a row under this title tells; None for a row of another form, which is somebody else's."""
+        """The fact in a row under this title; None for a row of another form, which is not ours."""
         names = {entry.name for entry in dataclasses.fields(cls)}
         return cls(**row) if isinstance(row, Mapping) and row.keys() == names else None
 
     @classmethod
     def noted(cls, program: Program) -> list[Self]:
-        """All that the passes of a program noted of this kind, oldest first."""
+        """All facts of this kind in a program's history, oldest first."""
         return [fact for row in program.facts(cls.title) if (fact := cls.read(row)) is not None]
 
     def note(self, edit: Edit) -> None:
-        """Keep the fact in the history, as what the pass at work has to say."""
+        """Record the fact in the history, for the current pass."""
         edit.facts.setdefault(self.title, []).append(dataclasses.asdict(self))
 
 
@@ -75,7 +75,7 @@ class TakenOut(Fact):
 
 @dataclass(frozen=True)
 class ZeroButKept(Fact):
-    """So many positions (``zero`` of ``of``) along a dimension of a weight hold nothing but zeros and stay, and why."""
+    """Positions (``zero`` of ``of``) along a dimension of a weight that are all zeros and stay, and why."""
 
     title: ClassVar[str] = "Zero but kept"
 

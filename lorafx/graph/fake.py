@@ -23,9 +23,9 @@ def _has_inner(node: fx.Node) -> bool:
 class FakeValues:
     """Computes fake values of nodes.
 
-    Blocks repeat, and every pass looks at one graph again, so most calls are the like of an earlier one; symbolic
-    shapes are slow to compute, and a fake value is nothing but its metadata, so those nodes share one. What is known
-    stays with the mode, which all copies of a program share, from the values of the trace on.
+    Blocks repeat, and every pass looks at the same graph, so most calls resemble an earlier one; symbolic shapes are
+    slow to compute, and a fake value is only metadata, so such nodes share one. The cache belongs to the fake mode,
+    which all copies of a program share, and begins with the values of the trace.
     """
 
     def __init__(self, mode: FakeTensorMode, program: Program):
@@ -36,7 +36,7 @@ class FakeValues:
             self.learn(program.graph)
 
     def learn(self, graph: fx.Graph) -> None:
-        """Take the values that the operators of ``graph`` carry as those of their like; what they carry is right."""
+        """Take the values that the operators of ``graph`` carry for similar nodes; they are right."""
         for node in graph.nodes:
             if "val" in node.meta and isinstance(node.target, torch._ops.OpOverload) and not _has_inner(node):
                 self._known.setdefault(self._key(node), node.meta["val"])
@@ -51,7 +51,7 @@ class FakeValues:
         return self._known[key]
 
     def _key(self, node: fx.Node) -> Any:
-        """What decides the value of a node."""
+        """The key that determines the value of a node."""
         return node.target, self._likeness(node.args), self._likeness(tuple(node.kwargs.items()))
 
     def _computed(self, node: fx.Node) -> Any:
@@ -69,7 +69,7 @@ class FakeValues:
         return node.meta["val"] if "val" in node.meta else self.root.get_submodule(str(node.target))
 
     def _likeness(self, value: Any) -> Any:
-        """What of an argument decides an operator's fake result, as something hashable."""
+        """The part of an argument that determines an operator's fake result, as something hashable."""
         if isinstance(value, fx.Node):
             return self._likeness(self._operand(value))
         if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The value a new tensor begins with: zero, drawn, or made of a weight as soon as that has values."""
+"""The initial value of a new tensor: zero, random, or computed from a weight once that has values."""
 
 from __future__ import annotations
 

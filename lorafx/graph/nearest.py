@@ -28,7 +28,7 @@ def nearest(spec_item: str, candidates: Iterable[Candidate]) -> str:
 
 
 def _wider(item: Item, paths: list[str]) -> str:
-    """The usual slip: the item fits a part of a path where it has to fit all of it (a name: its end)."""
+    """The usual mistake: the item fits a part of a path where it has to fit all of it (a name: its end)."""
     if item.kind == "regex":
         inside = item.pattern is not None and any(item.pattern.search(path) for path in paths)
         return " (it must match the whole path: begin and end it with '.*')" if inside else ""

@@ -1,4 +1,4 @@
-"""What a node is given and gives, in types: torch.fx declares an argument to be nearly anything."""
+"""A node's arguments and results, with types: torch.fx declares an argument to be nearly anything."""
 
 from __future__ import annotations
 

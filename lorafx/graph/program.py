@@ -74,7 +74,7 @@ class Signature:
 
 
 class Step(Protocol):
-    """What a history knows of a pass: a :class:`lorafx.base.Pass`, which stands above."""
+    """What a history knows about a pass: a :class:`lorafx.base.Pass`, which is defined above this folder."""
 
     #: A :class:`lorafx.base.Promise`.
     promise: ClassVar[Any]
@@ -102,8 +102,8 @@ class Inserted:
 class Applied:
     """One entry of a program's history: a pass, what it inserted where, what it missed, and the time it took (s).
 
-    ``facts`` are what it has to say for the report: titles and JSON values. ``proof`` says how the pass was held to its
-    promise, or why it was not; ``difference`` is the largest that was found, as a share of the outputs' scale.
+    ``facts`` are what it reports: titles and JSON values. ``proof`` says how the pass was checked against its promise,
+    or why it was not; ``difference`` is the largest that was found, as a share of the outputs' scale.
     """
 
     step: Step
@@ -120,7 +120,7 @@ class Applied:
 class Program:
     """One captured model, as data. Rewrites return a new one; tensors share storage until one of them trains.
 
-    :class:`lorafx.Program` is the one people hold.
+    :class:`lorafx.Program` is the public subclass.
 
     Attributes:
         graph: ATen operators; reads its tensors by name from ``root``
@@ -246,10 +246,11 @@ class Program:
                 target.copy_(value)
 
     def outlive_training(self) -> None:
-        """Put what the last training gave among the earlier ones: another begins, or the function is another now.
+        """Move the last training's record to the earlier ones, since another begins or the function changed. Its
 
-        Kept are its figures, what they are of, and how it began; curves of another function would be taken for those
-        of this one.
+        figures, what they were measured on, and how it began are kept; curves of another function could be mistaken
+
+        for those of this one.
         """
         if self.trained is not None:
             start = [entry for entry in self.trained.get("history") or () if entry.get("step") == 0]
@@ -274,10 +275,10 @@ class Program:
 
 #: What is kept of a training when another follows.
 _OUTLIVES = ("metrics", "seconds", "passes", "evaluated")
-#: A kind of program: what is made of one is of its kind.
+#: A kind of program: rewriting one gives the same kind.
 P = TypeVar("P", bound=Program)
 
-#: Operators that update running statistics without saying so: where those are, and whether they do.
+#: Operators that update running statistics although their schemas do not say so, and the argument that says whether.
 _RUNNING = {torch.ops.aten.batch_norm.default: 5, torch.ops.aten.instance_norm.default: 5}
 
 

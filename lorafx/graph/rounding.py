@@ -1,8 +1,8 @@
 """How far rounding alone moves what a program computes: Monte Carlo arithmetic.
 
-Two correct computations of one function differ by rounding, and some functions make much of it: the deviation of rows
-that are equal, the norm of a constant. Every floating value is moved at random within its last bit, a few times over;
-where an output goes meanwhile, no comparison can tell a mistake from rounding.
+Two correct computations of one function differ by rounding, and some functions amplify it: the deviation of equal rows,
+the norm of a constant. Every floating-point value is moved at random within its last bit, several times; within the
+range in which an output then moves, no comparison can tell a mistake from rounding.
 
 Source: D. S. Parker, Monte Carlo Arithmetic: exploiting randomness in floating-point arithmetic, 1997.
 """
@@ -27,7 +27,7 @@ MARGIN = 100.0
 def jittered(program: P, seed: int) -> P:
     """``program``, in evaluation form, with every value it rounds moved at random by up to one unit in the last place.
 
-    Views and what is written in place stay; whole numbers, too: masks, counts and zeros come about without rounding.
+    Views and values written in place stay; so do integers: masks, counts and zeros involve no rounding.
     """
     result = program.copy()
     held = written(result.root, result.graph)

@@ -1,8 +1,8 @@
-"""Of the last layers, compute the tokens alone that are read.
+"""In the last layers, compute only the tokens that are read.
 
-A classifier reads one token of what the last block gives. What that block computes of the others after its keys and
-values nobody reads: five sixths of its products. So a selection moves up through all that computes each token by itself
-and that nobody else reads; above it, a slice of one token takes its place.
+A classifier reads one token of the last block's output. What that block computes for the others after its keys and
+values is not used: five sixths of its products. So a selection moves up through all operators that compute each token
+by itself and that nothing else reads; above them, a slice of one token takes its place.
 
 Sizes are compared as the tracer has them: numbers, or expressions of its symbols.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 aten = torch.ops.aten
-#: Where a slice ends that goes on to the end.
+#: The end of a slice without one.
 _END = 2**63 - 1
 
 
@@ -63,7 +63,7 @@ def read_rows(graph: fx.Graph, *, through_attention: bool = True) -> int:
 
 
 def computed_by_row(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes of whose results one row is read that can be computed by itself, dropout left aside."""
+    """The nodes whose results are read in one row only, which can be computed by itself; dropout is ignored."""
     return set(_reads(graph, {**_RULES, **_ATTENTION, aten.dropout.default: _first}))
 
 
@@ -73,7 +73,7 @@ def _reads(graph: fx.Graph, rules: Mapping[Any, Rule]) -> dict[fx.Node, tuple[Ro
     found: dict[fx.Node, tuple[Row, Mapping[fx.Node, Row]]] = {}
     for node in reversed(list(graph.nodes)):
         row = next(iter(asked[node])) if len(asked[node]) == 1 else None
-        # Rules read arguments by their places; what is given by its name is another form of the operator.
+        # Rules read arguments by position; a keyword argument makes it another form of the operator.
         known = node.target in rules and (not node.kwargs or node.target in _NAMED)
         taken = rules[node.target](node, row) if row is not None and known else None
         if row is not None and taken is not None:
@@ -282,7 +282,7 @@ _ATTENTION: dict[Any, Rule] = {
     aten.sum.dim_IntList: _along,
     aten.expand.default: _expanded,
 }
-#: What may have arguments by name: they change nothing there, or are read.
+#: Operators that may have keyword arguments: these change nothing there, or are read.
 _NAMED = (*_PER_ELEMENT, aten.scaled_dot_product_attention.default)
 _PRODUCTS = (aten.linear.default, aten.matmul.default, aten.scaled_dot_product_attention.default)
 

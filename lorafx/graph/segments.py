@@ -101,7 +101,7 @@ class CompiledGraph:
         states: dict[str, Any] | None = None,
     ) -> tuple[Any, ...]:
         """The flat outputs. ``units`` run the segments of some blocks: ``units[block](function, *values taken)``;
-        ``states`` gets what the blocks of :attr:`streams` hand on."""
+        ``states`` gets what the blocks of :attr:`streams` pass on."""
         device = next((value.device for value in inputs if isinstance(value, Tensor)), None)
         if device is not None and self.device not in (None, device):
             return self.on(device)(module, inputs, checkpoint=checkpoint, units=units, states=states)
@@ -124,7 +124,7 @@ class CompiledGraph:
         if states is not None:
             states.update({block: values[name] for block, name in self.streams.items()})
         (result,) = self.graph.output_node().args
-        assert isinstance(result, tuple | list)  # a program gives a flat row of values (Program.signature)
+        assert isinstance(result, tuple | list)  # a program's outputs are a flat list of values (Program.signature)
         return tuple(values[value.name] if isinstance(value, fx.Node) else value for value in result)
 
     def on(self, device: torch.device) -> CompiledGraph:

@@ -1,12 +1,12 @@
-"""What a pass would rewrite and what it would not, and why: plain data, free of torch."""
+"""What a pass would rewrite and what it would not, and why: plain data, without torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-#: What a pass calls a site: the use of a weight, a node, a name, a plan. Nothing is ever put into a selection, so one
-#: of weights is one of weights and nodes too.
+#: A pass's kind of site: the use of a weight, a node, a name, a plan. Selections are read-only, so the type is #:
+#: covariant.
 T_co = TypeVar("T_co", covariant=True)
 
 

@@ -1,7 +1,8 @@
-"""What frequent operators give on fake tensors, from the sizes of their operands alone.
+"""The results of frequent operators on fake tensors, from the sizes of their operands alone. torch runs their
 
-torch computes it by their decompositions, a dozen operators each, over symbolic sizes: a linear takes it eight
-milliseconds, and less than one here. The values are the same: what is not as told here is left to torch.
+decompositions, a dozen operators each, over symbolic sizes: eight milliseconds for a linear, less than one here. The
+
+values are the same: any case not covered here is left to torch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 aten: Any = torch.ops.aten
 _log = logging.getLogger(__name__)
 
-#: A result, or several, as sizes and dtypes; None where it is not told.
+#: A result, or several, as sizes and dtypes; None where the case is not covered.
 Told = list[tuple[Sequence[Any], torch.dtype]] | None
 
 
@@ -137,7 +138,8 @@ def _contiguous(x: Tensor) -> bool:
 
 
 def told(mode: FakeTensorMode, operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """What ``operator`` gives for fake tensors of ``mode``, a tensor or several; None where it is not told here."""
+    """What ``operator`` gives for fake tensors of ``mode``, a tensor or several; None where the case is not covered
+    here."""
     rule = _RULES.get(operator)
     held = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if rule is None or not all(_plain(value, mode) for value in held) or len({value.device for value in held}) != 1:
@@ -157,8 +159,8 @@ def _plain(value: Tensor, mode: FakeTensorMode) -> bool:
 
 @contextmanager
 def told_at_once() -> Iterator[None]:
-    """Within it traces ask :func:`told` first, where torch asks for its own fast rules. Where these lie is not promised
-    of torch's: versions that have them elsewhere trace as they do."""
+    """Within it traces ask :func:`told` first, where torch asks for its own fast rules. That place is not part of
+    torch's public interface: with versions that have them elsewhere, traces are as slow as torch's."""
     try:
         from torch._prims_common import is_contiguous_for_memory_format_or_false  # noqa: F401
         from torch._subclasses.fake_impls import get_fast_op_impls

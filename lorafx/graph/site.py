@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class WeightOp:
-    """How one operator uses a weight: where it stands among the arguments, and how it is stored.
+    """How one operator uses a weight: its place among the arguments, and how it is stored.
 
     As a matrix a weight is (out, in); a convolution's ``in`` is its patches. ``transposed`` says that it is stored as
     (in, out).
@@ -73,7 +73,7 @@ class Site:
     """One use of one weight.
 
     Attributes:
-        module: what the weight is called: the path of the module that uses it, e.g.
+        module: the weight's name for people: the path of the module that uses it, e.g.
             ``bert.encoder.layer.0.attention.self.query``; of several that one module uses, the path of the module that
             owns it (``self_attn.out_proj``) or its own name (``self_attn.q_proj_weight``)
         parameter: name of the weight
@@ -84,7 +84,7 @@ class Site:
         role: what the weight does, e.g. ``attn.query``
         node: the operator's node in the program's graph
         blocks: how many blocks its stack has (an encoder's and a decoder's are two); 0 outside blocks
-        names: what else it answers to, where the module that uses it is not its owner or has several weights: that
+        names: its other names, where the module that uses it is not its owner or has several weights: that
             module's path, and the weight's own name
         matrices: how many a stack has
         stored, reader: of a stack, the node of the weight as it is stored, with what passes made of it, and the
@@ -136,7 +136,7 @@ def block_of(module: str) -> int | None:
 
 
 def stack_of(module: str) -> str:
-    """What stands before the first number in a module path: ``encoder.layer`` for ``encoder.layer.3.output``."""
+    """The part before the first number in a module path: ``encoder.layer`` for ``encoder.layer.3.output``."""
     parts = module.split(".")
     return ".".join(itertools.takewhile(lambda part: not part.isdigit(), parts))
 
@@ -185,12 +185,12 @@ def find_sites(graph: fx.Graph, root: nn.Module, in_head: Callable[[str], bool])
     return _in_their_roles(graph, _told_apart(root, sites))
 
 
-#: Kinds of site that the graph tells a role of.
+#: Kinds of site whose role the graph can tell.
 _PROJECTIONS = ("linear", "addmm")
 
 
 def _in_their_roles(graph: fx.Graph, sites: list[Site]) -> list[Site]:
-    """The sites with roles from the graph for those inside blocks whose names tell none; all uses have to agree."""
+    """The sites, with roles from the graph for those inside blocks whose names give none; all uses have to agree."""
     own = [site for site in sites if site.kind in _PROJECTIONS and INSERTED_FOR not in site.node.meta]
     unnamed = [site for site in own if site.role == "other" and site.block is not None]
     if not unnamed:
@@ -219,14 +219,14 @@ def _told_apart(root: nn.Module, sites: list[Site]) -> list[Site]:
     which = {site: id(get_tensor(root, site.parameter)) for site in own}
     called = {site: site.module for site in own}
     several = set(_rivals(called, which))
-    # A weight that another module owns is called by that one, as in PEFT ...
+    # A weight that another module owns is named after that one, as in PEFT ...
     for site in several:
         owner, _, leaf = own[site].rpartition(".")
         called[site] = owner if leaf == "weight" and _within(owner, site.module) else site.module
     # (a stack always: PEFT names it so, and its module's other parameters are biases) ...
     called = {site: own[site] if site.kind == STACK else name for site, name in called.items()}
     called = {site: name for site, name in called.items() if site.node.target in WEIGHT_OPS or site.kind == STACK}
-    # ... what still has to share a name is called as the tensor is ...
+    # ... weights that would still share a name get the tensor's name ...
     for site in _rivals(called, which):
         called[site] = called[site] if own[site] == f"{called[site]}.weight" else own[site]
     # ... and a matrix used both ways round is two weights.
@@ -271,14 +271,14 @@ def _named(site: Site, own: str, called: str) -> Site:
     return replace(site, module=called, role=role, names=tuple(n for n in dict.fromkeys(names) if n and n != called))
 
 
-#: Operators that show a stack of weights from another side; the use is what follows.
+#: Operators that transpose a stack of weights; the use is what follows.
 _SIDES = (aten.transpose.int, aten.permute.default)
 #: Operators by which passes change a stack; the use is what reads the result.
 _CHANGES = (aten.add.Tensor, aten.to.dtype)
 
 
 class _Use(NamedTuple):
-    """The node of a weight, what it is where it is stored, who takes it from there, and who uses it."""
+    """The node of a weight, its node where it is stored, the node that reads it there, and the node that uses it."""
 
     weight: fx.Node
     stored: fx.Node

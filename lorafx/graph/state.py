@@ -27,7 +27,7 @@ class SiteState:
         return self.tensors[short]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A (matrices, rank, in) and B (matrices, out, rank): of each matrix of a stack, or of the one there is."""
+        """A (matrices, rank, in) and B (matrices, out, rank): of each matrix of a stack, or of a single one."""
         a, b = self["lora_A"], self["lora_B"]
         each = b.reshape(b.shape[0], -1, self.matrices).permute(2, 0, 1)
         return a.reshape(self.matrices, -1, a.shape[1]), each

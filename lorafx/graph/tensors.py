@@ -1,7 +1,8 @@
-"""Who is called what, and read where: the tensors of a program by name and by identity, with the nodes that read them.
+"""An index of the tensors of a program by name and by identity, with the nodes that read them. A graph has no such
 
-A graph keeps no such list: without one, every question about a tensor walks all of them, and a fold takes a time that
-grows with the square of the layers.
+index: without one, every question about a tensor walks all nodes, and folding takes time quadratic in the number of
+
+layers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from .tree import drop_tensor, get_tensor, has_tensor, named_tensors, put_tensor
 
 class TensorIndex:
     """The tensors under ``root`` and the nodes of ``graph`` that read them; right as long as every change to either
-    goes through it. Nodes may be erased by anyone."""
+    goes through it. Nodes may also be erased directly."""
 
     def __init__(self, root: nn.Module, graph: fx.Graph):
         self.root = root

@@ -35,7 +35,8 @@ def get_tensor(root: nn.Module, name: str) -> Tensor:
 
 
 def hooks_gradient(value: Tensor) -> bool:
-    """Whether something is called with the gradient of ``value``: it may change it, or take a step of its own."""
+    """Whether a hook is called with the gradient of ``value``: it may change it, or take an optimiser step of its
+    own."""
     return bool(value._backward_hooks or getattr(value, "_post_accumulate_grad_hooks", None))
 
 
@@ -136,7 +137,7 @@ def copy_tree(root: nn.Module, apart: Collection[str] = ()) -> nn.Module:
 
     Tensors named in ``apart`` get storage of their own.
 
-    New objects let two programs disagree about ``requires_grad`` without a copy of the weights.
+    New objects let two programs differ in ``requires_grad`` without a copy of the weights.
     """
     result = nn.Module()
     seen: dict[int, Tensor] = {}

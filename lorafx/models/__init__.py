@@ -1,4 +1,4 @@
-"""What is known of other people's models: checkpoints, heads and losses, example inputs, what an eager model answers.
+"""Knowledge about other people's models: checkpoints, heads and losses, example inputs, and running the eager model.
 
 Imports files; knows no graph.
 """

@@ -1,4 +1,4 @@
-"""What an eager model answers, and what it computes with where an input is left out."""
+"""Running an eager model, and finding out what it uses where an input is left out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .tokenizers import pad_token
 
 _log = logging.getLogger(__name__)
 
-#: What a model may compute with where an input is left out; which of them it is, it is asked.
+#: What a model may use in place of an input that is left out; which of them, is found by running it.
 FILLS: tuple[str, ...] = ("ones", "zeros", "positions")
 
 
@@ -29,7 +29,7 @@ def filled(kind: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.
 
 
 def answers(model: nn.Module, inputs: Mapping[str, Any]) -> list[Any]:
-    """What ``model`` gives for ``inputs``, as flat values; nothing it writes to itself stays, no cache is made."""
+    """The outputs of ``model`` for ``inputs``, as flat values; what it writes to itself is undone, no cache is made."""
     with torch.no_grad(), same_draws(), cacheless(model), unwritten(model):
         return pytree.tree_leaves(model(**inputs))
 
@@ -49,19 +49,19 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 @contextmanager
 def same_draws(devices: Sequence[torch.device] = ()) -> Iterator[None]:
-    """The same random numbers each time, for a model may be random in evaluation, too; the caller's go on as they
-    would have, on the CPU and on ``devices``."""
+    """The same random numbers each time, since a model may be random in evaluation too; the caller's random state is
+    kept, on the CPU and on ``devices``."""
     with torch.random.fork_rng(devices=devices):
         started = any(kind.is_initialized() for kind in (torch.cuda, torch.xpu, torch.mtia))
         if started or torch.backends.mps.is_available():
             torch.manual_seed(0)
-        else:  # torch would note for each kind of device that its seed is to be this one once it is started, and where
-            torch.default_generator.manual_seed(0)  # that was asked: in place of the caller's, and in a millisecond
+        else:  # torch.manual_seed would also queue this seed, over the caller's, for devices that are not started
+            torch.default_generator.manual_seed(0)
         yield
 
 
 def same(a: list[Any], b: list[Any]) -> bool:
-    """Whether two such answers agree but for rounding."""
+    """Whether two lists of outputs agree up to rounding."""
     return len(a) == len(b) and all(_close(x, y) for x, y in zip(a, b, strict=True))
 
 
@@ -79,10 +79,11 @@ def _close(a: Any, b: Any) -> bool:
 def proven(
     model: nn.Module, example: Mapping[str, Any], omitted: list[str], given: Mapping[str, str]
 ) -> dict[str, str] | None:
-    """Which of :data:`FILLS` ``model`` computes with in place of each of ``omitted``, when it is also ``given`` others.
+    """Which of :data:`FILLS` ``model`` uses in place of each of ``omitted``, when it is also ``given`` others. None
 
-    None when it cannot do without, or computes with something else. Asked on the example, on the example mirrored, and
-    on one with padding tokens: an input derived from another is not a constant.
+    when it cannot do without, or uses something else. Tried on the example, on the example mirrored, and on one with
+
+    padding tokens: an input derived from another is not a constant.
     """
     pad = pad_token(getattr(model, "config", None))
     examples = [
@@ -110,7 +111,7 @@ def outcome(model: nn.Module, inputs: Mapping[str, Any]) -> list[Any] | None:
     """What the model gives; None when it does not take these inputs."""
     try:
         return answers(model, inputs)
-    except Exception as error:  # whatever a model raises, it is its answer to these inputs
+    except Exception as error:  # whatever a model raises counts as its result for these inputs
         _log.debug("%s does not take such inputs: %s", type(model).__name__, error)
         return None
 
@@ -139,7 +140,7 @@ def _padded(ids: Tensor, pad: int) -> Tensor:
 
 @contextmanager
 def cacheless(model: nn.Module) -> Iterator[None]:
-    """Keep decoders from returning their cache, which no loss reads. Every submodule's config is told: a decoder inside
+    """Keep decoders from returning their cache, which no loss reads. Every submodule's config is set: a decoder inside
     an encoder-decoder has a config of its own."""
     found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(config): config for config in found if hasattr(config, "use_cache")}

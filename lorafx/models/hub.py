@@ -1,7 +1,7 @@
 """Models by their names on Hugging Face's hub (``org/name``), found as transformers finds them: in the cache, else
 fetched into it.
 
-A folder that is there always comes first. Where ``HF_HUB_OFFLINE`` is set, nothing is asked for.
+A folder that is there always comes first. Where ``HF_HUB_OFFLINE`` is set, nothing is fetched.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def local_folder(place: str | PathLike[str], *, allow_pickle: bool = False) -> P
         allow_pickle: whether weights in ``.bin`` files are fetched too
 
     Raises:
-        ArtifactError: no such folder, and no model of this name in the cache, or on the hub where it may be asked
+        ArtifactError: no such folder, and no model of this name in the cache, or on the hub, where it may be used
     """
     path = Path(place)
     name = path.as_posix() if isinstance(place, Path) else os.fspath(place)  # ./org/name is a path
@@ -41,7 +41,7 @@ def local_folder(place: str | PathLike[str], *, allow_pickle: bool = False) -> P
     wanted = [*_FILES, *(_PICKLED if allow_pickle else ())]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=list(_NOT_OURS)))
-    except (OSError, ValueError) as error:  # what huggingface_hub raises: of the network, the cache, the name
+    except (OSError, ValueError) as error:  # what huggingface_hub raises for the network, the cache and the name
         raise ArtifactError(
             f"{name}: no such folder, and Hugging Face's hub or its cache has no such model ({first_line(error)})"
         ) from None

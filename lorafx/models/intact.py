@@ -1,4 +1,4 @@
-"""A user's model is traced and run here, and is afterwards what it was: attributes, tensors, modes, hooks, config."""
+"""Leave a user's model as it was after it is traced and run: attributes, tensors, modes, hooks, config."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _CONTAINERS = (dict, list, set, deque)
 
 @contextmanager
 def intact(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` back when the block ends, by an error too, and the random state of torch, numpy and Python.
+    """Restore ``model`` when the block ends, also by an error, and the random state of torch, numpy and Python.
 
-    Put back are the attributes of every module and of the model's own objects in them (training modes, hooks,
-    submodules and configs are some), what containers contain, and the values of tensors, but for those of parameters,
-    which are too large to copy beforehand: see :func:`unwritten`.
+    Restored are the attributes of every module and of the model's own objects in them (training modes, hooks,
+    submodules and configs among them), the contents of containers, and the values of tensors except parameters, which
+    are too large to copy beforehand: see :func:`unwritten`.
     """
     undo: list[Callable[[], None]] = [_random_state()]
     # What other libraries keep in a module (a logger, say) leads out of the model.
@@ -49,7 +49,7 @@ def _save(value: Any, own: set[str], undo: list[Callable[[], None]], seen: set[i
     seen.add(id(value))
     held: list[Any] = []
     if isinstance(value, FakeTensor):
-        return  # left behind by a trace, and without numbers
+        return  # left behind by a trace, without values
     if isinstance(value, Tensor):
         undo.append(_parameter_state(value) if isinstance(value, nn.Parameter) else _tensor_state(value))
     elif isinstance(value, _CONTAINERS):
@@ -81,7 +81,7 @@ def _tensor_state(value: Tensor) -> Callable[[], None]:
     before = value.detach().clone()
 
     def put_back() -> None:
-        # What did not change is left alone, its version counter too.
+        # What did not change is not touched, not even its version counter.
         if value.shape != before.shape:
             value.data = before
         elif not value.is_meta and not torch.equal(value, before):
@@ -129,7 +129,7 @@ def unwritten(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for value, before in writes.before.values():
                 value.copy_(before)
-        if writes.compiled:  # what was compiled under a mode fails without it, in the caller's hands
+        if writes.compiled:  # code compiled under a dispatch mode would fail without it later, in the caller's hands
             torch.compiler.reset()
 
 

@@ -1,8 +1,8 @@
-"""Models whose layers are each built by a config of their own: the sizes that ``per_layer_config`` says.
+"""Models whose layers are each built from a config of their own: the sizes in ``per_layer_config``.
 
 transformers reads ``per_layer_config`` (by the index of a layer) from ``config.json`` and gives the config of each
-layer, but most of its classes do not ask for it yet: where they read a size that differs from layer to layer, it
-raises. Here a layer is handed its own config when it is built, as the classes that ask do it themselves.
+layer, but most of its classes do not use it yet: where they read a size that differs from layer to layer, it
+raises. Here a layer is given its own config when it is built, as the classes that use it do themselves.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-#: transformers' classes are changed for as long as models are built: by one thread at a time.
+#: transformers' classes are patched while models are built: by one thread at a time.
 _BUILDING = RLock()
 
 
@@ -40,7 +40,7 @@ def own_configs(config: Any = None) -> Iterator[None]:
     """While it is open, configs that say sizes layer by layer can be read and written (``config`` is one that is to be
     written), and each layer of a transformers model that is built by one reads the config of its layer.
 
-    Layers that are not told their index are built by the config of the whole model, of which transformers lets nobody
+    Layers that are not given their index are built from the config of the whole model, where transformers refuses to
     read a size that differs.
     """
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -72,13 +72,13 @@ def own_configs(config: Any = None) -> Iterator[None]:
 
 
 class _Changes:
-    """Attributes of classes that are others for a while."""
+    """Attributes of classes that are replaced temporarily."""
 
     def __init__(self) -> None:
         self._old: dict[tuple[type, str], Any] = {}
 
     def put(self, kind: type, name: str, value: Any) -> None:
-        """Change one, once."""
+        """Replace one, once."""
         if (kind, name) not in self._old:
             self._old[kind, name] = vars(kind)[name]
             setattr(kind, name, value)
@@ -89,8 +89,8 @@ class _Changes:
 
 
 def _leave_sizes(config: Any, changes: _Changes) -> None:
-    """Leave the sizes of layers to those who build them: classes check them of the config of the whole model, which
-    says no size that differs."""
+    """Skip checks of layer sizes: classes check the config of the whole model, which has no single value for a size
+    that differs."""
     kind = type(config)
     if is_layered(config) and "__class_validators__" in vars(kind):
         changes.put(kind, "__class_validators__", [_of_alike(check) for check in vars(kind)["__class_validators__"]])

@@ -1,7 +1,8 @@
-"""Weights that GPTQ and AWQ packed several to an integer, as the numbers that they stand for.
+"""Weights that GPTQ and AWQ packed, several to an integer, as the numbers that they stand for.
 
-Both keep a whole number q of a few bits a weight, and for a group of inputs a scale s and a zero z an output: the
-weight is ``s (q - z)``, exact in fp32 when s has the 11 bits of fp16. The layouts are those of GPTQModel and AutoAWQ.
+Both store an integer q of a few bits for each weight and, for each group of inputs and each output, a scale s and a
+zero point z: the weight is ``s (q - z)``, exact in fp32 when s has the 11 bits of fp16. The layouts are those of
+    GPTQModel and AutoAWQ.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import ArtifactError
 
-#: Where a ``config.json`` says how its weights are quantised; a model of several parts may say it of one.
+#: Where a ``config.json`` says how its weights are quantised; in a model of several parts, perhaps for one part only.
 KEYS = ("quantization_config", "compression_config")
 _INDEX = "model.safetensors.index.json"
 #: What a packed weight is stored as, below its module.
@@ -31,7 +32,7 @@ _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 #: named: those of AutoGPTQ, AutoAWQ, and of GPTQModel since it reads both.
 _LAYOUTS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
 _NAMED_BY = ("checkpoint_format", "version", "format")
-#: What else a config may say that changes what the numbers stand for.
+#: Other settings of a config that change what the numbers stand for.
 _CHANGES = ("dynamic", "planar", "adapter", "rotation")
 _BITS = {"gptq": (2, 4, 8), "awq": (4,)}
 
@@ -56,10 +57,10 @@ def _named(config: Mapping[str, Any]) -> list[str]:
 
 @contextmanager
 def unpacked(path: Path, files: list[Path], method: str, config: Mapping[str, Any]) -> Iterator[tuple[Path, list[str]]]:
-    """A folder for as long as it is open: the checkpoint ``path`` with its ``files`` unpacked to fp32 and nothing said
-    of quantisation, and the modules whose weights these were.
+    """A folder for as long as it is open: the checkpoint ``path`` with its ``files`` unpacked to fp32 and no mention of
+    quantisation, and the modules whose weights these were.
 
-    It lies where temporary files do (``TMPDIR``), four bytes a weight.
+    It is among temporary files (``TMPDIR``) and takes four bytes for each weight.
 
     Raises:
         ArtifactError: parts of a packed weight that are missing or do not fit each other
@@ -96,7 +97,7 @@ def check_owners(path: Path, model: nn.Module, packed: Collection[str]) -> None:
 
 
 def _unpack_file(file: Path, out: Path, method: str, config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Write a file unpacked: the names it has then, and the modules that were packed."""
+    """Write a file unpacked; returns the tensor names in it, and the modules that were packed."""
     with safe_open(file, framework="pt") as stream:
         names = list(stream.keys())
         modules = [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]

@@ -1,6 +1,6 @@
 """Checkpoints whose weights are quantised: opened as the numbers that their weights stand for, or refused in one line.
 
-What is folded is then an ordinary model in fp32, whatever its base was stored as; nothing behind this knows of it.
+What is folded is then an ordinary model in fp32, however its base was stored; no later stage knows about quantisation.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Kind:
-    """How a kind is dequantised: by transformers as it reads the files, or once the model is open all of it or tensor
-    by tensor, and the package that this takes; or before, here (:mod:`.packed`)."""
+    """How a kind is dequantised: by transformers as it reads the files; once the model is open, as a whole or tensor by
+    tensor; or before, in :mod:`.packed`. And the package that this needs."""
 
     when: Literal["reading", "model", "tensors", "before"]
     package: str = ""
@@ -47,14 +47,14 @@ _KINDS: Mapping[str, _Kind] = {
 
 @dataclass(frozen=True)
 class Quantization:
-    """What a checkpoint's config says of its weights: the method's name, and all it says of it."""
+    """What a checkpoint's config says about quantisation: the method's name, and all its settings."""
 
     method: str
     config: Mapping[str, Any]
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Quantization | None:
-        """That of a ``config.json``; None for weights in full."""
+        """The one in a ``config.json``; None for weights in full precision."""
         parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
         found = next((part[key] for part in parts for key in KEYS if isinstance(part.get(key), Mapping)), None)
         if not found:
@@ -89,13 +89,13 @@ class Quantization:
         return {"quantization_config": CONFIGS[self.method](dequantize=True)}
 
     def folder(self, path: Path, files: list[Path]) -> AbstractContextManager[tuple[Path, list[str]]]:
-        """The folder to open for the checkpoint in ``path`` with these weight ``files``, and the modules of which the
-        weights were unpacked into it."""
+        """The folder to open for the checkpoint in ``path`` with these weight ``files``, and the modules whose weights
+        were unpacked into it."""
         packed = _KINDS[self.method].when == "before"
         return unpacked(path, files, self.method, self.config) if packed else nullcontext((path, []))
 
     def applied(self, cls: Any, path: Path, options: Mapping[str, Any]) -> Any:
-        """A checkpoint of weights in full that this method quantised, as the numbers that its weights stand for then.
+        """A checkpoint of weights in full that this method quantised, as the numbers that its weights then stand for.
 
         Errors are those of transformers and the method's package: many need a device or data to calibrate with.
         """
@@ -106,8 +106,8 @@ class Quantization:
         return self._plain(path, model)
 
     def dequantized(self, path: Path, model: Any, unpacked: Collection[str] = ()) -> Any:
-        """The model that was opened so, of plain tensors. ArtifactError: something of it is still quantised, or was
-        unpacked for a layer of another layout."""
+        """The model that was opened so, of plain tensors. ArtifactError: some of it is still quantised, or was unpacked
+        for a layer of another layout."""
         check_owners(path, model, unpacked)
         model = self._plain(path, model)
         _log.warning("%s: its weights are quantised (%s); they are taken in float32", path, self.method)
@@ -143,7 +143,7 @@ def read_in_full(
     """
     whole = nullcontext((path, ())) if quantization is None else quantization.folder(path, files)
     with own_configs(), warnings.catch_warnings(), whole as (folder, unpacked):
-        warnings.filterwarnings("ignore", "You passed `quantization_config`")  # as is meant: to dequantise
+        warnings.filterwarnings("ignore", "You passed `quantization_config`")  # intended: it is dequantised
         model, info = cls.from_pretrained(
             folder, output_loading_info=True, **{**options, "ignore_mismatched_sizes": True}
         )

@@ -1,6 +1,6 @@
 """Roles: what a weight does in its block, read from the last components of its module path.
 
-Where these tell nothing, the graph may (:mod:`lorafx.graph.derived_roles`).
+Where these do not tell, the graph may (:mod:`lorafx.graph.derived_roles`).
 """
 
 from __future__ import annotations

@@ -21,20 +21,20 @@ from ..errors import UsageError
 
 #: The task that opens one.
 TASK = "sentence-similarity"
-#: The name of what trains one, beside those that transformers has.
+#: The name of its loss, in addition to those of transformers.
 LOSS = "ForSentenceSimilarity"
 #: sentence-transformers' list of what follows the encoder.
 MODULES = "modules.json"
 _ENCODER, _POOL, _NORMALIZE = "Transformer", "Pooling", "Normalize"
-#: How much steeper than their cosine the similarities of pairs are, as sentence-transformers' loss has it.
+#: The factor of cosines in the loss of pairs, as in sentence-transformers.
 _SCALE = 20.0
-#: The ways of pooling that are known here, and what sentence-transformers calls them in a folder.
+#: The ways of pooling that are known here, and their names in a sentence-transformers folder.
 _MODES = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
 
 
 @dataclass
 class SentenceOutput(ModelOutput):
-    """What a sentence encoder gives: ``sentence_embedding``, (batch, dimensions), and in training its loss."""
+    """The output of a sentence encoder: ``sentence_embedding``, (batch, dimensions), and in training its loss."""
 
     loss: Tensor | None = None
     sentence_embedding: Tensor | None = None
@@ -48,7 +48,7 @@ class Pooling:
     normalise: bool = True
 
     def __call__(self, states: Tensor, mask: Tensor | None) -> Tensor:
-        """One vector a text, of (batch, length, dimensions) and a mask of (batch, length)."""
+        """One vector for each text, from (batch, length, dimensions) and a mask (batch, length)."""
         if self.mode == "cls":
             pooled = states[:, 0]
         else:
@@ -65,7 +65,7 @@ class SentenceEncoder:
 
     @property
     def loss_type(self) -> str:
-        """The name of what trains it."""
+        """The name of its loss."""
         return LOSS
 
     @loss_type.setter
@@ -85,10 +85,10 @@ class SentenceEncoder:
 def pair_loss(sentence_embedding: Tensor, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
     """The loss of pairs of texts, (pairs, 2, dimensions).
 
-    ``labels`` of (pairs,) are wanted cosines: the mean squared error. Those of (pairs, 2) are numbers of the two texts:
+    ``labels`` of (pairs,) are target cosines: the mean squared error. Those of (pairs, 2) are numbers of the two texts:
     each first text is to find its second among all of the batch (cross entropy of cosines times 20; in-batch negatives,
-    Henderson et al. 2017, arXiv:1705.00652), where a text that is one with its own, or goes with the same, is no
-    negative.
+    Henderson et al. 2017, arXiv:1705.00652), where a text that equals its own second, or belongs to the same number, is
+    not a negative.
     """
     first, second = nn.functional.normalize(sentence_embedding.float(), dim=-1).unbind(1)
     if labels.is_floating_point():
@@ -105,8 +105,8 @@ def pair_loss(sentence_embedding: Tensor, labels: Tensor, num_items_in_batch: An
 
 
 def in_a_row(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
-    """Texts that stand side by side, (rows, sides, length), one after the other, (rows * sides, length), and how many
-    sides there are; 0 where they stand one after the other already."""
+    """Turn texts side by side, (rows, sides, length), into texts one after the other, (rows * sides, length); and how
+    many sides there are, 0 where they were one after the other already."""
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 3:
         return dict(inputs), 0
@@ -137,7 +137,7 @@ def as_encoder(model: nn.Module, pooling: Pooling) -> nn.Module:
         states = kind.forward(self, *args, **kwargs)[0]
         return SentenceOutput(sentence_embedding=self.pooling(states, given.get("attention_mask")))
 
-    # Who asks what the model takes is told what its encoder takes.
+    # Its signature is its encoder's.
     vars(forward).update(__signature__=taken)
     own = {"pooling": pooling, "forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
     model.__class__ = type(kind.__name__, (SentenceEncoder, kind), own)
@@ -167,7 +167,7 @@ def pooling_of(folder: Path, *, asked: bool) -> Pooling | None:
     except UsageError:
         if asked:
             raise
-        return None  # whatever it is, its encoder can be opened without
+        return None  # its encoder can be opened without it
 
 
 def _read(folder: Path) -> Pooling:

@@ -25,7 +25,7 @@ TASKS = {
     "sentence-similarity": "AutoModel",
 }
 
-#: The label of a position that no loss is of, as transformers' losses have it.
+#: The label of a position that is left out of the loss, as in transformers.
 IGNORED = -100
 
 #: What such a task writes into the config, so that the checkpoint is opened for it later.
@@ -76,14 +76,15 @@ def loss_type(model: nn.Module) -> str | None:
 
 
 def problem_type(config: Any) -> str:
-    """Which problem a classifier with this config solves, as transformers' loss reads its logits; one that is not named
-    there is told by ``num_labels``."""
+    """Which problem a classifier with this config solves, as transformers' loss reads its logits; where it names none,
+    ``num_labels`` decides."""
     named = getattr(config, "problem_type", None)
     return named or ("regression" if config.num_labels == 1 else "single_label_classification")
 
 
 def loss_function(model: nn.Module) -> Callable[..., Tensor] | None:
-    """The function that computes that loss. An encoder-decoder's shifts nothing: its labels stand at its outputs."""
+    """The function that computes that loss. An encoder-decoder's does not shift: its labels are aligned with its
+    outputs."""
     from transformers.loss.loss_utils import LOSS_MAPPING
 
     kind = loss_type(model)
@@ -95,12 +96,12 @@ def loss_function(model: nn.Module) -> Callable[..., Tensor] | None:
 
 
 def count_targets(model: nn.Module, labels: Tensor) -> Tensor:
-    """How many of ``labels`` the loss of ``model`` is over, counted as HF Trainer counts a batch."""
+    """How many of ``labels`` count in the loss of ``model``, as HF Trainer counts a batch."""
     return (labels[..., 1:] if is_shifted(model) else labels).ne(IGNORED).sum()
 
 
 def is_shifted(model: nn.Module) -> bool:
-    """Whether an output of ``model`` stands for the label after it, as a causal language model's does."""
+    """Whether an output of ``model`` predicts the label after it, as a causal language model's does."""
     return loss_type(model) == "ForCausalLM" and not getattr(model.config, "is_encoder_decoder", False)
 
 
