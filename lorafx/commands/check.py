@@ -1,4 +1,4 @@
-"""The commands that check what was written, by anyone: merges, and the certificates of folders.
+"""The commands that check existing folders: merges by any tool, and certificates that lorafx wrote.
 
 Imports inside the functions keep ``lorafx --help`` fast: torch and transformers load when a command needs them.
 """
@@ -19,9 +19,9 @@ from .shared import adapters_of, as_json_option, emit, quiet
 @click.option("--task", help="Open both checkpoints for a task, e.g. text-classification.")
 @as_json_option
 def check_merge(base: Path, adapters: tuple[str, ...], merged: Path, task: str | None, as_json: bool) -> None:
-    """Hold MERGED, made by any tool, against BASE with ADAPTERS (FOLDER or FOLDER=WEIGHT); exit 4 when they differ.
+    """Compare MERGED, made by any tool, with BASE plus ADAPTERS (FOLDER or FOLDER=WEIGHT); exit 4 when they differ.
 
-    Each tensor that is not base + adapter is named, with what was done to it as far as can be told.
+    Names each tensor that is not base + adapter, and the mistake that explains it, if one does.
     """
     from ..errors import ParityError
     from ..proof.merges import check_merge as check
@@ -43,13 +43,13 @@ def check_merge(base: Path, adapters: tuple[str, ...], merged: Path, task: str |
     "adapters",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Where its adapter is now; of several each, in the order they were put on.",
+    help="Where its adapter is now; repeat for several, in the order they were put on.",
 )
 @as_json_option
 def check(folder: Path, base: Path | None, adapters: tuple[Path, ...], as_json: bool) -> None:
-    """Check the certificate of a folder that lorafx wrote: its files, and what they were made of; exit 4 if broken.
+    """Check the certificate of a folder that lorafx wrote: its files, and what they were made from; exit 4 if broken.
 
-    Where base and adapters are there, every tensor is composed of them again.
+    Where base and adapters are available, every tensor is composed from them again.
     """
     import dataclasses
 

@@ -27,12 +27,14 @@ _PATCH = click.argument("patch", type=click.Path(path_type=Path))
 @_CHECKPOINT
 @click.option("--edits", required=True, type=click.Path(path_type=Path), help="JSON Lines: prompt, target, …")
 @out_option
-@click.option("--prompts", type=click.Path(path_type=Path), help="Unrelated prompts, one a line: what else changes?")
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), help="Unrelated prompts, one a line, to measure side effects."
+)
 @click.option(
     "--sequential/--separate",
     default=True,
     show_default=True,
-    help="Each edit on the result of the one before, one patch of all; or each on CHECKPOINT, a patch each.",
+    help="Make each edit on the result of the one before, into one patch; or each on CHECKPOINT, into its own patch.",
 )
 @option_flags(EditOptions)
 @overwrite_option

@@ -63,7 +63,7 @@ def verify(a: Path, b: Path, texts: Path | None, seed: int, as_json: bool, **o: 
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--prompt", help="A text to go on with.")
+@click.option("--prompt", help="The text to continue.")
 @click.option("--chat", help="What a user says, put into the tokenizer's chat template.")
 @click.option("--max-new-tokens", "most", type=click.IntRange(1), default=64, show_default=True)
 @opening_options
@@ -131,7 +131,7 @@ def bench(folders: tuple[Path, ...], shapes: tuple[str, ...], page: Path | None,
 @details_option
 @as_json_option
 def inspect(folder: Path, axes: bool, details: bool, as_json: bool, **o: Any) -> None:
-    """Show what a folder holds: what came of it, tensors by role and history; with --details, its sites."""
+    """Show what a folder holds: its results, tensors by role and history; with --details, its sites."""
     from ..files.folder import find_manifest
     from ..models.hub import local_folder
 
@@ -175,8 +175,8 @@ def _of_files(manifest: Manifest, details: bool) -> str:
 @details_option
 @as_json_option
 def report(folder: Path, out: Path | None, opens: bool, overwrite: bool, **o: Any) -> None:
-    """Tell what came of FOLDER (a run, what was folded or exported, or all that `lorafx run` made), and where its page
-    is: report.html, a file that needs no other."""
+    """Print the report of FOLDER (a run, what was folded or exported, or all that `lorafx run` made), and say where its
+    page is: report.html, a file that needs no others."""
     from ..files.folder import MANIFEST
     from ..reporting.report import PAGE, read_report
 

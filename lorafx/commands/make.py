@@ -43,7 +43,7 @@ from .shared import (
 
 _FORMATS = ["onnx", "hf", "layered", "pt2", "peft", "onnx-adapter"]
 _TABLE = "Training table: csv, tsv, jsonl, json or parquet; or a folder with a folder of images for each class."
-_HELD_OUT = "The same to evaluate on: scored before the first step and after every epoch."
+_HELD_OUT = "Evaluation table: scored before the first step and after every epoch."
 _KEPT = ["merged", "separate", "slots"]
 _FLAGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 
@@ -54,12 +54,12 @@ _FLAGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 @adapter_option
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="The run folder to make.")
 @task_options
-@click.option("--ignore-mismatched-sizes", is_flag=True, help="A head of another size begins anew, at random.")
+@click.option("--ignore-mismatched-sizes", is_flag=True, help="Start a head of another size at random.")
 @checkpoint_options
 @click.option("--dry-run", is_flag=True, help="Print every site and every miss, and change nothing.")
 @check_option
-@click.option("--verify-each", is_flag=True, help="Read the weights, without which no promise can be checked.")
-@click.option("--double", is_flag=True, help="Verify in fp64.")
+@click.option("--verify-each", is_flag=True, help="Read the weights, so that what passes promise can be checked.")
+@click.option("--double", is_flag=True, help="With --verify-each: check the passes in fp64 too.")
 @click.option("--dump", type=click.Path(path_type=Path), help="Write the graph after every pass into this folder.")
 @click.option("--seed", type=int, default=None, help="Seed of the initial adapter values.")
 @overwrite_option
@@ -110,7 +110,7 @@ def _seed(seed: int) -> None:
 @click.option("--data", required=True, type=click.Path(path_type=Path), help=_TABLE)
 @click.option("--eval", "eval_data", type=click.Path(path_type=Path), help=_HELD_OUT)
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Write the trained run here (default: into RUN).")
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint of an interrupted training.")
+@click.option("--resume", is_flag=True, help="Continue from the last checkpoint of an interrupted training.")
 @click.option(
     "--teacher",
     type=click.Path(path_type=Path),
@@ -150,7 +150,7 @@ def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, **o: 
 @out_option
 @adapter_option
 @check_options
-@click.option("--verify-each", is_flag=True, hidden=True, help="The default.")
+@click.option("--verify-each", is_flag=True, hidden=True, help="Always on unless --no-check.")
 @click.option("--double", is_flag=True, help="Check the passes in fp64.")
 @width_options
 @stream_option
@@ -215,14 +215,14 @@ def fold(run: Path, out: Path, double: bool, overwrite: bool, **o: Any) -> None:
     multiple=True,
     default=("all-linear",),
     show_default=True,
-    help="With --adapters slots: which weights have one (repeat, or separate by commas).",
+    help="With --adapters slots: which weights get one (repeat, or separate by commas).",
 )
 @click.option(
     "--slots", type=click.Path(path_type=Path), help="With --format onnx-adapter: the base that has the slots."
 )
 @adapter_option
-@click.option("--generate", is_flag=True, help="With its cache, for onnxruntime-genai and transformers.js.")
-@click.option("--quantize", type=click.Choice(["int8", "int4"]), help="Fewer bits, by ONNX Runtime; scored, not equal.")
+@click.option("--generate", is_flag=True, help="Export with a cache, for onnxruntime-genai and transformers.js.")
+@click.option("--quantize", type=click.Choice(["int8", "int4"]), help="Quantise by ONNX Runtime; scored, not proven.")
 @click.option(
     "--data", type=click.Path(path_type=Path), help="A table to score a quantised graph on, before and after."
 )

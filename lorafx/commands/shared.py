@@ -31,7 +31,7 @@ def _together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 check_option = click.option(
-    "--check/--no-check", default=True, help="Hold every pass to its promise, and what is written to the program."
+    "--check/--no-check", default=True, help="Check what passes promise, and compare what is written with the program."
 )
 #: For a command that writes what can be compared more or less closely.
 check_options = _together(
@@ -41,20 +41,20 @@ check_options = _together(
         is_flag=False,
         flag_value="auto",
         default=None,
-        help="What of the files is compared with the program: each tensor, tensors and blocks, or the whole function "
-        "(default: blocks for weights that stream, else full). Passes are held to their promises.",
+        help="How the files are compared with the program: each tensor; tensors and blocks; or the whole function "
+        "(default: blocks for weights that stream, else full). What passes promise is checked too.",
     ),
-    click.option("--no-check", is_flag=True, help="Hold no pass to its promise, and compare nothing."),
+    click.option("--no-check", is_flag=True, help="Check no promise of a pass, and compare nothing."),
 )
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 out_option = click.option("--out", "-o", required=True, type=click.Path(path_type=Path), help="The folder to make.")
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is already there.")
 provider_option = click.option(
     "--provider",
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
-    help="Where ONNX Runtime is to be fast: its fused operators are used, and on cuda widths are multiples of 8.",
+    help="Where ONNX Runtime is to be fast: uses its fused operators, and for cuda widths in multiples of 8.",
 )
 details_option = click.option("--details", is_flag=True, help="Print every table, and every site and miss.")
 
@@ -76,7 +76,7 @@ task_options = _together(
     click.option("--task", help="Open the checkpoint for a task, e.g. text-classification.", shell_complete=_tasks),
     click.option("--num-labels", type=int, help="Size of the classification head."),
 )
-trust_option = click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a folder.")
+trust_option = click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the folder.")
 #: For a command that opens a checkpoint: how.
 checkpoint_options = _together(
     click.option("--allow-pickle", is_flag=True, help="Load .bin weights (weights only)."), trust_option
@@ -98,9 +98,9 @@ adapter_option = click.option(
     help="A PEFT adapter to put on the checkpoint: FOLDER, or FOLDER=WEIGHT (repeat: their updates are summed).",
 )
 width_options = _together(
-    click.option("--round-to", type=click.IntRange(1), help="Widths left by removing channels: multiples of this."),
-    click.option("--keep-at-least", type=click.IntRange(1), help="Never fewer channels than this."),
-    click.option("--uniform", is_flag=True, default=None, help="The same widths in every block, as a config can say."),
+    click.option("--round-to", type=click.IntRange(1), help="Leave widths in multiples of this."),
+    click.option("--keep-at-least", type=click.IntRange(1), help="Never leave fewer channels than this."),
+    click.option("--uniform", is_flag=True, default=None, help="Leave the same widths in every block."),
 )
 recipe_options = _together(
     click.option("--recipe", type=click.Path(path_type=Path), help="A TOML recipe."),
@@ -127,8 +127,8 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def seldom_collecting() -> Iterator[None]:
-    """Search for garbage a hundred times less often. What a command loads, traces and plans is millions of small
-    objects that stay and hold few cycles, and the searches among them are a tenth of its time."""
+    """Collect garbage a hundred times less often. Commands load, trace and plan millions of small objects that stay and
+    have few cycles, and searching them takes a tenth of the time."""
     often, *rest = gc.get_threshold()
     gc.set_threshold(100 * often, *rest)
     try:

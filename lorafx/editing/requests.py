@@ -42,19 +42,19 @@ class EditOptions(Options):
     def title(cls) -> str:
         return "editing options"
 
-    targets: tuple[str, ...] = option(("role:ffn.*",), "weights to adapt, as a pass names them")
+    targets: tuple[str, ...] = option(("role:ffn.*",), "weights to adapt, in the language of targets")
     blocks: str | int | None = option("-10..-1", "only in these blocks; negative ones count from the last")
     rank: int = option(4, "rank of the update", least=1)
     alpha: float = option(32.0, "scale: the update is multiplied by alpha / rank", above=0)
     density: float = option(0.045, "share kept of each row of A and each column of B", above=0, most=1)
     start: int = option(3, "steps before sparsity begins", least=0)
-    end: int = option(20, "the step at which it is reached", least=1)
-    steps: int = option(60, "steps at most; fewer when the target is learned and the update is sparse", least=1)
-    learning_rate: float = option(1e-3, "of Adam", least=0)
+    end: int = option(20, "the step at which the density is reached", least=1)
+    steps: int = option(60, "most steps; fewer when the target is learned and the update is sparse", least=1)
+    learning_rate: float = option(1e-3, "learning rate of Adam", least=0)
     margin: float | None = option(0.5, "lead of the target's logits that ends training (none: take all steps)")
-    clamp: float | None = option(None, "hold the entries of A and B within plus and minus this", above=0)
+    clamp: float | None = option(None, "keep the entries of A and B between minus and plus this", above=0)
     prefix_weight: float = option(3.0, "weight of the KL divergence from before the edit within the prompt", least=0)
-    locality_weight: float = option(0.0, "the same on an edit's locality prompts", least=0)
+    locality_weight: float = option(0.0, "the same weight for an edit's locality prompts", least=0)
     seed: int = option(0, "seed of the initial values", least=0, below=2**32)
 
 

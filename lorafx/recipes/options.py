@@ -10,7 +10,7 @@ from ..errors import RecipeError
 
 @dataclass(frozen=True)
 class ModelOptions(Options):
-    """What a recipe may say of the model it is meant for; the command line wins."""
+    """What a recipe may say about the model it is meant for; the command line wins."""
 
     @classmethod
     def title(cls) -> str:
@@ -20,7 +20,7 @@ class ModelOptions(Options):
     task: str | None = option(None, "open the checkpoint for this task, e.g. text-classification")
     num_labels: int | None = option(None, "size of the classification head", least=1)
     ignore_mismatched_sizes: bool = option(
-        False, "weights of another size than the checkpoint's, as a head for other classes, begin at random"
+        False, "weights whose size differs from the checkpoint's (a head for other classes) start at random"
     )
     dtype: str | None = option(None, "load the base in this dtype, e.g. bfloat16")
     seed: int = option(0, "seed of initial values", least=0, below=2**32)
@@ -49,37 +49,39 @@ class TrainOptions(Options):
     weight_decay: float = option(0.0, "AdamW weight decay", least=0)
     max_grad_norm: float = option(1.0, "gradient clipping", least=0)
     distill: float = option(
-        0.0, "share of the loss learned from a teacher's answers, not from labels", least=0, most=1, group="Teacher"
+        0.0, "share of the loss taken from a teacher's answers instead of the labels", least=0, most=1, group="Teacher"
     )
-    distill_temperature: float = option(2.0, "what logits are divided by before they are compared", above=0)
-    distill_hidden: float = option(0.0, "weight of the distance from the teacher's hidden states, by block", least=0)
+    distill_temperature: float = option(2.0, "divides the logits before they are compared", above=0)
+    distill_hidden: float = option(0.0, "weight of the distance to the teacher's hidden states, by block", least=0)
     text: str | None = option(
         None,
-        "column of the text, 'text' by default; of words to tag 'tokens', of questions 'question', of images 'image'",
+        "column of the text (default: 'text'; 'tokens' for words, 'question' for questions, 'image' for images)",
         group="Data",
     )
-    text_pair: str | None = option(None, "column of a second text; of what questions are about 'context' by default")
+    text_pair: str | None = option(None, "column of a second text (default for questions: 'context')")
     label: str | None = option(
         None,
-        "column of the label, 'label' by default; of words to tag 'tags', of questions 'answers'; of a causal model "
-        "the text that follows, by default none; columns of 0 and 1, separated by commas, are several labels",
+        "column of the label (default: 'label'; 'tags' for words, 'answers' for questions); for a causal model the "
+        "text that follows (default: none); several columns of 0 and 1, separated by commas, are several labels",
     )
-    max_length: int = option(128, "tokens kept of a text", least=1)
-    stride: int = option(32, "tokens that two windows of a context share, of one longer than max_length", least=0)
+    max_length: int = option(128, "tokens kept of each text", least=1)
+    stride: int = option(
+        32, "tokens shared by neighbouring windows of a context that is longer than max_length", least=0
+    )
     chat: bool = option(
         False,
-        "learn what the assistant says in the column 'messages', or as label to a user's text, by the chat template",
+        "learn the assistant's turns, by the chat template: in the column 'messages', or the label as an answer",
     )
     packing: bool = option(
-        False, "several texts of a causal model in a row of up to max_length tokens; each sees those before it there"
+        False, "put several texts of a causal model into one row of up to max_length tokens; each sees those before it"
     )
-    end_of_text: bool = option(True, "end what a causal model learns to write with the end-of-text token")
+    end_of_text: bool = option(True, "end the texts that a model learns to write with the end-of-text token")
     evaluate: bool = option(
         True, "evaluate before the first step and after every epoch, when there is evaluation data", group="Evaluation"
     )
     eval_batch_size: int = option(64, "rows per device at evaluation", least=1)
-    keep_best: bool = option(False, "end with the best epoch's weights, of those after the methods' schedules")
-    samples: int = option(0, "evaluation rows that a causal model goes on with at the end, for you to read", least=0)
+    keep_best: bool = option(False, "end with the weights of the best epoch, among those after the methods' schedules")
+    samples: int = option(0, "evaluation rows that a causal model continues at the end, for you to read", least=0)
     bf16: bool = option(False, "autocast to bfloat16", group="Machine")
     checkpointing: bool = option(False, "recompute activations block by block to save memory")
     save_steps: int = option(

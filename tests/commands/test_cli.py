@@ -307,7 +307,7 @@ def test_options_of_training_are_told_with_types_defaults_and_groups() -> None:
     assert titles == ["Options", "Length", "Optimiser", "Teacher", "Data", "Evaluation", "Machine"]
     plain = " ".join(told.split())
     assert "--learning-rate NUMBER peak learning rate (at least 0) [default: 0.001]" in plain
-    assert "--max-length INTEGER tokens kept of a text (at least 1) [default: 128]" in plain
+    assert "--max-length INTEGER tokens kept of each text (at least 1) [default: 128]" in plain
     assert "(default on)" not in plain
     assert "[default: on]" in plain
     assert told.count("--epochs") == 1
@@ -315,7 +315,11 @@ def test_options_of_training_are_told_with_types_defaults_and_groups() -> None:
 
 def test_options_of_an_export_say_what_their_values_mean() -> None:
     told = " ".join(call("export", "-h").stdout.split())
-    for said in ("hf: an ordinary transformers checkpoint", "separate: operators of their own", "on cuda widths are"):
+    for said in (
+        "hf: an ordinary transformers checkpoint",
+        "separate: operators of their own",
+        "for cuda widths in multiples of 8",
+    ):
         assert said in told
 
 
