@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 import lorafx
 from lorafx.errors import LorafxError, NoSitesError
@@ -22,6 +21,7 @@ from lorafx.graph.precision import recast
 from lorafx.passes.finegates import FineGates
 from lorafx.passes.lora import Lora
 from lorafx.public import Program
+from lorafx.testing.models import tensors
 
 from .family_models import Family, build
 
@@ -171,7 +171,7 @@ class _Checks:
                 inputs = self._inputs(batch, length)
                 if f"eager fails at {batch}x{length}" in " ".join(self.found.notes):
                     continue
-                self._compare(f"at {batch}x{length}", _outputs(self.model, inputs), _tensors(exported(**inputs)), CLOSE)
+                self._compare(f"at {batch}x{length}", _outputs(self.model, inputs), tensors(exported(**inputs)), CLOSE)
 
     # ---- what they share
 
@@ -274,15 +274,10 @@ def _left_out(record: logging.LogRecord) -> list[str]:
     return ["" if path == "(the model itself)" else path for path in paths.split(", ")] if found else []
 
 
-def _tensors(outputs: Any) -> dict[str, Tensor]:
-    flat, _ = pytree.tree_flatten_with_path(outputs)
-    return {pytree.keystr(path): value for path, value in flat if isinstance(value, Tensor)}
-
-
 def _outputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
     with torch.no_grad(), torch.random.fork_rng(devices=()):
         torch.manual_seed(0)  # a model may be random in evaluation, too
-        return _tensors(model(**inputs, **_cacheless(model)))
+        return tensors(model(**inputs, **_cacheless(model)))
 
 
 def _cacheless(model: nn.Module) -> dict[str, bool]:
@@ -295,7 +290,7 @@ def _backward(model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Tenso
     kept = {name: value.clone() for name, value in model.named_buffers()}
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(3)
-        outputs = {k: v for k, v in _tensors(model(**inputs, **_cacheless(model))).items() if v.is_floating_point()}
+        outputs = {k: v for k, v in tensors(model(**inputs, **_cacheless(model))).items() if v.is_floating_point()}
     # Any fixed weighting of all outputs will do for a loss.
     losses = [
         (value * torch.linspace(-1, 1, value.numel()).view(value.shape)).sum()

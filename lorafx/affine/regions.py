@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..graph.constants import Constants, computed, operands_first
+from ..graph.operands import is_float
 from ..graph.tree import copy_tree
 from .values import Value
 
@@ -122,7 +123,7 @@ class AffineAnalysis:
 
     def _find(self, node: fx.Node) -> Iterator[Region]:
         rule = self.rules.get(node.target)
-        if rule is not None and _is_float(node) and node.meta["val"].dim() > 0:
+        if rule is not None and is_float(node) and node.meta["val"].dim() > 0:
             for region in itertools.islice(rule(self, node), self.depth):
                 yield replace(region, key=self.constants.short(region.key))
 
@@ -139,7 +140,7 @@ class AffineAnalysis:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             number = partial(torch.tensor, float(value), dtype=torch.float64, device=self.device)
             return Operand(number, frozenset(), value)
-        if not isinstance(value, fx.Node) or not _is_float(value):
+        if not isinstance(value, fx.Node) or not is_float(value):
             return None
         reads = self.constants.reads(value)
         if reads is None:
@@ -154,8 +155,3 @@ class Operand:
     value: Callable[[], Tensor]
     reads: frozenset[str]
     key: Hashable
-
-
-def _is_float(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.is_floating_point()

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from ..deferred.slices import nonzero, uniform
 from ..deferred.tensor import value as value_of
 from ..graph.constants import Constants
-from ..graph.operands import argument, operator_of, rank_of
+from ..graph.operands import argument, is_float, operator_of, rank_of
 from ..graph.site import WEIGHT_OPS
 from ..graph.tree import get_tensor
 from .axes import Axes
@@ -136,12 +136,12 @@ class ConstantChannels:
             return [Axis(axis.dims, _uniform(value, axis.dims[0])) for axis in labels]
         if node.target in MOVES:
             moved = MOVES[node.target](_Carried(), node, self.of)
-            return moved if isinstance(node.meta["val"], (list, tuple)) or _is_float(node) else []
+            return moved if isinstance(node.meta["val"], (list, tuple)) or is_float(node) else []
         if node.target in ELEMENTWISE:
             return [Axis(axis.dims, self._elementwise(node, axis)) for axis in labels]
         if node.target is aten.scaled_dot_product_attention.default:
             return [Axis(axis.dims, self._attention(node, axis)) for axis in labels]
-        if node.target in (*PRODUCTS, *REDUCTIONS, *NORMS) and _is_float(node):
+        if node.target in (*PRODUCTS, *REDUCTIONS, *NORMS) and is_float(node):
             mixed = product if node.target in PRODUCTS else reduction if node.target in REDUCTIONS else norm
             return [Axis(axis.dims, np.where(np.isfinite(axis.data), axis.data, np.nan)) for axis in mixed(self, node)]
         last = self._computed(node)
@@ -259,7 +259,7 @@ class ConstantChannels:
         rank = rank_of(node)
         if node.target in _CHOICES:
             return self._choice(node, axis, rank)
-        if not all(_is_float(value) for value in (node, *node.all_input_nodes)):
+        if not all(is_float(value) for value in (node, *node.all_input_nodes)):
             return _unknown(axis)
         facts = {value: self._along(value, axis, rank) for value in node.all_input_nodes}
         shaped = {value: torch.tensor(data) for value, data in facts.items()}
@@ -299,11 +299,6 @@ def operands(node: fx.Node) -> tuple[Any, Any, Any]:
     if node.target is aten.addmm.default:
         return node.args[1], node.args[2], node.args[0]
     return node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None
-
-
-def _is_float(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _place(node: fx.Node) -> int:

@@ -28,6 +28,12 @@ def rank_of(node: object) -> int:
     return value_of(node).dim()
 
 
+def is_float(node: fx.Node) -> bool:
+    """Whether a node gives one floating-point tensor."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 def node_at(node: fx.Node, place: int) -> fx.Node:
     """The node that is a node's argument in one place; TypeError for a number, a list or nothing."""
     given = node.args[place]
