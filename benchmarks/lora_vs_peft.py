@@ -59,48 +59,47 @@ def lorafx_row(seed: int) -> dict[str, Any]:
 def peft_row(seed: int) -> dict[str, Any]:
     """Held-out accuracy, seconds and trainable parameters of PEFT's LoRA."""
     from peft import LoraConfig, TaskType, get_peft_model
-    from transformers import (
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        DataCollatorWithPadding,
-        Trainer,
-        TrainingArguments,
-        set_seed,
-    )
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(assets.minilm())
-    # A list of rows is a dataset, whatever the stub says.
-    train_rows, test_rows = (cast(Any, _encoded(path, tokenizer)) for path in assets.movie_split())
     model = AutoModelForSequenceClassification.from_pretrained(assets.minilm(), num_labels=2)
     config = LoraConfig(task_type=TaskType.SEQ_CLS, r=RANK, lora_alpha=ALPHA, target_modules=TARGETS)
     model = get_peft_model(model, config)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder,
-            num_train_epochs=EPOCHS,
-            per_device_train_batch_size=BATCH,
-            per_device_eval_batch_size=BATCH,
-            learning_rate=RATE,
-            seed=seed,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-        )
-        trainer = Trainer(
-            model,
-            arguments,
-            train_dataset=train_rows,
-            eval_dataset=test_rows,
-            data_collator=DataCollatorWithPadding(tokenizer),
-            compute_metrics=_accuracy,
-        )
+        trainer = _trainer(model, tokenizer, folder, seed)
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
         metrics = trainer.evaluate()
     trainable = sum(value.numel() for value in model.parameters() if value.requires_grad)
     return {"accuracy": metrics["eval_accuracy"], "seconds": seconds, "trainable": trainable}
+
+
+def _trainer(model: Any, tokenizer: Any, folder: str, seed: int) -> Any:
+    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+
+    # A list of rows is a dataset, whatever the stub says.
+    train_rows, test_rows = (cast(Any, _encoded(path, tokenizer)) for path in assets.movie_split())
+    arguments = TrainingArguments(
+        folder,
+        num_train_epochs=EPOCHS,
+        per_device_train_batch_size=BATCH,
+        per_device_eval_batch_size=BATCH,
+        learning_rate=RATE,
+        seed=seed,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    return Trainer(
+        model,
+        arguments,
+        train_dataset=train_rows,
+        eval_dataset=test_rows,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=_accuracy,
+    )
 
 
 def _accuracy(prediction: Any) -> dict[str, float]:

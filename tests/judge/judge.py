@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 import lorafx
 from lorafx.errors import CaptureError
 from lorafx.graph.rounding import SAMPLES, jittered, slack
-from lorafx.passes.finegates import Finegates
+from lorafx.passes.finegates import FineGates
 from lorafx.passes.lora import Lora
 from lorafx.pipeline import to_eval
 from lorafx.public import Program
@@ -179,7 +179,7 @@ def hold(
     stage: list[str] | None = None,
     only: str = "",
 ) -> Verdict:
-    """Hold everything to a module that has to hold.
+    """Check everything that has to hold of a module.
 
     Args:
         model: in fp64 and evaluation mode
@@ -192,45 +192,51 @@ def hold(
         Mismatch: two functions differ
     """
     verdict, stage = verdict or Verdict("right"), stage or [""]
+
+    def looks_at(name: str) -> bool:
+        if only in ("", name):
+            stage[0] = name
+        return only in ("", name)
+
     first = inputs[0]
     inputs = [given for given in inputs if _taken(model, given)]
     eager = _outputs(model, inputs)
     stage[0] = "capture"
     program = lorafx.capture(model, inputs=first)
     verdict.parameters = sum(value.numel() for value in model.parameters())
-    if only in ("", "eager after capture"):
-        stage[0] = "eager after capture"
+    if looks_at("eager after capture"):
         _compare(eager, _outputs(model, inputs))
     # Where the model's code branches on a size, the graph holds for one branch and refuses the others.
     within = [place for place, given in enumerate(inputs) if _allowed(program, given)]
     verdict.outside = len(inputs) - len(within)
     inputs, eager = [inputs[place] for place in within], [eager[place] for place in within]
-    if only in ("", "captured = eager"):
-        stage[0] = "captured = eager"
+    if looks_at("captured = eager"):
         _compare(eager, _outputs(program.module().eval(), inputs), program, inputs)
-    if only in ("", "folded = eager"):
-        stage[0] = "folded = eager"
+    if looks_at("folded = eager"):
         folded = _fold(program)
         verdict.removed = removed(folded)
         verdict.branches += len(folded.facts("Taken out"))
         _compare(eager, _outputs(folded.module().eval(), inputs), program, inputs)
-    if only in ("", "LoRA = LoRA folded"):
-        stage[0] = "LoRA = LoRA folded"
-        lora = lorafx.rewrite(program, [Lora(targets="*", rank=_rank(program), allow_empty=True)])
-        if _randomise(lora, seed):
-            folded = _fold(lora)
-            _compare(_outputs(lora.module().eval(), inputs), _outputs(folded.module().eval(), inputs), lora, inputs)
+    if looks_at("LoRA = LoRA folded"):
+        lora = Lora(targets="*", rank=_rank(program), allow_empty=True)
+        _fold_alike(lorafx.rewrite(program, [lora]), seed, inputs)
     couple = random.Random(f"{seed} couple").random() < 0.5
-    gates = "gates = gates folded" if couple else "free gates = gates folded"
-    if only in ("", gates):
-        stage[0] = gates
-        gated = lorafx.rewrite(program, [Finegates(targets="*", couple=couple, allow_empty=True)])
-        if _randomise(gated, seed):
-            folded = _fold(gated)
+    if looks_at("gates = gates folded" if couple else "free gates = gates folded"):
+        gates = FineGates(targets="*", couple=couple, allow_empty=True)
+        folded = _fold_alike(lorafx.rewrite(program, [gates]), seed, inputs)
+        if folded is not None:
             verdict.gated = removed(folded)
             verdict.branches += len(folded.facts("Taken out"))
-            _compare(_outputs(gated.module().eval(), inputs), _outputs(folded.module().eval(), inputs), gated, inputs)
     return verdict
+
+
+def _fold_alike(program: Program, seed: int, inputs: list[dict[str, Tensor]]) -> Program | None:
+    """A program with random values in what was inserted, folded and compared; None where nothing was inserted."""
+    if not _randomise(program, seed):
+        return None
+    folded = _fold(program)
+    _compare(_outputs(program.module().eval(), inputs), _outputs(folded.module().eval(), inputs), program, inputs)
+    return folded
 
 
 def _taken(model: nn.Module, given: dict[str, Tensor]) -> bool:

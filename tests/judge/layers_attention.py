@@ -153,26 +153,21 @@ def _by_hand(g: Builder, q: Value, k: Value, v: Value, n: Heads, r: random.Rando
         scores = g.do(f"{scores} + {g.part(f'nn.Parameter(torch.randn({n.query}))')}.view(1, -1, 1, 1)")
     if r.random() < 0.15 and kind != 1:  # heads mixed; what masks may be near the largest number
         scores = g.do(f"{g.part(f'nn.Conv2d({n.query}, {n.query}, 1)')}({scores})")
-    if r.random() < 0.2:  # a sink: one more score, dropped after the softmax
-        sink = g.part(f"nn.Parameter(torch.randn({n.query}))")
-        sink = g.do(f"{sink}.reshape(1, -1, 1, 1).expand({scores.size(0)}, -1, {scores.size(2)}, 1)")
-        weights = g.do(f"torch.softmax(torch.cat([{scores}, {sink}], -1), -1)[..., :-1]")
-    else:
-        weights = g.do(
-            r.choice(
-                (
-                    f"{scores}.softmax(-1)",
-                    f"F.softmax({scores}, dim=-1)",
-                    f"torch.sigmoid({scores})",
-                    f"{scores}.softmax(-1)",
-                )
-            )
-        )
+    weights = _weights(g, scores, n, r)
     return g.do(
         r.choice(
             (f"{weights} @ {v}", f"torch.matmul({weights}, {v})", f"torch.einsum('bhts,bhsd->bhtd', {weights}, {v})")
         )
     )
+
+
+def _weights(g: Builder, scores: Value, n: Heads, r: random.Random) -> Value:
+    if r.random() < 0.2:  # a sink: one more score, dropped after the softmax
+        sink = g.part(f"nn.Parameter(torch.randn({n.query}))")
+        sink = g.do(f"{sink}.reshape(1, -1, 1, 1).expand({scores.size(0)}, -1, {scores.size(2)}, 1)")
+        return g.do(f"torch.softmax(torch.cat([{scores}, {sink}], -1), -1)[..., :-1]")
+    softmax = f"{scores}.softmax(-1)"
+    return g.do(r.choice((softmax, f"F.softmax({scores}, dim=-1)", f"torch.sigmoid({scores})", softmax)))
 
 
 @layer(9)

@@ -202,10 +202,8 @@ def lookup(g: Builder, x: Value, r: random.Random) -> Value:
         mode = r.choice(("nearest", "linear" if x.rank == 3 else "bilinear"))
         return g.do(f"F.interpolate({x}, scale_factor=2, mode={mode!r})")
     if kind == 8 and x.rank == 3:
-        number = x.number(2)
-        h = g.do(f"F.interpolate({x}.transpose(1, 2), size=4, mode='nearest').transpose(1, 2)")
-        del number
-        return h
+        x.number(2)  # of a fixed size: unfit otherwise
+        return g.do(f"F.interpolate({x}.transpose(1, 2), size=4, mode='nearest').transpose(1, 2)")
     if kind == 9:
         n = x.number(-1)
         return (
