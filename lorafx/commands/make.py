@@ -69,12 +69,16 @@ _FLAGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 @seldom_collecting()
 def rewrite(ctx: click.Context, checkpoint: Path, recipe: Path | None, passes: tuple[str, ...], **o: Any) -> None:
     """Insert a recipe's passes into CHECKPOINT, or a LoRA adapter of PEFT's, and write a trainable run folder."""
+    from transformers import set_seed
+
     from ..apply import Dump, Observer
     from ..formats.run import save_run
     from ..frontend.capture import capture
     from ..parity.promises import VerifyEach
     from ..pipeline import rewrite as apply
 
+    if o["double"] and not (o["verify_each"] and o["check"]):
+        raise UsageError("--double checks passes in fp64: give --verify-each with it, and leave --no-check out")
     adapters = adapters_of(o["adapters"])
     steps = read_recipe(recipe, passes, ctx.args, adapters is not None)
     if o["out"] is None and not o["dry_run"]:
@@ -84,9 +88,9 @@ def rewrite(ctx: click.Context, checkpoint: Path, recipe: Path | None, passes: t
     opened = {"allow_pickle": o["allow_pickle"], "trust_remote_code": o["trust_remote_code"], **steps.opening}
     opened |= {"ignore_mismatched_sizes": True} if o["ignore_mismatched_sizes"] else {}
     seed = o["seed"] if o["seed"] is not None else steps.model.get("seed", 0)
-    _seed(seed)
+    set_seed(seed)
     observers: list[Observer] = [Dump(o["dump"])] if o["dump"] else []
-    observers += [VerifyEach(double=True)] if o["verify_each"] and o["double"] and o["check"] else []
+    observers += [VerifyEach(double=True)] if o["double"] else []
     with quiet():
         meta = adapters is None and not o["verify_each"]
         program = capture(checkpoint, task, num_labels, meta=meta, adapter=adapters, **opened)
@@ -97,12 +101,6 @@ def rewrite(ctx: click.Context, checkpoint: Path, recipe: Path | None, passes: t
         tell(program.report, {**o, "details": True}, "give -o FOLDER instead of --dry-run to write the run")
     else:
         tell(program.report, o, f"lorafx train {o['out']} --data TABLE", o["out"])
-
-
-def _seed(seed: int) -> None:
-    from transformers import set_seed
-
-    set_seed(seed)
 
 
 @click.command(cls=GroupedCommand)
@@ -174,10 +172,12 @@ def fold(run: Path, out: Path, double: bool, overwrite: bool, **o: Any) -> None:
     if o["stream"] and double:
         raise UsageError("--double runs every pass in fp64, in memory; leave it or --stream out")
     check, checked = check_of(o), bool(check_of(o))
+    if double and not checked:
+        raise UsageError("--double checks the passes, which --no-check turns off; leave one of them out")
     stream = not double and streams(run, o["base"], o["stream"])
     with quiet():
         program = open_program(run, check=checked and not stream, **_asked(o))
-        observers = [VerifyEach(double=True)] if double and checked else []
+        observers = [VerifyEach(double=True)] if double else []
         removal = removal_of("cpu", **widths(o))
         folded = merge(program, observers, removal=removal, gather="never", check=checked, stream=stream)
         kind = folded_format(folded)

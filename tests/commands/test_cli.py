@@ -468,3 +468,18 @@ def test_a_changed_base_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> Non
     result = call("fold", folder, "-o", tmp_path / "folded")
     assert result.exit_code == 5
     assert "changed since the rewrite" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("rewrite", "base", "--pass", "lora", "--double"), "give --verify-each with it"),
+        (("rewrite", "base", "--pass", "lora", "--double", "--verify-each", "--no-check"), "leave --no-check out"),
+        (("fold", "run", "--double", "--no-check"), "leave one of them out"),
+    ],
+)
+def test_fp64_that_would_check_nothing_is_refused(words: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    result = call(*words, "-o", tmp_path / "out")
+    assert result.exit_code == 2, result.output
+    assert said in result.stderr
+    assert not (tmp_path / "out").exists()
