@@ -110,7 +110,7 @@ def export(
             nothing was trained
         ParityError: the written model does not compute the program's function; nothing is left behind
     """
-    _check(program, format, provider)
+    _check(program, format, provider, "all-linear" if adapters == "slots" else targets)
     dtype = _computable(program, format, provider, dtype)
     if generate:
         from .decoder import check_generates
@@ -162,12 +162,17 @@ def export(
         return result
 
 
-def _check(program: Program, kind: str, provider: str) -> None:
-    """UsageError when a program cannot be written so, before any work."""
+def _check(program: Program, kind: str, provider: str, idle: str | Sequence[str]) -> None:
+    """UsageError when a program cannot be written so, before any work; ``idle`` are targets that nothing reads."""
     if kind not in FORMATS or provider not in PROVIDERS:
         raise UsageError(f"cannot export to {kind!r} for {provider!r}; formats: {FORMATS}, providers: {(*PROVIDERS,)}")
     if program.device.type == "meta":
         raise UsageError("the program was captured on the meta device and has no weights; capture or load it with them")
+    named = [idle] if isinstance(idle, str) else list(idle)
+    if named != ["all-linear"]:
+        raise UsageError(
+            f"targets {', '.join(named)} are those of slots; export with adapters = slots, or leave them out"
+        )
 
 
 def _computable(program: Program, kind: str, provider: str, dtype: torch.dtype | None) -> torch.dtype | None:

@@ -163,6 +163,7 @@ def test_what_no_slot_takes(place: Path, base: Program, programs: dict[str, Prog
 
     gated = lorafx.rewrite(base, [Finegates()])
     refused(gated, "belongs to no low-rank update", check=False)
+    refused(programs["lora"], "targets query are those of slots", format="onnx", targets="query", slots=None)
     refused(lorafx.fold(programs["lora"]), "folded program")
     refused(programs["lora"], "give its folder with slots", slots=None)
     refused(programs["lora"], "nothing else takes one", format="hf")
