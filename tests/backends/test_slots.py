@@ -230,7 +230,7 @@ def test_half_precision(base: Program, programs: dict[str, Program], tmp_path: P
 
 @pytest.mark.slow
 def test_the_command_line(tmp_path: Path) -> None:
-    hf.BertForSequenceClassification(zoo.build("bert").config).save_pretrained(tmp_path / "base")  # type: ignore
+    hf.BertForSequenceClassification(zoo.build("bert").config).save_pretrained(tmp_path / "base")  # type: ignore[attr-defined]
 
     def call(*arguments: object) -> Any:
         result = CliRunner().invoke(main, [str(argument) for argument in arguments])

@@ -69,7 +69,7 @@ def state(model: Remembers) -> Any:
 def test_everything_that_tracing_leaves_in_a_model_is_taken_out_again(fails: bool):
     model = Remembers(fails)
     model.layer.eval()
-    before, chance = state(model), (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())  # type: ignore
+    before, chance = state(model), (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())  # type: ignore[index]
     with pytest.raises(CaptureError) if fails else nullcontext():
         lorafx.capture(model, inputs={"x": torch.ones(2, 4)})
     assert state(model) == before

@@ -104,7 +104,7 @@ def test_a_bound_on_a_norm_is_kept_on_both_of_its_sides(trained_to: float) -> No
     own = layer._project_Q
     bounded = {**WEIGHTS, "r": 3, "use_cayley_neumann": True, "cayley_neumann_eps": 0.5}
     config = peft.PsoftConfig(target_modules=["first"], **bounded)
-    began, went_on = (widened(peft.get_peft_model(copy.deepcopy(base), config)) for _ in range(2))  # type: ignore
+    began, went_on = (widened(peft.get_peft_model(copy.deepcopy(base), config)) for _ in range(2))  # type: ignore[arg-type]
     for model, number in ((began, 0.1), (went_on, trained_to)):
         (inner,) = [part for part in model.modules() if isinstance(part, layer)]
         inner.weight.data.fill_(number)
@@ -131,7 +131,7 @@ def test_the_judge_finds_a_wrong_fold(monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained(widened(inside("Lora", base)))
     monkeypatch.setattr(lorafx, "fold", wrong)
     assert examine(Finding("", "", ""), model, widened(base), [words()]).verdict == "wrong"
-    untrained: Any = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["first"]))  # type: ignore
+    untrained: Any = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["first"]))  # type: ignore[arg-type]
     assert examine(Finding("", "", ""), widened(untrained), widened(base), [words()]).verdict == "not built"
 
 
@@ -154,7 +154,7 @@ def test_the_table(tmp_path: Path) -> None:
 
 
 def test_a_wrapped_model_is_captured_under_its_own_names() -> None:
-    model: Any = peft.get_peft_model(zoo.build("bert"), peft.LoraConfig(r=2, target_modules=["query"]))  # type: ignore
+    model: Any = peft.get_peft_model(zoo.build("bert"), peft.LoraConfig(r=2, target_modules=["query"]))  # type: ignore[arg-type]
     program = lorafx.capture(model.eval(), inputs=zoo.text(2, 7))
     assert program.name == "BertForSequenceClassification"
     assert not [name for name in program.roles if name.startswith("base_model.")]

@@ -506,7 +506,7 @@ def test_wrapped_models_take_what_the_model_inside_takes() -> None:
 
     compiled: Any = torch.compile(eager("bert"), backend="eager")
     assert verify(eager("bert"), compiled, shapes=[(2, 3)]).ok
-    tuned: Any = get_peft_model(copy.deepcopy(eager("llama")), LoraConfig(target_modules="all-linear"))  # type: ignore
+    tuned: Any = get_peft_model(copy.deepcopy(eager("llama")), LoraConfig(target_modules="all-linear"))  # type: ignore[arg-type]
     assert verify(eager("llama"), tuned).ok
 
 

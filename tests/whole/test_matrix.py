@@ -91,7 +91,7 @@ def peft_twin(name: str, program: Program) -> nn.Module:
     elif name == "mixtral":
         # Without the 3-D stacks of expert weights, which all-linear leaves out.
         options["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate"]
-    return peft.get_peft_model(model, peft.LoraConfig(r=LORA.rank, lora_alpha=LORA.alpha, **options)).eval()  # type: ignore
+    return peft.get_peft_model(model, peft.LoraConfig(r=LORA.rank, lora_alpha=LORA.alpha, **options)).eval()  # type: ignore[arg-type]
 
 
 def peft_values(model: nn.Module) -> dict[str, Tensor]:
