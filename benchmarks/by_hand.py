@@ -1,4 +1,5 @@
-"""Decoders in ONNX Runtime by hand: the cache stays where it is computed, and nothing is bound while the clock runs."""
+"""Decoders in ONNX Runtime without a library: the cache stays where it is computed, and nothing is bound while the
+clock runs."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ def answer(prefill: float, rest: float, batch: int, tokens: list[int]) -> dict[s
 
 
 class Onnx:
-    """Generation in ONNX Runtime by hand, inputs and outputs bound where it computes.
+    """Generation in plain ONNX Runtime, with inputs and outputs bound on the device.
 
     Bindings are made before the clock runs, for one batch: each step reads the cache that the last one wrote and writes
     the other of two.
@@ -82,7 +83,7 @@ class Onnx:
         return steps, prompt, token, (caches, ones)
 
     def _bind_cache(self, session: Any, binding: Any, sizes: Any, caches: Any, shape: tuple[int, int, int]) -> None:
-        """Read the one cache, of so many tokens, unless the graph takes none; write the other, of so many."""
+        """Read one cache of this many tokens, unless the graph takes none, and write the other, of this many."""
         batch, past, after = shape
         names = [entry.name for entry in session.get_outputs()][1:]
         takes = len(session.get_inputs()) > len(sizes)

@@ -104,7 +104,7 @@ console.log(JSON.stringify(said));
 
 
 def onnxruntime(questions: Sequence[Question]) -> list[Tokens]:
-    """ONNX Runtime by hand: what the graphs' inputs say and the configs, and nothing of lorafx's reader."""
+    """Plain ONNX Runtime: by the graphs' inputs and the configs alone, without lorafx's reader."""
     said = []
     for question in questions:
         if question.adapter is not None:

@@ -1,7 +1,8 @@
-"""How long a model takes on this machine by how wide it is, in ONNX Runtime: the table that a budget of latency reads.
+"""The time that a model takes on this machine in ONNX Runtime, by its width: the table that a budget of latency reads.
 
-What is timed is the model itself, exported with some of its units removed, so that a unit's price holds all that goes
-with it: its part of the products, what the graph does between them, and what ONNX Runtime makes of both.
+The model itself is timed, exported with some of its units removed, so that a unit's price includes all that goes with
+
+it: its part of the products, the operators between them, and ONNX Runtime's optimisation of both.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from ..public import Program
 from .writing import write_other
 
 #: The shares of its units that the weights of a kind keep while these are timed, from the first weight to the last:
-#: different widths, since one may be faster or slower than those about it.
+#: different widths, since a width may be faster or slower than its neighbours.
 _KEPT = (0.2, 0.5)
 
 
@@ -42,10 +43,10 @@ def latency_table(
     ``1536 of 1536x384`` is a unit of a weight of that shape, in x out, that reads 1,536 of them, ``… of one token`` one
     that is computed of one token only; under the same name with ``-call``, what goes with the last of them only. Two
     models for each kind are exported and timed beside the whole one, round by round: one whose weights of that kind
-    read fewer units, one that has none of them. Prices are scaled to what is saved where all kinds have fewer at once.
+    read fewer units, one that has none of them. Prices are scaled to the time saved when all kinds have fewer at once.
 
     Args:
-        program: the model; what passes put into it is left out
+        program: the model; what passes inserted is ignored
         batch, length: of the texts
         threads: CPU threads; torch's number without
         repeats: timed calls of each model
@@ -69,20 +70,20 @@ def latency_table(
                 found = bench(whole, other, shapes=((batch, length),), repeats=repeats, memory=False)
             first, second = found.timings
             seconds.append(first.median)
-            return 1 - 1 / second.ratio  # round by round, which whatever slowed down both leaves alone
+            return 1 - 1 / second.ratio  # round by round, so that what slowed down both cancels
 
         for kind, every in kinds.items():
             shares[kind], shares[kind + CALL] = _prices(every, saved)
         left = {kind: _fewer(every) for kind, every in kinds.items()}
         together = saved({module: count for own in left.values() for module, count in own.items()})
     apart = sum(shares[kind] * (_count(every) - sum(left[kind].values())) for kind, every in kinds.items())
-    # One at a time they seem to save more than they do together: narrow models keep caches and threads less busy.
+    # Added up, kinds timed one at a time save more than together: narrow models use caches and threads less.
     factor = together / apart if apart > 0 and together > 0 else 1.0
     return {WHOLE: median(seconds), **{name: factor * share * median(seconds) for name, share in shares.items()}}
 
 
 def _kinds(program: Program) -> dict[str, list[Units]]:
-    """The units of a program's blocks, by what tables call them."""
+    """The units of a program's blocks, by their names in tables."""
     found: dict[str, list[Units]] = {}
     for units in _gates().sites(program).taken:
         if isinstance(units, Units):
@@ -97,7 +98,7 @@ def _gates() -> FineGates:
 def _prices(every: list[Units], saved: Callable[[Mapping[str, int]], float]) -> tuple[float, float]:
     """What a unit of a kind costs, and what goes with a weight's last one, as shares of the model's time.
 
-    They are the line through what was saved by closing some of the units, and what by closing all; never below 0.
+    They are fitted to the time saved by closing some of the units and by closing all; never below 0.
     """
     left, count = _fewer(every), _count(every)
     fewer = count - sum(left.values())

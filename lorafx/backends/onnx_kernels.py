@@ -10,9 +10,9 @@ import onnx_ir as ir
 
 
 def suit(model: ir.Model, provider: str) -> None:
-    """Leave of transformers' fusions what ONNX Runtime computes with ``provider``, as it computes it fastest; in place.
+    """Keep those of transformers' fusions that ONNX Runtime computes with ``provider``, in their fastest form; in
 
-    Of a graph that generates: its step is short, so that an idle operator is worth taking out.
+    place. In a graph that generates, a step is short, so idle operators are worth removing too.
     """
     unfuse_batch_transposes(model)
     drop_idle_reshapes(model)

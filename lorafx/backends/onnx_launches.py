@@ -16,7 +16,7 @@ from .onnx_kernels import drop_idle_reshapes, known_shape, weight_of
 from .onnx_masks import axes_of, is_a, number, producer, put, simplify_masks
 
 _CONTRIB = "com.microsoft"
-#: Of what both operators have kernels.
+#: The dtypes for which both operators have kernels.
 _KERNELS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 #: Where norms have their shift.
 _SHIFT = {"LayerNormalization": 2, "SkipLayerNormalization": 3}
@@ -60,7 +60,7 @@ def join_attentions(graph: ir.Graph) -> int:
 def shift_norms(graph: ir.Graph) -> int:
     """Move a vector that is added to what a norm gives, and nothing else reads, into the norm's shift; in place.
 
-    Of a sublayer that is gone a constant may be left. Returns how many.
+    A removed sublayer may leave such a constant. Returns how many.
     """
     count = 0
     for node in list(graph):
@@ -101,7 +101,7 @@ def join_norms(graph: ir.Graph) -> int:
         if shape is None or len(shape) != 3 or not last or len(node.outputs) != 1:
             continue
         parts, factor = _summands(value, shape), 1.0
-        if parts is None and _is_norm(producer(value)):  # so that nothing is large enough to overflow
+        if parts is None and _is_norm(producer(value)):  # so that nothing can overflow
             parts, factor = (value, value), 4.0
         if parts is not None:
             attributes = {"epsilon": factor * node.attributes.get_float("epsilon", 1e-5)}

@@ -1,4 +1,4 @@
-"""What a mask of attention computes although it is known: taken out of a graph, for kernels that are waited for.
+"""Remove what an attention mask computes although the result is known, where launching kernels takes the time.
 
 Transformers' masks come from functions of places: an index that reads a tensor as it lies, a condition that always
 holds, an expansion to the shape there is already. On a GPU each costs a microsecond or two of the two hundred that a

@@ -1,4 +1,4 @@
-"""An ONNX model that refuses sizes its graph is not right for, as the program it was made from does."""
+"""Make an ONNX model refuse sizes that its graph is not right for, as the program it was made from does."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ def hold_ranges(model: ir.Model, domain: Domain, limit: int | None) -> int:
     runtime refuses; the zero is added to the input, so that the node is run. ``limit`` is the number of positions of
     the model, the upper end that every text model has and its own tables hold.
 
-    Returns:
-        how many axes are held
+    Returns: how many axes are checked
 
     Raises:
         UsageError: sizes are bound by a relation, or in an input that the model does not have

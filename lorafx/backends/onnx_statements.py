@@ -1,5 +1,5 @@
-"""What an ONNX file says beside the graph: nothing that its tensors contradict, nothing of the machine it was made on,
-and operators by names that ONNX has.
+"""What an ONNX file states besides the graph: nothing that its tensors contradict, nothing about the machine it was
+made on, and operators by standard names.
 
 Converters leave behind what was true at an earlier stage, and runtimes forgive it; ``onnx.checker``, shape inference
 and the quantisers built on it do not.
@@ -13,7 +13,7 @@ import onnx_ir as ir
 _TRACE = "pkg.torch.onnx.stack_trace"
 #: The version of ONNX's operators that has ``RMSNormalization``.
 _OPSET = 23
-#: What means something else there than it did before 21; everything else only takes more types.
+#: Operators whose meaning changed since version 21; all others only accept more types.
 _CHANGED = "GroupNormalization"
 
 

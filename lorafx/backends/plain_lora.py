@@ -1,4 +1,4 @@
-"""Every adapter as plain LoRA: whatever a low-rank branch is made of, it has one A and one B.
+"""Any adapter as plain LoRA: however a low-rank branch is computed, it has one A and one B.
 
 Gates, tied scalings and masks are constants once training is over, so the branch beside a weight is affine: its map
 from the input to the narrowest value is A, from there to the result B. Ranks that compute nothing are left out.

@@ -1,4 +1,4 @@
-"""ONNX exports in less time, with the same result: what torch's converter and onnxscript's rules do again and again."""
+"""Faster ONNX exports with the same result: avoid what torch's converter and onnxscript's rules do over and over."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def quicker() -> Iterator[None]:
-    """Within it, rules ask first what they would ask anyway, and the converter's table of operators is made once.
+    """While it is entered, rules check a node's kind first, as they would later anyway, and the converter's table of
+    operators is built once.
 
     Where these lie is not promised by torch or onnxscript: with versions that have them elsewhere, exports are as slow
         as before.
@@ -30,7 +31,7 @@ def quicker() -> Iterator[None]:
     make: Any = ONNXRegistry.from_torchlib
 
     def from_torchlib(*options: Any, **named: Any) -> Any:
-        """A table of one's own, as an export may add operators to it."""
+        """A copy of the table, as an export may add operators to it."""
         own = copy.copy(_made(make, *options, **named))
         own.functions = {operator: list(known) for operator, known in own.functions.items()}
         return own
@@ -45,7 +46,7 @@ def quicker() -> Iterator[None]:
 
 @functools.cache
 def _made(make: Any, *options: Any, **named: Any) -> Any:
-    """What torch knows of ONNX, operator by operator: some hundred functions, whose code is read for their types."""
+    """torch's table of ONNX operators: some hundred functions, whose code is parsed for their types."""
     return make(*options, **named)
 
 

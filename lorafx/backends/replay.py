@@ -63,7 +63,7 @@ class RewritingExporter(DynamoExporter):
         return torch.export.export(module, (), dict(inputs), dynamic_shapes=config.dynamic_shapes)
 
     def narrowed(self, graph: fx.Graph, config: Any) -> int:
-        """Make a graph compute less before it is converted, in place; how much became less. Nothing, here."""
+        """Make a graph compute less before it is converted, in place; returns how many nodes do. Here: none."""
         return 0
 
     def replayed(
@@ -86,16 +86,16 @@ class RewritingOnnxExporter(OnnxExporter, RewritingExporter):  # pyright: ignore
     """transformers' ONNX exporter over the rewritten graph: its patches before, its conversion and fusions after."""
 
     def narrowed(self, graph: fx.Graph, config: Any) -> int:
-        """Compute the tokens alone that are read; with CUDA from the last attention on, which is one operator there."""
+        """Compute only the tokens that are read; with CUDA from the last attention on, which is one operator there."""
         return read_rows(graph, through_attention=config.ort_fusions != "cuda")
 
 
 def replay(program: Program, base: Program, *, whole: bool = True) -> Program:
     """Apply ``program``'s history to ``base``, another capture of the same model, and give it ``program``'s values.
 
-    What came after training (folding, removing dead channels) runs on the trained values, since they decide what it
-    does. ``whole`` says that ``base`` is the whole model, not a component of it. Raises CaptureError when a pass then
-    inserts other tensors than it did in ``program``, or leaves others behind.
+    Passes after training (folding, removing dead channels) run on the trained values, which decide what they do.
+    ``whole`` says that ``base`` is the whole model, not a component of it. Raises CaptureError when a pass then inserts
+    other tensors than it did in ``program``, or leaves others behind.
     """
     trained = program.origin or program
     steps = passes_of(program)
@@ -116,8 +116,8 @@ def replay(program: Program, base: Program, *, whole: bool = True) -> Program:
 def _take_values(result: Program, program: Program) -> None:
     """Give ``result`` the values ``program`` has under the same names; CaptureError where their shapes differ.
 
-    What nothing reads in ``program`` has none to give: of a sublayer that left its graph, where ``result`` still gives
-    keys and values of it to a cache, and has folded the others by the same passes.
+    Tensors that ``program`` no longer reads have no values to give: those of a sublayer removed from its graph, while
+    ``result`` still passes its keys and values to a cache, after the same folding.
     """
     without = {*program.names("constant"), *program.names("unread")}
     shared: dict[int, torch.Tensor] = {}

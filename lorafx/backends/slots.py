@@ -1,8 +1,8 @@
 """One base in ONNX, any adapter at run time: slots beside its weights, and files that fill them.
 
 A slot is two inputs with default values of rank 0, so that the model is the base's until an adapter is active. They are
-put into the converted graph, where its fusions are: whatever a weight became (a factor of a product, a part of a packed
-one), it is found by its numbers.
+added to the converted graph, after its fusions: whatever a weight became (a factor of a product, a part of a packed
+one), it is found by its values.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def marked(program: Program) -> Program:
     return result
 
 
-# ---- finding weights by their numbers
+# ---- finding weights by their values
 
 
 def _array(value: ir.Value | None) -> np.ndarray | None:
@@ -225,7 +225,7 @@ def _open(graph: ir.Graph, program: Program, name: str, dtype: np.dtype[Any]) ->
     return turned
 
 
-# ---- what fills them
+# ---- filling them
 
 
 def slot_values(program: Program, slots: Slots, folder: Path) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""What each format is written by, into a folder that has no name yet."""
+"""Writers for each format, into a folder that does not have its name yet."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _write_decoder(
 
 
 def _record(program: Program) -> dict[str, str]:
-    """What an ONNX file says of how it was made."""
+    """The record in an ONNX file of how it was made."""
     record = {"lorafx_version": __version__, "lorafx_history": json.dumps(history_record(program))}
     return {**record, "lorafx_base": json.dumps(base_record(program))}
 

@@ -71,7 +71,7 @@ def _value(flag: str, text: str, hint: Any) -> Any:
 
 
 class GroupedOption(click.Option):
-    """An option that stands under a title of its own in the help of a :class:`GroupedCommand`."""
+    """An option listed under a title in the help of a :class:`GroupedCommand`."""
 
     def __init__(self, *args: Any, group: str = "", **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -138,7 +138,7 @@ def option_flags(cls: type) -> Any:
 
 
 def _described(entry: dataclasses.Field[Any]) -> str:
-    """What an option does, the range of its numbers, and its default, if it has one that says anything."""
+    """What an option does, the range of its numbers, and its default, if that is informative."""
     held, default = str(range_of(entry) or ""), entry.default
     about = f"{entry.metadata['help']} ({held})" if held else entry.metadata["help"]
     if isinstance(default, bool):
@@ -147,7 +147,7 @@ def _described(entry: dataclasses.Field[Any]) -> str:
 
 
 def _metavar(hint: Any) -> str:
-    """What stands for an option's value in a help."""
+    """The placeholder of an option's value in a help text."""
     kinds = {int: "INTEGER", float: "NUMBER"}
     return "NAME=VALUE,…" if typing.get_origin(hint) is dict else kinds.get(hint, "TEXT")
 
@@ -175,7 +175,7 @@ def train_options(recipe: Recipe | None, given: Mapping[str, Any]) -> dict[str, 
     from ..recipes.recipe import parse_options
 
     chosen = {**(recipe.train if recipe is not None else {}), **option_values(TrainOptions, given)}
-    parse_options(TrainOptions, chosen, "training options")  # now, not when the training begins
+    parse_options(TrainOptions, chosen, "training options")  # checked now, not when the training begins
     return chosen
 
 

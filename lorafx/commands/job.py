@@ -1,8 +1,8 @@
 """The whole path as one resumable job: rewrite, train, fold, export.
 
-Each stage is a folder that is whole or absent, and its manifest says what it was made from, so that nothing can get out
-of step with it. A stage is done when that is what it would be made from now. What can be made again (folded, onnx) is
-replaced when it is not; a trained run never is, nor anything that ``lorafx run`` did not write.
+Each stage is a folder that is complete or absent, and its manifest says what it was made from. A stage is done when it
+was made from what it would be made from now. Otherwise folders that can be made again (folded, onnx) are replaced; a
+trained run never is, nor anything that ``lorafx run`` did not write.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Job:
     trust_remote_code: bool = False
 
     def training_inputs(self) -> dict[str, str]:
-        """Digests of everything that decides what is learned, contents of files included, by what people call it.
+        """Digests of everything that decides what is learned, contents of files included, by names for people.
 
         ArtifactError when a data file or the base is missing or damaged.
         """
@@ -101,9 +101,9 @@ def checkpoint_of(recipe: Recipe, given: Path | None) -> Path:
 
 
 def run_job(job: Job, say: Callable[[str], None]) -> Report:
-    """Do what is not done yet, and return what came of it all: the report of the ONNX folder, with its speed.
+    """Do what is not done yet, and return the result: the report of the ONNX folder, with its speed. It is also written
 
-    That is written into ``out`` too, as a page as well. ``say`` gets one line a stage.
+    into ``out``, as JSON and as a page. ``say`` is called with one line for each stage.
 
     Raises:
         UsageError: something stands in the way that ``lorafx run`` did not write, or a run trained from other inputs;
@@ -124,11 +124,11 @@ def run_job(job: Job, say: Callable[[str], None]) -> Report:
     return _told(job, opened, say)
 
 
-# ---- what is there
+# ---- existing folders
 
 
 def _checked(job: Job, inputs: Mapping[str, str]) -> bool:
-    """Whether the run is trained already; refuses whatever must be neither used nor replaced, before all work."""
+    """Whether the run is trained already; refuses, before any work, folders that must be neither used nor replaced."""
     if job.out.exists() and not job.out.is_dir():
         raise UsageError(f"{job.out}: not a folder; choose another -o")
     made_from = {name: _made_from(job.out / name) for name in ("run", "folded", "onnx")}
@@ -151,7 +151,7 @@ def _checked(job: Job, inputs: Mapping[str, str]) -> bool:
 
 
 def _made_from(folder: Path) -> dict[str, str] | None:
-    """What a stage's folder was made from, None where there is none; UsageError when this job's kind made it not."""
+    """What a stage's folder was made from, None where there is none; UsageError when no job made it."""
     if is_free(folder):
         return None
     if not (folder / MANIFEST).is_file():
@@ -163,7 +163,7 @@ def _made_from(folder: Path) -> dict[str, str] | None:
 
 
 def _is_made_from(folder: Path, wanted: Mapping[str, str]) -> bool:
-    """Whether a folder is whole and made from ``wanted``."""
+    """Whether a folder is complete and made from ``wanted``."""
     if _made_from(folder) != wanted:
         return False
     try:
@@ -184,7 +184,7 @@ def _derived_inputs(job: Job, run: Path) -> dict[str, str]:
 def _base_hashes(checkpoint: Path) -> dict[str, str]:
     """Digests of the files of the base by which it is opened and trained.
 
-    Always of their contents: sizes and times stay the same when weights are changed in place.
+    Always of their contents: sizes and times can stay the same when weights are changed in place.
     """
     from ..formats.companions import GENERATION, companions
     from ..models.checkpoint import check_kind, read_config, weight_hashes
@@ -219,7 +219,7 @@ def _digest(text: str) -> str:
 
 
 def _train(job: Job, folder: Path, inputs: Mapping[str, str]) -> Program | None:
-    """Train the run, and give the capture it was made from; None if that is not what was captured any more."""
+    """Train the run, and return the capture it was made from; None if the capture no longer matches the run."""
     from transformers import set_seed
 
     from ..formats.run import save_run
@@ -278,7 +278,7 @@ def _export(trained: Program, provider: Any, folder: Path, made_from: Mapping[st
 
 #: Under this name the report of a job says which ONNX folder it tells of.
 _TOLD = "made from"
-#: A single short text and a small batch, and seconds to spend on both: an impression, not a benchmark.
+#: A single short text and a small batch, and seconds to spend on both: a rough measurement, not a benchmark.
 _SHAPES, _SECONDS = ((1, 64), (8, 64)), 20.0
 #: What is timed.
 _BASE, _MADE = "the base in PyTorch", "lorafx, ONNX"
@@ -293,7 +293,7 @@ def _told_of(out: Path) -> str | None:
 
 
 def _told(job: Job, opened: Callable[[], Program], say: Callable[[str], None]) -> Report:
-    """What came of a job, from its report if that is still true: else timed beside the base, and written."""
+    """The result of a job, from its report if that still holds; else timed against the base, and written."""
     onnx = job.out / "onnx"
     digest = file_hash(onnx / MANIFEST)
     if _told_of(job.out) == digest and (job.out / PAGE).is_file():
@@ -306,7 +306,7 @@ def _told(job: Job, opened: Callable[[], Program], say: Callable[[str], None]) -
 
 
 def _timed(job: Job, trained: Program, say: Callable[[str], None]) -> BenchResult | None:
-    """The ONNX model beside the base in PyTorch; None, said aloud, where inputs cannot be made."""
+    """Timings of the ONNX model and of the base in PyTorch; None, with a message, where inputs cannot be made."""
     from ..proof.bench import bench
 
     candidates = (_BASE, trained.source.model), (_MADE, job.out / "onnx")

@@ -69,7 +69,7 @@ def verify(a: Path, b: Path, texts: Path | None, seed: int, as_json: bool, **o: 
 @opening_options
 @as_json_option
 def generate(folder: Path, prompt: str | None, chat: str | None, most: int, as_json: bool, **o: Any) -> None:
-    """Let FOLDER (a run, a checkpoint, a folded or an exported model) write text, greedily, as it comes."""
+    """Generate text with FOLDER (a run, a checkpoint, a folded or an exported model), greedily, printed as it comes."""
     from ..proof.generate import generate as write
 
     text = prompt if prompt is not None else chat
@@ -88,7 +88,7 @@ def generate(folder: Path, prompt: str | None, chat: str | None, most: int, as_j
 
 
 def _nothing(part: str) -> None:
-    """Print no part of a text that is printed as a whole."""
+    """Do not print parts of a text that is printed as a whole."""
 
 
 @click.command()

@@ -1,7 +1,7 @@
 """Constants that a model's code builds in place: computed once, at capture.
 
 Folding evaluates what operators compute from tensors alone, but not where one of them writes into a value, whose later
-readers see something else. Where everything that such a value is built of is the trace's own, it is built here.
+readers see something else. Where everything such a value is built from belongs to the trace, it is built here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..graph.tree import get_tensor, has_tensor, put_tensor
 def build(root: nn.Module, graph: fx.Graph, names: Iterable[str]) -> None:
     """Replace values that ``graph`` builds in place, from nothing but the tensors ``names`` of ``root``, by tensors.
 
-    ``names`` are those that the tracer lifted; what the model holds by name may change when it trains.
+    ``names`` are those that the tracer lifted; tensors that the model holds by name may change in training.
     """
     changed = written(root, graph)
     if not changed:
@@ -48,14 +48,14 @@ def build(root: nn.Module, graph: fx.Graph, names: Iterable[str]) -> None:
 
 
 def _fixed(graph: fx.Graph, changed: frozenset[fx.Node], names: frozenset[str]) -> frozenset[fx.Node]:
-    """The nodes that compute the same in each call: nothing outside of the call sees what they write, and their memory
+    """The nodes that compute the same in each call: what they write is not seen outside of the call, and their memory
     is their own."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         lifted = node.op == "get_attr" and str(node.target) in names and node not in changed
         if lifted or (_is_repeatable(node) and found.issuperset(node.all_input_nodes)):
             found.add(node)
-    # A value that something else writes to, now or through a view, is none.
+    # Not a value that something else writes to, now or through a view.
     while loose := {n for n in found & changed if any(user not in found and user in changed for user in n.users)}:
         found -= {node for node in graph.nodes if node in found and loose & set(operands_first(node, _operands))}
     return frozenset(found)
@@ -81,7 +81,7 @@ def _after(graph: fx.Graph, changed: frozenset[fx.Node]) -> frozenset[fx.Node]:
 
 
 def _computed(root: nn.Module, graph: fx.Graph, fixed: frozenset[fx.Node]) -> dict[fx.Node, Any]:
-    """The values of the nodes when all of them ran, in the graph's order."""
+    """The values of the nodes after all of them ran, in the graph's order."""
     values: dict[fx.Node, Any] = {}
     with torch.no_grad():
         for node in graph.nodes:

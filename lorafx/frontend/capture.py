@@ -62,15 +62,16 @@ def capture(
 
     Args:
         source: a checkpoint folder, or ``org/name`` on Hugging Face's hub; a ``PreTrainedModel``, or any ``nn.Module``
-            (then give ``inputs``); one that PEFT wrapped is captured with its adapters, under the names of its own
+            (then give ``inputs``); one that PEFT wrapped is captured with its adapters, under the base model's own
+            names
         task: opens a folder for a task (``text-classification``, …), so that a bare encoder gets a head
         num_labels: size of that head
-        inputs: example keyword inputs, batch ≥ 2; made up when None
+        inputs: example keyword inputs, batch ≥ 2; generated when None
         meta: capture on the meta device from the config alone, in seconds and within 1 GB for any size
         dynamic: batch and sequence length stay free (of a module without a config, lengths where its code allows);
             else the shapes of ``inputs`` are fixed
-        check: compare the graph with the model, which runs it a few times; without, a comparison later has to catch
-            what a graph cannot follow (an export's does)
+        check: compare the graph with the model, which runs it a few times; without it, a later comparison (an export's,
+            say) has to catch what a graph cannot follow
         adapter: the folder of a PEFT adapter to put on the model, several, or several with weights
             (``{folder: weight}``), whose sum is taken. LoRA is read without PEFT
         options: passed to transformers when a folder is opened (``dtype``, …)
@@ -129,7 +130,7 @@ def _prepared(origin: Source, adapter: Adapters | None) -> tuple[list[tuple[Adap
 
 
 def _known_by(program: Program, hashes: Mapping[str, str]) -> Program:
-    """The program with what its base's files are known by."""
+    """The program with the hashes of its base's files."""
     source = dataclasses.replace(program.source, hashes=hashes)
     captured = program.captured
     if captured is not None:
@@ -138,8 +139,8 @@ def _known_by(program: Program, hashes: Mapping[str, str]) -> Program:
 
 
 def _find_padding(model: nn.Module, folder: Path, trusted: bool) -> None:
-    """Tell a classifier that has no padding token which one its texts are padded with: its tokenizer's, or the
-    end-of-text token. A decoder's finds the last token of each text by it, and refuses more than one text without."""
+    """Set the padding token of a classifier that has none: its tokenizer's, or the end-of-text token. A decoder's finds
+    the last token of each text by it, and without it refuses more than one text."""
     config: Any = model.config
     if loss_type(model) != "ForSequenceClassification" or pad_token(config) is not None:
         return
@@ -154,7 +155,7 @@ def _find_padding(model: nn.Module, folder: Path, trusted: bool) -> None:
 
 @lean()
 def _captured(origin: Source, example: dict[str, Any], shapes: Any, *, check: bool) -> Program:
-    """Traced in training mode if that gives the model's evaluation too, else in evaluation mode."""
+    """Trace in training mode if that gives the model's evaluation too, else in evaluation mode."""
     with intact(origin.model):
         return _judged(origin, example, shapes, check=check)
 
@@ -163,7 +164,7 @@ def _judged(origin: Source, example: dict[str, Any], shapes: Any, *, check: bool
     failure = None
     for training in (True, False):
         try:
-            # The program is made of the model's tensors, not of what a forward put in their place while it was traced.
+            # The program is made from the model's tensors, not from what a forward put in their place during the trace.
             with functions_laid_open() as functions, intact(origin.model):
                 exported = export_graph(origin.model, example, shapes, training=training)
             program = program_from(exported, origin, example, shapes=shapes)
@@ -181,9 +182,8 @@ def _judged(origin: Source, example: dict[str, Any], shapes: Any, *, check: bool
 
 def trainable(program: Program, functions: Iterable[str], *, check: bool) -> Program:
     """``program``, or its evaluation form when autograd functions or hooks of the model's give it gradients that a
-    graph does not have. They often only save time or memory, or look; what they do is found by comparing (not on the
-    meta device).
-    CaptureError when it is right for padded texts alone."""
+    graph does not have. These often only save time or memory, or observe; comparing shows what they do (not on the meta
+    device). CaptureError when the graph is right for padded texts only."""
     if check:
         check_unpadded(program)
     if not functions or not check or same_gradients(program):

@@ -1,6 +1,6 @@
-"""Gradients of a model's own: a graph holds what a forward computes, so its gradients are those of what it computes.
+"""Gradients that a model defines itself: a graph holds what a forward computes, and its gradients follow from that.
 
-A ``torch.autograd.Function`` may say otherwise (a straight-through estimator, a sampled forward with an expected
+A ``torch.autograd.Function`` may define others (a straight-through estimator, a sampled forward with an expected
 backward), and so may a hook on the gradient of a value or of a module. Where one was traced, the gradients of graph and
 eager model are compared. A hook on a weight's gradient matters where that weight trains: see
 :func:`lorafx.methods.low_rank.train_in_full`.
@@ -27,7 +27,7 @@ _TOLERANCE = 1e-3
 
 
 class _Context:
-    """What a function's forward may tell its backward, which a trace has no use for."""
+    """The context through which a forward talks to its backward, which a trace does not need."""
 
     needs_input_grad = (True,) * 64
 

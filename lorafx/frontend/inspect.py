@@ -22,7 +22,7 @@ def inspect(source: Program | str | PathLike[str], **options: Any) -> Report:
 
     Raises:
         ArtifactError: the folder cannot be used, or is not of a model
-        UsageError: options for what is not opened
+        UsageError: options for a folder that is not opened
     """
     source = source if isinstance(source, Program) else local_folder(source)
     manifest = None if isinstance(source, Program) else find_manifest(source)

@@ -25,15 +25,16 @@ _log = logging.getLogger(__name__)
 
 
 def judged(program: Program) -> Program:
-    """``program`` with its domain as it was found to be, by comparing its evaluation graph with the eager model.
+    """``program`` with the domain that comparing its evaluation graph with the eager model showed. A trace can be
 
-    A trace can be wrong in silence: random numbers of another library become constants, for one, and so does a size
-    that code reads past the tracer. So both are run on the example, and at other sizes; a size of 1, which a tracer
+    silently wrong: random numbers of another library become constants, for one, and so does a size that code reads
+
+    without the tracer seeing it. So both are run on the example, and at other sizes; a size of 1, which a tracer
     tells apart from all others, is in the domain if they agree there.
 
     Raises:
-        CaptureError: they differ on the example, or at sizes that the trace says it is right for; or what they compute
-            changes from one evaluation to the next; or the model was traced and does not run
+        CaptureError: they differ on the example, or at sizes that the trace says it is right for; or their outputs
+            change from one evaluation to the next; or the model was traced and does not run
     """
     domain, model = program.signature.domain, program.source.model
     graph = build_module(unjudged(program)).eval()
@@ -62,7 +63,7 @@ def judged(program: Program) -> Program:
 
 
 def _does_not_run(program: Program) -> CaptureError:
-    """What to say of a model that does not take its own example: a comparison with it would say nothing."""
+    """The error for a model that does not take its own example: a comparison would show nothing."""
     why = "it runs now and then"
     try:
         answers(program.source.model, program.example)
@@ -75,7 +76,7 @@ def _does_not_run(program: Program) -> CaptureError:
 
 
 def _lows(domain: Domain, usual: dict[str, int], agree: Callable[[dict[str, int]], bool]) -> dict[str, int]:
-    """How small each size may be whose lower end the trace leaves untold."""
+    """How small each size may be whose lower end the trace leaves open."""
     wide = domain.lowered(**dict.fromkeys(domain.untold, 1))
     lows = {}
     for name, low in domain.untold.items():
@@ -135,9 +136,9 @@ def _cut(value: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _moved(program: Program, graph: nn.Module) -> str:
-    """The first buffer that evaluating the graph changes, if it answers the same question otherwise after that.
+    """The first buffer that evaluating the graph changes, if the outputs then differ for the same inputs. Counters, and
 
-    What is only counted, or written the same each time, changes no answer.
+    values written alike each time, do not change outputs.
     """
     names = {str(node.target) for node in written(program.root, program.graph) if node.op == "get_attr"}
     watched = {name: value for name, value in graph.named_buffers() if name in names}

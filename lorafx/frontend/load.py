@@ -51,14 +51,15 @@ def load(
         task: as for :func:`lorafx.capture`; a run knows its own
         num_labels: as for :func:`lorafx.capture`
         meta: rebuild on the meta device; a run only if it was saved from there
-        allow_pickle: whether weights in ``.bin`` files may be read
-        trust_remote_code: whether the model may run code of its own; never taken from the folder
-        check: compare the capture with the model, and hold the recipe's passes to their promises
+        allow_pickle: whether weights in ``.bin`` files may be read trust_remote_code: whether the model may run code of
+        its own; never read from the folder
+        check: compare the capture with the model, and check what the recipe's passes promise
         adapter: as for :func:`lorafx.capture`, over a checkpoint
 
     Raises:
         ArtifactError: the folder is incomplete or changed, or a run's base is missing or not the one it was made from
-        UsageError: the folder holds no program that can be rewritten (an ONNX folder), or an option that is not for it
+        UsageError: the folder holds no program that can be rewritten (an ONNX folder), or an option does not apply to
+            it
     """
     allowed: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code, "check": check}
     path = local_folder(path, allow_pickle=allow_pickle)
@@ -83,12 +84,12 @@ def load(
 
 
 def load_over(path: str | PathLike[str], captured: Program) -> Program:
-    """A run as :func:`load` opens it, over the capture of its base that it was rewritten from, which is not made again.
+    """A run as :func:`load` opens it, over an existing capture of its base. Both share tensors, which get the run's
 
-    Both share tensors, which get the run's values: ``captured`` must not be used any more.
+    values: ``captured`` must not be used afterwards.
 
     Raises:
-        ArtifactError: the run is incomplete or changed, or its base is not the one it was made from any more
+        ArtifactError: the run is incomplete or changed, or its base is no longer the one it was made from
     """
     run = _record(read_manifest(path, hashes=True))
     _check_base(Path(str(captured.source.path)), run.hashes, {})
@@ -174,7 +175,7 @@ def _recapture(run: _Run, folder: Path, meta: bool, allowed: dict[str, Any]) -> 
     try:
         program = capture(folder, run.task, inputs=inputs, meta=meta, **opening)
     except LorafxError:
-        # If the folder was changed, that is what is wrong, not what it led to.
+        # If the folder was changed, report that, not what it led to.
         _check_base(folder, run.hashes, {})
         raise
     _check_base(folder, run.hashes, program.source.hashes)
@@ -192,7 +193,7 @@ def _check_base(folder: Path, expected: Mapping[str, str], found: Mapping[str, s
 
 def _load_values(program: Program, run: _Run) -> None:
     """Fill in what was learned. A run from the meta device has no values for what the base's class adds (a head), nor
-    for what is made of weights: rewriting the base with its weights just gave these."""
+    for what is computed from weights: these come from rewriting the base with its weights."""
     file = run.path / VALUES
     stored = _read_tensors(file)
     names = {key: name for name, key in adapter_keys(program).items()}
@@ -212,7 +213,7 @@ def _load_values(program: Program, run: _Run) -> None:
 
 
 def _trainings(file: Path) -> tuple[Mapping[str, Any] | None, tuple[Mapping[str, Any], ...]]:
-    """What the last training gave, and those before it, as the run's report tells it."""
+    """The results of the last training and those before it, from the run's report."""
     try:
         told = json.loads(file.read_text(encoding="utf-8"))["sections"]
         return told.get("training"), tuple(told.get(EARLIER, ()))
@@ -221,7 +222,7 @@ def _trainings(file: Path) -> tuple[Mapping[str, Any] | None, tuple[Mapping[str,
 
 
 def _name_classes(program: Program, run: _Run) -> None:
-    """Take over what training called the classes: the run's config has it, the base's has not."""
+    """Take over the class names from training: the run's config has them, the base's does not."""
     names = read_config(run.path).get("id2label")
     if names:
         program.config.id2label = {int(number): name for number, name in names.items()}

@@ -1,7 +1,8 @@
-"""Masks that a model looks into: some leave a mask out where it masks nothing, and then compute another function.
+"""Masks whose values a model's code reads: some models drop a mask that masks nothing, and then compute another
+function.
 
-A graph holds one of the two. The example has a padded row, so it is the one with the mask; where the eager model gives
-something else for texts without padding, no graph is right for both.
+A graph holds one of the two. The example has a padded row, so it is the one with the mask; where the eager model
+differs for texts without padding, no graph is right for both.
 """
 
 from __future__ import annotations

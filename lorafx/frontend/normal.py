@@ -1,4 +1,4 @@
-"""The normal form of a traced graph: one spelling for what a trace can say in several ways, the values unchanged."""
+"""The normal form of a traced graph: one form for what a trace can express in several ways, with the same values."""
 
 from __future__ import annotations
 

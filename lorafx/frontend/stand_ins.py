@@ -1,4 +1,4 @@
-"""What a tracer cannot follow in a model's code, computed in ways it can: sparse tensors laid out densely, and a
+"""Replacements for what a tracer cannot follow in a model's code: sparse tensors laid out densely, and a
 parameter's data as a view of the parameter."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 
 def _laid_out(indices: Tensor, values: Tensor, size: Sequence[int] | None = None, **options: Any) -> Tensor:
-    """The dense tensor of a sparse one; of numbers in the same place the sum, as there."""
+    """The dense tensor of a sparse one; numbers in the same place are summed, as in sparse tensors."""
     if size is None:  # read from the indices' values, which a trace does not have; capture refuses the model with this
         raise NotImplementedError("a sparse tensor whose size depends on its indices")
     wide = torch.zeros([*size], dtype=options.get("dtype") or values.dtype, device=values.device)

@@ -1,5 +1,5 @@
-"""Another library's adapters inside a captured model: where the model is, which of its tensors are theirs, and what of
-their code a tracer cannot follow."""
+"""Another library's adapters inside a captured model: where the model is, which of its tensors are theirs, and which
+parts of their code a tracer cannot follow."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..graph.tree import named_tensors
 
 #: Where a layer with adapters keeps the layer that it adapts.
 _BASE = "base_layer"
-#: Layers that stand in for it, rather than beside it: what they compute is the base model's, with other weights.
+#: Layers that replace it, rather than add to it: they compute the base model's function with other weights.
 _INSTEAD = ("ln_tuning_layers",)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside PEFT's wrapper, under the names it has without PEFT; the wrapper where it does more than call
-    it (prompts, mixtures of adapters, adapters that start at a token)."""
+    """The model inside PEFT's wrapper, under the names it has without PEFT; the wrapper itself where it does more than
+    call the model (prompts, mixtures of adapters, adapters that start at a token)."""
     library: Any = sys.modules.get("peft")
     if library is None or not isinstance(model, (library.PeftModel, library.PeftMixedModel)):
         return model
@@ -35,10 +35,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def adapter_tensors(model: nn.Module) -> frozenset[str]:
-    """Names of the tensors that PEFT's adapters keep in ``model``: all of its tuner layers', but what they adapt.
+    """Names of the tensors that PEFT's adapters keep in ``model``: those of its tuner layers, except what they adapt.
 
-    Ties count by all their names: tensors that layers share may be kept outside of them. A model that was built without
-    PEFT has none, and PEFT need not be there.
+    Tied tensors count under all their names, since tensors that layers share may be kept outside of them. A model
+
+    built without PEFT has none, and PEFT need not be installed.
     """
     layers = _layers(model)
     tensors = dict(named_tensors(model))
@@ -102,8 +103,8 @@ def _ids(tensors: dict[str, Tensor], layers: set[str], base: bool) -> Iterator[i
 
 
 def _holder(name: str, layers: set[str]) -> bool | None:
-    """Whether a tensor is one of what a tuner layer adapts (True), or of its own (False); the innermost layer decides.
-    None when it is in neither."""
+    """Whether a tensor belongs to what a tuner layer adapts (True) or to the layer itself (False); the innermost layer
+    decides. None when it belongs to neither."""
     parts = name.split(".")
     path = next((p for p in (".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1)) if p in layers), None)
     held = parts[path.count(".") + 1 if path else 0] if path is not None else ""
