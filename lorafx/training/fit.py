@@ -134,14 +134,8 @@ def train(
     teacher = _teacher(program, settings, teacher)
     tokenizer = tokenizer_of(program) if tokenizer is None else tokenizer
     if settings.samples and tokenizer is None:
-        raise UsageError(
-            f"{program.name} was captured without a tokenizer beside it; pass tokenizer=, or leave samples out"
-        )
-    rows = prepare(data, program, tokenizer, settings, collator=collator)
-    warn_of_one_class(program, rows)
-    held_out = None
-    if eval_data is not None:
-        held_out = prepare(eval_data, program, tokenizer, settings, collator=collator, like=rows)
+        raise UsageError(f"{program.name} was captured without a tokenizer; pass tokenizer=, or leave samples out")
+    rows, held_out = _prepared(program, data, eval_data, tokenizer, settings, collator)
     metric = _metric(program, held_out, compute_metrics)
     with output_folder(output_dir) as folder:
         checkpoint = resumed(folder, resume)
@@ -158,6 +152,17 @@ def train(
         program.outlive_training()
         program.trained = result.to_json()
         return result
+
+
+def _prepared(
+    program: Program, data: Any, eval_data: Any, tokenizer: Any, settings: TrainOptions, collator: Any
+) -> tuple[Prepared, Prepared | None]:
+    """The rows to learn from, and those to evaluate on, if there are any."""
+    rows = prepare(data, program, tokenizer, settings, collator=collator)
+    warn_of_one_class(program, rows)
+    if eval_data is None:
+        return rows, None
+    return rows, prepare(eval_data, program, tokenizer, settings, collator=collator, like=rows)
 
 
 def _samples(
@@ -189,9 +194,7 @@ def _check(program: Program, settings: TrainOptions, eval_data: Any, output_dir:
     if settings.keep_best and (eval_data is None or not settings.evaluate):
         raise UsageError("keep_best needs evaluation data to choose by; give eval_data (--eval) and leave evaluate on")
     if settings.samples and (eval_data is None or loss_type(program.source.model) != "ForCausalLM"):
-        raise UsageError(
-            "samples are what a causal model makes of evaluation data; give eval_data (--eval), or leave it"
-        )
+        raise UsageError("samples need a causal model and evaluation data (eval_data, --eval); leave samples out")
     if output_dir is None and resume is True:
         raise UsageError("resume needs output_dir, the folder of the checkpoints")
     if output_dir is None and _saves(settings) and int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -161,7 +161,7 @@ def test_packed_chats_are_trained_on() -> None:
 def test_samples_need_evaluation_data_and_a_model_that_writes() -> None:
     for model, data in ((captured(gpt2), None), (captured(bert), {"text": ["w1"], "label": [0]})):
         program = rewrite(model, [Lora(rank=2, targets="all-linear")])
-        with pytest.raises(UsageError, match="samples are what a causal model makes of evaluation data"):
+        with pytest.raises(UsageError, match="samples need a causal model and evaluation data"):
             train(program, {"text": ["w1"], "label": [0]}, eval_data=data, tokenizer=words(), samples=1)
 
 
