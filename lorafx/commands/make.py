@@ -242,7 +242,6 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ke
     from ..backends.quantized import check_quantized
     from ..pipeline import fold as merge
     from ..proof.checkpoint import refuse_check
-    from ..proof.exports import parity_record, unproven
     from ..reporting.report import read_report
 
     check, checked, generate = check_of(o), bool(check_of(o)), o["generate"]
@@ -261,7 +260,7 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ke
         if removal is not None or stream:
             gather = "never" if checkpoint else "auto"
             program = merge(program, provider=provider, removal=removal, gather=gather, check=checked, stream=stream)
-        result = write(
+        write(
             program,
             out,
             kind,
@@ -275,10 +274,8 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ke
             data_options=None if o["data"] is None else _trained_on(run),
             **{name: o[name] for name in ("quantize", "data", "overwrite")},
         )
-    parity = parity_record(result, unproven(checked))
-    found = _quantized(out) if o["quantize"] else {"parity": parity}
     # As it was written: of what was folded on the way.
-    report = read_report(out).plus(**found, output=str(out))
+    report = read_report(out).plus(output=str(out))
     named = "generate" if generate else "slots" if kept == "slots" else kind
     tell(report, o, _opened_by(out, named, run), out)
 
@@ -296,14 +293,6 @@ def _opened_by(out: Path, kind: str, run: Path = Path("RUN")) -> str:
         "peft": f"PeftModel.from_pretrained(base, {str(out)!r}), in PEFT",
         "pt2": f"ExportedModel.from_pretrained({str(out)!r}, trust_remote_code=True), in transformers",
     }[kind]
-
-
-def _quantized(out: Path) -> dict[str, Any]:
-    """What the report of a quantised graph says of it."""
-    from ..proof.exported import read_json
-
-    sections = read_json(out / "report.json")["sections"]
-    return {name: sections[name] for name in ("parity", "quantized")}
 
 
 def _trained_on(run: Path) -> dict[str, Any]:
