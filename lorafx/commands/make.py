@@ -260,20 +260,11 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ke
         if removal is not None or stream:
             gather = "never" if checkpoint else "auto"
             program = merge(program, provider=provider, removal=removal, gather=gather, check=checked, stream=stream)
-        write(
-            program,
-            out,
-            kind,
-            provider=provider,
-            adapters=kept,
-            targets=[part.strip() for given in o["targets"] for part in given.split(",")],
-            slots=o["slots"],
-            dtype=to,
-            generate=generate,
-            check=check,
-            data_options=None if o["data"] is None else _trained_on(run),
-            **{name: o[name] for name in ("quantize", "data", "overwrite")},
-        )
+        how: dict[str, Any] = {"provider": provider, "adapters": kept, "dtype": to, "check": check}
+        how |= {name: o[name] for name in ("generate", "slots", "quantize", "data", "overwrite")}
+        how["targets"] = [part.strip() for given in o["targets"] for part in given.split(",")]
+        how["data_options"] = None if o["data"] is None else _trained_on(run)
+        write(program, out, kind, **how)
     # As it was written: of what was folded on the way.
     report = read_report(out).plus(output=str(out))
     named = "generate" if generate else "slots" if kept == "slots" else kind
