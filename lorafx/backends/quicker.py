@@ -9,25 +9,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from .lowering import lower
+
 _log = logging.getLogger(__name__)
 
 
 @contextmanager
 def quicker() -> Iterator[None]:
-    """While it is entered, rules check a node's kind first, as they would later anyway, and the converter's table of
-    operators is built once.
+    """While it is entered, rules check a node's kind first, as they would later anyway, the converter's table of
+    operators is built once, and graphs are decomposed without another trace where :mod:`lorafx.backends.lowering` can.
 
     Where these lie is not promised by torch or onnxscript: with versions that have them elsewhere, exports are as slow
-        as before.
+    as before.
     """
     try:
         from onnxscript.rewriter.pattern import Pattern
+        from torch.onnx._internal.exporter import _decomp, _fx_passes
         from torch.onnx._internal.exporter._registration import ONNXRegistry
-    except ImportError as error:
+
+        match, table = Pattern.match, vars(ONNXRegistry)["from_torchlib"]
+        decompose, operators = _fx_passes.decompose_with_registry, _decomp.get_onnx_implemented_overloads
+    except (ImportError, AttributeError, KeyError) as error:
         _log.debug("exports take their usual time: %s", error)
         yield
         return
-    match, table = Pattern.match, vars(ONNXRegistry)["from_torchlib"]
     make: Any = ONNXRegistry.from_torchlib
 
     def from_torchlib(*options: Any, **named: Any) -> Any:
@@ -36,12 +41,17 @@ def quicker() -> Iterator[None]:
         own.functions = {operator: list(known) for operator, known in own.functions.items()}
         return own
 
+    def decomposed(exported: Any, registry: Any) -> Any:
+        return exported if lower(exported, {*operators(registry)}) else decompose(exported, registry)
+
     Pattern.match = _asking_first(match)
+    _fx_passes.decompose_with_registry = decomposed
     ONNXRegistry.from_torchlib = staticmethod(from_torchlib)
     try:
         yield
     finally:
         Pattern.match, ONNXRegistry.from_torchlib = match, table
+        _fx_passes.decompose_with_registry = decompose
 
 
 @functools.cache
