@@ -10,8 +10,8 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -134,32 +134,63 @@ def export(
     meta: dict[str, Any] = {"base": base_record(final), "history": history_record(final)}
     meta |= {"provider": provider, "adapters": adapters, **{key: value for key, value in said.items() if value}}
     hashed: dict[str, FileEntry] = {}
-    facts: Mapping[str, Any] = {}
     resume = _digest(meta, reference, dtype) if is_deferring(final) else ""
+    slotted = slots or (targets if adapters == "slots" else None)
+    how = _How(format, layered, provider, dtype, generate, slotted, slots, quantize, data, data_options, check, reason)
     with new_folder(path, kind=format, meta=meta, overwrite=overwrite, known=hashed, resume=resume) as folder:
-        if format == "hf":
-            hashed.update(write_hf(final, folder, dtype, layered=layered))
-        else:
-            slotted = targets if adapters == "slots" else None
-            written_as = (provider, dtype, generate, slots or slotted)
-            facts = write_other(final, folder, format, *written_as, joined=quantize is None)
-        if format != "onnx-adapter":
-            copy_companions(final, folder)
-        filled = slots or (folder if adapters == "slots" else None)
-        written = partial(_written, final if filled is None else reference, folder, format, dtype, filled)
-        result, proof = (None, None) if reason else _compared(reference, final, folder, format, dtype, check, written)
-        if result is None:
-            _log.warning("%s: %s", path, reason)
-        else:
-            notes = [f"attention: {facts['attention']}"] if "attention" in facts else []
-            # Not the folder it is written into until it is whole, nor where the writer keeps it.
-            result = dataclasses.replace(result, b=Path(path).resolve().name, notes=(*result.notes, *notes))
-        few = None if quantize is None else quantized(final, folder, quantize, data, data_options)
-        parity = approximate(parity_record(result, reason), few)
-        write_report(final.report.plus(parity=parity, decoder=facts or None, quantized=few), folder)
-        if format not in ("peft", "onnx-adapter"):  # an adapter is not folded
-            hashed.update(write_certificate(reference, final, folder, format, hashed, parity, proof))
-        return result
+        return _filled(folder, Path(path), reference, final, how, hashed)
+
+
+@dataclass(frozen=True)
+class _How:
+    """How a program is written: options of :func:`export`, once they are checked.
+
+    Attributes:
+        slotted: the targets of slots, or the folder with the slots that an adapter is for
+        slots: that folder
+        reason: why nothing is compared; empty when it is
+    """
+
+    kind: str
+    layered: bool
+    provider: str
+    dtype: torch.dtype | None
+    generate: bool
+    slotted: Any
+    slots: str | PathLike[str] | None
+    quantize: Literal["int8", "int4"] | None
+    data: Any
+    data_options: Mapping[str, Any] | None
+    check: bool | Check
+    reason: str
+
+
+def _filled(
+    folder: Path, path: Path, reference: Program, final: Program, how: _How, hashed: dict[str, FileEntry]
+) -> Comparison | None:
+    """Write ``final`` and all that goes with it into ``folder``, which is to become ``path``, and compare it with
+    ``reference``. ``hashed`` gets the files that were hashed as they were written."""
+    facts: Mapping[str, Any] = {}
+    if how.kind == "hf":
+        hashed.update(write_hf(final, folder, how.dtype, layered=how.layered))
+    else:
+        written_as = (how.provider, how.dtype, how.generate, how.slotted)
+        facts = write_other(final, folder, how.kind, *written_as, joined=how.quantize is None)
+    if how.kind != "onnx-adapter":
+        copy_companions(final, folder)
+    result, proof = (None, None) if how.reason else _compared(reference, final, folder, how)
+    if result is None:
+        _log.warning("%s: %s", path, how.reason)
+    else:
+        notes = [f"attention: {facts['attention']}"] if "attention" in facts else []
+        # Not the folder it is written into until it is complete, nor where the writer keeps it.
+        result = dataclasses.replace(result, b=path.resolve().name, notes=(*result.notes, *notes))
+    few = None if how.quantize is None else quantized(final, folder, how.quantize, how.data, how.data_options)
+    parity = approximate(parity_record(result, how.reason), few)
+    write_report(final.report.plus(parity=parity, decoder=facts or None, quantized=few), folder)
+    if how.kind not in ("peft", "onnx-adapter"):  # an adapter is not folded
+        hashed.update(write_certificate(reference, final, folder, how.kind, hashed, parity, proof))
+    return result
 
 
 def _check(program: Program, kind: str, provider: str, idle: str | Sequence[str]) -> None:
@@ -187,32 +218,26 @@ def _computable(program: Program, kind: str, provider: str, dtype: torch.dtype |
     return dtype
 
 
-def _compared(
-    reference: Program,
-    final: Program,
-    folder: Path,
-    kind: str,
-    dtype: torch.dtype | None,
-    check: bool | Check,
-    written: Callable[[], Runner],
-) -> tuple[Comparison, TensorProof | None]:
-    """What was written, held against the trained program, and what is known of each tensor of a checkpoint.
+def _compared(reference: Program, final: Program, folder: Path, how: _How) -> tuple[Comparison, TensorProof | None]:
+    """What was written, compared with the trained program, and what is known about each tensor of a checkpoint.
 
     ParityError when it computes something else.
     """
     trusted, proof = bool(final.source.options.get("trust_remote_code")), None
-    if is_deferring(final) or check in ("tensors", "blocks"):
-        level = "blocks" if isinstance(check, bool) else check
-        result, proof = hold_checkpoint(reference, final, folder, level, dtype, trust_remote_code=trusted)
+    if is_deferring(final) or how.check in ("tensors", "blocks"):
+        level = "blocks" if isinstance(how.check, bool) else how.check
+        result, proof = hold_checkpoint(reference, final, folder, level, how.dtype, trust_remote_code=trusted)
     else:
-        result = held_against(reference, written(), trust_remote_code=trusted)
+        slots = how.slots or (folder if how.slotted is not None else None)
+        written = _written(final if slots is None else reference, folder, how.kind, how.dtype, slots)
+        result = held_against(reference, written, trust_remote_code=trusted)
     if not result.ok:
-        raise ParityError(f"{kind} export differs from the program: {result.summary}")
-    lost = requantised(final, folder) if kind == "hf" else None
+        raise ParityError(f"{how.kind} export differs from the program: {result.summary}")
+    lost = requantised(final, folder) if how.kind == "hf" else None
     if lost is not None:
         _log.warning("%s: %s", final.source.path, lost)
         result = dataclasses.replace(result, notes=(*result.notes, lost))
-    if proof is None and kind == "hf" and dtype is None:
+    if proof is None and how.kind == "hf" and how.dtype is None:
         proof = proof_of_files(reference, final, folder, trust_remote_code=trusted)
     return result, proof
 
