@@ -6,6 +6,7 @@ text stays text.
 
 from __future__ import annotations
 
+import functools
 import html
 import io
 import math
@@ -86,6 +87,7 @@ def can_draw() -> bool:
     return find_spec("matplotlib") is not None
 
 
+@functools.lru_cache(maxsize=64)  # the pages of a run, its fold and its export show the same curves
 def svg_of(chart: Chart, name: str, about: str) -> str:
     """A chart as an ``<svg>`` element for the inside of a page.
 
