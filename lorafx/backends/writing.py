@@ -59,7 +59,7 @@ def write_hf(program: Program, folder: Path, dtype: torch.dtype | None, *, layer
     it is to be a ``layered`` one."""
     model = hf_model(program, dtype)
     if not layered:
-        refuse_unread(model)
+        refuse_unread(program, model)
     return write_checkpoint(model, folder)
 
 

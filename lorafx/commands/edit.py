@@ -46,11 +46,11 @@ def edit(checkpoint: Path, edits: Path, out: Path, prompts: Path | None, sequent
     locality (prompts whose continuation should stay) are optional lists of texts.
     """
     from ..editing.requests import read_edits
-    from ..files.folder import check_free
+    from ..files.folder import check_writable
 
     options = EditOptions(**option_values(EditOptions, o))
     requests, unrelated = read_edits(edits), read_lines(prompts) if prompts is not None else ()
-    check_free(out.resolve(), o["overwrite"])  # before minutes of training, not after
+    check_writable(out, o["overwrite"])
 
     from ..editing.edit import edit as run
 

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from ..errors import UsageError
+from ..files.folder import check_writable
 from .flags import GroupedCommand, read_recipe, train_flags, train_options
 from .shared import (
     adapter_option,
@@ -21,9 +22,9 @@ from .shared import (
     check_option,
     check_options,
     checkpoint_options,
-    class_of,
     details_option,
     open_program,
+    opened_by,
     opening,
     opening_options,
     out_option,
@@ -83,6 +84,8 @@ def rewrite(ctx: click.Context, checkpoint: Path, recipe: Path | None, passes: t
     steps = read_recipe(recipe, passes, ctx.args, adapters is not None)
     if o["out"] is None and not o["dry_run"]:
         raise UsageError("give -o FOLDER for the run, or --dry-run to look at the sites")
+    if not o["dry_run"]:
+        check_writable(o["out"], o["overwrite"])
     task = o["task"] or steps.model.get("task")
     num_labels = o["num_labels"] or steps.model.get("num_labels")
     opened = {"allow_pickle": o["allow_pickle"], "trust_remote_code": o["trust_remote_code"], **steps.opening}
@@ -122,7 +125,6 @@ def rewrite(ctx: click.Context, checkpoint: Path, recipe: Path | None, passes: t
 def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, **o: Any) -> None:
     """Train the run folder RUN on a table, with HF Trainer. Options win over those that RUN's recipe has under [train],
     and these over the defaults below."""
-    from ..files.folder import check_free
     from ..formats.run import save_run
     from ..frontend.load import load, run_recipe
     from ..training.fit import train as fit
@@ -130,7 +132,7 @@ def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, **o: 
 
     options = train_options(run_recipe(run), o)
     target, overwrite = out or run, o["overwrite"] or out is None
-    check_free(target, overwrite)  # before hours of training, not after
+    check_writable(target, overwrite)
     with quiet():
         program = load(run, **opening(o))
         teacher = o["teacher"] and open_program(o["teacher"], **{**opening(o), "base": None})
@@ -174,6 +176,7 @@ def fold(run: Path, out: Path, double: bool, overwrite: bool, **o: Any) -> None:
     check, checked = check_of(o), bool(check_of(o))
     if double and not checked:
         raise UsageError("--double checks the passes, which --no-check turns off; leave one of them out")
+    check_writable(out, overwrite)
     stream = not double and streams(run, o["base"], o["stream"])
     with quiet():
         program = open_program(run, check=checked and not stream, **_asked(o))
@@ -183,7 +186,7 @@ def fold(run: Path, out: Path, double: bool, overwrite: bool, **o: Any) -> None:
         kind = folded_format(folded)
         result = write(folded, out, kind, check=check, overwrite=overwrite)
     report = folded.report.plus(parity=parity_record(result, unproven(checked)), output=str(out))
-    tell(report, o, _opened_by(out, kind), out)
+    tell(report, o, opened_by(out, kind), out)
 
 
 @click.command()
@@ -254,6 +257,7 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ke
         raise UsageError("widths are those left by folding, and nothing is folded here; leave the width options out")
     if o["stream"] and not checkpoint:
         raise UsageError(f"only a checkpoint is written a tile at a time, not {kind}: give --format hf, or no --stream")
+    check_writable(out, o["overwrite"])
     stream = checkpoint and streams(run, o["base"], o["stream"])
     with quiet():
         program = open_program(run, check=checked and not stream, **_asked(o))
@@ -268,22 +272,7 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ke
     # As it was written: of what was folded on the way.
     report = read_report(out).plus(output=str(out))
     named = "generate" if generate else "slots" if kept == "slots" else kind
-    tell(report, o, _opened_by(out, named, run), out)
-
-
-def _opened_by(out: Path, kind: str, run: Path = Path("RUN")) -> str:
-    """What to do with what was written: others open most of it."""
-    if kind == "hf":
-        return f"{class_of(out)}.from_pretrained({str(out)!r}), in transformers"
-    return {
-        "onnx": f"lorafx bench {run} {out}",
-        "generate": f"lorafx generate {out} --prompt TEXT",
-        "slots": f"lorafx export {run} --format onnx-adapter --slots {out} -o ADAPTER",
-        "onnx-adapter": f"ONNX Runtime's LoraAdapter takes it, over the base with the slots; it is in {out}",
-        "layered": f"lorafx export {out} -o ONNX; transformers does not read its widths yet, lorafx does",
-        "peft": f"PeftModel.from_pretrained(base, {str(out)!r}), in PEFT",
-        "pt2": f"ExportedModel.from_pretrained({str(out)!r}, trust_remote_code=True), in transformers",
-    }[kind]
+    tell(report, o, opened_by(out, named, run), out)
 
 
 def _trained_on(run: Path) -> dict[str, Any]:

@@ -252,3 +252,18 @@ def class_of(checkpoint: Path) -> str:
     from ..models.tasks import auto_class_of
 
     return auto_class_of(read_config(checkpoint)) or "AutoModel"
+
+
+def opened_by(out: Path, kind: str, run: Path = Path("RUN")) -> str:
+    """What to do with what was written: others open most of it."""
+    if kind == "hf":
+        return f"{class_of(out)}.from_pretrained({str(out)!r}), in transformers"
+    return {
+        "onnx": f"lorafx bench {run} {out}",
+        "generate": f"lorafx generate {out} --prompt TEXT",
+        "slots": f"lorafx export {run} --format onnx-adapter --slots {out} -o ADAPTER",
+        "onnx-adapter": f"ONNX Runtime's LoraAdapter takes it, over the base with the slots; it is in {out}",
+        "layered": f"lorafx export {out} -o ONNX; transformers does not read its widths yet, lorafx does",
+        "peft": f"PeftModel.from_pretrained(base, {str(out)!r}), in PEFT",
+        "pt2": f"ExportedModel.from_pretrained({str(out)!r}, trust_remote_code=True), in transformers",
+    }[kind]

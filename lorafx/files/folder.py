@@ -221,6 +221,25 @@ def check_free(target: Path, overwrite: bool) -> None:
         raise UsageError(f"{target}: holds {foreign}, which lorafx did not write; move that away to overwrite the rest")
 
 
+def check_writable(path: str | PathLike[str], overwrite: bool) -> None:
+    """Refuse, before hours of work and not after, what :func:`new_folder` would refuse of ``path``.
+
+    Raises:
+        UsageError: it exists
+        ArtifactError: no folder can be made there: what is to hold it is a file, or may not be written to
+    """
+    target = Path(path).resolve()
+    try:
+        check_free(target, overwrite)
+        parent = next(above for above in target.parents if above.exists())
+        if not parent.is_dir():
+            raise NotADirectoryError(f"{parent} is a file")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise PermissionError(f"{parent} may not be written to")
+    except OSError as error:
+        raise ArtifactError(f"{target}: cannot be written: {error}") from None
+
+
 def is_free(target: Path) -> bool:
     """Whether nothing is at ``target``, or an empty folder."""
     return not (target.exists() or target.is_symlink()) or (target.is_dir() and not any(target.iterdir()))

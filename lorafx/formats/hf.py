@@ -110,12 +110,22 @@ def _model_of_shapes(
             return model
         misfit = misfit or found
     shrunk = any(after.get(name, shape) != shape for name, shape in before.items())
-    # Of a model that something was built into, its class and its config say too little.
-    remedy = "fold it with uniform widths (--uniform)" if shrunk else "merge what was built into it before capturing"
     raise UsageError(
-        f"a {type(source).__name__} checkpoint cannot hold this program: {misfit}; {remedy}, "
-        "or export it as onnx or pt2"
+        f"a {type(source).__name__} checkpoint cannot hold this program: {misfit}; {_remedy(program, shrunk=shrunk)}"
     )
+
+
+def _remedy(program: Program, *, shrunk: bool) -> str:
+    """What to do with a program that no checkpoint holds."""
+    if not shrunk:  # of a model that something was built into, its class and its config say too little
+        return "merge what was built into it before capturing, or export it as onnx or pt2"
+    return f"{_made_uniform(program)}export it as onnx or pt2"
+
+
+def _made_uniform(program: Program) -> str:
+    """The advice to fold with uniform widths, to whom has not done so."""
+    done = any(getattr(applied.step, "uniform", False) for applied in program.history)
+    return "" if done else "fold it with uniform widths (--uniform), or "
 
 
 def _misfit(model: nn.Module, values: Mapping[str, torch.Tensor]) -> str:
@@ -149,16 +159,16 @@ def folded_format(program: Program) -> Literal["hf", "layered", "pt2"]:
         _log.warning("%s; written as a .pt2", error)
         return "pt2"
     try:
-        refuse_unread(model)
+        refuse_unread(program, model)
     except UsageError as error:
         _log.warning("%s", error)
         return "layered"
     return "hf"
 
 
-def refuse_unread(model: Any) -> None:
-    """UsageError when transformers by itself would not build ``model`` from its config: the widths of its layers differ
-    and its class does not read them layer by layer."""
+def refuse_unread(program: Program, model: Any) -> None:
+    """UsageError when transformers by itself would not build ``model``, which holds ``program``, from its config: the
+    widths of its layers differ and its class does not read them layer by layer."""
     if not is_layered(model.config):
         return
     kind, config = type(model), type(model.config)
@@ -172,8 +182,8 @@ def refuse_unread(model: Any) -> None:
     if misfit:
         raise UsageError(
             f"the layers of this {kind.__name__} have widths of their own, which its class in transformers "
-            f"{transformers.__version__} does not read ({misfit.partition('. ')[0]}): fold it with uniform widths "
-            "(--uniform), or write it as layered, which lorafx opens"
+            f"{transformers.__version__} does not read ({misfit.partition('. ')[0]}): {_made_uniform(program)}"
+            "write it as layered, which lorafx opens"
         )
 
 

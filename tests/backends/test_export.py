@@ -16,6 +16,7 @@ from lorafx.backends.replay import only_values_differ, replay
 from lorafx.errors import CaptureError, UsageError
 from lorafx.formats.hf import folded_format, hf_model
 from lorafx.graph.edit import Edit
+from lorafx.passes.dead_channels import DeadChannels
 from lorafx.passes.lora import Lora
 from lorafx.passes.magnitude import Magnitude
 from lorafx.passes.tidy import Tidy
@@ -59,6 +60,9 @@ def test_a_size_that_the_config_refuses_fits_no_checkpoint(caplog: pytest.LogCap
     assert "of attention heads (3); fold it with uniform widths" in caplog.text
     with pytest.raises(UsageError, match=r"cannot hold this program: .*not a multiple"):
         hf_model(folded)
+    uniform = lorafx.fold(closed, gather="never", removal=DeadChannels(uniform=True))
+    with pytest.raises(UsageError, match=r"of attention heads \(3\); export it as onnx or pt2"):
+        hf_model(uniform)
 
 
 def test_a_tied_tensor_stays_tied_in_another_dtype() -> None:

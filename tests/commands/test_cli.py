@@ -483,3 +483,25 @@ def test_fp64_that_would_check_nothing_is_refused(words: tuple[str, ...], said: 
     assert result.exit_code == 2, result.output
     assert said in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["rewrite", "train", "fold", "export", "edit"])
+def test_where_nothing_can_be_written_is_said_before_all_work(command: str, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "edits.jsonl").write_text('{"prompt": "a", "target": "b"}\n')
+    theirs = {
+        "rewrite": ("--pass", "lora"),
+        "train": ("--data", "t.csv"),
+        "edit": ("--edits", tmp_path / "edits.jsonl"),
+    }
+    given = [command, tmp_path / "run", *theirs.get(command, ())]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.toml").write_text("")
+    # A run without its values and its base: an error of it says that it was opened.
+    empty = {"format": 1, "kind": "run", "lorafx": "0", "meta": {}, "files": {}}
+    (tmp_path / "run" / "lorafx.json").write_text(json.dumps(empty))
+    existing = call(*given, "-o", tmp_path / "file")
+    assert (existing.exit_code, "exists already" in existing.stderr) == (2, True), existing.stderr
+    within = call(*given, "-o", tmp_path / "file" / "inner")
+    assert (within.exit_code, f"{tmp_path / 'file'} is a file" in within.stderr) == (5, True), within.stderr
+    assert len(within.stderr.splitlines()) == 1
