@@ -84,7 +84,7 @@ def rewrite(ctx: click.Context, checkpoint: Path, recipe: Path | None, passes: t
     steps = read_recipe(recipe, passes, ctx.args, adapters is not None)
     if o["out"] is None and not o["dry_run"]:
         raise UsageError("give -o FOLDER for the run, or --dry-run to look at the sites")
-    if not o["dry_run"]:
+    if o["out"] is not None and not o["dry_run"]:
         check_writable(o["out"], o["overwrite"])
     task = o["task"] or steps.model.get("task")
     num_labels = o["num_labels"] or steps.model.get("num_labels")

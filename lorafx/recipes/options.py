@@ -35,6 +35,8 @@ class TrainOptions(Options):
         return "training options"
 
     def __post_init__(self) -> None:
+        if self.max_steps == 0:
+            raise RecipeError("training options: max_steps = 0 trains nothing; give steps, or -1 to train by epochs")
         if self.epochs == 0 and self.max_steps < 1:
             raise RecipeError("training options: epochs = 0 trains nothing; give epochs or max_steps")
 

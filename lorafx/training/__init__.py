@@ -23,7 +23,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .fit import TrainResult, train, training_arguments
+    from .arguments import training_arguments
+    from .fit import TrainResult, train
     from .trainer import (
         LorafxCallback,
         MethodTrainerMixin,

@@ -25,15 +25,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import SchedulerType
 
-from ..errors import UsageError, did_you_mean, first_line
+from ..errors import UsageError, first_line
 from ..graph.tree import get_tensor, has_tensor, persistent, put_tensor
 from ..models.tasks import loss_type
 from ..recipes.options import TrainOptions
 from ..recipes.recipe import parse_options
+from .arguments import saves, training_arguments
 from .collating import Collator
 from .data import prepare, splits, tokenizer_of, warn_of_one_class
+from .diverged import StopDiverged, refuse_diverged
 from .folder import output_folder, resumed
 from .interrupt import saving_at_interrupt
 from .metrics import Metric, measured_by, metric_of
@@ -145,7 +146,8 @@ def train(
         home = program.device  # a trainer moves it at once
         trainer = _trainer(program, arguments, rows, held_out, measures, settings, callbacks, teacher)
         with nullcontext() if output_dir is None else saving_at_interrupt(trainer):
-            result = _run(program, trainer, checkpoint, home)
+            result = _run(program, trainer, checkpoint, home, settings.trainer)
+        refuse_diverged(program, settings.learning_rate)
         samples = _samples(program, held_out, tokenizer, settings) if result.is_main else ()
         told = metric.name if metric is not None and f"eval_{metric.name}" in result.metrics else None
         result = dataclasses.replace(result, rows_cut=rows.cut, samples=samples, metric=told)
@@ -197,7 +199,7 @@ def _check(program: Program, settings: TrainOptions, eval_data: Any, output_dir:
         raise UsageError("samples need a causal model and evaluation data (eval_data, --eval); leave samples out")
     if output_dir is None and resume is True:
         raise UsageError("resume needs output_dir, the folder of the checkpoints")
-    if output_dir is None and _saves(settings) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if output_dir is None and saves(settings) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("several processes share their checkpoints; give output_dir")
 
 
@@ -216,66 +218,6 @@ def _teacher(program: Program, settings: TrainOptions, teacher: Program | None) 
             "train it without distill first, or give a teacher"
         )
     return program.copy()
-
-
-def _saves(settings: TrainOptions) -> bool:
-    return settings.keep_best or settings.save_steps > 0
-
-
-#: Our options by the names transformers has for them.
-_ARGUMENTS = {
-    "epochs": "num_train_epochs",
-    "max_steps": "max_steps",
-    "batch_size": "per_device_train_batch_size",
-    "eval_batch_size": "per_device_eval_batch_size",
-    "accumulate": "gradient_accumulation_steps",
-    "learning_rate": "learning_rate",
-    "schedule": "lr_scheduler_type",
-    "warmup": "warmup_steps",
-    "weight_decay": "weight_decay",
-    "max_grad_norm": "max_grad_norm",
-    "seed": "seed",
-    "bf16": "bf16",
-    "log_steps": "logging_steps",
-}
-
-
-def training_arguments(
-    settings: TrainOptions, folder: str | PathLike[str], evaluates: bool, metric: Metric | None, progress: bool = True
-) -> TrainingArguments:
-    """The transformers ``TrainingArguments`` of ``settings``; UsageError for a value they do not take."""
-    known = {entry.name for entry in dataclasses.fields(TrainingArguments)}
-    for name in settings.trainer:
-        if name not in known:
-            raise UsageError(f"trainer: TrainingArguments has no {name!r}{did_you_mean(name, known)}")
-    schedules = [entry.value for entry in SchedulerType]
-    if settings.schedule not in schedules:
-        hint = did_you_mean(settings.schedule, schedules)
-        raise UsageError(f"unknown schedule {settings.schedule!r}{hint}; known: {', '.join(schedules)}")
-    # Checkpoints and evaluations come together, for a best one to be there to keep.
-    moment = "steps" if settings.save_steps else "epoch"
-    values: dict[str, Any] = {theirs: getattr(settings, ours) for ours, theirs in _ARGUMENTS.items()}
-    values.update(
-        output_dir=str(folder),
-        eval_strategy=("no" if not (evaluates and settings.evaluate) else moment if settings.keep_best else "epoch"),
-        eval_steps=settings.save_steps or None,
-        eval_on_start=evaluates and settings.evaluate,
-        save_strategy=moment if _saves(settings) else "no",
-        save_steps=settings.save_steps or 500,
-        save_total_limit=2,
-        load_best_model_at_end=settings.keep_best,
-        metric_for_best_model=metric.name if metric is not None else "loss",
-        greater_is_better=metric is not None and metric.greater_is_better,
-        use_cpu=not torch.accelerator.is_available(),
-        logging_nan_inf_filter=False,  # a loss that is no number any more is to be seen
-        report_to="none",
-        disable_tqdm=not progress,
-        ddp_find_unused_parameters=False,
-    )
-    try:
-        return TrainingArguments(**{**values, **settings.trainer})
-    except (ValueError, TypeError, ImportError) as error:
-        raise UsageError(f"training options: {first_line(error)}") from error
 
 
 def _trainer(
@@ -302,7 +244,7 @@ def _trainer(
         data_collator=rows.collator or Collator(default_data_collator),
         train_dataset=rows.rows,
         eval_dataset=None if held_out is None else held_out.rows,
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, StopDiverged()],
         **measures,
     )
     trainer.remove_callback(PrinterCallback)
@@ -311,12 +253,14 @@ def _trainer(
     return trainer
 
 
-def _run(program: Program, trainer: Trainer, checkpoint: str | None, home: torch.device) -> TrainResult:
+def _run(
+    program: Program, trainer: Trainer, checkpoint: str | None, home: torch.device, given: Mapping[str, Any]
+) -> TrainResult:
     teaching = rewritten_model(trainer.model).teaching
     # A teacher follows the first batch that it is asked about.
     teachers = [(teaching.teacher, teaching.teacher.program.device)] if teaching is not None else []
     started = time.perf_counter()
-    output = trainer.train(resume_from_checkpoint=checkpoint)
+    output = _trained(trainer, checkpoint, given)
     trainer.accelerator.wait_for_everyone()  # before the first process may remove what another still reads
     seconds = time.perf_counter() - started
     final = trainer.evaluate() if trainer.concluded and trainer.eval_dataset is not None else None
@@ -332,6 +276,16 @@ def _run(program: Program, trainer: Trainer, checkpoint: str | None, home: torch
     rows, passes = trainer.eval_dataset, tuple(applied.step.pass_name() for applied in program.history)
     of_what = {"passes": passes, "evaluated": rows.digest if isinstance(rows, Rows) else None}
     return TrainResult(metrics, tuple(state.log_history), seconds, best, trainer.is_world_process_zero(), **of_what)
+
+
+def _trained(trainer: Trainer, checkpoint: str | None, given: Mapping[str, Any]) -> Any:
+    """What HF Trainer makes of it; UsageError for arguments ``given`` to it that it stumbles over as it begins."""
+    try:
+        return trainer.train(resume_from_checkpoint=checkpoint)
+    except (ValueError, TypeError, AttributeError, ImportError) as error:
+        if trainer.state.global_step or not given:
+            raise
+        raise UsageError(f"HF Trainer cannot train with trainer = {dict(given)}: {first_line(error)}") from error
 
 
 #: What HF Trainer says of an evaluation that is no figure of the model.

@@ -605,6 +605,17 @@ BAD: dict[str, tuple[Callable[[], Program], dict[str, Any], type[LorafxError], s
     "batch": (adapted, {"batch_size": 0}, UsageError, "batch_size = 0, but it is at least 1"),
     "warmup": (adapted, {"warmup": 1.0}, UsageError, "warmup = 1.0, but it is at least 0 and below 1"),
     "epochs": (adapted, {"epochs": 0}, UsageError, "epochs = 0 trains nothing; give epochs or max_steps"),
+    "steps": (adapted, {"max_steps": 0}, UsageError, "max_steps = 0 trains nothing; give steps, or -1"),
+    "switch": (adapted, {"trainer": {"bf16": "False"}}, UsageError, "trainer: bf16 = 'False' is not true or false"),
+    "number": (adapted, {"trainer": {"adam_beta1": "x"}}, UsageError, "trainer: adam_beta1 = 'x' is not a number"),
+    "whole": (adapted, {"trainer": {"data_seed": 1.5}}, UsageError, "trainer: data_seed = 1.5 is not a whole number"),
+    "range": (adapted, {"trainer": {"adam_beta1": 2}}, UsageError, "trainer = {'adam_beta1': 2}: Invalid beta"),
+    "feature": (
+        adapted,
+        {"trainer": {"neftune_noise_alpha": 5}},
+        UsageError,
+        "HF Trainer cannot train with trainer = {'neftune_noise_alpha': 5}: ",
+    ),
     "length": (
         adapted,
         {"max_length": 2},
@@ -626,6 +637,21 @@ def test_errors_say_what_and_what_to_do(case: str) -> None:
         fit(program(), **options)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("log_steps", [1, 50])
+def test_a_training_that_diverges_stops_and_says_so(log_steps: int) -> None:
+    seen: list[int] = []
+
+    class Seen(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(state.global_step)
+
+    program = adapted()
+    with pytest.raises(UsageError, match=r"diverged: \d+ of \d+ trained weights .* learning_rate than 1e\+30"):
+        fit(program, callbacks=[Seen()], learning_rate=1e30, max_grad_norm=0.0, epochs=5.0, log_steps=log_steps)
+    assert seen[-1] < 10 if log_steps == 1 else seen[-1] == 15
+    assert program.trained is None, "nothing is told of it"
 
 
 def test_a_capture_without_weights_does_not_train(tmp_path: Path) -> None:
