@@ -28,7 +28,7 @@ def closed_units(program: Any, keep: float) -> dict[str, list[int]]:
     from lorafx.methods.masks import dropped, lowest
     from lorafx.passes.magnitude import Magnitude
 
-    step = Magnitude(keep=keep, exclude=("pooler",))
+    step = Magnitude(keep=keep)
     units: Any = step.sites(program).taken
     scores = step.importance(program, units)
     closed = {}

@@ -175,6 +175,10 @@ class SitePass(Pass):
             if hits == 0:
                 hint = _used_as(program, item, found) or nearest(item, found)
                 raise NoSitesError(f"{name}: target {item!r} matched 0 of {len(found)} weight uses{hint}")
+        for item in selector.idle(found):
+            raise NoSitesError(
+                f"{name}: exclude {item!r} leaves out 0 of {len(found)} weight uses{nearest(item, found)}"
+            )
         if not taken:
             # A target that the pass cannot take is more telling than one that matches nothing.
             named = [miss for miss in missed if selector.decide(miss.site, miss.site.blocks - 1) is None] or missed

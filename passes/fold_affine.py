@@ -13,6 +13,7 @@ from ..affine.values import diagonal_blocks
 from ..affine.worth import Group, bias_of, weight_of, worth_folding
 from ..base import Pass, Promise
 from ..deferred.kept import keep_bits
+from ..errors import UsageError
 from ..graph.edit import Edit
 from ..graph.program import Program
 from ..graph.selection import Selection
@@ -39,7 +40,13 @@ class FoldAffine(Pass):
     fixed_point: ClassVar[bool] = True
 
     def sites(self, program: Program) -> Selection[Group]:
-        return Selection(tuple(worth_folding(program)))
+        found = tuple(worth_folding(program))
+        if found and program.device.type == "meta":
+            raise UsageError(
+                f"{self.pass_name()}: {program.name} was captured without weights, and there are some to compose; "
+                "capture it with meta=False (lorafx rewrite --verify-each)"
+            )
+        return Selection(found)
 
     def rewrite(self, edit: Edit, site: Group) -> None:
         regions = {region.key: region for region in site.regions}

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..base import Promise, option
+from ..base import Promise, Selection, option
+from ..graph.program import Program
 from ..graph.site import Site
 from ..methods.low_rank import LowRank, pattern_value
 
@@ -34,6 +35,12 @@ class Lora(LowRank):
     rslora: bool = option(False, "scale by alpha / sqrt(rank) instead")
     rank_pattern: dict[str, int] = option({}, "rank of particular modules, by name or regular expression", least=1)
     alpha_pattern: dict[str, float] = option({}, "alpha of particular modules, by name or regular expression", above=0)
+
+    def sites(self, program: Program) -> Selection[Site]:
+        selection = super().sites(program)
+        for name in () if self.allow_empty else ("rank_pattern", "alpha_pattern"):
+            self.check_pattern(name, getattr(self, name), selection)
+        return selection
 
     def rank_of(self, site: Site) -> int:
         return self.checked_rank(int(pattern_value(self.rank_pattern, site.module, self.rank)), site)

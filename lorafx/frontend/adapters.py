@@ -31,6 +31,7 @@ from ..graph.program import P, Program
 from ..graph.site import STACK
 from ..graph.tree import tensor_hash, ties
 from ..methods.adapted import AdapterLora, AdapterWeights, site_of
+from ..methods.low_rank import named_by
 from ..methods.stacks import StackShape
 from ..models.hub import local_folder
 from ..passes.lora import Lora
@@ -302,13 +303,18 @@ def _lora(program: Program, adapter: Adapter, weight: float, changes: list[Branc
     # What answers to a name in a recipe is more than PEFT's modules: stacks by the name of their parameter.
     stacks = {module for _, module, kind in _uses(program) if kind == STACK}
     targets = exact_targets([_module(change) for change in changes], [*paths, *stacks], stacks)
+
+    def named(key: str) -> bool:
+        return any(named_by(key, _module(change)) for change in changes)
+
     return Lora(
         targets=targets if isinstance(targets, str) else tuple(targets),
         rank=config.r,
         alpha=config.lora_alpha * abs(weight),
         rslora=config.use_rslora,
-        rank_pattern=dict(config.rank_pattern),
-        alpha_pattern={key: value * abs(weight) for key, value in config.alpha_pattern.items()},
+        # Of PEFT's keys those that name something here: it takes any.
+        rank_pattern={key: value for key, value in config.rank_pattern.items() if named(key)},
+        alpha_pattern={key: value * abs(weight) for key, value in config.alpha_pattern.items() if named(key)},
         dropout=config.lora_dropout,
         trainable=tuple(dict.fromkeys(heads.values())),
     )

@@ -221,6 +221,14 @@ class Selector:
         """How many candidates each item of ``targets`` names, before ``exclude`` and ``blocks``."""
         return self.targets.hits(candidates)
 
+    def idle(self, candidates: Iterable[Candidate]) -> list[str]:
+        """The items of ``exclude`` that name no candidate; not roles, which cannot be misspelt and which a model may
+        well be without."""
+        if self.exclude is None:
+            return []
+        hits = self.exclude.hits(candidates)
+        return [item.text for item in self.exclude.items if item.kind != "role" and not hits[item.text]]
+
 
 @lru_cache
 def _items(strings: tuple[str, ...]) -> tuple[Item, ...]:

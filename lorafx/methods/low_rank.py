@@ -11,13 +11,13 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..base import Method, Promise, option
-from ..errors import UsageError
+from ..base import Method, Promise, Selection, option
+from ..errors import NoSitesError, UsageError, did_you_mean
 from ..graph.edit import Edit
 from ..graph.program import Program
 from ..graph.site import STACK, Site
@@ -28,15 +28,29 @@ from .stacks import StackShape, stack_shape, update_stack
 aten = torch.ops.aten
 
 
+def named_by(key: str, module: str) -> bool:
+    """Whether the key of a pattern names ``module``, as in PEFT: by a suffix of its path, or by a regex. UsageError for
+    one that is none."""
+    try:
+        return re.fullmatch(rf"(.*\.)?({key})", module) is not None
+    except (re.error, OverflowError) as error:
+        raise UsageError(f"pattern {key!r}: not a regular expression: {error}") from None
+
+
 def pattern_value(pattern: Mapping[str, int | float], module: str, default: float) -> float:
-    """The value of the first key that names ``module``, as in PEFT: by a suffix of its path, or by a regex."""
-    matches = (value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", module))
-    return next(matches, default)
+    """The value of the first key that :func:`names <named_by>` ``module``."""
+    return next((value for key, value in pattern.items() if named_by(key, module)), default)
 
 
 def kaiming(tensor: Tensor) -> None:
     """Kaiming-uniform with a = √5, as the reference implementation of LoRA initialises A."""
     nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+
+
+def _meant(key: str, taken: Iterable[Site]) -> str:
+    """Which of the names of weights the key of a pattern may have meant."""
+    ends = list(dict.fromkeys(site.module.rpartition(".")[2] for site in taken))
+    return did_you_mean(key, ends) or f" (names here: {', '.join(ends[:6])})"
 
 
 class _RankTooLargeError(UsageError):
@@ -124,6 +138,16 @@ class LowRank(Method):
         except _RankTooLargeError as error:
             return str(error)
         return None
+
+    def check_pattern(self, option: str, pattern: Mapping[str, Any], selection: Selection[Site]) -> None:
+        """NoSitesError for a key of a pattern that names none of the weights taken."""
+        for key in pattern:
+            if any(named_by(key, site.module) for site in selection.taken):
+                continue
+            missed = [miss for miss in selection.missed if named_by(key, miss.site.module)]
+            why = f"; {missed[0].site.module}: {missed[0].reason}" if missed else _meant(key, selection.taken)
+            taken = len(selection.taken)
+            raise NoSitesError(f"{self.pass_name()}: {option} {key!r} names none of {taken} weights taken{why}")
 
     def _in_full(self, program: Program) -> tuple[str, ...]:
         return modules_in_full(program, self.trainable)

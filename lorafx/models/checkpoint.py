@@ -23,6 +23,7 @@ from .sentences import pooled
 from .tasks import SETTINGS, auto_class, head_modules
 
 _log = logging.getLogger(__name__)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -154,6 +155,7 @@ def open_model(
     # Said either way: left open, transformers asks at the terminal.
     options = {"trust_remote_code": False, **SETTINGS.get(task, {}), **options}
     allowed = bool(options.get("ignore_mismatched_sizes"))
+    check_dtype(options.get("dtype"), meta=meta)
     quantization = Quantization.of(config)
     if quantization is not None:
         dtype, reading = options.get("dtype"), quantization.options(path)
@@ -311,6 +313,15 @@ def check_kind(path: Path) -> None:
         )
 
 
+def check_dtype(asked: Any, *, meta: bool) -> None:
+    """UsageError for a dtype that no model is opened in."""
+    found = getattr(torch, asked, None) if isinstance(asked, str) else asked
+    by_part = isinstance(asked, Mapping) and not meta
+    if asked not in (None, "auto") and not by_part and found not in _DTYPES:
+        known = ", ".join(str(kind).removeprefix("torch.") for kind in _DTYPES)
+        raise UsageError(f"dtype = {asked!r} is none that a model is opened in: {known}, or auto for its config's")
+
+
 def _build_on_meta(cls: Any, path: Path, options: dict[str, Any]) -> nn.Module:
     import transformers
     from transformers.initialization import no_init_weights
@@ -322,7 +333,7 @@ def _build_on_meta(cls: Any, path: Path, options: dict[str, Any]) -> nn.Module:
     odd = next((name for name in unknown if name != "trust_remote_code"), None)
     if odd is not None:
         raise UsageError(f"{path}: transformers takes no {odd!r} for this model; leave that option out")
-    dtype = dtype or getattr(config, "dtype", None)
+    dtype = getattr(config, "dtype", None) if dtype in (None, "auto") else dtype
     default = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     previous = torch.get_default_dtype()
     torch.set_default_dtype(default or previous)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from hypothesis import strategies as st
 
 import lorafx
 from lorafx.base import Method, Pass
-from lorafx.errors import NoSitesError, RecipeError
+from lorafx.errors import NoSitesError, RecipeError, UsageError
 from lorafx.methods.masks import dropped, highest, kept, lowest, lowest_by_group
 from lorafx.methods.schedules import ascend, cubic, linear, steps_of
 from lorafx.passes.finegates import Finegates
+from lorafx.passes.fold_affine import FoldAffine
 from lorafx.passes.lora import Lora
 from lorafx.passes.prilora import Prilora
 from lorafx.passes.rose_lora import RoseLora
@@ -22,6 +24,7 @@ from lorafx.passes.salora import Salora
 from lorafx.passes.tied_lora import TiedLora
 from lorafx.reporting.report import report_of
 from tests.methods import RECIPES, batch, fit, refused, state_of, tower, training
+from tests.small import bert, example
 
 # ---- a method with nothing to do
 
@@ -44,6 +47,38 @@ def test_a_method_that_could_take_nothing_it_was_given_says_why() -> None:
     assert "finegates: targets 'query' name weights, and it can take none of them; " in said
     assert "its input cannot shrink: " in said
     assert lorafx.rewrite(tower(), [Finegates(targets="query", allow_empty=True)]).names("gate") == []
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        ({"exclude": ("valeu",)}, "lora: exclude 'valeu' leaves out 0 of 11 weight uses (did you mean 'value'?)"),
+        (
+            {"rank_pattern": {"valeu": 4}},
+            "lora: rank_pattern 'valeu' names none of 10 weights taken (did you mean 'value",
+        ),
+        ({"targets": "query", "alpha_pattern": {"value": 4.0}}, "lora: alpha_pattern 'value' names none of 2 weights"),
+        (
+            {"rank_pattern": {"value": 999}},
+            "layers.0.value: lora: rank 999 at layers.0.value, whose weight allows 1 to",
+        ),
+        ({"rank_pattern": {"[": 4}}, "pattern '[': not a regular expression: "),
+    ],
+)
+def test_what_names_nothing_is_an_error(step: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        lorafx.rewrite(tower(), [Lora(**{"rank": 2, **step})])
+    assert said in str(caught.value)
+    assert lorafx.rewrite(tower(), [Lora(rank=2, exclude=("role:head", "role:router"))]).names("adapter")
+    if "[" not in str(step):
+        assert lorafx.rewrite(tower(), [Lora(**{"rank": 2, **step, "allow_empty": True})]).names("adapter")
+
+
+def test_what_composes_weights_says_that_there_are_none() -> None:
+    program = lorafx.rewrite(lorafx.capture(bert().to("meta"), inputs=example(True), check=False), [Lora(rank=2)])
+    for work in (lambda: lorafx.rewrite(program, [FoldAffine()]), lambda: lorafx.fold(program)):
+        with pytest.raises(UsageError, match="was captured without weights, and there are some to compose"):
+            work()
 
 
 # ---- schedules and exact masks
