@@ -58,8 +58,9 @@ class ArtifactError(LorafxError):
 
 def first_line(error: BaseException) -> str:
     """The message of another library's error, in one line; never empty, so that no message ends in a colon."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    announced = lines[0].endswith(":") and len(lines) > 1
+    return " ".join(lines[:2]) if announced else lines[0]
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:

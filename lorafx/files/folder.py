@@ -209,7 +209,11 @@ def new_folder(
 
 
 def check_free(target: Path, overwrite: bool) -> None:
-    """UsageError when ``target`` cannot be written: it exists and may not, or must not, be replaced."""
+    """UsageError when ``target`` cannot be written: it exists and may not, or must not, be replaced, or it would lie in
+    a folder that is whole as it is."""
+    whole = next((above for above in target.parents if (above / MANIFEST).is_file()), None)
+    if whole is not None:
+        raise UsageError(f"{target}: lies in {whole}, which lorafx wrote and names all it holds; choose another folder")
     if is_free(target):
         return
     if not overwrite:
@@ -222,12 +226,8 @@ def check_free(target: Path, overwrite: bool) -> None:
 
 
 def check_writable(path: str | PathLike[str], overwrite: bool) -> None:
-    """Refuse, before hours of work and not after, what :func:`new_folder` would refuse of ``path``.
-
-    Raises:
-        UsageError: it exists
-        ArtifactError: no folder can be made there: what is to hold it is a file, or may not be written to
-    """
+    """Refuse, before hours of work and not after, what :func:`new_folder` would refuse of ``path``: UsageError where
+    something is, ArtifactError where no folder can be made, in a file or in what may not be written to."""
     target = Path(path).resolve()
     try:
         check_free(target, overwrite)

@@ -218,10 +218,14 @@ def default_text(entry: dataclasses.Field[Any], value: Any) -> str:
 
 
 def parse_text(text: str, hint: Any) -> Any:
-    """An option's value from command-line text: TOML if it parses as the type, else plain text (``a,b`` for a list).
+    """An option's value from command-line text: TOML if it parses as the type, else plain text (``a,b`` for a list);
+    ``none`` is none of what may be left out and is no text.
 
     TypeError when neither fits.
     """
+    kinds = typing.get_args(hint)
+    if text == "none" and type(None) in kinds and str not in kinds:
+        return None
     for candidate in (text, f"[{text}]"):
         try:
             return coerce(tomllib.loads(f"value = {candidate}")["value"], hint)

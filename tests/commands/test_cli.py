@@ -16,9 +16,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from lorafx.cli import main
-from lorafx.commands.flags import train_options
+from lorafx.commands.flags import option_values, train_options
 from lorafx.commands.shared import after_all, seldom_collecting
+from lorafx.editing.requests import EditOptions
 from lorafx.errors import UsageError
+from lorafx.recipes.options import TrainOptions
 
 RECIPE = """
 [model]
@@ -342,6 +344,14 @@ def test_who_trained_a_model_that_writes_is_told_of_its_cache() -> None:
         assert "lorafx export out/run -o DECODER --generate" in after_all(Path("out"), name)
 
 
+def test_a_number_that_may_be_left_out_is_none_by_that_word() -> None:
+    assert option_values(EditOptions, {"margin": "none", "clamp": "none"}) == {"margin": None, "clamp": None}
+    assert option_values(EditOptions, {"margin": "0.25"}) == {"margin": 0.25}
+    assert option_values(TrainOptions, {"text": "none"}) == {"text": "none"}, "a column of that name"
+    with pytest.raises(UsageError, match="--rank: 'none' is not an integer"):
+        option_values(EditOptions, {"rank": "none"})
+
+
 def test_arguments_of_the_trainer_are_pairs_or_a_table() -> None:
     for text in ("optim=adafactor,adam_beta2=0.98", '{optim = "adafactor", adam_beta2 = 0.98}'):
         assert train_options(None, {"trainer": text})["trainer"] == {"optim": "adafactor", "adam_beta2": 0.98}
@@ -505,3 +515,24 @@ def test_where_nothing_can_be_written_is_said_before_all_work(command: str, tmp_
     within = call(*given, "-o", tmp_path / "file" / "inner")
     assert (within.exit_code, f"{tmp_path / 'file'} is a file" in within.stderr) == (5, True), within.stderr
     assert len(within.stderr.splitlines()) == 1
+
+
+def test_nothing_is_written_into_a_folder_that_names_all_it_holds(run: Path) -> None:
+    before = sorted(run.iterdir())
+    within = call("fold", run, "-o", run / "inner" / "folded")
+    assert (within.exit_code, f"lies in {run}, which lorafx wrote" in within.stderr) == (2, True), within.stderr
+    assert sorted(run.iterdir()) == before
+    assert call("inspect", run).exit_code == 0
+
+
+def test_weights_that_are_not_those_written_are_refused(folded: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folded, tmp_path / "copy")
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    for command in ("fold", "export"):
+        result = call(command, copy, "-o", tmp_path / "out")
+        said = result.stderr.splitlines()[-1]
+        assert (result.exit_code, "model.safetensors: not the file that was written" in said) == (5, True), said
+    (copy / "lorafx.json").unlink()  # somebody else's by now
+    assert call("fold", copy, "-o", tmp_path / "out").exit_code == 0

@@ -331,6 +331,7 @@ def test_a_run_keeps_inputs_that_its_config_does_not_say(tmp_path: Path) -> None
 
 def test_no_message_ends_without_a_reason() -> None:
     assert first_line(ValueError("\n  one\ntwo")) == "one"
+    assert first_line(ValueError("one of:\n\n (1) two\n(2) three")) == "one of: (1) two"
     assert first_line(ValueError("")) == first_line(ValueError(" \n")) == "ValueError"
 
 
