@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
 
 from ..models.eager import cacheless, in_mode, same_draws
 from ..public import Program
@@ -53,6 +54,9 @@ def functions_laid_open() -> Iterator[set[str]]:
         return hook(self, *args, **kwargs)
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls is CheckpointFunction:  # computes its function once more in the backward pass, and nothing else
+            run, _, *inputs = args
+            return run(*inputs)
         if cls.__module__.startswith("torch."):  # an operator's, which the graph holds whole
             return original.__get__(None, cls)(*args, **kwargs)
         used.add(cls.__name__)
@@ -61,9 +65,30 @@ def functions_laid_open() -> Iterator[set[str]]:
 
     function.apply, tensor.register_hook = classmethod(apply), register_hook
     try:
-        yield used
+        with _inference_without_gradients():
+            yield used
     finally:
         function.apply, tensor.register_hook = original, hook
+
+
+@contextmanager
+def _inference_without_gradients() -> Iterator[None]:
+    """``torch.inference_mode`` is ``torch.no_grad`` to whoever traces: a tracer sees nothing of it, and gradients would
+    flow where the model has none."""
+    mode: Any = torch.inference_mode
+    original = mode.__enter__, mode.__exit__
+
+    def enter(self: Any) -> None:
+        self.without_gradients = torch.set_grad_enabled(not self.mode)
+
+    def leave(self: Any, *error: Any) -> None:
+        self.without_gradients.__exit__(*error)
+
+    mode.__enter__, mode.__exit__ = enter, leave
+    try:
+        yield
+    finally:
+        mode.__enter__, mode.__exit__ = original
 
 
 def module_hooks(model: nn.Module) -> set[str]:

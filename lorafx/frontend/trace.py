@@ -1,8 +1,7 @@
 """Tracing: from an eager model to an exported program, in the mode that keeps both training and evaluation right.
 
-The trace is made in training mode; the pass ``to-eval`` derives the evaluation graph from it. Noise that the pass has
-no rule for (stochastic depth, router jitter) and branches on random numbers (layer drop) cannot be told apart from
-the model's function in a graph: the modules that do these are traced in evaluation mode, and the log says so.
+The trace is made in training mode; the pass ``to-eval`` derives the evaluation graph from it. Modules with noise that
+it has no rule for (stochastic depth, router jitter) and branches on values (layer drop) are traced in evaluation mode.
 """
 
 from __future__ import annotations
@@ -37,6 +36,8 @@ from .stand_ins import StandIns
 from .tuners import choosing
 
 T = TypeVar("T")
+_DRAWS = "draws random numbers that a graph cannot turn off"
+_DECIDES = "decides by random numbers or other values of tensors in training, which a graph cannot"
 _log = logging.getLogger(__name__)
 
 
@@ -54,18 +55,18 @@ def export_graph(
     Raises:
         CaptureError: names the line, the guard or the dimension
     """
-    left_out: list[str] = []
+    left_out: dict[str, list[str]] = {}
     with in_mode(model, training=training):
         while True:
             exported, noisy = _attempt(model, example, shapes)
             if exported is not None and not noisy:
-                if left_out:  # said of a capture that there is: what helped none was not what stood in its way
-                    found = f"{type(model).__name__} draws random numbers that a graph cannot turn off"
-                    _log.warning("%s; captured without them: %s", found, ", ".join(left_out))
+                for why, paths in left_out.items():  # of a capture that there is: what helped none stood in no way
+                    _log.warning("%s %s; captured without them: %s", type(model).__name__, why, ", ".join(paths))
                 return exported
-            for path in noisy:
+            paths = left_out.setdefault(_DECIDES if exported is None else _DRAWS, [])
+            for path in sorted(noisy):
                 model.get_submodule(path).training = False
-            left_out += [path or "(the model itself)" for path in sorted(noisy)]
+                paths.append(path or "(the model itself)")
 
 
 def _attempt(model: nn.Module, example: Mapping[str, Any], shapes: Any) -> tuple[ExportedProgram | None, set[str]]:

@@ -59,9 +59,18 @@ def test_branches_on_random_numbers_are_left_out(caplog: pytest.LogCaptureFixtur
     model = zoo.build("whisper-encoder")
     model.layerdrop = 0.3  # type: ignore[assignment] - read in training only
     program = check(model, zoo.sound(2, 7))
+    assert "decides by random numbers or other values of tensors in training" in caplog.text
     assert "captured without them: (the model itself)" in caplog.text
     dropouts = program.graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default)
     assert sum(node.args[2] is True for node in dropouts) == 6, "the layers' own dropout stays"
+
+
+def test_statistics_by_the_count_of_batches_are_said_to_stay_as_they_are(caplog: pytest.LogCaptureFixture):
+    """A momentum of None reads how many batches there were, as a number."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=None), nn.Linear(4, 2))
+    lorafx.capture(model.eval(), inputs={"input": torch.randn(3, 4)})
+    assert "values of tensors in training, which a graph cannot; captured without them: 1" in caplog.text
+    assert "draws" not in caplog.text
 
 
 def test_noise_of_another_library_becomes_evaluation_mode(caplog: pytest.LogCaptureFixture):

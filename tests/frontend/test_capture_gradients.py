@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import lorafx
 from lorafx.errors import CaptureError, LorafxError
@@ -65,6 +66,55 @@ def test_what_a_model_of_transformers_does_not_train_does_not_train():
     found = gradients(graph, *graph(x=rows(1)))
     assert found.keys() == expected.keys() == {f"inner.{n}.{k}" for n in ("hidden", "out") for k in ("weight", "bias")}
     assert all(torch.equal(found[key], expected[key]) for key in found)
+
+
+class Apart(nn.Module):
+    """A part of it runs in its own way."""
+
+    def __init__(self, way: Any):
+        super().__init__()
+        self.part, self.out, self.way = nn.Linear(4, 4), nn.Linear(4, 2), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.way(self.part, x) + x)
+
+
+def inferred(part: nn.Module, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return part(x)
+
+
+def inferred_in_part(part: nn.Module, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        fixed = part(x)
+        with torch.inference_mode(False):
+            return part(x.clone()) + fixed.clone()
+
+
+def again(part: nn.Module, x: Tensor) -> Tensor:
+    return checkpoint(part, x, use_reentrant=True)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("way", [inferred, torch.inference_mode()(inferred), inferred_in_part, again])
+def test_gradients_flow_where_the_model_has_them(way: Any):
+    torch.manual_seed(0)
+    model = Apart(lambda part, x: way(part, x).clone())
+    x = rows().requires_grad_()  # a reentrant checkpoint has gradients where its input has them
+    program = lorafx.capture(model.eval(), inputs={"x": rows()})
+    expected = {name: value.clone() for name, value in gradients(model.train(), model(x=x)).items()}
+    found = gradients(program.root, program.module().train()(x=x))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    lora = lorafx.rewrite(program, [Lora(targets="out", rank=1)])
+    assert lora.names("adapter")
+
+
+def test_a_model_that_computes_its_layers_again_is_captured_as_without():
+    model = zoo.build("bert")
+    model.activation_checkpointing_enable({"use_reentrant": True})  # type: ignore[operator]
+    program = lorafx.capture(model, inputs=zoo.text(2, 5))
+    assert len(lorafx.rewrite(program, [Lora(rank=1)]).history[0].taken) > 12
 
 
 def test_channels_are_removed_beside_a_region_without_gradients():
