@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import transformers
+from torch import Tensor
 
 from ..errors import UsageError
 from ..models.sentences import LOSS
@@ -20,6 +21,7 @@ from .labels import numbers
 from .pairs import PairCollator, learn_pairs
 from .reading import Columns, Learned, Reading
 from .tagging import learn_tags
+from .tokens import IGNORED
 
 if TYPE_CHECKING:
     from ..graph.program import Program
@@ -103,6 +105,10 @@ def _learn_masked(reading: Reading) -> Learned:
     inputs = _encoded(reading)
     if reading.options.label:
         raise UsageError(f"{reading.program.name} learns from {reading.text!r} alone: leave label out")
+    special = {*reading.texts.tokenizer.all_special_ids}
+    for row, ids in enumerate(inputs["input_ids"]):
+        if special.issuperset(ids):
+            raise reading.table.error(row, f"{reading.text!r} has no token to hide and learn; mend or remove the row")
     return Learned(inputs, {})
 
 
@@ -145,8 +151,21 @@ def _padded(tokenizer: Any, model: Any) -> Any:
     return transformers.DataCollatorWithPadding(tokenizer)
 
 
+class _Hiding(transformers.DataCollatorForLanguageModeling):
+    """Hides some tokens of a batch, and hides anew where chance chose none: the mean loss of none is no number."""
+
+    def torch_mask_tokens(self, inputs: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The batch with tokens hidden, and what they were: -100 elsewhere."""
+        hidden, labels = super().torch_mask_tokens(inputs.clone(), *args, **kwargs)
+        for _ in range(1000):  # of one token it takes six tries
+            if bool((labels != IGNORED).any()):
+                break
+            hidden, labels = super().torch_mask_tokens(inputs.clone(), *args, **kwargs)
+        return hidden, labels
+
+
 def _masked(tokenizer: Any, model: Any) -> Any:
-    return transformers.DataCollatorForLanguageModeling(tokenizer, mlm=True)
+    return _Hiding(tokenizer, mlm=True)
 
 
 def _by_token(tokenizer: Any, model: Any) -> Any:

@@ -305,6 +305,17 @@ def test_a_masked_model_learns_what_is_hidden() -> None:
     assert not hidden[:, [0, -1]].any()  # never [CLS] and [SEP]
 
 
+def test_a_batch_of_a_masked_model_always_hides_something() -> None:
+    program = capture(masked(), inputs=example(True))
+    ready = prepared({"text": ["w1"] * 2}, program)
+    torch.manual_seed(0)
+    for _ in range(20):  # by chance alone 0.85 of these would hide nothing
+        batch = ready.collator([ready.rows[0]])
+        assert batch["labels"].tolist() == [[-100, 6, -100]]
+    with pytest.raises(ArtifactError, match=r"row 2: 'text' has no token to hide and learn; mend or remove"):
+        prepared({"text": ["w1", ""]}, program)
+
+
 def test_an_encoder_decoder_writes_its_label() -> None:
     sizes: dict[str, Any] = {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2}
     config = hf.T5Config(**{**sizes, "vocab_size": 45, "decoder_start_token_id": 0, "eos_token_id": 3})
