@@ -50,7 +50,10 @@ def _made_up(model: nn.Module, config: Any, checkpoint: Path | None, batch: int,
     if main == "input_features":
         bins, frames = config.num_mel_bins, 2 * config.max_source_positions
         return {"input_features": torch.randn(batch, bins, frames, generator=_generator())}
-    return _text(model, config, parameters, checkpoint, batch, length)
+    if not type(model).__name__.endswith("ForMultipleChoice"):
+        return _text(model, config, parameters, checkpoint, batch, length)
+    choices = _text(model, config, parameters, checkpoint, 2 * batch, length)  # two for each row
+    return {name: value.view(batch, 2, length) for name, value in choices.items()}
 
 
 def _generator() -> torch.Generator:

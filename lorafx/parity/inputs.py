@@ -110,6 +110,8 @@ def merged(a: Sequence[InputSpec], b: Sequence[InputSpec]) -> tuple[InputSpec, .
         if name == TOKEN_TYPES and len(found) == 1 and a and b:
             continue
         first, last = found[0], found[-1]
+        if len(first.sizes) != len(last.sizes):  # a graph has the axes it was captured with, a class those made up
+            first = last = max(found, key=lambda spec: len(spec.sizes))
         sizes = tuple(x if x is not None else y for x, y in zip(first.sizes, last.sizes, strict=False))
         low, high = max(first.low, last.low), min(first.high, last.high)
         ranges = {axis: _common(first.ranges.get(axis), last.ranges.get(axis)) for axis in range(len(sizes))}
@@ -216,7 +218,7 @@ class Generator:
         # A decoder's text is one longer than the encoder's, so that the two axes cannot be taken for one another.
         extra = 1 if spec.name.startswith("decoder_") and (self.limit is None or length < self.limit) else 0
         free = (batch, length + extra) if spec.is_text else (batch,)
-        free += (1,) * (len(spec.sizes) - len(free))
+        free += tuple(_size(spec, axis) for axis in range(len(free), len(spec.sizes)))
         sizes = tuple(given if size is None else size for size, given in zip(spec.sizes, free, strict=True))
         if spec.dtype.is_floating_point:
             return torch.randn(sizes, generator=random).to(spec.dtype)
@@ -235,6 +237,12 @@ class Generator:
             return ids
         ids = torch.where(ids == self.pad, (ids + 5) % 8, ids)
         return ids.masked_fill(mask == 0, self.pad) if ids.shape == mask.shape else ids
+
+
+def _size(spec: InputSpec, axis: int) -> int:
+    """A size for an axis that is no text's: of choices and their tokens some, where that is allowed."""
+    usual, allowed = 1 if spec.dtype.is_floating_point else 3, spec.ranges.get(axis, Range(1, None))
+    return max(allowed.low, min(usual, allowed.high or usual))
 
 
 # ---- tokenised

@@ -9,6 +9,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
 import lorafx
@@ -22,7 +23,7 @@ from lorafx.passes.magnitude import Magnitude
 from lorafx.passes.tidy import Tidy
 from lorafx.pipeline import to_eval
 from tests import zoo
-from tests.small import bert, captured, example, gpt2
+from tests.small import bert, bert_config, captured, example, gpt2, words
 
 
 def test_a_merged_adapter_changes_values_alone() -> None:
@@ -107,3 +108,41 @@ def test_a_graph_of_what_is_in_bfloat16_is_in_float32_unless_said(tmp_path: Path
     with pytest.raises(UsageError, match="no bfloat16 on the CPU; give --dtype float32"):
         lorafx.export(program, tmp_path / "asked", dtype=torch.bfloat16)
     assert not (tmp_path / "asked").exists()
+
+
+def test_texts_side_by_side_are_captured_compared_and_exported(tmp_path: Path) -> None:
+    """Multiple choice: rows of choices, which neither a checkpoint's config nor its tokenizer tells of."""
+    torch.manual_seed(0)
+    model = hf.BertForMultipleChoice(bert_config()).eval()
+    model.save_pretrained(tmp_path / "base")
+    program = lorafx.rewrite(lorafx.capture(tmp_path / "base"), [Lora(rank=2)])
+    for name in program.names("adapter"):
+        nn.init.normal_(program.tensor(name), std=0.1)
+    folded = lorafx.fold(program)
+    lorafx.export(folded, tmp_path / "merged", "hf")
+    lorafx.export(folded, tmp_path / "onnx", "onnx")
+    assert lorafx.verify(tmp_path / "merged", tmp_path / "onnx").ok
+    assert not lorafx.verify(tmp_path / "base", tmp_path / "onnx").ok
+    ids = torch.randint(5, 40, (3, 4, 9))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs["attention_mask"][1, :, 5:] = 0
+    merged: Any = hf.BertForMultipleChoice.from_pretrained(tmp_path / "merged").eval()
+    asked = {name: value for name, value in inputs.items() if name in program.signature.inputs}
+    asked |= {"token_type_ids": torch.zeros_like(ids)} if "token_type_ids" in program.signature.inputs else {}
+    with torch.no_grad():
+        found = program.module().eval()(**asked).logits
+        assert found.shape == (3, 4)
+        assert torch.allclose(merged(**asked).logits, found, atol=1e-5 * float(found.abs().max()))
+    with pytest.raises(UsageError, match="does not learn from a table of texts and labels"):
+        lorafx.train(program, {"text": ["w1", "w2"], "label": [0, 1]}, tokenizer=words(), progress=False)
+
+
+def test_a_graph_of_more_axes_than_inputs_made_up_is_compared_by_its_own(tmp_path: Path) -> None:
+    """GPT2DoubleHeads takes texts, too, and is captured on choices."""
+    model = hf.GPT2DoubleHeadsModel(gpt2().config).eval()  # type: ignore[operator]
+    ids = torch.randint(5, 40, (2, 3, 7))
+    folded = lorafx.fold(lorafx.capture(model, inputs={"input_ids": ids, "attention_mask": torch.ones_like(ids)}))
+    lorafx.export(folded, tmp_path / "merged", "hf")
+    reopened: Any = hf.GPT2DoubleHeadsModel.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        assert torch.allclose(reopened(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)
