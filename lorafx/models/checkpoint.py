@@ -319,7 +319,7 @@ def check_dtype(asked: Any, *, meta: bool) -> None:
     by_part = isinstance(asked, Mapping) and not meta
     if asked not in (None, "auto") and not by_part and found not in _DTYPES:
         known = ", ".join(str(kind).removeprefix("torch.") for kind in _DTYPES)
-        raise UsageError(f"dtype = {asked!r} is none that a model is opened in: {known}, or auto for its config's")
+        raise UsageError(f"dtype = {asked!r} is not one that a model is opened in: {known}, or auto for its config's")
 
 
 def _build_on_meta(cls: Any, path: Path, options: dict[str, Any]) -> nn.Module:

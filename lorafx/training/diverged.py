@@ -38,7 +38,7 @@ def refuse_diverged(program: Program, learning_rate: float) -> None:
     lost = _lost(trained)
     if lost:
         raise UsageError(
-            f"{program.name} diverged: {len(lost)} of {len(trained)} trained weights hold what is no number, as "
+            f"{program.name} diverged: {len(lost)} of {len(trained)} trained weights are not finite numbers, as "
             f"{lost[0]}; train it anew with a lower learning_rate than {learning_rate:g}, or with warmup"
         )
 

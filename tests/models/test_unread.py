@@ -139,7 +139,7 @@ def test_a_tensor_in_two_shards_is_refused(shards: Path) -> None:
 @pytest.mark.parametrize("meta", [True, False])
 def test_a_dtype_is_one_that_models_are_opened_in(checkpoint: Path, meta: bool) -> None:
     for asked in ("float99", "int8", torch.int8, 3):
-        with pytest.raises(UsageError, match=rf"dtype = {re.escape(repr(asked))} is none that a model is opened in"):
+        with pytest.raises(UsageError, match=rf"dtype = {re.escape(repr(asked))} is not one that a model is opened in"):
             open_model(checkpoint, None, {"dtype": asked}, meta=meta)
     for asked, held in (("auto", torch.float32), ("bfloat16", torch.bfloat16), (torch.float64, torch.float64)):
         model = open_model(checkpoint, None, {"dtype": asked}, meta=meta)[0]
