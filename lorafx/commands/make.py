@@ -159,6 +159,7 @@ def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, **o: 
 @overwrite_option
 @details_option
 @as_json_option
+@seldom_collecting()
 def fold(run: Path, out: Path, double: bool, overwrite: bool, **o: Any) -> None:
     """Fold everything RUN learned into its base and write an ordinary checkpoint: where its layers have other widths
     each and transformers does not read them yet, one that lorafx opens; where no config can say them, a .pt2.
