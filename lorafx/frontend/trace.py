@@ -12,8 +12,7 @@ import logging
 import re
 import sys
 import warnings
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from typing import Any, TypeVar, cast
 
@@ -27,10 +26,10 @@ from torch.utils import _pytree as pytree
 from ..errors import CaptureError
 from ..graph.domain import FLAGS, input_nodes, is_axes, leaves_of
 from ..graph.evaluation import RULES
+from ..graph.likes import remembered_likes
 from ..graph.shapes import told_at_once
 from ..graph.site import module_path
 from ..graph.symbols import remembered_sizes
-from ..graph.tree import named_tensors
 from ..models.eager import cacheless, in_mode
 from .notices import without_notices
 from .stand_ins import StandIns
@@ -119,7 +118,7 @@ def trace_with(attempt: Callable[[Any], T], model: nn.Module, shapes: Any) -> T:
     Raises:
         CaptureError: both failed
     """
-    with cacheless(model), lean(), _memo_where_it_pays(model), _patched_where_loaded(), without_notices(), choosing():
+    with cacheless(model), lean(), remembered_likes(), _patched_where_loaded(), without_notices(), choosing():
         try:
             return attempt(shapes)
         except CaptureError:  # it says what it is about
@@ -156,30 +155,6 @@ def lean() -> Iterator[None]:
         fx_config.do_not_emit_stack_traces = quiet
         if collecting:
             gc.enable()
-
-
-#: Up to this many similar layers a memo of operators costs more than it saves. Captured without it, two layers of BERT,
-#: Llama and T5 take three quarters of the time or less, their ONNX exports two thirds; twelve of BERT a quarter more.
-_FEW_LAYERS = 6
-
-
-@contextmanager
-def _memo_where_it_pays(model: nn.Module) -> Iterator[None]:
-    """torch remembers which shapes operators gave for which: to write that down takes longer than an operator does, and
-    only layers that repeat ask again. What is traced is the same."""
-    from torch._dynamo import config as dynamo_config  # half a second, which commands that trace nothing need not wait
-
-    lists = (Counter(map(_form, part)) for part in model.modules() if isinstance(part, nn.ModuleList))
-    alike = max((count for forms in lists for count in forms.values()), default=0)
-    wanted = dynamo_config.fake_tensor_cache_enabled and alike > _FEW_LAYERS
-    with dynamo_config.patch(fake_tensor_cache_enabled=wanted):
-        yield
-
-
-def _form(layer: nn.Module) -> Hashable:
-    """What layers alike have in common: modules of the same classes, and tensors of the same shapes."""
-    classes = tuple((name, type(module)) for name, module in layer.named_modules())
-    return classes, tuple((name, value.shape) for name, value in named_tensors(layer))
 
 
 #: Where transformers has a model's code.

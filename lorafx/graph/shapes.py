@@ -142,7 +142,7 @@ def told(mode: FakeTensorMode, operator: Any, args: Sequence[Any], kwargs: dict[
     here."""
     rule = _RULES.get(operator)
     held = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    if rule is None or not all(_plain(value, mode) for value in held) or len({value.device for value in held}) != 1:
+    if rule is None or not all(plain(value, mode) for value in held) or len({value.device for value in held}) != 1:
         return None
     found = rule(*args, **kwargs)
     if found is None:
@@ -152,9 +152,10 @@ def told(mode: FakeTensorMode, operator: Any, args: Sequence[Any], kwargs: dict[
     return made[0] if len(operator._schema.returns) == 1 else tuple(made)
 
 
-def _plain(value: Tensor, mode: FakeTensorMode) -> bool:
+def plain(value: Tensor, mode: FakeTensorMode) -> bool:
+    """Whether it is a fake tensor of ``mode`` and nothing else: no constant, its numbers in memory as they are."""
     fake = isinstance(value, FakeTensor) and value.fake_mode is mode and value.constant is None
-    return fake and value.layout is torch.strided and not value.is_quantized
+    return fake and value.layout is torch.strided and not (value.is_quantized or value.is_conj() or value.is_neg())
 
 
 @contextmanager

@@ -53,13 +53,17 @@ def _remembering(operation: Callable[..., Any], name: str, tracing: Callable[[],
         known = vars(self.shape_env).setdefault(_KNOWN, {})
         if key not in known:
             known[key] = operation(self, other)
-        # A tracer tells what it has seen by which object it is.
-        result = object.__new__(type(known[key]))
-        vars(result).update(vars(known[key]))
-        return result
+        return again(known[key])
 
     setattr(run, _KNOWN, True)
     return run
+
+
+def again(node: Any) -> Any:
+    """The same size as another object: a tracer tells by it which tensor's size it is."""
+    result = object.__new__(type(node))
+    vars(result).update(vars(node))
+    return result
 
 
 def _key(name: str, left: Any, right: Any) -> Any:
@@ -67,8 +71,9 @@ def _key(name: str, left: Any, right: Any) -> Any:
     integer, and where torch keeps a record of its own for each result."""
     try:
         environment = left.shape_env
-        plain = left.pytype is int is right.pytype and environment is right.shape_env and environment is not None
-        if not plain or not type(left._hint) is int is type(right._hint) or left.fx_node or right.fx_node:
+        if environment is None or environment is not right.shape_env or left.fx_node or right.fx_node:
+            return None
+        if any(kind is not int for kind in (left.pytype, right.pytype, type(left._hint), type(right._hint))):
             return None
         # What is learned of symbols changes what their expressions stand for.
         return name, environment._version_counter, left._expr, right._expr, left._hint, right._hint
