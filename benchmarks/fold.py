@@ -1,4 +1,4 @@
-"""Folding a large decoder beside PEFT's merge and a plain copy of the files: seconds and peak memory of each.
+"""Folding a large decoder beside PEFT's merge and a plain copy of the files: seconds, processor time, peak memory.
 
 Run as ``python -m benchmarks.fold --billions 0.7 --rounds 3``. A random bf16 checkpoint of Llama's shape is made in
 ``--work`` (by default a temporary folder that goes away), with a LoRA adapter of rank 16 on every linear weight,
@@ -90,12 +90,6 @@ def adapters(base: Path, run: Path, adapter: Path) -> None:
         shutil.copy(run / name, adapter / name)
 
 
-def timed(command: list[str]) -> tuple[float, float]:
-    """Wall seconds and the peak resident memory in GB of a process that ends well."""
-    wall, _, peak = spent(command)
-    return wall, peak
-
-
 #: Runs a command and says what it took. A process begins with the peak memory of the one that starts it, which has to
 #: be small, therefore.
 _LAUNCHER = """
@@ -161,21 +155,21 @@ def measure(work: Path, billions: float, rounds: int) -> None:
         "PEFT": [sys.executable, "-c", PEFT, str(base), str(adapter), str(work / "theirs")],
         "cp": ["cp", "-r", str(base), str(work / "copy")],
     }
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in commands}
     for _ in range(rounds):
         for name, command in commands.items():
             shutil.rmtree(command[-1], ignore_errors=True)
-            found[name].append(timed(command))
+            found[name].append(spent(command))
             if name not in ("lorafx fold", "PEFT"):  # which are compared at the end
                 shutil.rmtree(command[-1])
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {size / 1e9:.2f} GB of bf16, median of {rounds}"
     )
-    print("| | seconds | beside PEFT | peak GB |\n|---|--:|--:|--:|")
-    peft = statistics.median(seconds for seconds, _ in found["PEFT"])
-    for name, rows in found.items():
-        seconds, peak = (statistics.median(column) for column in zip(*rows, strict=True))
-        print(f"| {name} | {seconds:.1f} | {seconds / peft:.2f} | {peak:.2f} |")
+    print("| | seconds | beside PEFT | processor s | beside PEFT | peak GB |\n|---|--:|--:|--:|--:|--:|")
+    medians = {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in found.items()}
+    for name, (wall, processor, peak) in medians.items():
+        against = wall / medians["PEFT"][0], processor / medians["PEFT"][1]
+        print(f"| {name} | {wall:.1f} | {against[0]:.2f} | {processor:.1f} | {against[1]:.2f} | {peak:.2f} |")
     print(compare(work / "ours", work / "theirs"))
 
 

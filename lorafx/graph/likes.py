@@ -18,7 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from .fake import likeness
 from .shapes import plain
-from .symbols import again
 
 _log = logging.getLogger(__name__)
 
@@ -41,21 +40,14 @@ class _Result(NamedTuple):
         from torch._subclasses.fake_tensor import in_kernel_invocation_manager
 
         guards = nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()
-        size = [_again(part) for part in self.size]
         with in_kernel_invocation_manager(mode), guards:
             if self.view:
-                place = [_again(part) for part in self.stride], _again(self.offset)
-                value = torch.as_strided(args[0], size, *place)
+                value = torch.as_strided(args[0], self.size, self.stride, self.offset)
             elif self.rows:
-                value = torch.empty(size, dtype=self.dtype, device="meta")
+                value = torch.empty(self.size, dtype=self.dtype, device="meta")
             else:
-                stride = [_again(part) for part in self.stride]
-                value = torch.empty_strided(size, stride, dtype=self.dtype, device="meta")
+                value = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device="meta")
         return FakeTensor(mode, value, self.device)
-
-
-def _again(size: Any) -> Any:
-    return SymInt(again(size.node)) if isinstance(size, SymInt) else size
 
 
 def _told(value: Any) -> Any:

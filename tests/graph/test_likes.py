@@ -87,8 +87,6 @@ def test_what_is_remembered_is_what_torch_computes(name: str, monkeypatch: pytes
     held = [x.untyped_storage()._cdata for x in fakes.tensors]
     assert (memories == held) == (name in VIEWS)
     assert not set(memories) & set(held) or name in VIEWS
-    sizes = [size.node for result in again for size in result.shape if isinstance(size, torch.SymInt)]
-    assert len({id(size) for size in sizes}) == len(sizes), "each size is known as that of its tensor"
 
 
 NOT_REMEMBERED: dict[str, Callable[[Tensor], Any]] = {
