@@ -4,8 +4,9 @@
 
 ONNX Runtime by hand, onnxruntime-genai, and transformers.js under node go on greedily with the texts that exports are
 compared on, or answer them; what ends a text is chosen by none of them. genai runs no encoder-decoder of text but
-Marian's of its own kind, so it is not asked about these. Both others are fetched once (``examples/assets.py``); genai
-runs on this environment's ONNX Runtime, transformers.js brings its own. Exits with 1 when tokens differ.
+Marian's of its own kind, so it is not asked about these. What reads sound is asked in tests alone. Both others are
+fetched once (``examples/assets.py``); genai runs on this environment's ONNX Runtime, transformers.js brings its own.
+Exits with 1 when tokens differ.
 """
 
 from __future__ import annotations
@@ -103,6 +104,25 @@ console.log(JSON.stringify(said));
 """
 
 
+_NODE_OF_SOUND = """
+import { readFileSync } from "node:fs";
+import { AutoModelForSpeechSeq2Seq, Tensor, env } from "@huggingface/transformers";
+env.allowRemoteModels = false;
+env.localModelPath = "/";
+const { folder, values, size, new: count } = JSON.parse(readFileSync(0, "utf8"));
+const model = await AutoModelForSpeechSeq2Seq.from_pretrained(folder, { dtype: "fp32", device: "cpu" });
+const inputs = new Tensor("float32", Float32Array.from(values), size);
+const found = await model.generate({ inputs, max_new_tokens: count, min_new_tokens: count, do_sample: false });
+console.log(JSON.stringify(found.tolist()[0].map(Number)));
+"""
+
+
+def transcribed(folder: str, features: torch.Tensor, new: int) -> list[int]:
+    """What transformers.js says of a sound, ``[1, bins, frames]``: tokens, of which all texts have the first."""
+    given = {"folder": folder, "values": features.flatten().tolist(), "size": list(features.shape), "new": new}
+    return _run(["node", "--input-type=module", "-e", _NODE_OF_SOUND], given, where=assets.transformers_js())
+
+
 def onnxruntime(questions: Sequence[Question]) -> list[Tokens]:
     """Plain ONNX Runtime: by the graphs' inputs and the configs alone, without lorafx's reader."""
     said = []
@@ -139,8 +159,11 @@ CLIENTS: dict[str, Client] = {
 
 
 def _asked(command: list[str], questions: Sequence[Question], where: Path | None = None, **variables: str) -> Any:
-    given = json.dumps([asdict(question) for question in questions])
-    environment = {**os.environ, **variables}
+    return _run(command, [asdict(question) for question in questions], where, **variables)
+
+
+def _run(command: list[str], asked: Any, where: Path | None = None, **variables: str) -> Any:
+    given, environment = json.dumps(asked), {**os.environ, **variables}
     done = subprocess.run(command, input=given, env=environment, cwd=where, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{command[0]} failed:\n{done.stderr[-2000:]}")

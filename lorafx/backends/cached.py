@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
-from transformers.cache_utils import DynamicLayer
 from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.exporters.utils import get_leaf_tensors
 
@@ -25,7 +24,19 @@ from ..graph.edit import Edit
 from ..graph.program import Signature, Source
 from ..passes.tidy import Tidy
 from ..public import Program
-from .past import ELSE, cached, empty_pasts, give_past, measure_past, present, results, stages_of, width
+from .past import (
+    ELSE,
+    cached,
+    check_reach,
+    empty_pasts,
+    give_past,
+    measure_past,
+    odd_layers,
+    present,
+    results,
+    stages_of,
+    width,
+)
 from .replay import RewritingExporter, replay
 
 aten = torch.ops.aten
@@ -51,8 +62,9 @@ def decode_inputs(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[dict
     state = {name: value for name, value in decode.items() if not isinstance(value, (Tensor, bool, type(None)))}
     plain = {name: value for name, value in decode.items() if isinstance(value, Tensor)}
     layers: list[Any] = [layer for value in state.values() if type(value) is DynamicCache for layer in value.layers]
-    if len(state) != 1 or not layers or not all(isinstance(layer, DynamicLayer) for layer in layers):
-        kinds = ", ".join(sorted({type(value).__name__ for value in state.values()})) or "nothing"
+    odd = odd_layers(layers)
+    if len(state) != 1 or not layers or odd:
+        kinds = ", ".join(odd or sorted({type(value).__name__ for value in state.values()})) or "nothing"
         raise CaptureError(f"{what}: between tokens it keeps {kinds}, no plain cache of keys and values; {ELSE}")
     if not {"input_ids", "attention_mask"} <= plain.keys():
         raise CaptureError(
@@ -65,19 +77,26 @@ def decode_inputs(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[dict
     return {**plain, next(iter(state)): cache}, {name: prefill[name].flip(1) for name in plain}
 
 
-def decode_shapes(inputs: Mapping[str, Any]) -> dict[str, Any]:
+#: The free sizes of a decode graph, by the axes of its tokens and of each tensor of its cache.
+FREE: dict[str, dict[int, Any]] = {
+    "tokens": {0: Dim("batch"), 1: Dim("sequence")},
+    "cache": {0: Dim("batch"), 2: Dim("past")},
+}
+
+
+def decode_shapes(inputs: Mapping[str, Any], free: Mapping[str, Mapping[int, Any]] = FREE) -> dict[str, Any]:
     """The free sizes of a decode graph's inputs, as ``torch.export`` takes them: batch, new tokens, past tokens.
 
     Dimensions that inputs share trace faster than each by itself. The mask is as long as past and new tokens together,
     which is no dimension one can ask for.
     """
-    batch, sequence, past = Dim("batch"), Dim("sequence"), Dim("past")
+    tokens, cache = dict(free["tokens"]), dict(free["cache"])
     shapes: dict[str, Any] = {}
     for name, value in inputs.items():
         if isinstance(value, Tensor):
-            shapes[name] = {0: batch, 1: Dim.AUTO if name == "attention_mask" else sequence}
+            shapes[name] = {**tokens, 1: Dim.AUTO} if name == "attention_mask" else tokens
         else:
-            shapes[name] = [{0: batch, 2: past} for layer in value.layers for _ in (layer.keys, layer.values)]
+            shapes[name] = [cache for layer in value.layers for _ in (layer.keys, layer.values)]
     return shapes
 
 
@@ -92,6 +111,10 @@ class CachedExporter(RewritingExporter):
     def __init__(self, program: Program, example: Mapping[str, Tensor]):
         super().__init__(program)
         self.example = dict(example)
+
+    def _rewrite(self, captured: ExportedProgram, model: nn.Module, inputs: Any, config: Any) -> ExportedProgram:
+        check_reach(captured, {name: inputs[name] for name in config.dynamic_shapes}, _sized, model)
+        return super()._rewrite(captured, model, inputs, config)
 
     def replayed(
         self, captured: ExportedProgram, model: nn.Module, names: Mapping[int, str], inputs: Any, config: Any
@@ -115,6 +138,13 @@ class CachedOnnxExporter(OnnxExporter, CachedExporter):  # pyright: ignore[repor
 
 def _is_axes(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(axis, int) for axis in value)
+
+
+def _sized(name: str, value: Tensor, new: int, past: int) -> tuple[int, ...]:
+    """The shape of an input of a decode graph for so many new tokens after so many."""
+    if value.dim() == 2:
+        return len(value), past + new if name == "attention_mask" else new
+    return len(value), value.shape[1], past, value.shape[3]
 
 
 # ---- the past is empty

@@ -28,8 +28,8 @@ from ..models.layered import is_layered, own_configs
 from ..models.tokenizers import length_limit, pad_token
 from ..proof.decoder import GENAI, MODEL
 from ..public import Program
-from .cached import CachedOnnxExporter, decode_inputs, decode_shapes
-from .halves import AXES
+from .cached import FREE, CachedOnnxExporter, decode_inputs, decode_shapes
+from .cut import READS, axes_of
 from .onnx_kernels import suit
 from .onnx_statements import leave_out
 from .replay import exportable, with_model
@@ -73,21 +73,19 @@ class Decoder:
         return f"GroupQueryAttention in {self.fused} of {self.layers} layers: {limit}"
 
 
-def check_generates(
-    program: Program, kind: str, dtype: torch.dtype | None, fewer_bits: bool = False, adapters: str = "merged"
-) -> None:
+def check_generates(program: Program, kind: str, dtype: torch.dtype | None, adapters: str = "merged") -> None:
     """UsageError when no decoder can be written of this program, as asked for."""
     model: Any = program.source.model
     if kind != "onnx":
         raise UsageError(f"a decoder with its cache is written as onnx, not {kind}; leave generate or the format out")
     if dtype is torch.bfloat16:
         raise UsageError("a decoder in bfloat16 cannot be proven: ONNX Runtime has none on the CPU; choose float16")
-    if getattr(program.config, "is_encoder_decoder", False) and set(program.example) != set(AXES):
-        taken, wanted = ", ".join(program.example), ", ".join(AXES)
+    if getattr(program.config, "is_encoder_decoder", False) and axes_of(program.example) is None:
+        taken, wanted = ", ".join(program.example), " or ".join(", ".join(names) for names in READS)
         raise UsageError(f"{program.name} generates from {taken}: only from {wanted} yet; leave generate out")
-    if getattr(program.config, "is_encoder_decoder", False) and (fewer_bits or adapters == "slots"):
-        what = "are not quantised yet; leave quantize" if fewer_bits else "have no slots yet; leave slots"
-        raise UsageError(f"{program.name} generates with two graphs, which {what} or generate out")
+    if getattr(program.config, "is_encoder_decoder", False) and adapters == "slots":
+        what = "which have no slots yet; leave slots or generate out"
+        raise UsageError(f"{program.name} generates with two graphs, {what}")
     if program.output_layer is None or not getattr(model, "can_generate", lambda: False)():
         raise UsageError(f"{program.name} generates no text: it is not a causal language model; leave generate out")
 
@@ -97,13 +95,13 @@ def decoder(program: Program, provider: str, dtype: torch.dtype | None) -> Decod
     # The converter prints its progress to stdout, which is kept for results.
     with redirect_stdout(sys.stderr), exportable(program, dtype) as model:
 
-        def attempt(_: Any) -> Any:
+        def attempt(free: Any) -> Any:
             inputs, example = decode_inputs(model, program.example)
             exporter: Any = CachedOnnxExporter(with_model(program, model), example)
-            config = OnnxConfig(dynamic=True, dynamic_shapes=decode_shapes(inputs), ort_fusions=None)
+            config = OnnxConfig(dynamic=True, dynamic_shapes=decode_shapes(inputs, free), ort_fusions=None)
             return exporter.export(model, {**inputs, "use_cache": True, "return_dict": True}, config)
 
-        exported = trace_with(attempt, model, None)
+        exported = trace_with(attempt, model, FREE)
     graph: ir.Model = exported.program
     layers = _name(graph, program.name)
     fused = _fuse(graph, provider)
@@ -196,7 +194,9 @@ def _name(graph: ir.Model, what: str) -> int:
 
 def _free(known: Mapping[str, ir.Value], what: str, name: str, axis: int) -> Any:
     """What the converter calls a free axis of an input."""
-    shape = known[name].shape if name in known else None
+    if name not in known:
+        raise CaptureError(f"{what}: its decode graph takes no {name}, so it forgets what it read; export it as hf")
+    shape = known[name].shape
     size = shape[axis] if shape is not None else None
     if not isinstance(size, ir.SymbolicDim):
         fixed = f"its decode graph takes {name} of one size only, {size} along axis {axis}"

@@ -26,8 +26,9 @@ from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 from ..frontend.trace import trace_with
 from ..proof.encoder_decoder import DECODER, ENCODER
 from ..public import Program
+from .cut import Half
 from .decoder import write_graphs
-from .halves import Half, halves
+from .halves import halves
 from .onnx_kernels import suit
 from .onnx_statements import leave_out
 from .replay import exportable, with_model

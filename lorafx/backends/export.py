@@ -35,6 +35,7 @@ from ..proof.checkpoint import Check, hold_checkpoint, proof_of_files, refuse_ch
 from ..proof.exports import held_against, parity_record, reference_of, refuse_untrained, unproven
 from ..proof.open import open_runner
 from ..proof.requantised import requantised
+from ..proof.scores import refuse_unscored
 from ..proof.tensors import TensorProof
 from ..public import Program
 from ..reporting.report import write_report
@@ -87,9 +88,9 @@ def export(
         dtype: convert weights and activations to this dtype; folding happens before, so weights round once. A graph
             of a program in bfloat16 is in float32 unless this says otherwise: ONNX Runtime has no bfloat16 on the CPU
         generate: one graph with a cache, for causal language models, in the folder that onnxruntime-genai and
-            transformers.js read (:mod:`lorafx.backends.decoder`), or for encoder-decoders of text the two graphs that
-            transformers.js reads (:mod:`lorafx.backends.encoder_decoder`); what it generates is compared, token for
-            token
+            transformers.js read (:mod:`lorafx.backends.decoder`), or for encoder-decoders of text or sound the two
+            graphs that transformers.js reads (:mod:`lorafx.backends.encoder_decoder`); what it generates is compared,
+            token for token
         quantize: put a graph of fewer bits in the place of the one that was compared, by ONNX Runtime's own tools; the
             report says what both score and weigh (:mod:`lorafx.backends.quantized`)
         data: a table to score both on; their own examples when None
@@ -115,11 +116,12 @@ def export(
     if generate:
         from .decoder import check_generates
 
-        check_generates(program, format, dtype, quantize is not None, adapters)
+        check_generates(program, format, dtype, adapters)
     layered = format == "layered"
     if layered:  # else it is a checkpoint like any other
         format = "hf"  # noqa: A001
     check_quantized(quantize, data, format, provider, dtype, adapters, generate=generate)
+    refuse_unscored(program, data)
     if adapters == "slots" or slots is not None or format == "onnx-adapter":
         from .slots import check_slots
 

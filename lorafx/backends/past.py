@@ -8,38 +8,102 @@ each past is an input again, as wide as what stayed of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
+from transformers import GenerationConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.exporters.utils import decompose_for_generation
 
-from ..errors import CaptureError
+from ..errors import CaptureError, UsageError, first_line
+from ..graph.domain import domain_of, leaves_of
 from ..graph.effects import CACHED
 from ..graph.operands import argument
+from ..models.tokenizers import length_limit
 from ..public import Program
 
 aten = torch.ops.aten
 
 #: What else can be done with a model whose cache is none of these.
 ELSE = "export it without generate, or as an ordinary checkpoint (--format hf)"
+#: What of a checkpoint's settings generation cannot do without.
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+#: What gives a tensor as it is, where the dtype stays.
+_SAME = (aten.clone.default, aten.alias.default, aten.contiguous.default, aten.to.dtype, aten.to.dtype_layout)
+#: Layers of a cache that hold keys and values and nothing else. Classes derived of these hold more.
+_PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
+#: How long a text may be where no config says it.
+_FAR = 1 << 20
+#: Texts of so many tokens are tried whole.
+_SHORT = 8
 #: In the meta of the operator that gives the number of past tokens.
 _LENGTH = "lorafx_past_length"
 #: In the meta of a past: the shape of what stands behind it.
 _SHAPE = "lorafx_past_shape"
 
 
-def stages_of(model: Any, example: Mapping[str, torch.Tensor], **options: Any) -> dict[str, Any]:
-    """What transformers' own generation calls ``model`` with, stage by stage, with its cache: whoever trained it may
-    have turned that off, and left it so in the checkpoint."""
-    generation = model.generation_config
-    before, generation.use_cache = generation.use_cache, True
+def stages_of(model: Any, example: Mapping[str, Tensor], **options: Any) -> dict[str, Any]:
+    """What transformers' own generation calls ``model`` with, stage by stage.
+
+    With its cache, and one token after the other: a checkpoint's settings may turn the first off, as training with
+    checkpointed activations does, and search by beams, each a row of its own, or ask what language is spoken.
+
+    Raises:
+        CaptureError: it generates nothing by itself
+    """
+    settings = model.generation_config
+    tokens = {name: getattr(settings, name, None) for name in _TOKENS}
+    model.generation_config = GenerationConfig(use_cache=True, **tokens)
     try:
         return decompose_for_generation(model, dict(example), **options)
+    except RuntimeError as error:  # in whose cause is what the model's own code said
+        said = first_line(error.__cause__ or error).rstrip(".")
+        raise CaptureError(f"{type(model).__name__}: its generation in transformers fails: {said}; {ELSE}") from error
     finally:
-        generation.use_cache = before
+        model.generation_config = settings
+
+
+def odd_layers(layers: Iterable[Any]) -> list[str]:
+    """The kinds of layers of a cache that hold more than keys and values, or other things."""
+    return sorted({type(layer).__name__ for layer in layers if type(layer) not in _PLAIN})
+
+
+def check_reach(
+    exported: ExportedProgram,
+    inputs: Mapping[str, Any],
+    sized: Callable[[str, Tensor, int, int], Iterable[int]],
+    model: Any,
+) -> None:
+    """CaptureError unless a trace holds for texts as long as the model takes them.
+
+    A tracer that finds free sizes itself narrows them without a word where the model's code branches on one, and the
+    graph has the branch of short texts only. It excludes small sizes as well, as one block of several: these are held
+    to what the graph computes.
+
+    Args:
+        exported: the trace of a graph with a cache
+        inputs: what it was made on
+        sized: gives the shape of an input, by its name and what it was, for so many new tokens after so many
+        model: says how long texts are
+    """
+    name, far = type(model).__name__, (length_limit(model.config) or _FAR) - 3
+    if far < _SHORT:
+        return
+    domain = domain_of(exported, inputs, tuple(inputs), None)
+    for past in (far // 4, far - far // 4):
+        new = far - past
+        leaves = {
+            path: torch.empty(tuple(sized(path, value, new, past)), dtype=value.dtype, device="meta")
+            for path, value in leaves_of(inputs).items()
+        }
+        try:
+            domain.check(leaves, f"{name}: after {past} tokens")
+        except UsageError as error:
+            raise CaptureError(f"{str(error).split(';')[0]}; {ELSE}") from None
 
 
 def empty_pasts(program: Program, pasts: Iterable[fx.Node], batch: fx.Node, length: fx.Node) -> None:
@@ -82,9 +146,13 @@ def _behind(cat: fx.Node, past: fx.Node) -> bool:
 
 
 def cached(node: fx.Node) -> int:
-    """Which tensor of the cache an output is; -1 for none."""
-    while CACHED not in node.meta and node.target in (aten.clone.default, aten.alias.default):
-        node = node.all_input_nodes[0]
+    """Which tensor of the cache an output is, as it is or cast to the dtype that it has; -1 for none."""
+    while CACHED not in node.meta and node.target in _SAME:
+        source = node.all_input_nodes[0]
+        kinds = {one.meta["val"].dtype for one in (node, source)}
+        if len(kinds) > 1:
+            break
+        node = source
     return node.meta.get(CACHED, -1)
 
 

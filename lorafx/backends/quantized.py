@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from ..errors import UsageError
-from ..proof.decoder import DATA, MODEL
+from ..proof.decoder import MODEL
+from ..proof.encoder_decoder import DECODER, ENCODER
 from ..proof.open import open_runner
 from ..proof.scores import scores_of
 from ..public import Program
@@ -85,7 +86,7 @@ def check_quantized(
 def quantized(
     program: Program, folder: Path, bits: Bits, data: Any = None, options: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Put a graph of fewer bits in the place of the one in ``folder``; what the report says of both.
+    """Put graphs of fewer bits in the place of those in ``folder``; what the report says of both.
 
     Args:
         program: what the graph was made of
@@ -97,18 +98,18 @@ def quantized(
         UsageError: no product with a weight, or data that cannot be scored
         ArtifactError: a table that cannot be read
     """
-    generates = (folder / MODEL).is_file()
-    file = folder / MODEL if generates else folder / "model.onnx"
+    files = [folder / name for name in (MODEL, ENCODER, DECODER) if (folder / name).is_file()]
+    generates, files = bool(files), files or [folder / "model.onnx"]
     scores = scores_of(program, _opened(folder), data, options or {})
-    size = _size(file)
-    products, left = quantize(file, bits, generates)
+    size = sum(map(_size, files))
+    counts = [quantize(file, bits, generates) for file in files]
     return {
         "bits": bits,
         "tool": _form(bits, generates).tool,
-        "products": products,
-        "products_left": left,
+        "products": sum(products for products, _ in counts),
+        "products_left": sum(left for _, left in counts),
         "bytes_before": size,
-        "bytes_after": _size(file),
+        "bytes_after": sum(map(_size, files)),
         **scores.with_other(_opened(folder)),
     }
 
@@ -206,7 +207,8 @@ def _has_weight(node: ir.Node) -> bool:
 
 def _data(file: Path) -> Path:
     """Where the weights of an exported file are: what clients look for, or what transformers writes."""
-    return file.with_name(Path(DATA).name if file.parts[-2:] == Path(MODEL).parts else f"{file.name}.data")
+    mark = "_" if file.parent.name == Path(MODEL).parent.name else "."
+    return file.with_name(f"{file.name}{mark}data")
 
 
 def _size(file: Path) -> int:

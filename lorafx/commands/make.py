@@ -272,7 +272,8 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ke
         write(program, out, kind, **how)
     # As it was written: of what was folded on the way.
     report = read_report(out).plus(output=str(out))
-    named = "generate" if generate else "slots" if kept == "slots" else kind
+    asked = "sound" if "input_features" in program.example else "generate"
+    named = asked if generate else "slots" if kept == "slots" else kind
     tell(report, o, opened_by(out, named, run), out)
 
 

@@ -261,6 +261,7 @@ def opened_by(out: Path, kind: str, run: Path = Path("RUN")) -> str:
     return {
         "onnx": f"lorafx bench {run} {out}",
         "generate": f"lorafx generate {out} --prompt TEXT",
+        "sound": f"AutoModelForSpeechSeq2Seq.from_pretrained({str(out)!r}), in transformers.js",
         "slots": f"lorafx export {run} --format onnx-adapter --slots {out} -o ADAPTER",
         "onnx-adapter": f"ONNX Runtime's LoraAdapter takes it, over the base with the slots; it is in {out}",
         "layered": f"lorafx export {out} -o ONNX; transformers does not read its widths yet, lorafx does",

@@ -14,6 +14,8 @@ from contextlib import ExitStack, contextmanager
 
 _log = logging.getLogger(__name__)
 
+_OF_SETTINGS = "Passing `generation_config` together with generation-related arguments"
+
 #: Loggers, and how what they say begins or goes on.
 NOTICES = {
     "torch.onnx._internal.exporter._registration": (
@@ -24,6 +26,8 @@ NOTICES = {
     ),
     # Said whenever a version is not the very one that transformers was tried with.
     "transformers.exporters.utils": (" is experimental and patches many backend internals; ",),
+    # Of the two tokens that are generated to see what a model is called with.
+    "transformers.generation.utils": ("Both `max_new_tokens`", "Both `min_new_tokens`", _OF_SETTINGS),
 }
 #: torch copies the specs of its own trees, by a check that it calls deprecated.
 _OF_TREES = r"`isinstance\(treespec, LeafSpec\)` is deprecated"

@@ -49,7 +49,11 @@ def _made_up(model: nn.Module, config: Any, checkpoint: Path | None, batch: int,
         return {"pixel_values": _pixels(config, checkpoint, batch)}
     if main == "input_features":
         bins, frames = config.num_mel_bins, 2 * config.max_source_positions
-        return {"input_features": torch.randn(batch, bins, frames, generator=_generator())}
+        example = {"input_features": torch.randn(batch, bins, frames, generator=_generator())}
+        if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
+            ids = torch.randint(config.get_text_config().vocab_size, (batch, length), generator=_generator())
+            example["decoder_input_ids"] = ids
+        return example
     if not type(model).__name__.endswith("ForMultipleChoice"):
         return _text(model, config, parameters, checkpoint, batch, length)
     choices = _text(model, config, parameters, checkpoint, 2 * batch, length)  # two for each row

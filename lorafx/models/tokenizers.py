@@ -9,6 +9,8 @@ from .checkpoint import open_tokenizer
 
 #: What transformers calls the tokens' types: which of two texts each is of.
 TOKEN_TYPES = "token_type_ids"
+#: What configs call the longest text: most, those of models that read sound and write text, and MPT's.
+_LIMITS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 
 
 def is_mask(name: str) -> bool:
@@ -19,7 +21,7 @@ def is_mask(name: str) -> bool:
 def length_limit(*configs: Any) -> int | None:
     """The longest text that models with these configs take, if they have a limit."""
     texts = [config.get_text_config() for config in configs if config is not None]
-    limits = [getattr(text, "max_position_embeddings", None) for text in texts]
+    limits = [getattr(text, name, None) for text in texts for name in _LIMITS]
     return min((int(limit) for limit in limits if limit and limit > 0), default=None)
 
 

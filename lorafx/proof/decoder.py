@@ -22,7 +22,6 @@ from ..parity.runner import PROVIDERS, Place, Runner
 
 GENAI = "genai_config.json"
 MODEL = "onnx/model.onnx"
-DATA = "onnx/model.onnx_data"
 
 #: Keys and values by the names of the graph's inputs, ``[batch, heads, tokens, size]``.
 Past = Mapping[str, Any]

@@ -21,7 +21,9 @@ from ..errors import UsageError, first_line
 from ..graph.precision import coarsest, tolerance
 from ..models.tokenizers import length_limit
 from ..parity.comparison import Case, Comparison, difference
+from ..parity.inputs import InputSpec
 from ..parity.runner import Runner
+from .encoder_decoder import SOUND
 
 #: How many tokens are generated for each prompt.
 NEW = 64
@@ -45,13 +47,15 @@ class _Text:
     """A prompt and what the decoder said.
 
     Attributes:
-        asked: ids of the prompt, ``[tokens]``
+        name: of the prompt, as people read it
+        asked: ids of the prompt, ``[tokens]``; of sound, ``[bins, frames]``
         speaker: what went on with it, or answers it
         ids: of what was said, ``[tokens]``, and what it began with: the prompt itself, or what every answer begins with
         begun: how many tokens it began with
         logits: the program's, one row a token but the last
     """
 
+    name: str
     asked: Tensor
     speaker: Any
     ids: Tensor
@@ -83,7 +87,7 @@ def hold_generation(
     cases: list[Case] = []
     notes = [f"{runner.label}: {runner.note}" for runner in (reference, written) if runner.note]
     try:
-        found = [_greedy(reference, written.decoder, prompt, limit, cases) for prompt in prompts]
+        found = [_greedy(reference, written.decoder, prompt, limit, cases, n) for n, prompt in enumerate(prompts, 1)]
         _one_by_one(max(found, key=lambda text: len(text.asked)), cases)
         _after_a_past(max(found, key=lambda text: len(text.ids)), cases)
         _batch(written.decoder, found, cases)
@@ -100,6 +104,11 @@ class _RefusedError(Exception):
 def _prompts(
     written: Runner, tokenizer: Any, texts: Iterable[str] | None, limit: int | None, seed: int
 ) -> list[Tensor]:
+    sound = next((spec for spec in written.inputs if spec.name == SOUND), None)
+    if sound is not None and texts is not None:
+        raise UsageError(f"{written.label} answers to sound, not to texts; leave texts out")
+    if sound is not None:
+        return _sounds(sound, seed)
     if texts is not None and tokenizer is None:
         raise UsageError(f"no tokenizer in {written.label}; pass one, or leave texts out")
     if tokenizer is not None:
@@ -114,6 +123,13 @@ def _prompts(
     if not kept or (limit is not None and limit < 2):
         raise UsageError(f"{written.label}: no prompt with a token and room for another; give other texts")
     return kept
+
+
+def _sounds(spec: InputSpec, seed: int) -> list[Tensor]:
+    """Made-up sound: noise, as many pieces as there are prompts elsewhere, ``[bins, frames]`` each."""
+    chance = torch.Generator().manual_seed(seed)
+    sizes = [size for size in spec.sizes[1:] if size is not None]
+    return [torch.randn(sizes, generator=chance).to(spec.dtype) for _ in _LENGTHS]
 
 
 def _whole(reference: Runner, inputs: dict[str, Tensor], count: int, label: str) -> Tensor:
@@ -145,17 +161,21 @@ def _steps(decoder: Any, ids: Tensor, mask: Tensor, parts: Sequence[int], label:
     return torch.cat(found, 1)
 
 
-def spoken(written: Runner, tokenizer: Any = None, seed: int = 0) -> list[Tensor]:
-    """The prompts of a comparison, each with what a decoder says next: ids, ``[tokens]``."""
+def spoken(written: Runner, tokenizer: Any = None, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """The prompts of a comparison, each with what a decoder says: ids, ``[tokens]``, the prompt's among them where it
+    goes on with it."""
     limit = length_limit(written.config)
     prompts = _prompts(written, tokenizer, None, limit, seed)
-    return [_generated(written.decoder, prompt, *_room(len(prompt), len(prompt), limit))[0][0] for prompt in prompts]
+    found = []
+    for prompt in prompts:
+        speaker, start = _begun(written.decoder, prompt[None], torch.ones_like(prompt[None]), "a prompt")[:2]
+        found.append((prompt, _generated(speaker, start[0], _room(start.shape[1], limit), "a prompt")[0][0]))
+    return found
 
 
-def _room(asked: int, begun: int, limit: int | None) -> tuple[int, str]:
-    """How many tokens there are to be, and what to call that."""
-    new = NEW if limit is None else min(NEW, limit - begun)
-    return new, f"{asked} tokens and {new} generated"
+def _room(begun: int, limit: int | None) -> int:
+    """How many tokens there are to be after so many."""
+    return NEW if limit is None else min(NEW, limit - begun)
 
 
 def _generated(decoder: Any, prompt: Tensor, new: int, label: str) -> tuple[Tensor, Tensor]:
@@ -169,15 +189,19 @@ def _generated(decoder: Any, prompt: Tensor, new: int, label: str) -> tuple[Tens
     return ids, torch.cat(found, 1)
 
 
-def _greedy(reference: Runner, decoder: Any, prompt: Tensor, limit: int | None, cases: list[Case]) -> _Text:
+def _greedy(
+    reference: Runner, decoder: Any, prompt: Tensor, limit: int | None, cases: list[Case], number: int
+) -> _Text:
     """What the decoder generates after a prompt, and the reference's logits for all of it."""
-    speaker, start = _begun(decoder, prompt[None], torch.ones_like(prompt[None]), f"{len(prompt)} tokens")[:2]
-    new, label = _room(len(prompt), start.shape[1], limit)
+    name = f"{len(prompt)} tokens" if prompt.dim() == 1 else f"sound {number}"
+    speaker, start = _begun(decoder, prompt[None], torch.ones_like(prompt[None]), name)[:2]
+    new = _room(start.shape[1], limit)
+    label = f"{name} and {new} generated"
     ids, found = _generated(speaker, start[0], new, label)
     said = ids[0, :-1]
     expected = _whole(reference, decoder.asked(prompt, said), len(said), label)
     cases.append(difference(label, _LOGITS, expected[None], found))
-    return _Text(prompt, speaker, ids[0], start.shape[1], expected)
+    return _Text(name, prompt, speaker, ids[0], start.shape[1], expected)
 
 
 def _begun(decoder: Any, ids: Tensor, mask: Tensor, label: str) -> tuple[Any, Tensor, Tensor]:
@@ -212,20 +236,22 @@ def _batch(decoder: Any, texts: Sequence[_Text], cases: list[Case]) -> None:
     rows, masks = [], []
     for text in texts:
         # Any token will do as padding: the mask hides it.
-        padding = text.asked[:1].expand(longest - len(text.asked))
+        padding = text.asked[:1].expand(longest - len(text.asked), *text.asked.shape[1:])
         parts = [(text.asked, torch.ones_like(text.asked)), (padding, torch.zeros_like(padding))]
         parts = parts[::-1] if decoder.side == "left" else parts
         row, mask = (torch.cat(both) for both in zip(*parts, strict=True))
         rows.append(row)
         masks.append(mask)
-    label = f"a batch of {len(texts)}, padded {decoder.side}"
+    label = f"a batch of {len(texts)}"
+    if any(len(text.asked) < longest for text in texts):
+        label += f", padded {decoder.side}"
     speaker, start, mask = _begun(decoder, torch.stack(rows), torch.stack(masks), label)
     added = torch.stack([text.ids[text.begun : text.begun + few] for text in texts])
     ids, mask = torch.cat((start, added), 1), torch.cat((mask, torch.ones_like(added)), 1)
     found = _steps(speaker, ids, mask, [start.shape[1], *[1] * few], label)
     for text, logits in zip(texts, found, strict=True):
         count = text.begun + few
-        one = f"{label}: {len(text.asked)} tokens and {few}"
+        one = f"{label}: {text.name} and {few}"
         cases.append(difference(one, _LOGITS, text.logits[None, :count], logits[None, -count:]))
 
 

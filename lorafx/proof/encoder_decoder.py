@@ -1,4 +1,4 @@
-"""An encoder-decoder folder in ONNX Runtime: a text is read once, then tokens go in with what was cached before.
+"""An encoder-decoder folder in ONNX Runtime: a text or sound is read once, then tokens go in with what was cached.
 
 The layout is what transformers.js reads; :mod:`lorafx.backends.encoder_decoder` writes it.
 """
@@ -22,6 +22,7 @@ from .exported import read_json
 
 ENCODER = "onnx/encoder_model.onnx"
 DECODER = "onnx/decoder_model_merged.onnx"
+TEXT, SOUND = "input_ids", "input_features"
 
 
 def is_encoder_decoder(folder: Path) -> bool:
@@ -63,6 +64,7 @@ class CachedEncoderDecoder:
         pasts: as in :class:`Reply`
         dtype: of logits and cache
         start: the tokens that every answer begins with
+        reads: what the encoder takes, texts (``input_ids``) or sound (``input_features``)
     """
 
     encoder: Any
@@ -70,26 +72,32 @@ class CachedEncoderDecoder:
     pasts: Mapping[str, str]
     dtype: torch.dtype
     start: tuple[int, ...]
+    reads: str = TEXT
 
     #: Where padding stands in a batch of texts to answer.
     side = "right"
 
     def begin(self, ids: Tensor, mask: Tensor) -> tuple[Reply, Tensor, Tensor]:
-        """What answers texts, ``[batch, tokens]``, and the tokens with their mask that answers begin with."""
-        text = _taken(self.encoder, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+        """What answers texts, ``[batch, tokens]``, and the tokens with their mask that answers begin with.
+
+        Sound, ``[batch, bins, frames]``, has a mask that nobody reads.
+        """
+        text = _taken(self.encoder, {self.reads: ids.numpy(), "attention_mask": mask.numpy()})
         states = self.encoder.run(["last_hidden_state"], text)[0]
         read = _taken(self.decoder, {"encoder_hidden_states": states, "encoder_attention_mask": mask.numpy()})
         start = torch.tensor(self.start).expand(len(ids), -1)
         return Reply(self.decoder, self.pasts, read), start, torch.ones_like(start)
 
-    @staticmethod
-    def asked(text: Tensor, said: Tensor) -> dict[str, Tensor]:
+    def asked(self, text: Tensor, said: Tensor) -> dict[str, Tensor]:
         """What a model without a cache is given for one text, ``[tokens]``, and what was ``said`` in answer."""
-        return whole(text[None], said[None])
+        if self.reads == TEXT:
+            return whole(text[None], said[None])
+        return {self.reads: text[None], "decoder_input_ids": said[None]}
 
     def call(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Logits of whole answers."""
-        reply, _, _ = self.begin(values["input_ids"], values["attention_mask"])
+        read = values[self.reads]
+        reply, _, _ = self.begin(read, values.get("attention_mask", torch.ones_like(read)))
         ids = values["decoder_input_ids"]
         return {"logits": reply.step(ids, torch.ones_like(ids), reply.empty(len(ids)))[0]}
 
@@ -131,10 +139,16 @@ def open_encoder_decoder(folder: Path, place: Place, label: str, trusted: bool =
     encoder, decoder = (open_session(folder / name, place) for name in (ENCODER, DECODER))
     pasts = cache_of(decoder, folder / DECODER, {"input_ids", "encoder_hidden_states"})
     dtype = dtype_of(decoder, next(iter(pasts)), folder, place)
-    both = CachedEncoderDecoder(encoder, decoder, pasts, dtype, starts(config, folder))
+    known = {entry.name: entry.shape for entry in encoder.get_inputs()}
+    reads = SOUND if SOUND in known else TEXT
+    both = CachedEncoderDecoder(encoder, decoder, pasts, dtype, starts(config, folder), reads)
     size = config.get_text_config().vocab_size
-    ids = (InputSpec(name, torch.int64, (None, None), 0, size) for name in ("input_ids", "decoder_input_ids"))
-    specs = (*ids, InputSpec("attention_mask", torch.int64, (None, None)))
+    specs = (InputSpec("decoder_input_ids", torch.int64, (None, None), 0, size),)
+    if reads == TEXT:
+        text = InputSpec(TEXT, torch.int64, (None, None), 0, size)
+        specs = (text, *specs, InputSpec("attention_mask", torch.int64, (None, None)))
+    else:
+        specs = (InputSpec(SOUND, dtype, (None, *known[SOUND][1:])), *specs)
     used, note = provider_of(decoder, place)
     kind = "encoder-decoder"
     return Runner(label, kind, used, place.threads, dtype, specs, both.call, config, folder, note=note, decoder=both)

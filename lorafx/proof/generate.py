@@ -17,7 +17,7 @@ from ..formats.companions import GENERATION
 from ..models.hub import local_folder
 from ..models.tokenizers import find_tokenizer, length_limit
 from ..parity.runner import Runner
-from .encoder_decoder import starts, whole
+from .encoder_decoder import TEXT, starts, whole
 from .open import open_runner
 
 
@@ -80,6 +80,9 @@ def generate(
     """
     folder = local_folder(folder)
     runner = open_runner(folder, **opening)
+    taken = [spec.name for spec in runner.inputs]
+    if taken and TEXT not in taken:
+        raise UsageError(f"{folder}: it is asked with {taken[0]}, not with a text; run it in a client of its own")
     trusted = bool(opening.get("trust_remote_code"))
     tokenizer = find_tokenizer(folder, runner.folder, trust_remote_code=trusted)
     if tokenizer is None:

@@ -27,9 +27,11 @@ from ..parity.runner import Runner
 from ..public import Program
 from ..recipes.options import TrainOptions
 from ..recipes.recipe import parse_options
-from ..training.data import prepare, tokenizer_of
+from ..training.data import has_inputs, prepare, tokenizer_of
+from ..training.images import is_of_images
 from ..training.metrics import ACCURACY, NEXT_PERPLEXITY, Metric, metric_of
 from ..training.module import LABELS
+from ..training.tasks import task_of
 from .decoding import spoken
 
 
@@ -69,6 +71,12 @@ def scores_of(program: Program, runner: Runner, data: Any, options: Mapping[str,
     if runner.decoder is not None:
         return _on_own_texts(program, runner)
     return _on_examples(program, runner)
+
+
+def refuse_unscored(program: Program, data: Any) -> None:
+    """UsageError for a table that ``program`` cannot be scored on, whatever is in it; before any work."""
+    if data is not None and not has_inputs(data, program) and not is_of_images(program):
+        task_of(program)
 
 
 def _finite(value: float) -> float | None:
@@ -127,14 +135,15 @@ def _joined(batches: Sequence[Tensor]) -> np.ndarray:
 
 def _on_own_texts(program: Program, runner: Runner) -> Scores:
     tokenizer = tokenizer_of(program)
-    texts = [ids for ids in spoken(runner, tokenizer) if len(ids) > 1]
-    kind = "prompts" if tokenizer is not None else "made-up prompts"
+    texts = [(asked, said) for asked, said in spoken(runner, tokenizer) if len(said) > 1]
+    sound = any(asked.dim() > 1 for asked, _ in texts)
+    kind = "made-up sounds" if sound else "prompts" if tokenizer is not None else "made-up prompts"
 
     def ask(one: Runner) -> float:
         rows = []
-        for ids in texts:
-            logits = one({"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])})["logits"]
-            rows.append(NEXT_PERPLEXITY.reduce(logits, ids[None]).numpy())
+        for asked, said in texts:
+            logits = one(one.decoder.asked(asked, said))["logits"]
+            rows.append(NEXT_PERPLEXITY.reduce(logits, said[None]).numpy())
         return NEXT_PERPLEXITY.score(np.concatenate(rows), np.zeros(len(rows)))
 
     on = f"{len(texts)} {kind} and what the graph wrote after them before (no data was given)"

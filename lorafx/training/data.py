@@ -52,7 +52,7 @@ def prepare(
     """
     if is_frame(data):
         data = table_of(data)
-    if _has_inputs(data, program):
+    if has_inputs(data, program):
         padded = None if tokenizer is None else dataset_collator(program, pad_like(tokenizer, program.config))
         return Prepared(data, collator or padded)
     if is_of_images(program):
@@ -91,7 +91,7 @@ def _say_cut(cuts: Cuts, table: Table, options: TrainOptions) -> None:
     _log.warning("%s: %s %s, the longest has %d%s", table.name, rows, more, cuts.longest, hint)
 
 
-def _has_inputs(data: Any, program: Program) -> bool:
+def has_inputs(data: Any, program: Program) -> bool:
     """Whether ``data`` is a dataset of model inputs, not of texts."""
     if isinstance(data, (str, PathLike, Mapping, Table)) or not (
         hasattr(data, "__getitem__") or hasattr(data, "__iter__")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lorafx.backends import decoder as back_end
 from lorafx.backends.cached import decode_inputs
 from lorafx.cli import main
 from lorafx.errors import CaptureError, LorafxError, ParityError, UsageError
+from lorafx.passes.magnitude import Magnitude
 from lorafx.proof.decoder import MODEL
 from lorafx.proof.open import open_runner
 from lorafx.public import Program
@@ -226,7 +228,53 @@ def test_attention_that_left_the_graph_has_a_cache_still(tmp_path: Path) -> None
     assert heads == [1, 2]
 
 
+def ending(name: str) -> Any:
+    """A model whose code cuts a table to how far a text has come, so that a tracer knows where texts end."""
+    torch.manual_seed(0)
+    ends: dict[str, Any] = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0, "vocab_size": 45}
+    if name == "xglm":
+        sizes: dict[str, Any] = {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4}
+        return hf.XGLMForCausalLM(hf.XGLMConfig(**ends, **sizes, max_position_embeddings=POSITIONS)).eval()
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+    config = hf.GPTNeoConfig(**ends, **sizes, window_size=8, max_position_embeddings=POSITIONS)
+    return hf.GPTNeoForCausalLM(config).eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["whole", "pruned"])
+@pytest.mark.parametrize("name", ["gpt-neo", "xglm"])
+@pytest.mark.filterwarnings("default")  # the converter's own
+def test_a_table_of_positions_that_ends_is_no_obstacle(name: str, kind: str, tmp_path: Path) -> None:
+    program = lorafx.capture(ending(name))
+    if kind == "pruned":
+        passes = [Magnitude(targets="all-linear", blocks=block, keep=keep) for block, keep in ((0, 0.5), (1, 0.75))]
+        program = lorafx.rewrite(program, passes)
+    result = lorafx.export(program, tmp_path / "onnx", generate=True)
+    assert result is not None
+    assert result.ok
+    # After prompts of 1, 3, 8 and 16 tokens, to where the positions end.
+    assert result.notes[0].startswith(f"{31 + 29 + 24 + 16} greedy tokens after 4 prompts, 0 of them not")
+
+
 # ---- refusals
+
+
+def test_a_decoder_of_short_texts_only_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tracer that finds free sizes itself takes a branch on them, and says so in a range that nobody asked for."""
+    plain = hf.LlamaForCausalLM.forward
+
+    @wraps(plain)
+    def forward(self: Any, *args: Any, **inputs: Any) -> Any:
+        result: Any = plain(self, *args, **inputs)
+        result.logits = result.logits * (1.0 if inputs["attention_mask"].shape[1] < 20 else 2.0)
+        return result
+
+    program = captured(llama)
+    monkeypatch.setattr(hf.LlamaForCausalLM, "forward", forward)
+    said = r"LlamaForCausalLM: after \d+ tokens: .*the graph holds .*; export it without generate"
+    with pytest.raises(CaptureError, match=said) as raised:
+        back_end.decoder(program, "cpu", None)
+    assert "\n" not in str(raised.value)
 
 
 def refused(error: type[LorafxError], words: str, program: Program, path: Path, **options: Any) -> None:
@@ -244,15 +292,17 @@ def test_what_cannot_be_a_decoder_is_refused_in_one_line(tmp_path: Path) -> None
     refused(UsageError, "BertForSequenceClassification generates no text", captured(bert), path)
 
 
-def test_a_model_that_was_trained_without_its_cache_has_one() -> None:
-    """Training with checkpointed activations turns it off in both configs, and there it stays."""
+def test_a_model_has_its_cache_whatever_its_settings_of_generation_say() -> None:
+    """Training with checkpointed activations turns it off in both configs, and there it stays; beams are rows."""
     model: Any = llama(use_cache=False).eval()
+    model.generation_config.update(num_beams=3)
     assert model.generation_config.use_cache is False
     ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
     inputs, _ = decode_inputs(model, {"input_ids": ids, "attention_mask": ids.ne(0).long()})
-    caches = [value for value in inputs.values() if isinstance(value, hf.DynamicCache)]
+    caches: list[Any] = [value for value in inputs.values() if isinstance(value, hf.DynamicCache)]
     assert [len(cache.layers) for cache in caches] == [model.config.num_hidden_layers]
-    assert model.generation_config.use_cache is False
+    assert {len(layer.keys) for cache in caches for layer in cache.layers} == {2}
+    assert (model.generation_config.use_cache, model.generation_config.num_beams) == (False, 3)
 
 
 def test_a_state_that_is_no_cache_of_keys_and_values_is_refused() -> None:
@@ -260,6 +310,17 @@ def test_a_state_that_is_no_cache_of_keys_and_values_is_refused() -> None:
     model: nn.Module = hf.MambaForCausalLM(hf.MambaConfig(**sizes, pad_token_id=0, eos_token_id=3)).eval()
     ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
     with pytest.raises(CaptureError, match=r"MambaForCausalLM: between tokens .*no plain cache of keys and values"):
+        decode_inputs(model, {"input_ids": ids, "attention_mask": ids.ne(0).long()})
+
+
+def test_generation_that_fails_by_itself_is_refused_with_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("no such cache.\nIt has none.")
+
+    model = llama().eval()
+    monkeypatch.setattr(type(model), "generate", broken)
+    ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
+    with pytest.raises(CaptureError, match="its generation in transformers fails: no such cache; export it"):
         decode_inputs(model, {"input_ids": ids, "attention_mask": ids.ne(0).long()})
 
 

@@ -311,32 +311,37 @@ def refused(words_: str, program: lorafx.Program, path: Path, **options: Any) ->
     assert not path.exists()
 
 
-def test_a_model_that_was_trained_without_its_cache_has_one() -> None:
+def test_a_cache_is_one_whatever_the_settings_of_generation_say() -> None:
+    """Training leaves ``use_cache = false``; translators and summarisers search by beams, of which each is a row."""
     model: Any = zoo.build("t5")
-    model.config.use_cache = model.generation_config.use_cache = False
+    settings: dict[str, Any] = {"use_cache": False, "num_beams": 4, "cache_implementation": "static"}
+    model.config.use_cache = False
+    model.generation_config.update(**settings)
     _, cache = _cache(model, zoo.captured("t5").example)
-    assert len(cache.cross_attention_cache.layers) == model.config.num_decoder_layers
-    assert model.generation_config.use_cache is False
+    assert [len(layer.keys) for layer in cache.cross_attention_cache.layers] == [2] * model.config.num_decoder_layers
+    assert {name: getattr(model.generation_config, name) for name in settings} == settings
 
 
 def test_what_no_two_graphs_are_written_of_is_refused_in_one_line(tmp_path: Path) -> None:
     program, path = zoo.captured("t5"), tmp_path / "out"
     refused("two graphs, which have no slots yet; leave slots or generate out", program, path, adapters="slots")
-    refused("two graphs, which are not quantised yet; leave quantize or", program, path, quantize="int8")
     example = {**program.example, "decoder_attention_mask": torch.ones_like(program.example["decoder_input_ids"])}
     masked = lorafx.capture(zoo.build("t5"), inputs=example)
     refused("generates from input_ids, .*decoder_attention_mask: only from .* yet; leave generate", masked, path)
 
 
 def looking(at: str) -> Callable[..., Any]:
-    """A T5 whose logits look at the encoder's states, or at the text, beside what attention gives."""
+    """A T5 whose logits look at the encoder's states, or at the text, or at how long it is, beside what attention
+    gives."""
     plain = hf.T5ForConditionalGeneration.forward
 
     @wraps(plain)
     def forward(self: Any, **inputs: Any) -> Any:
         result: Any = plain(self, **inputs)
         text = inputs.get("input_ids")
-        if at == "states":
+        if at == "length":
+            result.logits = result.logits * (1.0 if result.encoder_last_hidden_state.shape[1] < 50 else 2.0)
+        elif at == "states":
             result.logits = result.logits + result.encoder_last_hidden_state.mean()
         elif text is not None:  # generation gives what the encoder gave
             result.logits = result.logits + text.sum()
@@ -350,6 +355,7 @@ def looking(at: str) -> Callable[..., Any]:
     [
         ("states", "more of its decoder than keys and values reads the encoder"),
         ("text", "a half of it reads input_ids"),
+        ("length", "dimension 1 of input 'input_ids' is .* and the graph holds for 2 to 49"),
     ],
 )
 def test_a_decoder_that_looks_at_more_is_refused(at: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,12 @@ from lorafx.backends.quantized import KINDS, check_quantized, quantize
 from lorafx.cli import main
 from lorafx.errors import LorafxError, UsageError
 from lorafx.passes.magnitude import Magnitude
+from lorafx.proof.encoder_decoder import DECODER, ENCODER
 from lorafx.public import Program
 from lorafx.testing.laws import stages
 from tests import zoo
 from tests.backends.as_it_is import accepted
+from tests.backends.test_encoder_decoder import bart
 from tests.small import WORDS, bert, captured, gpt2, llama, words
 
 ROWS = [" ".join(WORDS[start : start + 3 + start % 4]) for start in range(12)]
@@ -149,6 +151,37 @@ def test_a_decoder_that_was_pruned_unevenly_has_its_own_weights_in_eight_bits(tm
         assert (np.abs(value - own) <= 0.5001 * steps).all()  # to the nearest; the rest is fp32
     assert found["after"] == pytest.approx(found["before"], rel=0.05)  # eight bits of every weight
     assert found["after"] != found["before"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", KINDS)
+def test_an_encoder_decoder_scores_its_answers_before_and_after(bits: str, tmp_path: Path) -> None:
+    """Both graphs are of fewer bits; the answers of the table are what is scored."""
+    model = bart()
+    base, file = checkpoint(tmp_path / "base", model), tmp_path / "data.csv"
+    rows = "\n".join(f"{text},{answer}" for text, answer in zip(ROWS, reversed(ROWS), strict=True))
+    file.write_text(f"text,label\n{rows}\n", encoding="utf-8")
+    folder = tmp_path / "onnx"
+    sections = exported(base, "-o", folder, "--generate", "--quantize", bits, "--data", file)
+    found = sections["quantized"]
+    never_equal(sections, folder)
+    graphs = [ir.load(folder / name).graph for name in (ENCODER, DECODER)]
+    counts = [sum(node.op_type == "MatMulNBits" for node in graph) for graph in graphs]
+    assert min(counts) > 0
+    assert (found["products"], found["products_left"], found["metric"]) == (sum(counts), 0, "perplexity")
+    assert found["bytes_after"] == sum(part.stat().st_size for part in (folder / "onnx").iterdir())
+    lost, count = 0.0, 0
+    for text, answer in zip(ROWS, reversed(ROWS), strict=True):
+        ids, labels = (words()(part, return_tensors="pt")["input_ids"] for part in (text, answer))
+        with torch.no_grad():
+            lost += float(model(ids, labels=labels).loss) * labels.shape[1]
+        count += labels.shape[1]
+    assert found["before"] == pytest.approx(math.exp(lost / count), rel=1e-5)  # fp32 by other kernels
+    assert found["after"] == pytest.approx(found["before"], rel=0.2)  # weights near 0 are rounded, none is another
+    assert found["after"] != found["before"]
+    text = CliRunner().invoke(main, ["generate", str(folder), "--prompt", "w3 w7", "--json"])
+    assert json.loads(text.stdout)["new_tokens"] > 0
+    assert CliRunner().invoke(main, ["verify", str(base), str(folder)]).exit_code == 4
 
 
 @pytest.mark.slow
