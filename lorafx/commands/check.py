@@ -9,13 +9,13 @@ from pathlib import Path
 
 import click
 
-from .shared import adapters_of, as_json_option, emit, quiet
+from .shared import PATH, adapters_of, as_json_option, emit, quiet
 
 
 @click.command("check-merge")
-@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("base", type=PATH)
 @click.argument("adapters", nargs=-1, required=True)
-@click.argument("merged", type=click.Path(path_type=Path))
+@click.argument("merged", type=PATH)
 @click.option("--task", help="Open both checkpoints for a task, e.g. text-classification.")
 @as_json_option
 def check_merge(base: Path, adapters: tuple[str, ...], merged: Path, task: str | None, as_json: bool) -> None:
@@ -36,13 +36,13 @@ def check_merge(base: Path, adapters: tuple[str, ...], merged: Path, task: str |
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--base", type=click.Path(path_type=Path), help="Where the base checkpoint is now.")
+@click.argument("folder", type=PATH)
+@click.option("--base", type=PATH, help="Where the base checkpoint is now.")
 @click.option(
     "--adapter",
     "adapters",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Where its adapter is now; repeat for several, in the order they were put on.",
 )
 @as_json_option

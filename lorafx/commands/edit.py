@@ -14,22 +14,20 @@ import click
 
 from ..editing.requests import EditOptions
 from .flags import option_flags, option_values
-from .shared import as_json_option, emit, out_option, overwrite_option, quiet, read_lines
+from .shared import PATH, as_json_option, emit, out_option, overwrite_option, quiet, read_lines
 
 if TYPE_CHECKING:
     from ..editing.edit import EditResult
 
-_CHECKPOINT = click.argument("checkpoint", type=click.Path(path_type=Path))
-_PATCH = click.argument("patch", type=click.Path(path_type=Path))
+_CHECKPOINT = click.argument("checkpoint", type=PATH)
+_PATCH = click.argument("patch", type=PATH)
 
 
 @click.command()
 @_CHECKPOINT
-@click.option("--edits", required=True, type=click.Path(path_type=Path), help="JSON Lines: prompt, target, …")
+@click.option("--edits", required=True, type=PATH, help="JSON Lines: prompt, target, …")
 @out_option
-@click.option(
-    "--prompts", type=click.Path(path_type=Path), help="Unrelated prompts, one a line, to measure side effects."
-)
+@click.option("--prompts", type=PATH, help="Unrelated prompts, one a line, to measure side effects.")
 @click.option(
     "--sequential/--separate",
     default=True,
@@ -119,9 +117,9 @@ def revert(checkpoint: Path, patch: Path, out: Path, overwrite: bool) -> None:
 
 
 @patch.command()
-@click.argument("base", type=click.Path(path_type=Path))
-@click.argument("edited", type=click.Path(path_type=Path))
-@click.option("--out", "-o", required=True, type=click.Path(path_type=Path), help="The patch file to make.")
+@click.argument("base", type=PATH)
+@click.argument("edited", type=PATH)
+@click.option("--out", "-o", required=True, type=PATH, help="The patch file to make.")
 @overwrite_option
 def make(base: Path, edited: Path, out: Path, overwrite: bool) -> None:
     """Write the patch that leads from BASE to EDITED, two checkpoints of the same tensors."""

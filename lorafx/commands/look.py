@@ -13,6 +13,7 @@ import click
 from ..errors import ArtifactError, UsageError
 from .flags import parse_shape
 from .shared import (
+    PATH,
     adapter_option,
     adapters_of,
     as_json_option,
@@ -36,9 +37,9 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
-@click.option("--texts", type=click.Path(path_type=Path), help="Compare on the lines of this file, not random tokens.")
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
+@click.option("--texts", type=PATH, help="Compare on the lines of this file, not random tokens.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random inputs.")
 @adapter_option
 @opening_options
@@ -62,7 +63,7 @@ def verify(a: Path, b: Path, texts: Path | None, seed: int, as_json: bool, **o: 
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=PATH)
 @click.option("--prompt", help="The text to continue.")
 @click.option("--chat", help="What a user says, put into the tokenizer's chat template.")
 @click.option("--max-new-tokens", "most", type=click.IntRange(1), default=64, show_default=True)
@@ -92,13 +93,13 @@ def _nothing(part: str) -> None:
 
 
 @click.command()
-@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("folders", nargs=-1, required=True, type=PATH)
 @click.option("--shape", "shapes", multiple=True, help="batch x length, e.g. 8x64 (repeat).")
 @click.option("--threads", type=int, help="Threads of each candidate.")
 @click.option("--repeats", type=int, default=20, show_default=True)
 @click.option(
     "--page",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Draw a page into this file: times, and accuracy against speed of folders that were scored on the same rows.",
 )
 @overwrite_option
@@ -124,7 +125,7 @@ def bench(folders: tuple[Path, ...], shapes: tuple[str, ...], page: Path | None,
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=PATH)
 @task_options
 @opening_options
 @click.option("--axes", is_flag=True, help="List which channels of which tensors can be removed together, and why not.")
@@ -168,8 +169,8 @@ def _of_files(manifest: Manifest, details: bool) -> str:
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--out", "-o", type=click.Path(path_type=Path), help="Draw the page again, into this file.")
+@click.argument("folder", type=PATH)
+@click.option("--out", "-o", type=PATH, help="Draw the page again, into this file.")
 @click.option("--open", "opens", is_flag=True, help="Open the page in a browser.")
 @overwrite_option
 @details_option
@@ -196,7 +197,7 @@ def report(folder: Path, out: Path | None, opens: bool, overwrite: bool, **o: An
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=PATH)
 @click.option("--shape", default="8x64", show_default=True, help="batch x length of the texts.")
 @click.option("--threads", type=int, help="CPU threads.")
 @opening_options

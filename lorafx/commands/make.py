@@ -14,6 +14,7 @@ from ..errors import UsageError
 from ..files.folder import check_writable
 from .flags import GroupedCommand, read_recipe, train_flags, train_options
 from .shared import (
+    PATH,
     adapter_option,
     adapters_of,
     after_all,
@@ -50,10 +51,10 @@ _FLAGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 
 @click.command(context_settings=_FLAGS)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=PATH)
 @recipe_options
 @adapter_option
-@click.option("--out", "-o", type=click.Path(path_type=Path), help="The run folder to make.")
+@click.option("--out", "-o", type=PATH, help="The run folder to make.")
 @task_options
 @click.option("--ignore-mismatched-sizes", is_flag=True, help="Start a head of another size at random.")
 @checkpoint_options
@@ -61,7 +62,7 @@ _FLAGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 @check_option
 @click.option("--verify-each", is_flag=True, help="Read the weights, so that what passes promise can be checked.")
 @click.option("--double", is_flag=True, help="With --verify-each: check the passes in fp64 too.")
-@click.option("--dump", type=click.Path(path_type=Path), help="Write the graph after every pass into this folder.")
+@click.option("--dump", type=PATH, help="Write the graph after every pass into this folder.")
 @click.option("--seed", type=int, default=None, help="Seed of the initial adapter values.")
 @overwrite_option
 @details_option
@@ -107,14 +108,14 @@ def rewrite(ctx: click.Context, checkpoint: Path, recipe: Path | None, passes: t
 
 
 @click.command(cls=GroupedCommand)
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--data", required=True, type=click.Path(path_type=Path), help=_TABLE)
-@click.option("--eval", "eval_data", type=click.Path(path_type=Path), help=_HELD_OUT)
-@click.option("--out", "-o", type=click.Path(path_type=Path), help="Write the trained run here (default: into RUN).")
+@click.argument("run", type=PATH)
+@click.option("--data", required=True, type=PATH, help=_TABLE)
+@click.option("--eval", "eval_data", type=PATH, help=_HELD_OUT)
+@click.option("--out", "-o", type=PATH, help="Write the trained run here (default: into RUN).")
 @click.option("--resume", is_flag=True, help="Continue from the last checkpoint of an interrupted training.")
 @click.option(
     "--teacher",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="A run or checkpoint that --distill and --distill-hidden learn from (default: RUN as it is).",
 )
 @train_flags
@@ -146,7 +147,7 @@ def train(run: Path, data: Path, eval_data: Path | None, out: Path | None, **o: 
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @out_option
 @adapter_option
 @check_options
@@ -191,7 +192,7 @@ def fold(run: Path, out: Path, double: bool, overwrite: bool, **o: Any) -> None:
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @out_option
 @click.option(
     "--format",
@@ -221,15 +222,11 @@ def fold(run: Path, out: Path, double: bool, overwrite: bool, **o: Any) -> None:
     show_default=True,
     help="With --adapters slots: which weights get one (repeat, or separate by commas).",
 )
-@click.option(
-    "--slots", type=click.Path(path_type=Path), help="With --format onnx-adapter: the base that has the slots."
-)
+@click.option("--slots", type=PATH, help="With --format onnx-adapter: the base that has the slots.")
 @adapter_option
 @click.option("--generate", is_flag=True, help="Export with a cache, for onnxruntime-genai and transformers.js.")
 @click.option("--quantize", type=click.Choice(["int8", "int4"]), help="Quantise by ONNX Runtime; scored, not proven.")
-@click.option(
-    "--data", type=click.Path(path_type=Path), help="A table to score a quantised graph on, before and after."
-)
+@click.option("--data", type=PATH, help="A table to score a quantised graph on, before and after.")
 @check_options
 @width_options
 @stream_option
@@ -294,12 +291,10 @@ def _asked(given: dict[str, Any]) -> dict[str, Any]:
 
 
 @click.command(cls=GroupedCommand)
-@click.argument("recipe", type=click.Path(path_type=Path))
-@click.option(
-    "--checkpoint", type=click.Path(path_type=Path), help="The base: a folder, or org/name (default: the recipe's)."
-)
-@click.option("--data", required=True, type=click.Path(path_type=Path), help=_TABLE)
-@click.option("--eval", "eval_data", type=click.Path(path_type=Path), help=_HELD_OUT)
+@click.argument("recipe", type=PATH)
+@click.option("--checkpoint", type=PATH, help="The base: a folder, or org/name (default: the recipe's).")
+@click.option("--data", required=True, type=PATH, help=_TABLE)
+@click.option("--eval", "eval_data", type=PATH, help=_HELD_OUT)
 @out_option
 @provider_option
 @train_flags

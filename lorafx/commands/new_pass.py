@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from ..errors import ArtifactError, UsageError
-from .shared import as_json_option, emit
+from .shared import PATH, as_json_option, emit
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
@@ -127,7 +127,7 @@ pytest_plugins = ["lorafx.testing"]
 @click.command("new-pass")
 @click.argument("name")
 @click.option("--package", is_flag=True, help="Write a package that can be installed, in a folder of its own.")
-@click.option("--out", "-o", type=click.Path(path_type=Path), default=".", help="Where to write (default: here).")
+@click.option("--out", "-o", type=PATH, default=".", help="Where to write (default: here).")
 @as_json_option
 def new_pass(name: str, package: bool, out: Path, as_json: bool) -> None:
     """Begin a pass of your own called NAME: a page that rewrites, trains and folds, and its test.

@@ -30,6 +30,17 @@ def _together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return add
 
 
+class _Place(click.Path):
+    """A path. An empty one, which a shell makes of a variable that is not set, would mean the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the path is empty (a variable that is not set?); write . for the current folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = _Place(path_type=Path)
+
 check_option = click.option(
     "--check/--no-check", default=True, help="Check what passes promise, and compare what is written with the program."
 )
@@ -47,7 +58,7 @@ check_options = _together(
     click.option("--no-check", is_flag=True, help="Check no promise of a pass, and compare nothing."),
 )
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-out_option = click.option("--out", "-o", required=True, type=click.Path(path_type=Path), help="The folder to make.")
+out_option = click.option("--out", "-o", required=True, type=PATH, help="The folder to make.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is already there.")
 provider_option = click.option(
     "--provider",
@@ -84,7 +95,7 @@ checkpoint_options = _together(
 #: For a command that opens a folder which may be a run: how its base is opened, and where it is.
 opening_options = _together(
     checkpoint_options,
-    click.option("--base", type=click.Path(path_type=Path), help="Where the base checkpoint of a run is now."),
+    click.option("--base", type=PATH, help="Where the base checkpoint of a run is now."),
 )
 stream_option = click.option(
     "--stream/--no-stream",
@@ -103,7 +114,7 @@ width_options = _together(
     click.option("--uniform", is_flag=True, default=None, help="Leave the same widths in every block."),
 )
 recipe_options = _together(
-    click.option("--recipe", type=click.Path(path_type=Path), help="A TOML recipe."),
+    click.option("--recipe", type=PATH, help="A TOML recipe."),
     click.option(
         "--pass",
         "passes",

@@ -495,6 +495,13 @@ def test_fp64_that_would_check_nothing_is_refused(words: tuple[str, ...], said: 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("words", [("inspect", ""), ("fold", "run", "-o", ""), ("train", "run", "--data", "")])
+def test_an_empty_path_is_not_the_current_folder(words: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(main, list(words))
+    assert result.exit_code == 2
+    assert "the path is empty" in result.output
+
+
 @pytest.mark.parametrize("command", ["rewrite", "train", "fold", "export", "edit"])
 def test_where_nothing_can_be_written_is_said_before_all_work(command: str, tmp_path: Path):
     (tmp_path / "file").write_text("")
