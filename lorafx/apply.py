@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .base import Method, Pass, Promise
 from .errors import LorafxError, RecipeError
+from .files.whole import write_whole
 from .graph.edit import Edit
 from .graph.program import Applied, P, Program
 
@@ -34,9 +35,8 @@ class Dump(Observer):
         self.folder = Path(folder)
 
     def after(self, program: Program, step: Pass, previous: Program | None) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         name = f"{len(program.history):02d}-{step.pass_name()}.txt"
-        (self.folder / name).write_text(str(program.graph), encoding="utf-8")
+        write_whole(self.folder / name, str(program.graph))
 
 
 def apply(program: P, passes: Sequence[Pass], observers: Sequence[Observer] = ()) -> P:

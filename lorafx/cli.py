@@ -17,6 +17,8 @@ from .commands.look import bench, generate, inspect, latency, passes, report, ve
 from .commands.make import export, fold, rewrite, run, train
 from .commands.new_pass import new_pass
 from .errors import ArtifactError, LorafxError, first_line
+from .files.whole import failure_of
+from .files.whole import said as what_to_do
 from .version import __version__
 
 # A new command is imported above and named here; its module must not import torch or transformers when imported.
@@ -45,7 +47,11 @@ class _Group(click.Group):
         except Exception as error:
             if debug:
                 raise
-            if isinstance(error, OSError) and error.filename is not None:  # a file, though no command says so itself
+            failure = failure_of(error)
+            if failure is not None:  # of a disk, though no command says so itself
+                where = failure.filename or "a file or the standard output"
+                _fail(f"{where}: cannot be used: {what_to_do(failure)}", ArtifactError.exit_code)
+            if isinstance(error, OSError) and error.filename is not None:  # a file, likewise
                 _fail(f"{error.filename}: cannot be used: {error.strerror}", ArtifactError.exit_code)
             said = f"{type(error).__name__}: {first_line(error)}"
             _fail(f"internal error: {said} (run again with --debug for the traceback)", 1)

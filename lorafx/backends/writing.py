@@ -22,6 +22,7 @@ from ..models.layered import own_configs
 from ..models.tokenizers import length_limit
 from ..public import Program
 from ..version import __version__
+from .archives import refusing_archives
 from .quicker import quicker
 
 
@@ -133,7 +134,7 @@ def _write_exported(
     for key, value in program.config_changes.items():
         exported.config = copy.deepcopy(exported.config)
         setattr(exported.config, key, value)
-    with own_configs(exported.config):
+    with own_configs(exported.config), refusing_archives():
         exported.save_pretrained(folder)
 
 

@@ -120,7 +120,7 @@ def bench(folders: tuple[Path, ...], shapes: tuple[str, ...], page: Path | None,
     with quiet():
         result = measure(*named, shapes=parsed, **options)
     if page is not None:
-        write_page(page, bench_page(result, folders), "--page")
+        write_page(page, bench_page(result, folders))
     emit(result.to_json(), result.text(), as_json)
 
 
@@ -185,7 +185,7 @@ def report(folder: Path, out: Path | None, opens: bool, overwrite: bool, **o: An
     whole = folder / "onnx" if (folder / "onnx" / MANIFEST).is_file() else folder
     if out is not None:
         check_new_file(out, "-o", overwrite)
-        write_page(out, found.html(), "-o")
+        write_page(out, found.html())
     elif not page.is_file():
         raise ArtifactError(f"{folder}: no {PAGE}, an earlier lorafx wrote it; give -o FILE to draw one")
     tell(found, o, f"open {page}" if not opens else f"{page} is open", whole)

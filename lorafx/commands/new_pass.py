@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import keyword
 import re
+from contextlib import suppress
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import click
 
-from ..errors import ArtifactError, UsageError
+from ..errors import UsageError
 from .shared import PATH, as_json_option, emit
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
@@ -146,15 +147,27 @@ def new_pass(name: str, package: bool, out: Path, as_json: bool) -> None:
     hidden = words["module"].partition(".")[0]
     if importlib.util.find_spec(hidden) is not None:
         raise UsageError(f"Python has a module {hidden!r} already, which the pass's would hide; choose another name")
-    try:
-        for file, text in files.items():
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            (folder / file).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ArtifactError(f"{folder}: cannot be written: {error.strerror}; choose another -o") from None
+    _write(folder, files)
     following = _following(words, folder, package)
     written = [str(folder / file) for file in files]
     emit({"name": name, "files": written, "next": following}, "\n".join([*written, "", *following]), as_json)
+
+
+def _write(folder: Path, files: dict[str, str]) -> None:
+    """Write all of the files, or none."""
+    from ..files.whole import write_whole, writing
+
+    wanted = [path for file in files for path in ((folder / file), *(folder / file).parents)]
+    made = sorted({path for path in wanted if not path.exists()}, key=lambda path: len(path.parts), reverse=True)
+    try:
+        with writing(folder):
+            for file, text in files.items():
+                write_whole(folder / file, text)
+    except BaseException:
+        for path in made:  # what is in a folder before the folder
+            with suppress(OSError):
+                path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+        raise
 
 
 def _checked(name: str) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import UsageError
+from ..errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:
     from ..base import Pass
@@ -240,14 +240,15 @@ def check_new_file(file: Path, option: str, overwrite: bool) -> None:
         raise UsageError(f"{file} exists; choose another {option}, or add --overwrite")
     if not file.absolute().parent.is_dir():
         raise UsageError(f"{file}: its folder does not exist; choose another {option}")
+    if not os.access(file.absolute().parent, os.W_OK | os.X_OK):
+        raise ArtifactError(f"{file}: its folder may not be written to; choose another {option}")
 
 
-def write_page(file: Path, text: str, option: str) -> None:
-    """Write a page; UsageError where it cannot be."""
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{file}: cannot be written: {error.strerror}; choose another {option}") from None
+def write_page(file: Path, text: str) -> None:
+    """Write a page, whole or not at all; ArtifactError where it cannot be."""
+    from ..files.whole import write_whole
+
+    write_whole(file, text)
 
 
 def open_program(path: Path, *, check: bool = True, **options: Any) -> Program:

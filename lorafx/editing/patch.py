@@ -17,8 +17,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,6 +31,7 @@ from torch import Tensor, nn
 
 from ..errors import ArtifactError, UsageError
 from ..files.folder import read_manifest
+from ..files.whole import write_whole
 from ..graph.precision import dtype_name
 from ..graph.tree import get_tensor, has_tensor, named_tensors, persistent, put_tensor, tensor_hash
 from ..models.checkpoint import check_safetensors
@@ -156,7 +155,7 @@ class Patch:
             stored = {"indices": change.indices, "values": change.values, "old": change.old}
             tensors.update({f"{change.name}.{part}": value for part, value in stored.items()})
         record = {"format": FORMAT, "about": dict(self.about), "tensors": entries}
-        _write(file, save(tensors, metadata={_KEY: json.dumps(record, ensure_ascii=False)}))
+        write_whole(file, save(tensors, metadata={_KEY: json.dumps(record, ensure_ascii=False)}))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Patch:
@@ -297,18 +296,3 @@ def _read_change(stored: Any, entry: Mapping[str, Any]) -> Change:
     if not whole:
         raise ValueError(names[0])
     return Change(names, shape, indices, values, old, str(entry["before"]), str(entry["after"]))
-
-
-def _write(file: Path, data: bytes) -> None:
-    temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    except OSError as error:
-        raise ArtifactError(f"{file}: cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ are not the ones it names, is incomplete and is refused by name.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from typing import Any
 
 from ..errors import ArtifactError, UsageError
 from .progress import PROGRESS, end_progress, keep_whole
+from .whole import writing
 
 try:
     import fcntl
@@ -186,20 +188,19 @@ def new_folder(
     temporary = target.with_name(f".{target.name}.tmp-{name}")
     kept = False
     try:
-        check_free(target, overwrite)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target, temporary)
-        temporary.mkdir(exist_ok=bool(resume))
-        with _locked(temporary):
-            keep_whole(temporary)
-            yield temporary
-            _seal(temporary, kind, meta, known)
-            _publish(temporary, target, overwrite)
+        with writing(target):
+            check_free(target, overwrite)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(target, temporary)
+            temporary.mkdir(exist_ok=bool(resume))
+            with _locked(temporary):
+                keep_whole(temporary)
+                yield temporary
+                _seal(temporary, kind, meta, known)
+                _publish(temporary, target, overwrite)
     except BlockingIOError:
         kept = True  # another process is at it
         raise UsageError(f"{target}: another process is writing this; wait for it, or choose another folder") from None
-    except OSError as error:
-        raise ArtifactError(f"{target}: cannot be written: {error}") from error
     except KeyboardInterrupt:
         kept = bool(resume)
         raise
@@ -229,15 +230,13 @@ def check_writable(path: str | PathLike[str], overwrite: bool) -> None:
     """Refuse, before hours of work and not after, what :func:`new_folder` would refuse of ``path``: UsageError where
     something is, ArtifactError where no folder can be made, in a file or in what may not be written to."""
     target = Path(path).resolve()
-    try:
+    with writing(target):
         check_free(target, overwrite)
         parent = next(above for above in target.parents if above.exists())
         if not parent.is_dir():
-            raise NotADirectoryError(f"{parent} is a file")
+            raise NotADirectoryError(errno.ENOTDIR, f"{parent} is a file")
         if not os.access(parent, os.W_OK | os.X_OK):
-            raise PermissionError(f"{parent} may not be written to")
-    except OSError as error:
-        raise ArtifactError(f"{target}: cannot be written: {error}") from None
+            raise PermissionError(errno.EACCES, f"{parent} may not be written to")
 
 
 def is_free(target: Path) -> bool:

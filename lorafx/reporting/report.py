@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError
 from ..files.places import checkpoint_name
+from ..files.whole import write_whole
 from ..graph.facts import Gathered, ZeroButKept
 from ..models.checkpoint import by_header
 from ..notebook import shown
@@ -76,9 +76,7 @@ def write_report(report: Report, folder: Path, model: str = "") -> None:
     """Write a report into the folder it is about, as it then is: for programs, and as a page for people."""
     text = json.dumps(report.to_json(), indent=2, ensure_ascii=False)
     for name, content in ((PAGE, report.html(folder, model)), (REPORT, text + "\n")):
-        beside = folder / f".{name}.{os.getpid()}"
-        beside.write_text(content, encoding="utf-8")
-        beside.replace(folder / name)
+        write_whole(folder / name, content)
 
 
 def read_report(folder: Path) -> Report:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..errors import ArtifactError, UsageError
 from ..files.folder import is_free
+from ..files.whole import write_whole, writing
 
 #: The file that marks the folder, with what the training was made from.
 MARK = "lorafx-training.json"
@@ -47,18 +48,17 @@ def training_folder(folder: Path, made_from: Mapping[str, str]) -> Iterator[Path
     if int(os.environ.get("RANK", "0")) > 0:
         yield folder
         return
-    from .trainer import checkpoint_flaw
-
     check_training_folder(folder, made_from)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for checkpoint in _checkpoints(folder):
-        if checkpoint_flaw(checkpoint):  # its writer was killed: nothing can be resumed from it
-            shutil.rmtree(checkpoint)
-    (folder / MARK).write_text(json.dumps(dict(made_from), indent=1), encoding="utf-8")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _drop_incomplete(folder)
     try:
-        yield folder
+        write_whole(folder / MARK, json.dumps(dict(made_from), indent=1))
+        with writing(folder, alone=False):
+            yield folder
     except BaseException:
+        _drop_incomplete(folder)
         if not _checkpoints(folder):
             _clear(folder, made)
         raise
@@ -116,6 +116,15 @@ def _recorded(folder: Path) -> dict[str, str]:
 
 def _checkpoints(folder: Path) -> list[Path]:
     return [path for path in folder.glob("checkpoint-*") if path.is_dir()]
+
+
+def _drop_incomplete(folder: Path) -> None:
+    """Remove checkpoints whose writer was killed, or found no room: nothing can be resumed from them."""
+    from .trainer import checkpoint_flaw
+
+    for checkpoint in _checkpoints(folder):
+        if checkpoint_flaw(checkpoint):
+            shutil.rmtree(checkpoint)
 
 
 def _clear(folder: Path, made: list[Path]) -> None:
