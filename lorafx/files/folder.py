@@ -193,7 +193,7 @@ def new_folder(
             target.parent.mkdir(parents=True, exist_ok=True)
             _sweep(target, temporary)
             temporary.mkdir(exist_ok=bool(resume))
-            with _locked(temporary):
+            with locked(temporary):
                 keep_whole(temporary)
                 yield temporary
                 _seal(temporary, kind, meta, known)
@@ -312,7 +312,7 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold a lock on ``folder`` that the system releases when the process ends, however it ends."""
     if fcntl is None:
         yield

@@ -10,13 +10,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
 
 from ..errors import ArtifactError, UsageError
-from ..files.folder import is_free
-from ..files.whole import write_whole, writing
+from ..files.folder import is_free, locked
+from ..files.whole import NotWrittenError, writing
 
 #: The file that marks the folder, with what the training was made from.
 MARK = "lorafx-training.json"
@@ -43,26 +43,42 @@ def training_folder(folder: Path, made_from: Mapping[str, str]) -> Iterator[Path
     Several processes of one training share the folder; the first one looks after it.
 
     Raises:
-        UsageError: see :func:`check_training_folder`
+        UsageError: see :func:`check_training_folder`; or another process trains there
+        ArtifactError: it cannot be written; checkpoints that were whole stay
     """
     if int(os.environ.get("RANK", "0")) > 0:
         yield folder
         return
-    check_training_folder(folder, made_from)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with _held_alone(folder):
+        check_training_folder(folder, made_from)
+        try:
+            with writing(folder):
+                _drop_incomplete(folder)
+                (folder / MARK).write_text(json.dumps(dict(made_from), indent=1), encoding="utf-8")
+            with writing(folder, alone=False):
+                yield folder
+        except BaseException as error:
+            if isinstance(error, NotWrittenError):
+                _drop_incomplete(folder)
+            if not _checkpoints(folder):
+                _clear(folder, made)
+            raise
+        _clear(folder, [folder])
+
+
+@contextmanager
+def _held_alone(folder: Path) -> Iterator[None]:
+    """Make ``folder`` and hold it: a second training would mix its checkpoints with those of the first, and remove
+    them. UsageError where another process holds it."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _drop_incomplete(folder)
-    try:
-        write_whole(folder / MARK, json.dumps(dict(made_from), indent=1))
-        with writing(folder, alone=False):
-            yield folder
-    except BaseException:
-        _drop_incomplete(folder)
-        if not _checkpoints(folder):
-            _clear(folder, made)
-        raise
-    _clear(folder, [folder])
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(folder))
+        except BlockingIOError:
+            raise UsageError(f"{folder}: another process is training there; wait for it, or choose another -o") from None
+        yield
 
 
 @contextmanager

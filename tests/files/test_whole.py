@@ -156,6 +156,18 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_ones_before(save: Callable[[
     assert MARK not in contents(tmp_path)
 
 
+def test_two_trainings_in_one_folder_are_one_too_many(tmp_path: Path) -> None:
+    with training_folder(tmp_path / "kept", {"data": "a"}) as folder:
+        (folder / "checkpoint-2").mkdir()
+        with (
+            pytest.raises(UsageError, match="kept: another process is training there; wait for it"),
+            training_folder(folder, {"data": "a"}),
+        ):
+            pass
+        assert (folder / "checkpoint-2").is_dir()
+    assert not folder.exists()
+
+
 # ---- commands
 
 
