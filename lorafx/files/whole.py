@@ -85,7 +85,7 @@ def place_of(failure: OSError, target: Path) -> str:
 
 @contextmanager
 def writing(target: Path, *, alone: bool = True) -> Iterator[None]:
-    """Raise :class:`NotWrittenError` for ``target`` where the block fails to write; ``alone``: every OSError is that."""
+    """Raise :class:`NotWrittenError` for ``target`` where the block fails to write; ``alone``: any OSError is that."""
     try:
         yield
     except BlockingIOError:  # a lock that another process holds

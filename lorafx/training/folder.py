@@ -77,7 +77,9 @@ def _held_alone(folder: Path) -> Iterator[None]:
         try:
             held.enter_context(locked(folder))
         except BlockingIOError:
-            raise UsageError(f"{folder}: another process is training there; wait for it, or choose another -o") from None
+            raise UsageError(
+                f"{folder}: another process is training there; wait for it, or choose another -o"
+            ) from None
         yield
 
 

@@ -61,7 +61,8 @@ def test_a_file_that_finds_no_room_leaves_the_one_before(tmp_path: Path) -> None
 def test_a_link_stays_one_and_a_pipe_is_written_to(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("file")
     write_whole(tmp_path / "link", "text")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "text"
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "text"
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     try:
@@ -140,7 +141,7 @@ def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
 
 def test_a_place_below_a_file_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match="cannot be written: .*file is a file; choose another place"):
+    with pytest.raises(ArtifactError, match=r"cannot be written: .*file is a file; choose another place"):
         check_writable(tmp_path / "file" / "out", overwrite=False)
 
 
