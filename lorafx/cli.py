@@ -58,6 +58,9 @@ class _Group(click.Group):
 
 
 def _fail(message: str, code: int) -> NoReturn:
+    bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    for bar in [*getattr(bars, "_instances", ())]:  # left open by the error, whose line would go on theirs
+        bar.close()
     click.echo(f"lorafx: error: {' '.join(message.split())}", err=True)
     sys.exit(code)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
+from tqdm.auto import tqdm
 
 from lorafx.backends.archives import save_archive
 from lorafx.cli import main
@@ -206,3 +207,16 @@ def test_a_standard_output_without_room_is_one_line(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("lorafx.commands.shared.click.echo", full)
     result = CliRunner().invoke(main, ["passes"])
     assert result.exit_code == ArtifactError.exit_code
+
+
+def test_a_refusal_is_a_line_of_its_own_below_a_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    bars = []
+
+    def halfway(*_: object) -> None:
+        bars.append(tqdm(total=9, initial=4))
+        raise UsageError("no")
+
+    monkeypatch.setattr("lorafx.commands.look.emit", halfway)
+    result = CliRunner().invoke(main, ["passes"])
+    assert result.stderr.splitlines()[-1] == "lorafx: error: no"
+    assert bars[0].disable  # closed
