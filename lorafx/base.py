@@ -230,9 +230,9 @@ class Method(SitePass):
         """Called after each optimiser step: schedules, masks, multipliers."""
 
     def settled(self, state: MethodState) -> bool:
-        """Whether the current weights keep the method's promise; not while a schedule is under way. The best of several
+        """Whether the current weights keep the method's promise; not while a schedule is under way.
 
-        checkpoints is chosen among those that do, and early stopping waits for it.
+        The best of several checkpoints is chosen among those that do, and early stopping waits for it.
         """
         return True
 

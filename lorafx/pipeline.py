@@ -18,7 +18,7 @@ from .recipes.recipe import Recipe
 if TYPE_CHECKING:
     from .passes.dead_channels import DeadChannels
 
-#: A GPU's matrix units take fp16 rows in multiples of 16 bytes; other widths gain nothing by removing channels, and #:
+#: A GPU's matrix units take fp16 rows in multiples of 16 bytes; other widths gain nothing by removing channels, and
 #: larger multiples gain no more (``benchmarks/gpu.py``).
 _CUDA_WIDTHS = 8
 
@@ -126,7 +126,7 @@ def fold(
     liked = removal_for(provider)
     asked = [applied.step for applied in program.history if isinstance(applied.step, DeadChannels)]
     cost = GPU_COST if provider == "cuda" else CPU_COST
-    # A sublayer goes after its channels have gone: what a checkpoint keeps of it is then small. Gathering comes after #
+    # A sublayer goes after its channels have gone: what a checkpoint keeps of it is then small. Gathering comes after
     # removal, which cannot see through a gather.
     last = (removal or (asked or [liked])[-1], DeadSublayers(), GatherColumns(gather, cost, liked.round_to), Tidy())
     start = deferring(program) if stream else program

@@ -1,5 +1,4 @@
 """Features from several places: maps joined side by side, rows of constants among them, and features moved to other
-
 positions. Code that lays out its own features writes ``cat([A x, 1, B x])`` and ``zeros.scatter(-1, index, y)``, with
 as many rows as its input has. Such constant rows, all alike, are evaluated from the operators that make them.
 """

@@ -1,7 +1,6 @@
 """The time that a model takes on this machine in ONNX Runtime, by its width: the table that a budget of latency reads.
 
 The model itself is timed, exported with some of its units removed, so that a unit's price includes all that goes with
-
 it: its part of the products, the operators between them, and ONNX Runtime's optimisation of both.
 """
 

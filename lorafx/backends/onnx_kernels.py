@@ -11,7 +11,6 @@ import onnx_ir as ir
 
 def suit(model: ir.Model, provider: str) -> None:
     """Keep those of transformers' fusions that ONNX Runtime computes with ``provider``, in their fastest form; in
-
     place. In a graph that generates, a step is short, so idle operators are worth removing too.
     """
     unfuse_batch_transposes(model)

@@ -183,7 +183,6 @@ class ConstantChannels:
 
     def free(self, node: fx.Node) -> Array | None:
         """Which channels along the last dimension of its input a weight operator can do without, read or not: those
-
         that are 0, and any constant, where the operator's bias can absorb it (:meth:`absorbs`).
         """
         value = operands(node)[0] if node.target in LINEARS else node.args[0]

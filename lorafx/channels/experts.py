@@ -110,7 +110,7 @@ class Hidden:
         channels, sizes = self.axes.channel[axis.data], sizes_of(node)
         if channels.ndim > 1 or channels.size % self.units.size:
             return False
-        # Rows of values stay with their expert as long as there are as many: no operator here reorders them. Weights #
+        # Rows of values stay with their expert as long as there are as many: no operator here reorders them. Weights
         # have one part for each expert.
         constant = self.facts.constants.reads(node) is not None
         apart = (3, self.experts) if constant else (2, self._rows)

@@ -104,13 +104,11 @@ class Plan:
 
 
 def proven(program: Program, step: Pass, widths: Widths) -> Plan:
-    """What ``step`` can remove from ``program``, tried on its example inputs first. An operator that turns out not to
+    """What ``step`` can remove from ``program``, tried on its example inputs first.
 
-    do what its rule says keeps all it touches: its rule has a bug. Where weights are computed later, each block is
-
-    tried on the values that reach it; if one differs, nothing is removed. Either becomes a miss of the plan, and a
-
-    warning.
+    An operator that turns out not to do what its rule says keeps all it touches: its rule has a bug. Where weights are
+    computed later, each block is tried on the values that reach it; if one differs, nothing is removed. Either becomes
+    a miss of the plan, and a warning.
     """
     distrusted: dict[str, str] = {}
     while True:

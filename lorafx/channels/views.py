@@ -1,6 +1,6 @@
-"""Views: where the channels of a value are in another shape of the same numbers. Also what all moves of channels share:
+"""Views: where the channels of a value are in another shape of the same numbers.
 
-the carrier.
+Also what all moves of channels share: the carrier.
 """
 
 from __future__ import annotations

@@ -101,9 +101,9 @@ def checkpoint_of(recipe: Recipe, given: Path | None) -> Path:
 
 
 def run_job(job: Job, say: Callable[[str], None]) -> Report:
-    """Do what is not done yet, and return the result: the report of the ONNX folder, with its speed. It is also written
+    """Do what is not done yet, and return the result: the report of the ONNX folder, with its speed.
 
-    into ``out``, as JSON and as a page. ``say`` is called with one line for each stage.
+    It is also written into ``out``, as JSON and as a page. ``say`` is called with one line for each stage.
 
     Raises:
         UsageError: something stands in the way that ``lorafx run`` did not write, or a run trained from other inputs;

@@ -80,9 +80,9 @@ def _is_large(weight: Any) -> bool:
 def handed_on(
     program: Program, inputs: Mapping[str, Any], instead: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values that the blocks of a program pass on to others, and the block of each, by the names of the nodes. For
+    """The values that the blocks of a program pass on to others, and the block of each, by the names of the nodes.
 
-    names in ``instead``, those values are passed on, unless they have another shape here.
+    For names in ``instead``, those values are passed on, unless they have another shape here.
     """
     found: dict[str, Any] = {}
     places: dict[str, str] = {}

@@ -24,11 +24,10 @@ class Zeros(NamedTuple):
 
 
 def zeros_of(tensor: Tensor, known: dict[Recipe, Zeros] | None = None) -> Zeros:
-    """The rows and columns of a tensor of two dimensions or more that must be zero. Tensors in memory are read, a tile
+    """The rows and columns of a tensor of two dimensions or more that must be zero.
 
-    at a time, and only once with ``known``. Zeros by cancellation, or by operators without a rule here, are not found:
-
-    nothing is reported zero that might not be.
+    Tensors in memory are read, a tile at a time, and only once with ``known``. Zeros by cancellation, or by operators
+    without a rule here, are not found: nothing is reported zero that might not be.
     """
     found = known if known is not None else {}
 

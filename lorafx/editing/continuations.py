@@ -34,9 +34,10 @@ class Encoder:
         return self._checked(text, self._lead(text) + self._plain(text))
 
     def pair(self, prompt: str, target: str) -> Pair:
-        """The ids of a prompt and of its target, after a space unless there is one between them already. Both are cut
+        """The ids of a prompt and of its target, after a space unless there is one between them already.
 
-        from the ids of the whole text, as a tokenizer may join characters across the cut: a token that spans it
+        Both are cut from the ids of the whole text, as a tokenizer may join characters across the cut: a token that
+        spans it
 
         belongs to the target.
         """
@@ -94,7 +95,6 @@ def top_tokens(model: Any, prompts: Sequence[Sequence[int]]) -> list[int]:
 @torch.no_grad()
 def says(model: Any, pairs: Sequence[Pair]) -> list[bool]:
     """Whether the greedy continuation of each prompt is its target: read from one pass over prompt and target, since
-
     that is so exactly when each token of the target is the most likely one after those before it.
     """
     hits: list[bool] = []

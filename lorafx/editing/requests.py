@@ -73,7 +73,6 @@ PAPER = EditOptions(
 
 def read_edits(path: str | PathLike[str]) -> tuple[EditRequest, ...]:
     """Read edits from a table, usually JSON Lines: ``prompt``, ``target``, and optionally ``paraphrases`` and
-
     ``locality``. ArtifactError, with the line, for a row that is not an edit.
     """
     table = read_table(path)

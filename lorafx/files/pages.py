@@ -16,9 +16,10 @@ _IN_MEMORY, _SWAPPED, _OF_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
 
 
 def release(address: int, size: int) -> bool:
-    """Release the pages within ``size`` bytes from ``address``; using them again reads the file again. Does nothing
+    """Release the pages within ``size`` bytes from ``address``; using them again reads the file again.
 
-    where any of them differs from its file, or where the system does not say. Returns whether they were released.
+    Does nothing where any of them differs from its file, or where the system does not say. Returns whether they were
+    released.
     """
     if sys.platform != "linux":
         return False

@@ -1,8 +1,7 @@
-"""The progress of a folder that is being written: which of its files are complete, recorded in the folder itself. A
+"""The progress of a folder that is being written: which of its files are complete, recorded in the folder itself.
 
-writer that resumes a killed one's work keeps those and nothing else: half a file, or a temporary folder, must not pass
-
-for a part of the result.
+A writer that resumes a killed one's work keeps those and nothing else: half a file, or a temporary folder, must not
+pass for a part of the result.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
 """The ``adapter_config.json`` of a LoRA adapter: every key is read, known to be irrelevant to the function, or refused
-
 by name.
 """
 

@@ -1,6 +1,6 @@
-"""What an adapter changes in single tensors: each change computes the new tensor in fp64. Merged weights are compared
+"""What an adapter changes in single tensors: each change computes the new tensor in fp64.
 
-with these, and a graph with the adapter beside its weights has to compute the same.
+Merged weights are compared with these, and a graph with the adapter beside its weights has to compute the same.
 """
 
 from __future__ import annotations

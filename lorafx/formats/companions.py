@@ -1,7 +1,6 @@
 """The files of a checkpoint folder besides config and weights, and which of them still hold for a rewritten model.
 
 There is no complete list of the files of tokenizers, processors, sentence encoders and model code. So everything is
-
 copied except what is named here: weights, records of how the model was made, and descriptions of another model.
 """
 
@@ -30,7 +29,7 @@ _WEIGHTS = (
     *("*.gguf", "*.onnx", "*.onnx_data", "*.onnx.data", "*.tflite", "*.mlmodel", "*.pkl", "*.pdparams"),
     *("*.safetensors.index.json", "*.bin.index.json", "*.h5.index.json", "*.msgpack.index.json"),
 )
-#: About the base alone: its card and results, how it was trained, an adapter of it, how its weights were quantised, #:
+#: About the base alone: its card and results, how it was trained, an adapter of it, how its weights were quantised,
 #: what lorafx wrote about it, the name of its ONNX graph.
 _OF_THE_BASE = (
     *("README*", "*results.json", "trainer_state.json", "training_args*", "events.out.*", "*.log"),

@@ -160,9 +160,9 @@ def _adapted(program: Program) -> list[_Adapted]:
 
 
 def _check_rest(program: Program, adapted: list[_Adapted]) -> None:
-    """Raise unless the program is its base with plain LoRA, apart from tensors that the adapter file holds. This is
+    """Raise unless the program is its base with plain LoRA, apart from tensors that the adapter file holds.
 
-    checked, not assumed: a pass may change weights, or the graph, without inserting anything.
+    This is checked, not assumed: a pass may change weights, or the graph, without inserting anything.
     """
     from ..graph.program import structure
     from ..methods.low_rank import ExactLora

@@ -177,10 +177,10 @@ def write_file(file: Path, tensors: Mapping[str, Tensor], progress: Callable[[in
 
 
 def write_pieces(file: Path, pieces: Iterable[Iterable[Buffer]], progress: Callable[[int], object] = int) -> FileEntry:
-    """Write a file of pieces, one after another, each in parts; returns its size and sha256, computed meanwhile. A few
+    """Write a file of pieces, one after another, each in parts; returns its size and sha256, computed meanwhile.
 
-    parts wait to be written while the next is made; a piece may be freed when the next one begins.
-    ``progress`` is told of bytes as they are written.
+    A few parts wait to be written while the next is made; a piece may be freed when the next one begins. ``progress``
+    is told of bytes as they are written.
     """
     size = 0
     with file.open("wb") as stream, _Writer(stream) as out:

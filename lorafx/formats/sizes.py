@@ -1,6 +1,7 @@
-"""Which settings of a config give a model's shapes: for all layers alike, or layer by layer. What a setting decides is
+"""Which settings of a config give a model's shapes: for all layers alike, or layer by layer.
 
-not looked up but tried out: the model's class is built without values under another value of it.
+What a setting decides is not looked up but tried out: the model's class is built without values under another value of
+it.
 """
 
 from __future__ import annotations

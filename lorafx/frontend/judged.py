@@ -25,12 +25,11 @@ _log = logging.getLogger(__name__)
 
 
 def judged(program: Program) -> Program:
-    """``program`` with the domain that comparing its evaluation graph with the eager model showed. A trace can be
+    """``program`` with the domain that comparing its evaluation graph with the eager model showed.
 
-    silently wrong: random numbers of another library become constants, for one, and so does a size that code reads
-
-    without the tracer seeing it. So both are run on the example, and at other sizes; a size of 1, which a tracer
-    tells apart from all others, is in the domain if they agree there.
+    A trace can be silently wrong: random numbers of another library become constants, for one, and so does a size that
+    code reads without the tracer seeing it. So both are run on the example, and at other sizes; a size of 1, which a
+    tracer tells apart from all others, is in the domain if they agree there.
 
     Raises:
         CaptureError: they differ on the example, or at sizes that the trace says it is right for; or their outputs
@@ -136,9 +135,9 @@ def _cut(value: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _moved(program: Program, graph: nn.Module) -> str:
-    """The first buffer that evaluating the graph changes, if the outputs then differ for the same inputs. Counters, and
+    """The first buffer that evaluating the graph changes, if the outputs then differ for the same inputs.
 
-    values written alike each time, do not change outputs.
+    Counters, and values written alike each time, do not change outputs.
     """
     names = {str(node.target) for node in written(program.root, program.graph) if node.op == "get_attr"}
     watched = {name: value for name, value in graph.named_buffers() if name in names}

@@ -84,9 +84,9 @@ def load(
 
 
 def load_over(path: str | PathLike[str], captured: Program) -> Program:
-    """A run as :func:`load` opens it, over an existing capture of its base. Both share tensors, which get the run's
+    """A run as :func:`load` opens it, over an existing capture of its base.
 
-    values: ``captured`` must not be used afterwards.
+    Both share tensors, which get the run's values: ``captured`` must not be used afterwards.
 
     Raises:
         ArtifactError: the run is incomplete or changed, or its base is no longer the one it was made from

@@ -37,9 +37,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def adapter_tensors(model: nn.Module) -> frozenset[str]:
     """Names of the tensors that PEFT's adapters keep in ``model``: those of its tuner layers, except what they adapt.
 
-    Tied tensors count under all their names, since tensors that layers share may be kept outside of them. A model
-
-    built without PEFT has none, and PEFT need not be installed.
+    Tied tensors count under all their names, since tensors that layers share may be kept outside of them. A model built
+    without PEFT has none, and PEFT need not be installed.
     """
     layers = _layers(model)
     tensors = dict(named_tensors(model))

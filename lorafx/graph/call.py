@@ -141,11 +141,11 @@ def _kind(program: Program, given: Mapping[str, Any], value: Any) -> str | None:
 
 @_disable_dynamo
 def fills_for(program: Program, omitted: frozenset[str], given: Mapping[str, str]) -> dict[str, str] | None:
-    """What the model uses in place of ``omitted`` inputs, when it is also ``given`` others, by their fills. Found by
+    """What the model uses in place of ``omitted`` inputs, when it is also ``given`` others, by their fills.
 
-    running the eager model on the example, on the example mirrored, in which masks and positions run the
-    other way, and on one with padding tokens: an input derived from another is not a constant. None when
-    the model cannot do without, or uses something other than one of :data:`FILLS`.
+    Found by running the eager model on the example, on the example mirrored, in which masks and positions run the other
+    way, and on one with padding tokens: an input derived from another is not a constant. None when the model cannot do
+    without, or uses something other than one of :data:`FILLS`.
     """
     model = program.source.model
     if program.device.type == "meta" or any(value.is_meta for value in model.parameters()):

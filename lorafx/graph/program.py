@@ -246,10 +246,9 @@ class Program:
                 target.copy_(value)
 
     def outlive_training(self) -> None:
-        """Move the last training's record to the earlier ones, since another begins or the function changed. Its
+        """Move the last training's record to the earlier ones, since another begins or the function changed.
 
-        figures, what they were measured on, and how it began are kept; curves of another function could be mistaken
-
+        Its figures, what they were measured on, and how it began are kept; curves of another function could be mistaken
         for those of this one.
         """
         if self.trained is not None:

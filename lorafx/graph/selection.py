@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-#: A pass's kind of site: the use of a weight, a node, a name, a plan. Selections are read-only, so the type is #:
+#: A pass's kind of site: the use of a weight, a node, a name, a plan. Selections are read-only, so the type is
 #: covariant.
 T_co = TypeVar("T_co", covariant=True)
 

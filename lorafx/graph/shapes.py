@@ -1,7 +1,5 @@
 """The results of frequent operators on fake tensors, from the sizes of their operands alone. torch runs their
-
 decompositions, a dozen operators each, over symbolic sizes: eight milliseconds for a linear, less than one here. The
-
 values are the same: any case not covered here is left to torch.
 """
 

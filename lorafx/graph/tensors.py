@@ -1,8 +1,7 @@
-"""An index of the tensors of a program by name and by identity, with the nodes that read them. A graph has no such
+"""An index of the tensors of a program by name and by identity, with the nodes that read them.
 
-index: without one, every question about a tensor walks all nodes, and folding takes time quadratic in the number of
-
-layers.
+A graph has no such index: without one, every question about a tensor walks all nodes, and folding takes time quadratic
+in the number of layers.
 """
 
 from __future__ import annotations

@@ -173,10 +173,9 @@ def keep_units(edit: Edit, units: Units, sublayer: bool) -> str | None:
 def units_within(
     found: Selection[Site], analysis: RemovableUnits, budget: float, sublayers: bool
 ) -> Selection[Site | Units]:
-    """The units that weights read; warns when more than ``budget`` is left with everything closed that may close. One
+    """The units that weights read; warns when more than ``budget`` is left with everything closed that may close.
 
-    of every weight's units stays, unless ``sublayers`` have gates of their own. RecipeError instead of the warning
-
+    One of every weight's units stays, unless ``sublayers`` have gates of their own. RecipeError instead of the warning
     when the budget counts seconds, many of which belong to no unit.
     """
     units = units_of(found, analysis.find, "gated where its result is read: ")

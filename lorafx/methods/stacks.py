@@ -36,7 +36,6 @@ class StackShape(NamedTuple):
 
 def stack_shape(program: Program, site: Site, rank: int, scale: float) -> StackShape:
     """The update of a stack at ``site``; which side of a matrix is ``in`` is decided as in PEFT: by ``is_transposed``,
-
     an attribute of the module that owns the stack, and never by how it is used.
     """
     owner = program.source.model.get_submodule(site.parameter.rpartition(".")[0])

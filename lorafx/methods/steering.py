@@ -86,9 +86,9 @@ class Steering:
         return beyond
 
     def close(self) -> None:
-        """Close at once what is still to close: the least open gates, as few as needed to keep at most ``target``. The
+        """Close at once what is still to close: the least open gates, as few as needed to keep at most ``target``.
 
-        most open gate of every vector always stays.
+        The most open gate of every vector always stays.
         """
         if self.share() <= self.target:
             return

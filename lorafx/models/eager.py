@@ -79,11 +79,10 @@ def _close(a: Any, b: Any) -> bool:
 def proven(
     model: nn.Module, example: Mapping[str, Any], omitted: list[str], given: Mapping[str, str]
 ) -> dict[str, str] | None:
-    """Which of :data:`FILLS` ``model`` uses in place of each of ``omitted``, when it is also ``given`` others. None
+    """Which of :data:`FILLS` ``model`` uses in place of each of ``omitted``, when it is also ``given`` others.
 
-    when it cannot do without, or uses something else. Tried on the example, on the example mirrored, and on one with
-
-    padding tokens: an input derived from another is not a constant.
+    None when it cannot do without, or uses something else. Tried on the example, on the example mirrored, and on one
+    with padding tokens: an input derived from another is not a constant.
     """
     pad = pad_token(getattr(model, "config", None))
     examples = [

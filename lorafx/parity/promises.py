@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..graph.program import Program
 
 
-#: A pass that is right in fp64 may deviate, in the program's own dtype, by this many times as much as the program #:
+#: A pass that is right in fp64 may deviate, in the program's own dtype, by this many times as much as the program
 #: before it does, or as a few draws of its rounding do.
 _FURTHER = 4.0
 
@@ -55,9 +55,10 @@ def keeper(program: Program, check: bool) -> Observer:
 
 
 class VerifyEach(Observer):
-    """Check every pass against its numeric promise on the example inputs and on the first of them alone. The runner
+    """Check every pass against its numeric promise on the example inputs and on the first of them alone.
 
-    does so by default. The program's outputs are computed once after each pass, and are the reference for the next.
+    The runner does so by default. The program's outputs are computed once after each pass, and are the reference for
+    the next.
 
     Before a pass is blamed for a difference, other explanations are ruled out: where
     tensors lie in memory and which kernels torch chooses (bits may depend on both), and the rounding of the program's
@@ -124,7 +125,6 @@ def _explained(
     found: Comparison, step: Pass, before: tuple[Program, Answers], after: tuple[Program, Answers]
 ) -> tuple[Comparison, Promise]:
     """What is left of a broken promise once every cause but ``step`` is excluded, and the promise it is then checked
-
     against. ``found`` and the promise itself, when nothing else explains the difference.
     """
     exact = step.promise is Promise.EXACT

@@ -63,10 +63,8 @@ def hold_checkpoint(
     """Compare the checkpoint in ``folder`` with ``reference``, which ``folded`` was folded from.
 
     Returned with the comparison is what was found for each tensor, where tensors were checked. Where tensors alone
-
-    prove too little, blocks are compared too. Where blocks cannot be compared (their hidden
-    states lost channels) or differ, the whole is, on the example inputs; also in another ``dtype``, whose weights were
-    rounded on purpose.
+    prove too little, blocks are compared too. Where blocks cannot be compared (their hidden states lost channels) or
+    differ, the whole is, on the example inputs; also in another ``dtype``, whose weights were rounded on purpose.
 
     Raises:
         ParityError: as :func:`prove_tensors`; any other difference is the caller's to judge

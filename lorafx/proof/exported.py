@@ -76,7 +76,7 @@ def session_options(threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only, also while the file is read: a slot is a warning there
     onnxruntime.set_default_logger_severity(3)
-    # By default a session takes every core of the machine, and its threads keep spinning when it is done, which slows #
+    # By default a session takes every core of the machine, and its threads keep spinning when it is done, which slows
     # down what runs next.
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.force_spinning_stop", "1")

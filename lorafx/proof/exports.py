@@ -19,7 +19,7 @@ from ..public import Program
 from .open import open_runner
 from .verify import verify
 
-#: The most of a difference that a program's own rounding may explain, as a share of the scale: decoders with large #:
+#: The most of a difference that a program's own rounding may explain, as a share of the scale: decoders with large
 #: adapters are this far from exact in fp32. Known mistakes (another epsilon, another GELU) are further off.
 _MOST = 1e-4
 _KEPT = (Promise.EXACT, Promise.CLOSE)

@@ -35,10 +35,10 @@ _handed: set[Hashable] = set()
 
 
 def shared(make: Callable[P, T]) -> Callable[P, T]:
-    """``make`` with its results kept: programs, modules, and mappings of them. Arguments are compared by value, however
+    """``make`` with its results kept: programs, modules, and mappings of them.
 
-    they are passed: ``captured()`` is ``captured(bert)``. Making one uses its own random state, so that a test sees the
-    same numbers whether or not it is the first to ask.
+    Arguments are compared by value, however they are passed: ``captured()`` is ``captured(bert)``. Making one uses its
+    own random state, so that a test sees the same numbers whether or not it is the first to ask.
     """
     signature = inspect.signature(make)
 

@@ -1,6 +1,6 @@
-"""The folder where a training keeps what it resumes from: marked as lorafx's, removed when training is done. Other
+"""The folder where a training keeps what it resumes from: marked as lorafx's, removed when training is done.
 
-files in such a folder stay; a folder without the mark is not ours and is not written to.
+Other files in such a folder stay; a folder without the mark is not ours and is not written to.
 """
 
 from __future__ import annotations
