@@ -8,9 +8,9 @@ Every row is a process of its own; they take turns, prompt by prompt. Greedy, ba
 tokens, 64 new ones; prefill is the time of the first new token, the rest gives tokens a second. PyTorch runs what
 transformers' ``generate`` does; ONNX Runtime is driven by hand, the cache left where it is computed. ``--weightless``
 leaves the weights of the ONNX files behind for a machine that they do not reach: times do not depend on them, and
-``time`` draws new ones.
-``--peers`` names a Python with onnxruntime-genai and mobius-onnx: their builders' models are written too, and
-onnxruntime-genai runs what has a config for it. Any other folder of the layout may be put beside the others.
+``time`` draws new ones. ``--peers`` names a Python with onnxruntime-genai and mobius-onnx: their builders' models are
+written too, and onnxruntime-genai runs what has a config for it. Any other folder of the layout may be put beside the
+others.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The front end: any transformers model or plain module becomes a Program.
 
-This module opens the model, has it traced once in training mode
-(:mod:`lorafx.frontend.trace`), and checks that the evaluation graph derived from the trace computes the model's
-function.
+This module opens the model, has it traced once in training mode (:mod:`lorafx.frontend.trace`), and checks that the
+evaluation graph derived from the trace computes the model's function.
 """
 
 from __future__ import annotations

@@ -60,9 +60,9 @@ class VerifyEach(Observer):
     The runner does so by default. The program's outputs are computed once after each pass, and are the reference for
     the next.
 
-    Before a pass is blamed for a difference, other explanations are ruled out: where
-    tensors lie in memory and which kernels torch chooses (bits may depend on both), and the rounding of the program's
-    own dtype. Where nothing else differs, the outputs agree in fp64, within the tolerance of fp64.
+    Before a pass is blamed for a difference, other explanations are ruled out: where tensors lie in memory and which
+    kernels torch chooses (bits may depend on both), and the rounding of the program's own dtype. Where nothing else
+    differs, the outputs agree in fp64, within the tolerance of fp64.
 
     Args:
         double: run the pass once more on the program in fp64 and compare there, where neither the rounding of the
