@@ -6,9 +6,10 @@ what it changes is little: operators that are two in aten and one in ONNX, and t
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Set
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -35,6 +36,8 @@ def lower(exported: torch.export.ExportedProgram, translated: Set[Any]) -> bool:
     if not all(_lowers(node, translated) and not (node in named and _given_back(node)) for node in called):
         return False
     for node in called:
+        if node.target is aten.flatten.using_ints:
+            _say_sizes(node)
         if node.target is aten.reshape.default:
             _lay_in_rows(node)
         change = _lowered(node)
@@ -106,14 +109,57 @@ def _reshape(node: fx.Node) -> Lowered:
     return None if _value(node.args[0]) is None or node.kwargs else (aten.view.default, node.args, {})
 
 
+def _flatten(node: fx.Node) -> Lowered:
+    """A reshape, as :func:`_say_sizes` makes it."""
+    value = _value(node.args[0])
+    return None if value is None or not value.dim() or node.kwargs else (aten.view.default, node.args, {})
+
+
+def _say_sizes(node: fx.Node) -> None:
+    """Make a reshape of a flatten: to sizes that the graph computes, as one that is -1 cannot be told where there are
+    no elements."""
+    given, *dims = node.args
+    value = _value(given)
+    assert value is not None  # _flatten saw to it
+    first, last = (int(dim) % value.dim() for dim in (*dims, *(0, -1)[len(dims) :]))  # pyright: ignore[reportArgumentType]
+    with node.graph.inserting_before(node):
+        sizes = [_size(node.graph, given, dim) for dim in range(value.dim())]
+        merged = functools.reduce(functools.partial(_times, node.graph), sizes[first + 1 : last + 1], sizes[first])
+    node.target, node.args = aten.reshape.default, (given, [*sizes[:first], merged, *sizes[last + 1 :]])
+
+
+def _size(graph: fx.Graph, given: Any, dim: int) -> Any:
+    """A number, or a node that computes it."""
+    size = given.meta["val"].shape[dim]
+    if isinstance(size, int):
+        return size
+    node = graph.call_function(aten.sym_size.int, (given, dim))
+    node.meta["val"] = size
+    return node
+
+
+def _times(graph: fx.Graph, left: Any, right: Any) -> Any:
+    if isinstance(left, int) and isinstance(right, int):
+        return left * right
+    node = graph.call_function(operator.mul, (left, right))
+    node.meta["val"] = operator.mul(
+        *(side.meta["val"] if isinstance(side, fx.Node) else side for side in (left, right))
+    )
+    return node
+
+
 def _lay_in_rows(node: fx.Node) -> None:
-    before = _value(node.args[0])
-    if before is not None and not _in_rows(before):
-        with node.graph.inserting_before(node):
-            copied = node.graph.call_function(aten.clone.default, node.args[:1])
-        copied.kwargs = {"memory_format": torch.contiguous_format}
-        copied.meta["val"] = before.clone(memory_format=torch.contiguous_format)
-        node.args = (copied, *node.args[1:])
+    """Copy what is reshaped, if it does not lie in rows; and say a size that is -1, if known: rules that fuse operators
+    look for numbers."""
+    before, (given, shape, *_) = _value(node.args[0]), node.args
+    pairs: Any = zip(cast(Any, shape), node.meta["val"].shape, strict=True)
+    node.args = (given, [found if size == -1 and isinstance(found, int) else size for size, found in pairs])
+    if before is None or _in_rows(before):
+        return
+    with node.graph.inserting_before(node):
+        copied = node.graph.call_function(aten.clone.default, (given,), {"memory_format": torch.contiguous_format})
+    copied.meta["val"] = before.clone(memory_format=torch.contiguous_format)
+    node.args = (copied, node.args[1])
 
 
 def _apart(node: fx.Node) -> Lowered:
@@ -171,6 +217,8 @@ _RULES: dict[Any, Callable[[fx.Node], Lowered]] = {
     aten._assert_tensor_metadata.default: _same,  # the same for every size, and read by nobody
     **dict.fromkeys((aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other), _to),
     aten.reshape.default: _reshape,
+    aten.flatten.using_ints: _flatten,
+    aten.square.default: lambda node: (aten.pow.Tensor_Scalar, (node.args[0], 2), {}),
     aten.chunk.default: _chunk,
     aten.__and__.Tensor: _as(aten.bitwise_and.Tensor),
     aten.__or__.Tensor: _as(aten.bitwise_or.Tensor),
