@@ -99,7 +99,7 @@ def test_what_takes_a_trace_is_left_as_it_is(name: str) -> None:
     assert str(exported.graph) == before
 
 
-@pytest.mark.parametrize("name", ["distilbert", "llama", "clip"])
+@pytest.mark.parametrize("name", ["distilbert", "llama", "clip-vision"])
 def test_the_same_onnx_graph_comes_of_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program, lowered = zoo.captured(name), []
     lower = lowering.lower
