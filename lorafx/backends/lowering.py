@@ -123,29 +123,19 @@ def _say_sizes(node: fx.Node) -> None:
     assert value is not None  # _flatten saw to it
     first, last = (int(dim) % value.dim() for dim in (*dims, *(0, -1)[len(dims) :]))  # pyright: ignore[reportArgumentType]
     with node.graph.inserting_before(node):
-        sizes = [_size(node.graph, given, dim) for dim in range(value.dim())]
-        merged = functools.reduce(functools.partial(_times, node.graph), sizes[first + 1 : last + 1], sizes[first])
+        sizes = [
+            size if isinstance(size, int) else _before(node, aten.sym_size.int, (given, dim), size)
+            for dim, size in enumerate(value.shape)
+        ]
+        merged = functools.reduce(functools.partial(_times, node), sizes[first + 1 : last + 1], sizes[first])
     node.target, node.args = aten.reshape.default, (given, [*sizes[:first], merged, *sizes[last + 1 :]])
 
 
-def _size(graph: fx.Graph, given: Any, dim: int) -> Any:
-    """A number, or a node that computes it."""
-    size = given.meta["val"].shape[dim]
-    if isinstance(size, int):
-        return size
-    node = graph.call_function(aten.sym_size.int, (given, dim))
-    node.meta["val"] = size
-    return node
-
-
-def _times(graph: fx.Graph, left: Any, right: Any) -> Any:
+def _times(node: fx.Node, left: Any, right: Any) -> Any:
     if isinstance(left, int) and isinstance(right, int):
         return left * right
-    node = graph.call_function(operator.mul, (left, right))
-    node.meta["val"] = operator.mul(
-        *(side.meta["val"] if isinstance(side, fx.Node) else side for side in (left, right))
-    )
-    return node
+    a, b = (side.meta["val"] if isinstance(side, fx.Node) else side for side in (left, right))
+    return _before(node, operator.mul, (left, right), a * b)
 
 
 def _lay_in_rows(node: fx.Node) -> None:
@@ -156,10 +146,16 @@ def _lay_in_rows(node: fx.Node) -> None:
     node.args = (given, [found if size == -1 and isinstance(found, int) else size for size, found in pairs])
     if before is None or _in_rows(before):
         return
+    rows: Any = {"memory_format": torch.contiguous_format}
     with node.graph.inserting_before(node):
-        copied = node.graph.call_function(aten.clone.default, (given,), {"memory_format": torch.contiguous_format})
-    copied.meta["val"] = before.clone(memory_format=torch.contiguous_format)
-    node.args = (copied, node.args[1])
+        node.args = (_before(node, aten.clone.default, (given,), before.clone(**rows), **rows), node.args[1])
+
+
+def _before(node: fx.Node, target: Any, args: tuple[Any, ...], value: Any, **kwargs: Any) -> fx.Node:
+    """A node of a part of what ``node`` computes, whose value is like ``value``."""
+    made = node.graph.call_function(target, args, kwargs)
+    made.meta = {**node.meta, "val": value}  # where in the model's code it comes from, too
+    return made
 
 
 def _apart(node: fx.Node) -> Lowered:

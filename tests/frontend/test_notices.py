@@ -14,7 +14,7 @@ from lorafx.frontend.notices import NOTICES, without_notices
 from lorafx.passes.lora import Lora
 from tests import zoo
 
-TORCH, TRANSFORMERS = NOTICES
+TORCH, TRANSFORMERS, GENERATION = NOTICES
 
 
 class Heard(logging.Handler):
@@ -52,6 +52,7 @@ def test_an_export_says_nothing_that_a_user_can_do_nothing_about(
         (TORCH, "torchvision is not installed. Skipping %s", ("torchvision::nms",)),
         (TORCH, "Failed to infer the signature for function '%s' because '%s'", ("f", "name 'TReal' is not defined")),
         (TRANSFORMERS, "OnnxExporter is experimental and patches many backend internals; behaviour may differ", ()),
+        (GENERATION, "Both `max_new_tokens` (=2) and `max_length`(=20) seem to have been set.", ()),
     ],
 )
 def test_a_notice_is_kept_back_only_meanwhile(

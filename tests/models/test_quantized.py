@@ -313,7 +313,7 @@ def test_a_layer_of_another_layout_is_refused(tmp_path: Path) -> None:
     del stored[f"{name}.weight"]
     save_file({**stored, **{f"{name}.{part}": value for part, value in parts.items()}}, file, {"format": "pt"})
     say(tmp_path / "base", {"quant_method": "gptq", "bits": 4, "group_size": 16})
-    with pytest.raises(ArtifactError, match="c_proj is quantised and a Conv1D, of which the layout is not known"):
+    with pytest.raises(ArtifactError, match="c_proj is quantised and a Conv1D, whose layout is not known"):
         open_model(tmp_path / "base", None, {})
 
 

@@ -210,12 +210,14 @@ def test_onnx_computes_the_same_with_the_same_fused_operators(
     exported = lorafx.export(result, tmp_path / "onnx")
     assert exported is not None
     assert exported.max_rel < 1e-5  # fp32, other kernels
-    noted(plain, "onnx")
+    lorafx.export(plain, tmp_path / "plain", check=False)
     after, before = made
     assert after.count("Gather") == before.count("Gather") + 4
     # The mask of the last block's one query is cut before it is negated, or after, as the trace has it.
-    cut = ("Gather", "Slice", "Not")
+    # Reshapes that follow each other become one where the trace knows their sizes to be alike.
+    cut = ("Gather", "Slice", "Not", "Reshape", "Concat")
     assert sorted(op for op in after if op not in cut) == sorted(op for op in before if op not in cut)
+    assert after.count("Reshape") <= before.count("Reshape")
     assert abs(after.count("Not") - before.count("Not")) <= 1
 
 

@@ -109,7 +109,7 @@ def test_what_is_pruned_is_lowest_by_magnitude_times_input() -> None:
 
 @pytest.mark.parametrize(
     ("group", "message"),
-    [("2:5", "no multiple of 5"), ("columns", "write row, matrix or n:m"), ("4:2", "with n below m")],
+    [("2:5", "not a multiple of 5"), ("columns", "write row, matrix or n:m"), ("4:2", "with n below m")],
 )
 def test_a_group_that_cannot_be_is_refused_before_training(group: str, message: str) -> None:
     found = refused(UsageError, (Prilora(rank_first=2, rank_last=2, group=group),))

@@ -14,7 +14,7 @@ from lorafx.parity.inputs import InputSpec
 from lorafx.parity.runner import Runner
 from lorafx.proof.decoder import CachedDecoder
 from lorafx.proof.decoding import hold_generation
-from lorafx.proof.encoder_decoder import CachedEncoderDecoder
+from lorafx.proof.encoder_decoder import TEXT, CachedEncoderDecoder
 
 VOCABULARY = 11
 
@@ -133,7 +133,8 @@ class Answers:
     """An encoder-decoder: what it says depends on what is said so far and on the sum of the text that it answers."""
 
     side = CachedEncoderDecoder.side
-    asked = staticmethod(CachedEncoderDecoder.asked)
+    reads = TEXT
+    asked = CachedEncoderDecoder.asked
 
     def __init__(self, reads_padding: bool = False, forgets: bool = False):
         self.reads_padding, self.forgets = reads_padding, forgets
