@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from ..graph.shapes import in_rows
+
 aten: Any = torch.ops.aten
 
 #: What becomes of an operator: another target with its arguments; a node, whose value it is; None, where a trace has to
@@ -39,7 +41,7 @@ def lower(exported: torch.export.ExportedProgram, translated: Set[Any]) -> bool:
         if node.target is aten.flatten.using_ints:
             _say_sizes(node)
         if node.target is aten.reshape.default:
-            _lay_in_rows(node)
+            _layin_rows(node)
         change = _lowered(node)
         if isinstance(change, fx.Node):
             node.replace_all_uses_with(change)
@@ -138,13 +140,14 @@ def _times(node: fx.Node, left: Any, right: Any) -> Any:
     return _before(node, operator.mul, (left, right), a * b)
 
 
-def _lay_in_rows(node: fx.Node) -> None:
+def _layin_rows(node: fx.Node) -> None:
     """Copy what is reshaped, if it does not lie in rows; and say a size that is -1, if known: rules that fuse operators
     look for numbers."""
-    before, (given, shape, *_) = _value(node.args[0]), node.args
-    pairs: Any = zip(cast(Any, shape), node.meta["val"].shape, strict=True)
+    given, shape, *_ = cast(Any, node.args)
+    before = given.meta["val"]
+    pairs: Any = zip(shape, node.meta["val"].shape, strict=True)
     node.args = (given, [found if size == -1 and isinstance(found, int) else size for size, found in pairs])
-    if before is None or _in_rows(before):
+    if in_rows(before):
         return
     rows: Any = {"memory_format": torch.contiguous_format}
     with node.graph.inserting_before(node):
@@ -178,12 +181,6 @@ def _has_own_memory(node: Any) -> bool:
     if not isinstance(target, torch._ops.OpOverload) or target.has_kernel_for_dispatch_key(_COMPOSITE):
         return False
     return all(result.alias_info is None for result in target._schema.returns)
-
-
-def _in_rows(value: Tensor) -> bool:
-    from torch._prims_common import is_contiguous_for_memory_format_or_false
-
-    return is_contiguous_for_memory_format_or_false(value, memory_format=torch.contiguous_format)
 
 
 def _chunk(node: fx.Node) -> Lowered:

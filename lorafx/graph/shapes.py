@@ -46,7 +46,7 @@ def _native_layer_norm(x: Tensor, shape: Sequence[Any], weight: Any = None, bias
     """In half precision the statistics have another dtype, which depends on the device."""
     if len(shape) != 1 or not isinstance(shape[0], int) or not _is_size(x.shape[-1:], shape[0]):
         return None
-    if x.dtype not in (torch.float32, torch.float64) or x.device.type != "cpu" or not _contiguous(x):
+    if x.dtype not in (torch.float32, torch.float64) or x.device.type != "cpu" or not in_rows(x):
         return None
     if not all(_fits(value, shape[0], x.dtype) for value in (weight, bias)):
         return None
@@ -73,7 +73,7 @@ def _alike(x: Tensor, *numbers: Any, **_: Any) -> Told:
 
 
 def _clone(x: Tensor, *, memory_format: Any = None) -> Told:
-    rows = memory_format is torch.contiguous_format or (memory_format is None and _contiguous(x))
+    rows = memory_format is torch.contiguous_format or (memory_format is None and in_rows(x))
     return [(x.shape, x.dtype)] if rows else None
 
 
@@ -86,7 +86,7 @@ def _mean(x: Tensor, dims: Sequence[int] | None, keepdim: bool = False, *, dtype
 def _unsafe_view(x: Tensor, size: Sequence[Any]) -> Told:
     """Of a product, whose rows get the dimensions back that they had."""
     given = not any(isinstance(part, int) and part < 0 for part in size)
-    return [(tuple(size), x.dtype)] if given and _contiguous(x) and _product(size) == _product(x.shape) else None
+    return [(tuple(size), x.dtype)] if given and in_rows(x) and _product(size) == _product(x.shape) else None
 
 
 _RULES: dict[Any, Callable[..., Told]] = {
@@ -125,10 +125,10 @@ def _product(size: Sequence[Any]) -> Any:
 
 
 def _floating(x: Tensor) -> bool:
-    return x.is_floating_point() and _contiguous(x)
+    return x.is_floating_point() and in_rows(x)
 
 
-def _contiguous(x: Tensor) -> bool:
+def in_rows(x: Tensor) -> bool:
     """Whether it is known to be laid out in rows, so that what is made from it is, too."""
     from torch._prims_common import is_contiguous_for_memory_format_or_false
 
