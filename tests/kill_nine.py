@@ -161,7 +161,7 @@ def kill_and_resume(work: Work, out: Path, tries: int, seed: int = 0) -> Resumed
         killed += _kill(work, out, wait, chance.uniform(0, writing if wait else total))
         done = _check(out)
         part = [entry for entry in _beside(out) if not done]
-        now = _written(out, expected) if done else _written(part[0], noted_whole(part[0])) if part else {}
+        now = _written(out, expected) if done else _written(part[0], _noted(part[0])) if part else {}
         assert {name: now.get(name) for name in whole} == whole, "what was whole was written again"
         kept, whole = kept + len(whole), now
         if done:
@@ -176,6 +176,14 @@ def kill_and_resume(work: Work, out: Path, tries: int, seed: int = 0) -> Resumed
 
 def _bytes(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def _noted(folder: Path) -> set[str]:
+    """The weight files of an unfinished folder that are complete, by its notes, or by its manifest if it was about to
+    get its name."""
+    with contextlib.suppress(ArtifactError):
+        return {name for name in read_manifest(folder).files if name.endswith(".safetensors")}
+    return set(noted_whole(folder))
 
 
 def _written(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, int]]:

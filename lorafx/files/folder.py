@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path, PurePosixPath
@@ -22,7 +22,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import ArtifactError, UsageError
-from .progress import PROGRESS, end_progress, keep_whole
+from .progress import PROGRESS, end_progress, keep_whole, note_whole
 from .whole import writing
 
 try:
@@ -194,6 +194,7 @@ def new_folder(
             _sweep(target, temporary)
             temporary.mkdir(exist_ok=bool(resume))
             with locked(temporary):
+                _reopen(temporary)
                 keep_whole(temporary)
                 yield temporary
                 _seal(temporary, kind, meta, known)
@@ -253,6 +254,13 @@ def _foreign(target: Path) -> str:
     found = sorted(file.relative_to(target).as_posix() for file in target.rglob("*") if file.is_file())
     shown = (name for name in found if not any(part.startswith(".") for part in PurePosixPath(name).parts))
     return next((name for name in shown if name not in known), "")
+
+
+def _reopen(folder: Path) -> None:
+    """Note what a sealed folder holds as complete: its writer was killed after it had removed its notes, and before the
+    folder got its name."""
+    with suppress(ArtifactError):
+        note_whole(folder, {name: (entry.size, entry.sha256) for name, entry in read_manifest(folder).files.items()})
 
 
 def _seal(folder: Path, kind: str, meta: Mapping[str, Any], known: Mapping[str, FileEntry]) -> None:

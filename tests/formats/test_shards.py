@@ -16,7 +16,7 @@ from lorafx.deferred import tiles
 from lorafx.deferred.tensor import deferred
 from lorafx.errors import UsageError
 from lorafx.files.folder import FileEntry, file_hash, new_folder, read_manifest
-from lorafx.files.progress import end_progress
+from lorafx.files.progress import end_progress, noted_whole
 from lorafx.formats import shards
 from lorafx.formats.shards import write_checkpoint, write_file
 
@@ -195,6 +195,24 @@ def test_a_writer_stopped_after_its_last_file_writes_none_again(
 
     with pytest.raises(KeyboardInterrupt):
         stopped()
+    assert went_on(model, tmp_path / "out", monkeypatch) == []
+    assert hidden(tmp_path / "out") == []
+
+
+def test_a_writer_stopped_just_before_the_folder_gets_its_name_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By then its notes are gone and its manifest tells what is complete."""
+    model = put_off(models()["tied"].eval())
+
+    def stop(old: Path, new: Path) -> Path:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stop)
+        with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out", "hf", {}, resume="abc") as part:
+            write_checkpoint(model, part, "20KB")
+    assert noted_whole(part) == {}
     assert went_on(model, tmp_path / "out", monkeypatch) == []
     assert hidden(tmp_path / "out") == []
 
