@@ -34,6 +34,7 @@ MANIFEST = "lorafx.json"
 #: The version of the format this code writes, and the newest it reads.
 FORMAT = 1
 LFS_START = b"version https://git-lfs"
+_WEIGHTS = ".safetensors"
 _TEMPORARY = re.compile(r"\..+\.(tmp|old)-.+")
 
 
@@ -257,10 +258,11 @@ def _foreign(target: Path) -> str:
 
 
 def _reopen(folder: Path) -> None:
-    """Note what a sealed folder holds as complete: its writer was killed after it had removed its notes, and before the
-    folder got its name."""
+    """Note the weight files of a sealed folder as complete: its writer was killed after it had removed its notes, and
+    before the folder got its name. All else is written again."""
     with suppress(ArtifactError):
-        note_whole(folder, {name: (entry.size, entry.sha256) for name, entry in read_manifest(folder).files.items()})
+        files = read_manifest(folder).files
+        note_whole(folder, {name: (one.size, one.sha256) for name, one in files.items() if name.endswith(_WEIGHTS)})
 
 
 def _seal(folder: Path, kind: str, meta: Mapping[str, Any], known: Mapping[str, FileEntry]) -> None:

@@ -214,6 +214,9 @@ def test_a_writer_stopped_just_before_the_folder_gets_its_name_is_gone_on_with(
             write_checkpoint(model, part, "20KB")
     assert noted_whole(part) == {}
     assert went_on(model, tmp_path / "out", monkeypatch) == []
+    went_on(model, tmp_path / "undisturbed", monkeypatch)
+    gone_on, undisturbed = (read_manifest(tmp_path / name).files for name in ("out", "undisturbed"))
+    assert gone_on == undisturbed
     assert hidden(tmp_path / "out") == []
 
 
