@@ -15,7 +15,8 @@ from os import PathLike
 from pathlib import Path
 
 from ..errors import ArtifactError, UsageError
-from ..files.folder import is_free, locked
+from ..files.folder import is_free
+from ..files.leftovers import locked
 from ..files.whole import NotWrittenError, writing
 
 #: The file that marks the folder, with what the training was made from.
