@@ -38,6 +38,7 @@ from .past import (
     width,
 )
 from .replay import RewritingExporter, replay
+from .stand_ins import StandIns
 
 aten = torch.ops.aten
 
@@ -106,10 +107,11 @@ class CachedExporter(RewritingExporter):
     Args:
         program: what to replay
         example: the other inputs of the decode graph for texts without a past, on which passes try what they do
+        stand_ins: stand for weights that are computed later
     """
 
-    def __init__(self, program: Program, example: Mapping[str, Tensor]):
-        super().__init__(program)
+    def __init__(self, program: Program, example: Mapping[str, Tensor], stand_ins: StandIns):
+        super().__init__(program, stand_ins)
         self.example = dict(example)
 
     def _rewrite(self, captured: ExportedProgram, model: nn.Module, inputs: Any, config: Any) -> ExportedProgram:
@@ -123,11 +125,14 @@ class CachedExporter(RewritingExporter):
         unlifted = captured.module(check_guards=False)
         view, order, given = _without_past(unlifted, Source(model), self.example, names)
         view.source, view.heads = self.rewritten.source, self.rewritten.heads
+        self.stand_ins.give_place(view.root)
         replayed = replay(self.rewritten, view)
         _give_past(replayed, order, given)
         shapes = config.dynamic_shapes
         leaves = pytree.tree_leaves(shapes, is_leaf=_is_axes)
         example = _example(replayed.graph, list(get_leaf_tensors({name: inputs[name] for name in shapes}).values()))
+        read = {str(node.target) for node in replayed.graph.find_nodes(op="get_attr") if node.users}
+        self.stand_ins.take_place(replayed.root, read)
         return torch.export.export(fx.GraphModule(replayed.root, replayed.graph), example, dynamic_shapes=tuple(leaves))
 
 

@@ -33,6 +33,7 @@ from .cut import READS, axes_of
 from .onnx_kernels import suit
 from .onnx_statements import leave_out
 from .replay import exportable, with_model
+from .stand_ins import StandIns
 
 #: The free axes of a decoder's inputs, by what the exporter's names for them stand at.
 _AXES = {
@@ -91,22 +92,30 @@ def check_generates(program: Program, kind: str, dtype: torch.dtype | None, adap
 
 
 def decoder(program: Program, provider: str, dtype: torch.dtype | None) -> Decoder:
-    """A folded program as one graph that generates; CaptureError says in one line why not."""
+    """A folded program as one graph that generates; its weights may be computed as they are written.
+
+    Raises:
+        LostError: they cannot be, see :mod:`.stand_ins`
+        CaptureError: no such graph can be made, in one line
+    """
     # The converter prints its progress to stdout, which is kept for results.
-    with redirect_stdout(sys.stderr), exportable(program, dtype) as model:
+    stand_ins = StandIns()
+    with redirect_stdout(sys.stderr), exportable(program, dtype, stand_ins) as model:
 
         def attempt(free: Any) -> Any:
             inputs, example = decode_inputs(model, program.example)
-            exporter: Any = CachedOnnxExporter(with_model(program, model), example)
+            exporter: Any = CachedOnnxExporter(with_model(program, model), example, stand_ins)
             config = OnnxConfig(dynamic=True, dynamic_shapes=decode_shapes(inputs, free), ort_fusions=None)
             return exporter.export(model, {**inputs, "use_cache": True, "return_dict": True}, config)
 
         exported = trace_with(attempt, model, FREE)
     graph: ir.Model = exported.program
     layers = _name(graph, program.name)
+    stand_ins.watch(graph.graph)
     fused = _fuse(graph, provider)
     suit(graph, provider)
     leave_out(graph)
+    stand_ins.settle(graph.graph)
     return Decoder(graph, program.config, fused, layers)
 
 

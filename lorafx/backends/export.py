@@ -131,12 +131,12 @@ def export(
     if check and adapters != "slots":  # a head that no file holds is a slot without values
         refuse_untrained(reference)
     final = _unfolded(program, format) or _final(program, adapters, format, provider, bool(check))
-    final = final if format == "hf" else resident(final)  # only a checkpoint is written a tile at a time
+    final = final if writes_tiles(format, adapters, quantize, generate=generate) else resident(final)
     said = {"quantized": quantize, "made_from": made_from and dict(made_from)}
     meta: dict[str, Any] = {"base": base_record(final), "history": history_record(final)}
     meta |= {"provider": provider, "adapters": adapters, **{key: value for key, value in said.items() if value}}
     hashed: dict[str, FileEntry] = {}
-    resume = _digest(meta, reference, dtype) if is_deferring(final) else ""
+    resume = _digest(meta, reference, dtype) if format == "hf" and is_deferring(final) else ""
     slotted = slots or (targets if adapters == "slots" else None)
     how = _How(format, layered, provider, dtype, generate, slotted, slots, quantize, data, data_options, check, reason)
     with new_folder(path, kind=format, meta=meta, overwrite=overwrite, known=hashed, resume=resume) as folder:
@@ -195,6 +195,13 @@ def _filled(
     return result
 
 
+def writes_tiles(kind: str, adapters: str, quantize: str | None, *, generate: bool) -> bool:
+    """Whether weights that are computed later can be written so, a tile at a time: those of a checkpoint, or of a graph
+    that generates (one graph: of two, they are computed before all the same)."""
+    merged = adapters == "merged" and quantize is None
+    return kind in ("hf", "layered") or (kind == "onnx" and generate and merged)
+
+
 def _check(program: Program, kind: str, provider: str, idle: str | Sequence[str]) -> None:
     """UsageError when a program cannot be written so, before any work; ``idle`` are targets that nothing reads."""
     if kind not in FORMATS or provider not in PROVIDERS:
@@ -226,13 +233,14 @@ def _compared(reference: Program, final: Program, folder: Path, how: _How) -> tu
     ParityError when it computes something else.
     """
     trusted, proof = bool(final.source.options.get("trust_remote_code")), None
-    if is_deferring(final) or how.check in ("tensors", "blocks"):
+    late = is_deferring(final)
+    if how.kind == "hf" and (late or how.check in ("tensors", "blocks")):
         level = "blocks" if isinstance(how.check, bool) else how.check
         result, proof = hold_checkpoint(reference, final, folder, level, how.dtype, trust_remote_code=trusted)
     else:
         slots = how.slots or (folder if how.slotted is not None else None)
         written = _written(final if slots is None else reference, folder, how.kind, how.dtype, slots)
-        result = held_against(reference, written, trust_remote_code=trusted)
+        result = held_against(reference, written, by_block=late, trust_remote_code=trusted)
     if not result.ok:
         raise ParityError(f"{how.kind} export differs from the program: {result.summary}")
     lost = requantised(final, folder) if how.kind == "hf" else None
@@ -261,7 +269,7 @@ def _written(
         # PEFT computes in the base's dtype, with values that were rounded to this one.
         return runner if dtype is None else dataclasses.replace(runner, dtype=coarsest((runner.dtype, dtype)))
     # It is trusted as the program is.
-    return open_runner(folder, sealed=False, trust_remote_code=True)
+    return open_runner(folder, sealed=False, trust_remote_code=True, by_block=is_deferring(program))
 
 
 def _digest(meta: Mapping[str, Any], reference: Program, dtype: torch.dtype | None) -> str:

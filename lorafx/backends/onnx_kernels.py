@@ -8,12 +8,19 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+#: Norms over a sum, and the norm alone.
+_SKIPPING = {
+    "SkipLayerNormalization": "LayerNormalization",
+    "SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization",
+}
+
 
 def suit(model: ir.Model, provider: str) -> None:
     """Keep those of transformers' fusions that ONNX Runtime computes with ``provider``, in their fastest form; in
     place. In a graph that generates, a step is short, so idle operators are worth removing too.
     """
     unfuse_batch_transposes(model)
+    unfuse_mixed_norms(model)
     drop_idle_reshapes(model)
     if provider == "cpu":
         unfuse_skip_norms(model)
@@ -36,6 +43,24 @@ def unfuse_skip_norms(model: ir.Model) -> int:
             if node.op_type == "SkipLayerNormalization" and _is_plain(node):
                 _put_apart(node)
                 count += 1
+    return count
+
+
+def unfuse_mixed_norms(model: ir.Model) -> int:
+    """Put each norm over a sum apart whose scale is of another dtype than the sum; in place.
+
+    Such is a norm that a float16 model computes in float32 with a scale that float16 does not hold exactly (Gemma's one
+    plus its weight). The norm alone takes both, fused with the sum ONNX Runtime refuses them. Returns how many; one
+    whose statistics are read is left as it is.
+    """
+    count = 0
+    for graph in model.graphs():
+        for node in list(graph):
+            if node.op_type in _SKIPPING and not _reads_statistics(node):
+                known = {one.dtype for one in (node.inputs[0], node.inputs[2]) if one is not None} - {None}
+                if len(known) > 1:
+                    _put_apart(node)
+                    count += 1
     return count
 
 
@@ -209,21 +234,22 @@ def _take_transpose_out(node: ir.Node, side: int) -> bool:
 
 def _is_plain(node: ir.Node) -> bool:
     scale = node.inputs[2]
-    statistics = node.outputs[1:3]
-    return (
-        scale is not None
-        and scale.dtype is ir.DataType.FLOAT
-        and not any(value.uses() or value.is_graph_output() for value in statistics)
-    )
+    return scale is not None and scale.dtype is ir.DataType.FLOAT and not _reads_statistics(node)
+
+
+def _reads_statistics(node: ir.Node) -> bool:
+    return any(value.uses() or value.is_graph_output() for value in node.outputs[1:3])
 
 
 def _put_apart(node: ir.Node) -> None:
-    value, skip, scale, shift, bias = (*node.inputs, None, None)[:5]
+    centred = node.op_type == "SkipLayerNormalization"
+    value, skip, scale, *rest = (*node.inputs, None, None)
+    shift, bias = rest[:2] if centred else (None, rest[0])
     total = ir.node("Sum", [part for part in (value, skip, bias) if part is not None])
     attributes = {"axis": -1, "epsilon": node.attributes.get_float("epsilon", 1e-12)}
-    norm = ir.node("LayerNormalization", [total.outputs[0], scale, shift], attributes)
+    norm = ir.node(_SKIPPING[node.op_type], [total.outputs[0], scale, *([shift] if centred else [])], attributes)
     old, new = [node.outputs[0], *node.outputs[3:4]], [norm.outputs[0], total.outputs[0]]
-    for after in new:
-        after.type, after.shape = node.outputs[0].type, node.outputs[0].shape
+    for after, like in zip(new, (node.outputs[0], value), strict=True):
+        after.type, after.shape = like.type if like is not None else None, node.outputs[0].shape
     assert node.graph is not None
     ir.convenience.replace_nodes_and_values(node.graph, node, [node], [total, norm], old, new[: len(old)])

@@ -38,11 +38,14 @@ def name_norms(model: ir.Model) -> int:
     """Call each ``SimplifiedLayerNormalization`` what ONNX calls it since version 23, ``RMSNormalization``; in place.
 
     ONNX Runtime keeps the former name, its own, among the standard operators, where no other tool knows it. Both are
-    one kernel there. Returns how many; none in a graph that would mean something else by the newer version.
+    one kernel there, unless the scale is of another dtype than what is normed: ONNX Runtime 1.31 then takes the standard
+    one to pieces that do not fit together, so that one keeps its name. Returns how many; none in a graph that would mean
+    something else by the newer version.
     """
     nodes = [node for graph in model.graphs() for node in graph]
     plain = [node for node in nodes if node.op_type == "SimplifiedLayerNormalization" and node.domain == ""]
     plain = [node for node in plain if not any(value.uses() or value.is_graph_output() for value in node.outputs[1:])]
+    plain = [node for node in plain if _dtype(node.inputs[0]) in (None, _dtype(node.inputs[1]))]
     if not plain or any(node.op_type == _CHANGED for node in nodes):
         return 0
     for node in plain:
@@ -50,3 +53,8 @@ def name_norms(model: ir.Model) -> int:
         node.resize_outputs(1)
     model.opset_imports[""] = max(_OPSET, model.opset_imports.get("", 0))
     return len(plain)
+
+
+def _dtype(value: ir.Value | None) -> ir.DataType | None:
+    constant = None if value is None else value.const_value
+    return constant.dtype if constant is not None else value.dtype if value is not None else None

@@ -21,6 +21,7 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.exporter_onnx import OnnxExporter
 
 from ..base import passes_of
+from ..deferred.programs import deferring, is_deferring
 from ..errors import CaptureError
 from ..frontend.capture import program_from
 from ..frontend.trace import gradients_on, trace_with
@@ -30,6 +31,7 @@ from ..graph.tree import get_tensor, has_tensor, named_tensors, put_tensor
 from ..models.intact import intact
 from ..pipeline import run, to_eval
 from ..public import Program
+from .stand_ins import StandIns
 
 
 class RewritingExporter(DynamoExporter):
@@ -39,9 +41,10 @@ class RewritingExporter(DynamoExporter):
     own ``export_program`` then calls this one where it would have called the plain capture.
     """
 
-    def __init__(self, program: Program):
+    def __init__(self, program: Program, stand_ins: StandIns | None = None):
         super().__init__()
         self.rewritten = program
+        self.stand_ins = stand_ins or StandIns()
 
     def export_program(self, model: Any, sample_inputs: Any, config: Any) -> tuple[ExportedProgram, Any]:
         """Capture ``model`` (the program's source, or a component of it) and rewrite the capture."""
@@ -56,6 +59,7 @@ class RewritingExporter(DynamoExporter):
             return self.replayed(captured, model, names, inputs, config)
         local = {names.get(id(value), name): name for name, value in named_tensors(model)}
         valued = _with_values(captured, self.rewritten, local)
+        valued.state_dict.update(self.stand_ins.of(valued.state_dict, _read(valued)))
         module: Any = valued.module(check_guards=False)
         if not self.narrowed(module.graph, config):
             return valued
@@ -98,6 +102,7 @@ def replay(program: Program, base: Program, *, whole: bool = True) -> Program:
     other tensors than it did in ``program``, or leaves others behind.
     """
     trained = program.origin or program
+    trained = deferring(trained) if is_deferring(program) else trained
     steps = passes_of(program)
     result = run(base, steps[: len(trained.history)], check=False)
     for applied, again in zip(trained.history, result.history, strict=True):
@@ -107,7 +112,7 @@ def replay(program: Program, base: Program, *, whole: bool = True) -> Program:
             odd = sorted(ours ^ theirs)[0]
             raise CaptureError(f"{applied.step.pass_name()}: {odd} is not in both captures of {program.name}")
     _take_values(result, trained)
-    if program is not trained:
+    if program.origin is not None:
         result = run(result, steps[len(trained.history) :], check=False)
         _take_values(result, program)
     return result
@@ -155,10 +160,22 @@ def _with_values(captured: ExportedProgram, program: Program, local: Mapping[str
     return captured
 
 
+def _read(captured: ExportedProgram) -> Iterator[str]:
+    """The names of the parameters that a capture reads."""
+    names = captured.graph_signature.inputs_to_parameters
+    for node in captured.graph.find_nodes(op="placeholder"):
+        if node.users and node.name in names:
+            yield names[node.name]
+
+
 @contextmanager
-def exportable(program: Program, dtype: torch.dtype | None) -> Iterator[nn.Module]:
-    """The eager model in evaluation mode (a converted copy when another dtype is asked for), put back afterwards."""
+def exportable(program: Program, dtype: torch.dtype | None, stand_ins: StandIns | None = None) -> Iterator[nn.Module]:
+    """The eager model in evaluation mode, put back afterwards. Where another dtype is asked for, a converted copy: with
+    ``stand_ins`` for its matrices if the program's are computed later."""
     model = program.source.model
+    if dtype is not None and stand_ins is not None and is_deferring(program):
+        yield stand_ins.hollow(model, dtype).eval()
+        return
     if dtype is not None:
         yield copy.deepcopy(model).to(dtype).eval()
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..base import passes_of
+from ..deferred.programs import resident
 from ..errors import UsageError
 from ..files.folder import FileEntry
 from ..formats.hf import hf_model, refuse_unread
@@ -24,6 +26,8 @@ from ..public import Program
 from ..version import __version__
 from .archives import refusing_archives
 from .quicker import quicker
+
+_log = logging.getLogger(__name__)
 
 
 @quicker()
@@ -82,12 +86,18 @@ def _write_decoder(
     from .decoder import decoder, write_decoder
     from .encoder_decoder import encoder_decoder, write_encoder_decoder
     from .slots import add_slots
+    from .stand_ins import LostError
 
     if getattr(program.config, "is_encoder_decoder", False):
+        program = resident(program)
         both = encoder_decoder(program, provider, dtype)
         write_encoder_decoder(both, program, folder, _record(program))
         return both.facts()
-    made = decoder(program, provider, dtype)
+    try:
+        made = decoder(program, provider, dtype)
+    except LostError as error:
+        _log.warning("%s: %s; the weights go into memory", program.name, error)
+        made = decoder(resident(program), provider, dtype)
     if slots is not None:
         add_slots(made.graph, program, slots, shared_names=True)
     write_decoder(made, program, folder, _record(program))
@@ -111,7 +121,7 @@ def _write_exported(
     joined: bool,
 ) -> None:
     # Not imported for a checkpoint: the converters of ONNX are most of what is waited for when a small one is written.
-    from .onnx_kernels import unfuse_batch_transposes, unfuse_skip_norms
+    from .onnx_kernels import unfuse_batch_transposes, unfuse_mixed_norms, unfuse_skip_norms
     from .onnx_launches import launch_less
     from .onnx_ranges import hold_ranges
     from .onnx_statements import leave_out
@@ -123,6 +133,7 @@ def _write_exported(
         for component in exported.components.values():
             component.program.metadata_props.update(_record(program))
             unfuse_batch_transposes(component.program)
+            unfuse_mixed_norms(component.program)
             if provider == "cuda" and joined:
                 launch_less(component.program)
             hold_ranges(component.program, program.signature.domain, length_limit(program.config))

@@ -240,6 +240,7 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ke
     import torch
 
     from ..backends.export import export as write
+    from ..backends.export import writes_tiles
     from ..backends.quantized import check_quantized
     from ..pipeline import fold as merge
     from ..proof.checkpoint import refuse_check
@@ -253,10 +254,12 @@ def export(run: Path, out: Path, kind: Any, provider: Any, dtype: str | None, ke
     removal = removal_of(provider, **widths(o))
     if removal is not None and (kind in ("peft", "onnx-adapter") or kept != "merged"):
         raise UsageError("widths are those left by folding, and nothing is folded here; leave the width options out")
-    if o["stream"] and not checkpoint:
-        raise UsageError(f"only a checkpoint is written a tile at a time, not {kind}: give --format hf, or no --stream")
+    late = writes_tiles(kind, kept, o["quantize"], generate=generate)
+    if o["stream"] and not late:
+        what = "a checkpoint and a graph that generates (merged, not quantised) are written a tile at a time"
+        raise UsageError(f"only {what}: give --format hf or --generate, or no --stream")
     check_writable(out, o["overwrite"])
-    stream = checkpoint and streams(run, o["base"], o["stream"])
+    stream = late and streams(run, o["base"], o["stream"])
     with quiet():
         program = open_program(run, check=checked and not stream, **_asked(o))
         if removal is not None or stream:

@@ -210,6 +210,12 @@ def _selected(recipe: Recipe, part: Part) -> _Way:
     return [Part(dim, low, high - low + 1), part._replace(dim=0)]
 
 
+def _joined(recipe: Recipe, part: Part) -> _Way | None:
+    """Tensors joined along another dimension than the part's."""
+    dim = recipe.args[1] if len(recipe.args) > 1 else 0
+    return None if part.dim == dim % len(recipe.shape) else [part] * len(recipe.operands())
+
+
 _IN_PLACE = (aten._to_copy.default, aten.clone.default, aten.detach.default, aten.alias.default)
 _UNARY = (*_IN_PLACE, aten.expand.default)
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
@@ -224,6 +230,7 @@ _WAYS: dict[Any, Callable[[Recipe, Part], _Way | None]] = {
     **dict.fromkeys(_VIEWS, _viewed),
     aten.slice.Tensor: _sliced,
     aten.index_select.default: _selected,
+    aten.cat.default: _joined,
 }
 
 

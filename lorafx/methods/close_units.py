@@ -68,6 +68,6 @@ def _closed(program: Program, units: Units) -> int:
 
 
 def _close(edit: Edit, unit: Units, columns: Tensor) -> None:
-    value = edit.program.tensor(unit.site.parameter).detach().clone()
-    unit.site.op.matrix(value).index_fill_(1, columns.nonzero().flatten().to(value.device), 0.0)
-    edit.set_tensor(unit.site.parameter, value)
+    value = edit.program.tensor(unit.site.parameter).detach()
+    closed = unit.site.op.matrix(value).masked_fill(columns.to(value.device), 0.0)
+    edit.set_tensor(unit.site.parameter, unit.site.op.stored(closed, value.shape).contiguous())

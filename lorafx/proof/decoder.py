@@ -23,6 +23,10 @@ from ..parity.runner import PROVIDERS, Place, Runner
 GENAI = "genai_config.json"
 MODEL = "onnx/model.onnx"
 
+#: Bytes of weights that are too many to be read from their file for every token.
+_MANY = 1 << 32
+_UNOPTIMISED = "its weights stayed in their file, so ONNX Runtime ran the graph as it is, without its own optimisations"
+
 #: Keys and values by the names of the graph's inputs, ``[batch, heads, tokens, size]``.
 Past = Mapping[str, Any]
 _TYPES = {"tensor(float)": (np.float32, torch.float32), "tensor(float16)": (np.float16, torch.float16)}
@@ -41,11 +45,13 @@ class CachedDecoder:
         session: ONNX Runtime's
         pasts: the names of the inputs that hold the cache, and of the outputs that give it, in one order
         dtype: of logits and cache
+        slow: whether every step reads many gigabytes of weights from their file
     """
 
     session: Any
     pasts: Mapping[str, str]
     dtype: torch.dtype
+    slow: bool = False
 
     #: Where padding stands in a batch of texts to go on with.
     side = "left"
@@ -92,8 +98,9 @@ def open_session(file: Path, place: Place) -> Any:
 
     from .exported import session_options_for
 
+    how = session_options_for(place)
     try:
-        return onnxruntime.InferenceSession(file, **session_options_for(place))
+        return onnxruntime.InferenceSession(file, how["session_options"], how["providers"])
     except Exception as error:  # ONNX Runtime raises classes of its own for a broken file
         raise ArtifactError(f"{file}: the graph cannot be opened: {first_line(error)}") from error
 
@@ -144,12 +151,14 @@ def open_decoder(folder: Path, place: Place, label: str, trusted: bool = False) 
     config, session = open_config(folder, trusted), open_session(folder / MODEL, place)
     pasts = cache_of(session, folder / MODEL, {"input_ids", "attention_mask"})
     dtype = dtype_of(session, next(iter(pasts)), folder, place)
-    decoder = CachedDecoder(session, pasts, dtype)
+    late = place.by_block and (folder / f"{MODEL}_data").is_file()
+    decoder = CachedDecoder(session, pasts, dtype, late and (folder / f"{MODEL}_data").stat().st_size > _MANY)
     specs = (
         InputSpec("input_ids", torch.int64, (None, None), 0, config.get_text_config().vocab_size),
         InputSpec("attention_mask", torch.int64, (None, None)),
     )
     used, note = provider_of(session, place)
+    note = note or (_UNOPTIMISED if place.by_block else "")
     call = from_nothing(decoder)
     return Runner(label, "decoder", used, place.threads, dtype, specs, call, config, folder, note=note, decoder=decoder)
 

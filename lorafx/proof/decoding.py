@@ -27,6 +27,8 @@ from .encoder_decoder import SOUND
 
 #: How many tokens are generated for each prompt.
 NEW = 64
+#: The same where every step reads many gigabytes of weights from their file.
+SLOW = 8
 #: So many tokens after a batch of prompts, and put one by one to an empty cache.
 _FEW = 8
 #: Lengths of made-up prompts: the shortest, and odd ones.
@@ -169,13 +171,15 @@ def spoken(written: Runner, tokenizer: Any = None, seed: int = 0) -> list[tuple[
     found = []
     for prompt in prompts:
         speaker, start = _begun(written.decoder, prompt[None], torch.ones_like(prompt[None]), "a prompt")[:2]
-        found.append((prompt, _generated(speaker, start[0], _room(start.shape[1], limit), "a prompt")[0][0]))
+        new = _room(written.decoder, start.shape[1], limit)
+        found.append((prompt, _generated(speaker, start[0], new, "a prompt")[0][0]))
     return found
 
 
-def _room(begun: int, limit: int | None) -> int:
+def _room(decoder: Any, begun: int, limit: int | None) -> int:
     """How many tokens there are to be after so many."""
-    return NEW if limit is None else min(NEW, limit - begun)
+    most = SLOW if decoder.slow else NEW
+    return most if limit is None else min(most, limit - begun)
 
 
 def _generated(decoder: Any, prompt: Tensor, new: int, label: str) -> tuple[Tensor, Tensor]:
@@ -195,7 +199,7 @@ def _greedy(
     """What the decoder generates after a prompt, and the reference's logits for all of it."""
     name = f"{len(prompt)} tokens" if prompt.dim() == 1 else f"sound {number}"
     speaker, start = _begun(decoder, prompt[None], torch.ones_like(prompt[None]), name)[:2]
-    new = _room(start.shape[1], limit)
+    new = _room(decoder, start.shape[1], limit)
     label = f"{name} and {new} generated"
     ids, found = _generated(speaker, start[0], new, label)
     said = ids[0, :-1]

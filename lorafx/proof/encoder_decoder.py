@@ -76,6 +76,7 @@ class CachedEncoderDecoder:
 
     #: Where padding stands in a batch of texts to answer.
     side = "right"
+    slow = False
 
     def begin(self, ids: Tensor, mask: Tensor) -> tuple[Reply, Tensor, Tensor]:
         """What answers texts, ``[batch, tokens]``, and the tokens with their mask that answers begin with.

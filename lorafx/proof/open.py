@@ -51,7 +51,8 @@ def open_runner(
         threads: CPU threads; torch's current number when None
         dtype: compute in this dtype; a checkpoint or a module is then captured, so that the whole graph is converted
         label: its name; the path or the class by default
-        by_block: of a program, have the tensors of one block at a time in memory
+        by_block: of a program, have the tensors of one block at a time in memory; of a graph in ONNX, leave its weights
+            in their file, for which ONNX Runtime has to optimise nothing
         sealed: refuse a folder that lorafx did not finish writing
         trust_remote_code: whether code that comes with a folder may run: a checkpoint's own, that in a pickled .pt2
         allow_pickle: whether weights in ``.bin`` files may be read
