@@ -38,9 +38,10 @@ def name_norms(model: ir.Model) -> int:
     """Call each ``SimplifiedLayerNormalization`` what ONNX calls it since version 23, ``RMSNormalization``; in place.
 
     ONNX Runtime keeps the former name, its own, among the standard operators, where no other tool knows it. Both are
-    one kernel there, unless the scale is of another dtype than what is normed: ONNX Runtime 1.31 then takes the standard
-    one to pieces that do not fit together, so that one keeps its name. Returns how many; none in a graph that would mean
-    something else by the newer version.
+    one kernel there. Returns how many; none in a graph that would mean something else by the newer version.
+
+    A norm whose scale is of another dtype than its input keeps its name: ONNX Runtime 1.31 takes the standard one to
+    pieces then, and they do not fit together.
     """
     nodes = [node for graph in model.graphs() for node in graph]
     plain = [node for node in nodes if node.op_type == "SimplifiedLayerNormalization" and node.domain == ""]
