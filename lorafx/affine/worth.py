@@ -35,7 +35,8 @@ class Group:
 
 def worth_folding(program: Program) -> list[Group]:
     """The groups of regions to fold, none overlapping. Of nested regions the one that frees most is taken, of equals
-    the smallest: everything learned is rounded once, and operators of the base model stay outside."""
+    one that leaves its carrier's bias without other readers, of these the smallest: everything learned is rounded once,
+    no bias is written twice, and operators of the base model stay outside."""
     analysis = AffineAnalysis(program.root, RULES)
     place = {node: index for index, node in enumerate(program.graph.nodes)}
     writes = [place[node] for node in program.graph.nodes if is_mutable(node)]
@@ -48,8 +49,8 @@ def worth_folding(program: Program) -> list[Group]:
     account = _accounting(program, candidates)
 
     def rank(region: Region) -> tuple[int, ...]:
-        freed, read = account(region)
-        return -freed, -read, len(region.nodes), place[region.root]
+        freed, read, alone = account(region)
+        return -freed, not alone, -read, len(region.nodes), place[region.root]
 
     taken: list[Region] = []
     used: set[fx.Node] = set()
@@ -79,9 +80,9 @@ def bias_of(carrier: fx.Node) -> fx.Node | None:
     return bias if isinstance(bias, fx.Node) else None
 
 
-def _accounting(program: Program, candidates: list[Region]) -> Callable[[Region], tuple[int, int]]:
+def _accounting(program: Program, candidates: list[Region]) -> Callable[[Region], tuple[int, int, bool]]:
     """How many numbers a region reads beyond its carrier's own weight and bias: those that nothing else reads but the
-    regions alike (other uses of a shared module), and all.
+    regions alike (other uses of a shared module), and all; and whether nothing else reads that bias.
 
     Where it is known what was put into the base model, all of that must be so: the base keeps its architecture. Of a
     captured model, constants that its tracer lifted may be either's; they give no reason to fold. In any other program
@@ -101,19 +102,20 @@ def _accounting(program: Program, candidates: list[Region]) -> Callable[[Region]
     for region in candidates:
         alike[region.key] |= region.nodes
 
-    def account(region: Region) -> tuple[int, int]:
+    def account(region: Region) -> tuple[int, int, bool]:
         carrier = region.carrier
         assert carrier is not None
         bias = bias_of(carrier)
         own = constants.reads(bias) if bias is not None else None
         extra = region.reads - {str(weight_of(carrier).target)} - (own or frozenset())
         if known and extra - learned - lifted:
-            return 0, 0
+            return 0, 0, False
         reasons = extra & learned if known else {name for name in extra if program.tensor(name).dim() > 1}
         sizes = {name: program.tensor(name).numel() for name in reasons}
         freed = sum(size for name, size in sizes.items() if consumers[name] <= alike[region.key])
         new = carrier_features(carrier) if region.shifts and not is_tensor_node(bias) else 0
-        return freed, sum(sizes.values()) - new
+        alone = all(consumers[name] <= alike[region.key] for name in own or ())
+        return freed, sum(sizes.values()) - new, alone
 
     return account
 

@@ -241,6 +241,31 @@ def test_two_adapters_on_one_weight():
     assert operators(folded) == ["linear.default"]
 
 
+@dataclass(frozen=True)
+class Lengths(Method):
+    """Rescale what a weight gives without its bias, as a method does whose formula says it so (DoRA)."""
+
+    promise: ClassVar[Promise] = Promise.SHAPES
+
+    def rewrite(self, edit: Edit, site: Site) -> None:
+        assert site.bias is not None
+        with edit.after(site.node):
+            lengths = edit.parameter(site, "lengths", (site.out_features,), nn.init.normal_)
+            bare = edit.call(aten.sub.Tensor, site.node, site.bias)
+            scaled = edit.call(aten.mul.Tensor, bare, lengths)
+            edit.replace(site.node, edit.call(aten.add.Tensor, scaled, site.bias))
+
+
+@pytest.mark.parametrize("layer", ["linear", "addmm"])
+def test_a_bias_that_is_taken_off_and_put_back_stays_one(layer: str):
+    base = program_of(Holder(nn.Linear(6, 4) if layer == "linear" else Conv1D()), 2, 5, 6)
+    program = zoo.randomised(lorafx.rewrite(base, [Lengths()]))
+    folded = lorafx.fold(program)
+    assert_same(program, folded)
+    assert "add.Tensor" not in operators(folded)
+    assert set(folded.roles) == {"layer.weight", "layer.bias"}
+
+
 def test_a_rank_as_large_as_the_layer():
     """Then B folds into A as well as both into W, and scaling must count once."""
     program = lora(program_of(Holder(nn.Linear(6, 2)), 2, 6))
