@@ -199,3 +199,14 @@ def warn_of_one_class(program: Program, rows: Prepared) -> None:
             len(rows.rows),
             name,
         )
+
+
+def warn_of_random(program: Program) -> None:
+    """Say so when a new head, which no checkpoint held, is not among what trains: a pass did not ask for it."""
+    still = [name for name in program.untrained() if name not in program.trainable()]
+    if still:
+        _log.warning(
+            "%s was drawn at random and does not train, since no pass of this program asks for it; a method does with "
+            "edit.train(edit.program.default_trainable()) in its finish(), those of lorafx with trainable = auto",
+            still[0],
+        )

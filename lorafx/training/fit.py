@@ -33,7 +33,7 @@ from ..recipes.options import TrainOptions
 from ..recipes.recipe import parse_options
 from .arguments import saves, training_arguments
 from .collating import Collator
-from .data import prepare, splits, tokenizer_of, warn_of_one_class
+from .data import prepare, splits, tokenizer_of, warn_of_one_class, warn_of_random
 from .diverged import StopDiverged, refuse_diverged
 from .folder import output_folder, resumed
 from .interrupt import saving_at_interrupt
@@ -132,6 +132,7 @@ def train(
     settings = parse_options(TrainOptions, options, "training options")
     data, eval_data = splits(data, eval_data)
     _check(program, settings, eval_data, output_dir, resume)
+    warn_of_random(program)
     teacher = _teacher(program, settings, teacher)
     tokenizer = tokenizer_of(program) if tokenizer is None else tokenizer
     if settings.samples and tokenizer is None:

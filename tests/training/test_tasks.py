@@ -16,9 +16,11 @@ import torch
 import transformers as hf
 from torch import nn
 
+import lorafx
 from lorafx.errors import ArtifactError, UsageError
 from lorafx.frontend.capture import capture
 from lorafx.models.checkpoint import open_model
+from lorafx.passes.lora import Lora
 from lorafx.public import Program
 from lorafx.recipes.options import TrainOptions
 from lorafx.training.answers import word_f1
@@ -237,6 +239,17 @@ def test_rows_of_one_class_teach_nothing_and_it_is_said(caplog: pytest.LogCaptur
     table = {"text": ["w1", "w2", "w3"], "label": [1, 1, 1]}
     train(adapted(), table, tokenizer=words(), progress=False, max_steps=1)
     assert "all 3 rows are of one class (LABEL_1), so there is nothing to tell apart" in caplog.text
+
+
+@pytest.mark.parametrize(("trainable", "said"), [((), 1), (("auto",), 0)])
+def test_a_new_head_that_no_pass_trains_is_said(
+    trainable: tuple[str, ...], said: int, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A method of one's own trains what it inserts; the head that the task asked for is random, and stays so."""
+    base = lorafx.capture(tiny_checkpoint, task="text-classification", num_labels=3)
+    program = lorafx.rewrite(base, [Lora(rank=2, targets="query", trainable=trainable)])
+    train(program, {"text": ["w1", "w2", "w3"], "label": [0, 1, 2]}, tokenizer=words(), progress=False, max_steps=1)
+    assert caplog.text.count("classifier.bias was drawn at random and does not train") == said
 
 
 # ---- where tables come from
