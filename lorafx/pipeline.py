@@ -103,6 +103,8 @@ def fold(
     removed because it is zero.
 
     Args:
+        program: as captured, rewritten or loaded
+        observers: see the program before and after each pass
         provider: where the result is to be fast; on ``cuda`` widths are multiples of 8, and fewer gathers pay
         removal: which widths are wanted (alike in every block, …); by default what the program's recipe says of
             ``dead-channels``, or else what suits the provider

@@ -41,7 +41,7 @@ def lower(exported: torch.export.ExportedProgram, translated: Set[Any]) -> bool:
         if node.target is aten.flatten.using_ints:
             _say_sizes(node)
         if node.target is aten.reshape.default:
-            _layin_rows(node)
+            _lay_in_rows(node)
         change = _lowered(node)
         if isinstance(change, fx.Node):
             node.replace_all_uses_with(change)
@@ -140,7 +140,7 @@ def _times(node: fx.Node, left: Any, right: Any) -> Any:
     return _before(node, operator.mul, (left, right), a * b)
 
 
-def _layin_rows(node: fx.Node) -> None:
+def _lay_in_rows(node: fx.Node) -> None:
     """Copy what is reshaped, if it does not lie in rows; and say a size that is -1, if known: rules that fuse operators
     look for numbers."""
     given, shape, *_ = cast(Any, node.args)

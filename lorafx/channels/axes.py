@@ -42,11 +42,14 @@ class Axes:
         distrusted: names of nodes whose rules proved wrong, and why: they pin what they touch
 
     Attributes:
+        changing: the nodes whose values are changed in place
         known: the axes of each node
         members: for each tensor that the graph reads, one array of labels for each dimension
         pins: the pinned labels, and why each is
+        channel: for each label the class of labels that are one channel with it, by its smallest label
         tied_class: for each label the class of labels that it is tied to
         head_row: for each label the row it lies in (the channels of one head, say), negative outside rows
+        held_rows: the rows that must stay
         contracted: for each node, the labels it reads to compute other channels
         read: for each node, pairs of arrays: entries of the second are read wherever those of the first are needed
         aligned: labels of which a multiple of some number has to stay

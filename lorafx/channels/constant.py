@@ -77,6 +77,9 @@ class ConstantChannels:
     """For every axis of every value, the constant that each of its channels is; NaN where it has none.
 
     Attributes:
+        axes: the axes of the program
+        constants: its constant nodes
+        known: the facts about each node, in its axes
         experts: whose rows the facts are about, where rows are sorted by expert
     """
 

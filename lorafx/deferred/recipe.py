@@ -20,6 +20,7 @@ class Recipe:
     Attributes:
         shape, stride, dtype, device: the tensor's
         there: the tensor itself, if nothing has to be computed
+        op, args, kwargs: the operator that makes it, and what of
         place: which of the operator's results it is, if there are several
     """
 

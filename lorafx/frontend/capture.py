@@ -70,6 +70,8 @@ def capture(
         meta: capture on the meta device from the config alone, in seconds and within 1 GB for any size
         dynamic: batch and sequence length stay free (of a module without a config, lengths where its code allows);
             else the shapes of ``inputs`` are fixed
+        allow_pickle: whether weights in ``.bin`` files may be read
+        trust_remote_code: whether code that comes with the folder may run
         check: compare the graph with the model, which runs it a few times; without it, a later comparison (an export's,
             say) has to catch what a graph cannot follow
         adapter: the folder of a PEFT adapter to put on the model, several, or several with weights

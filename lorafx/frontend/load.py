@@ -51,8 +51,8 @@ def load(
         task: as for :func:`lorafx.capture`; a run knows its own
         num_labels: as for :func:`lorafx.capture`
         meta: rebuild on the meta device; a run only if it was saved from there
-        allow_pickle: whether weights in ``.bin`` files may be read trust_remote_code: whether the model may run code of
-        its own; never read from the folder
+        allow_pickle: whether weights in ``.bin`` files may be read
+        trust_remote_code: whether the model may run code of its own; never read from the folder
         check: compare the capture with the model, and check what the recipe's passes promise
         adapter: as for :func:`lorafx.capture`, over a checkpoint
 

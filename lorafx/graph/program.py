@@ -138,6 +138,7 @@ class Program:
         trained: what its last training gave, as JSON values; None when it was not trained, or when what a pass did
             since is another function
         earlier: what is kept of the trainings before that, oldest first
+        config_changes: what the config has to say otherwise, e.g. of an output layer that is no longer tied
     """
 
     graph: fx.Graph
@@ -154,7 +155,6 @@ class Program:
     untrainable: str = ""
     trained: Mapping[str, Any] | None = None
     earlier: tuple[Mapping[str, Any], ...] = ()
-    #: Changes the config needs to describe the program, e.g. an output layer that is no longer tied.
     config_changes: dict[str, Any] = field(default_factory=dict)
 
     @property

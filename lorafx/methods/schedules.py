@@ -26,8 +26,8 @@ def linear(step: float, start: float, end: float, first: float, last: float) -> 
 
 
 def cubic(step: float, start: float, end: float, first: float, last: float) -> float:
-    """``first`` until ``start``, ``last`` from ``end`` on, in between, fast at first, ``last + (first - last)(1 -
-    t)³``.
+    """``first`` until ``start``, ``last`` from ``end`` on; in between ``last + (first - last)(1 - t)³``, fast at first,
+    with t from 0 to 1.
 
     Source: Zhu & Gupta 2017, arXiv 1710.01878, eq. 1.
     """

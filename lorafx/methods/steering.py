@@ -35,7 +35,8 @@ class Steering:
         state: what the method sees now; its shared ``multiplier`` is moved
         kind: the kind of its gates
         gates: their parameters, one tensor for each vector
-        share: gives the share that is kept now target: the share to be kept
+        share: gives the share that is kept now
+        target: the share to be kept
         ramp: when the allowed share, which comes down from 1, reaches the target, as a moment of training; 0: at once
     """
 
@@ -63,7 +64,7 @@ class Steering:
 
         A sublayer closes a lot at once, so finer gates reopen in place of its gate, where there are enough of them.
 
-        On a GPU this waits for the device once, to read the share, unless the floor is needed.
+        On a GPU this waits for the device once, to read the share; more often only where gates are held open.
         """
         excess = self.share() - self.allowed
         ascend(self.state.shared["multiplier"], excess, rate, restart=restart)

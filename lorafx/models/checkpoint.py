@@ -148,6 +148,7 @@ def open_model(
         task: a key of :data:`lorafx.models.tasks.TASKS`; None opens the class named in the config
         options: passed to transformers (``num_labels``, ``dtype``, ``trust_remote_code``, …)
         meta: build it on the meta device from the config alone; no weight is read
+        allow_pickle: whether weights in ``.bin`` files may be read
     """
     check_kind(path)
     config = read_config(path)

@@ -87,9 +87,10 @@ class Fit:
     """How a tensor found compares with one way it could have been made.
 
     Attributes:
-        largest: the largest difference from the exact value (fp64) excess: the largest difference as a share of what
-        rounding allows at that place there: how much of the rounded update is present (1 is all); None where rounding
-        leaves nothing of it times: how many times the exact update is present; None without an update
+        largest: the largest difference from the exact value (fp64)
+        excess: the largest difference as a share of what rounding allows at that place
+        there: how much of the rounded update is present (1 is all); None where rounding leaves nothing of it
+        times: how many times the exact update is present; None without an update
     """
 
     largest: float
