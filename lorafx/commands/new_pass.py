@@ -61,6 +61,10 @@ class $cls(Method):
             scaled = edit.cast(edit.call(aten.mul.Tensor, wide, scale), site.node.meta["val"].dtype)
             edit.replace(site.node, scaled)
 
+    def finish(self, edit: Edit) -> None:
+        """What else trains: a classification head that a task added to the checkpoint."""
+        edit.train(edit.program.default_trainable())
+
     def penalty(self, state: MethodState) -> Tensor | None:
         """What is added to the loss of every training forward."""
         if self.pull == 0.0 or not state.sites:

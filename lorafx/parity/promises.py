@@ -109,12 +109,18 @@ class VerifyEach(Observer):
         if not keeps(result, promise):
             raise ParityError(
                 f"pass {step.pass_name()!r} promised {step.promise.value} outputs, but {_broken(result, promise)};"
-                " please report this model (check=False, --no-check goes on all the same)"
+                f" {_whose(step)} (check=False, --no-check goes on all the same)"
             )
         if step.promise is Promise.SHAPES:
             note_proof(program, "the outputs have their shapes")
         else:
             note_proof(program, result.summary, result.max_rel)
+
+
+def _whose(step: Pass) -> str:
+    """Who can mend a broken promise: a pass in another package is its author's."""
+    ours = type(step).__module__.startswith("lorafx.")
+    return "please report this model" if ours else f"mend {type(step).__qualname__}, or what it promises"
 
 
 def _compared(first: Answers, second: Answers, promise: Promise) -> Comparison:
