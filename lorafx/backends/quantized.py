@@ -1,8 +1,9 @@
 """A deployed graph in fewer bits, by ONNX Runtime's own tools.
 
-Of what generates, the weights are: in blocks, each with its own scale (``MatMulNBits``). Of any other graph with int8
-what they are multiplied by is too, one scale for all of it (``MatMulInteger``): about twice as fast on the CPU, and as
-good for encoders. A decoder's products have inputs whose range that cannot hold.
+int4, and int8 of a graph that generates, store the weights alone in fewer bits: in blocks, each with its own scale
+(``MatMulNBits``). int8 of any other graph also rounds what weights are multiplied by, with one scale for all of it
+(``MatMulInteger``): about twice as fast on the CPU, and as good for encoders. The inputs of a decoder's products have a
+range that one scale cannot hold.
 
 Such a graph computes another function on purpose, so it is proven before, and scored before and after.
 """

@@ -51,6 +51,7 @@ class Runner:
         threads: CPU threads it uses
         dtype: its lowest precision
         inputs: what it takes; empty when it does not say
+        call: what runs it, given tensors by their names
         optional: the names of what else it takes where it is given
         config: the Hugging Face config, if there is one
         folder: where its files (and its tokenizer) are, if anywhere
