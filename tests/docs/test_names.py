@@ -87,14 +87,10 @@ def faults(tree: ast.Module, known: set[str]) -> Iterator[str]:
 
 
 def test_docstrings_name_what_there_is() -> None:
-    trees = sources()
-    known = {name for tree in trees.values() for name in names(tree)} | {
-        part for file in trees for part in (file.stem, file.parent.name)
-    }
-    found = [
-        f"{file.relative_to(ROOT.resolve())}: {fault}" for file, tree in trees.items() for fault in faults(tree, known)
-    ]
-    assert found == []
+    trees = {file.relative_to(ROOT.resolve()): tree for file, tree in sources().items()}
+    known = {name for tree in trees.values() for name in names(tree)}
+    known |= {part for file in trees for part in (file.stem, file.parent.name)}
+    assert [f"{file}: {fault}" for file, tree in trees.items() for fault in faults(tree, known)] == []
 
 
 PLANTED = '''
