@@ -16,7 +16,8 @@ def hold_ranges(model: ir.Model, domain: Domain, limit: int | None) -> int:
     runtime refuses; the zero is added to the input, so that the node is run. ``limit`` is the number of positions of
     the model, the upper end that every text model has and its own tables hold.
 
-    Returns: how many axes are checked
+    Returns:
+        how many axes are checked
 
     Raises:
         UsageError: sizes are bound by a relation, or in an input that the model does not have

@@ -1,6 +1,6 @@
 """Which channels nothing needs: argued from the graph, tried on the example, then cut out.
 
-Imports graph and the contract of a pass; knows no method and no pass.
+Imports graph, deferred and the contract of a pass; knows no method and no pass.
 
 An example, with three hidden channels::
 

@@ -37,9 +37,7 @@ class Encoder:
         """The ids of a prompt and of its target, after a space unless there is one between them already.
 
         Both are cut from the ids of the whole text, as a tokenizer may join characters across the cut: a token that
-        spans it
-
-        belongs to the target.
+        spans it belongs to the target.
         """
         gap = "" if target[:1].isspace() or prompt[-1:].isspace() else " "
         alone, whole = self._plain(prompt), self._plain(prompt + gap + target)

@@ -48,7 +48,7 @@ class Manifest:
 
     Attributes:
         path: the folder
-        kind: what the folder is: ``run``, or the format it was exported to (``hf``, ``onnx``, ``pt2``, ``peft``)
+        kind: what the folder is: ``run``, or the format it was exported to (``hf``, ``onnx``, ``pt2``, ``peft``, …)
         version: the version of lorafx that wrote it
         meta: what its writer recorded: the base checkpoint, the recipe, …
         files: every other file by its path below the folder, with ``/`` between the parts

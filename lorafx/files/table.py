@@ -1,4 +1,4 @@
-"""Tables: read csv, jsonl and parquet, and know the place of every row, so that a message can name it.
+"""Tables: read csv, tsv, jsonl, json and parquet, and know the place of every row, so that a message can name it.
 
 Python's own csv and json readers give the line of every row; a table of texts fits in memory. Anything larger is what a
 dataset of one's own is for: :func:`lorafx.train` takes rows of model inputs as they are.

@@ -65,7 +65,8 @@ class Adapter:
 def read_adapter(path: str | PathLike[str]) -> Adapter:
     """Open the folder of a LoRA adapter, without PEFT.
 
-    Raises: ArtifactError: no adapter, an incomplete file, or a config with settings that are not known here
+    Raises:
+        ArtifactError: no adapter, an incomplete file, or a config with settings that are not known here
     """
     folder = Path(path)
     data = read_config_file(folder)

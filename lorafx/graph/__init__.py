@@ -1,4 +1,4 @@
 """What a program is: a graph over named tensors, the only class that edits it, and analyses of it.
 
-Imports models and files; knows no pass.
+Imports models; knows no pass.
 """

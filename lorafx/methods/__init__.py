@@ -1,4 +1,4 @@
 """What methods share: low-rank factors, gates, masks, schedules, statistics of inputs.
 
-Imports graph, channels and the contract of a pass; knows no single method.
+Imports graph, channels and the contract of a pass, and tables of files; knows no single method.
 """

@@ -1,4 +1,4 @@
 """Whether two programs compute the same: runners, inputs, comparisons, and the checks of what passes promise.
 
-Imports graph, models and the runner of passes; opens no folder.
+Imports graph, deferred, models and the runner of passes; opens no folder.
 """

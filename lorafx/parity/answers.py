@@ -29,7 +29,7 @@ def compare(a: Runner, b: Runner, batches: Iterable[Batch], per_token: frozenset
 
 
 Outcome = dict[str, Tensor] | str
-#: How far each element of each output may be off for nothing.
+#: How far each element of each output may be off before it counts.
 Slack = dict[str, Tensor]
 
 
@@ -92,7 +92,7 @@ class Answers:
         Args:
             other: the other program's outputs for the same inputs
             acceptable: whether a comparison is good enough
-            slack: what each element may be off for nothing, by the names of batches and outputs (:meth:`slack`)
+            slack: how far each element may be off before it counts, by the names of batches and outputs (:meth:`slack`)
         """
         said = list(zip(self.batches, self.outcomes, other.outcomes, strict=True))
         counted = [entry for number, entry in enumerate(said) if number == 0 or not isinstance(entry[1], str)]

@@ -235,7 +235,7 @@ def difference(
         a, b: its values; ``a`` is the reference
         tokens: which positions of the first two axes count; all when None
         same_nan: NaN on both sides is agreement, else it is a problem
-        slack: how far each element may be off for nothing (see :mod:`lorafx.graph.rounding`); not at all when None
+        slack: how far each element may be off before it counts (see :mod:`lorafx.graph.rounding`); not at all when None
     """
     kinds_differ = a.is_floating_point() != b.is_floating_point()
     case = Case(inputs, name, 0.0, shapes_differ=kinds_differ)

@@ -1,4 +1,4 @@
 """What happened to a program, as one value: text, HTML, JSON.
 
-Imports graph and recipes; measures nothing itself.
+Imports graph, recipes and files; measures nothing itself.
 """

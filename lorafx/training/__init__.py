@@ -1,6 +1,6 @@
 """Training a program: its module, transformers' Trainer extended for methods, data, metrics.
 
-Imports graph, recipes and models; exports nothing. The names below load on first use: ``Trainer`` is transformers' for
+Imports graph, recipes, models and files; exports nothing. The names below load on first use: ``Trainer`` is transformers' for
 what ``program.module()`` returns, ``MethodTrainerMixin`` turns any other into one, ``LorafxCallback`` serves loops that
 take callbacks.
 """
