@@ -139,7 +139,7 @@ def adapted(program: P, adapters: Sequence[tuple[Adapter, float]]) -> P:
 
 
 def learned_digest(program: Program) -> str:
-    """What tells whether a program is still what its adapters made of it: its passes and what was learned, as one digest."""
+    """A digest of passes and of what was learned: whether a program is still what its adapters made of it."""
     learned = sorted((name, tensor_hash(value)) for name, value in program.learned().items())
     steps = [applied.step.pass_name() for applied in program.history]
     return hashlib.sha256(json.dumps([steps, learned]).encode()).hexdigest()

@@ -1,8 +1,8 @@
 """Training a program: its module, transformers' Trainer extended for methods, data, metrics.
 
-Imports graph, recipes, models and files; exports nothing. The names below load on first use: ``Trainer`` is transformers' for
-what ``program.module()`` returns, ``MethodTrainerMixin`` turns any other into one, ``LorafxCallback`` serves loops that
-take callbacks.
+Imports graph, recipes, models and files; exports nothing. The names below load on first use: ``Trainer`` is
+transformers' for what ``program.module()`` returns, ``MethodTrainerMixin`` turns any other into one, ``LorafxCallback``
+serves loops that take callbacks.
 """
 
 from __future__ import annotations
