@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 import pytest
 
+import lorafx
 from lorafx.cli import main
 from tests.docs.blocks import ROOT, pages
 
@@ -123,6 +124,12 @@ def test_planted_faults_are_named() -> None:
         "load: check runs into another",
         "load: takes no other",
     ]
+
+
+def test_the_python_reference_has_every_public_name() -> None:
+    text = (ROOT / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
+    public = {name: home for name, home in lorafx._HOME.items() if home != "errors"}
+    assert [name for name, home in public.items() if f"::: lorafx.{home}.{name}\n" not in text] == []
 
 
 def options(command: click.Command) -> Iterator[str]:
