@@ -30,9 +30,9 @@ class Range:
     def flaw(self, value: Any) -> str | None:
         """What is wrong with ``value``, or None when it is inside."""
         if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
-            return "is no finite number"
+            return "is not a finite number"
         if self.whole and not isinstance(value, numbers.Integral):
-            return "is no integer"
+            return "is not an integer"
         number: Any = value  # a number of any library's
         inside = (
             (self.least is None or number >= self.least)

@@ -2,7 +2,7 @@
 
 Both store an integer q of a few bits for each weight and, for each group of inputs and each output, a scale s and a
 zero point z: the weight is ``s (q - z)``, exact in fp32 when s has the 11 bits of fp16. The layouts are those of
-    GPTQModel and AutoAWQ.
+GPTQModel and AutoAWQ.
 """
 
 from __future__ import annotations

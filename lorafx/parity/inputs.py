@@ -240,7 +240,7 @@ class Generator:
 
 
 def _size(spec: InputSpec, axis: int) -> int:
-    """A size for an axis that is no text's: of choices and their tokens some, where that is allowed."""
+    """A size for an axis that no text has: a few, for choices and their tokens, where that is allowed."""
     usual, allowed = 1 if spec.dtype.is_floating_point else 3, spec.ranges.get(axis, Range(1, None))
     return max(allowed.low, min(usual, allowed.high or usual))
 

@@ -64,7 +64,7 @@ def training_arguments(
         metric_for_best_model=metric.name if metric is not None else "loss",
         greater_is_better=metric is not None and metric.greater_is_better,
         use_cpu=not torch.accelerator.is_available(),
-        logging_nan_inf_filter=False,  # a loss that is no number any more is to be seen
+        logging_nan_inf_filter=False,  # a loss that is not a number any more is to be seen
         report_to="none",
         disable_tqdm=not progress,
         ddp_find_unused_parameters=False,

@@ -1,4 +1,4 @@
-"""A training whose weights are no numbers any more: it stops there, and nothing of it is kept."""
+"""A training whose weights are not finite any more: it stops there, and nothing of it is kept."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _log = logging.getLogger(__name__)
 
 
 class StopDiverged(TrainerCallback):
-    """Stops a training at the first logged loss that is no number, if what is learned is none either: half precision
-    skips a step whose gradients overflow, and goes on."""
+    """Stops a training at the first logged loss that is not a number, if trained weights are not finite either: half
+    precision skips a step whose gradients overflow, and goes on."""
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
         if math.isfinite((logs or {}).get("loss", 0.0)):
@@ -33,7 +33,7 @@ class StopDiverged(TrainerCallback):
 
 
 def refuse_diverged(program: Program, learning_rate: float) -> None:
-    """UsageError when a weight that ``program`` trained holds what is no number."""
+    """UsageError when a weight that ``program`` trained is not finite."""
     trained = program.trainable()
     lost = _lost(trained)
     if lost:
@@ -44,7 +44,7 @@ def refuse_diverged(program: Program, learning_rate: float) -> None:
 
 
 def _lost(values: dict[str, Any]) -> list[str]:
-    """The names of those tensors of numbers that hold an infinite one or none."""
+    """The names of the floating-point tensors that hold numbers which are not finite."""
     return [name for name, value in values.items() if value.is_floating_point() and not _finite(value)]
 
 

@@ -152,7 +152,7 @@ def _padded(tokenizer: Any, model: Any) -> Any:
 
 
 class _Hiding(transformers.DataCollatorForLanguageModeling):
-    """Hides some tokens of a batch, and hides anew where chance chose none: the mean loss of none is no number."""
+    """Hides some tokens of a batch, and hides anew where chance chose none: the mean loss of none is not a number."""
 
     def torch_mask_tokens(self, inputs: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The batch with tokens hidden, and what they were: -100 elsewhere."""

@@ -68,17 +68,17 @@ def test_python_toml_and_flags_refuse_alike(name: str, given: dict[str, Any], me
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_numbers_are_finite(value: float) -> None:
-    with pytest.raises(RecipeError, match=r"finegates: initial = -?(nan|inf) is no finite number \(mean of"):
+    with pytest.raises(RecipeError, match=r"finegates: initial = -?(nan|inf) is not a finite number \(mean of"):
         Finegates(initial=value)
 
 
 def test_python_is_held_to_numbers_and_integers() -> None:
     wrong: Any = "0.5"
-    with pytest.raises(RecipeError, match=r"finegates: budget = '0\.5' is no finite number"):
+    with pytest.raises(RecipeError, match=r"finegates: budget = '0\.5' is not a finite number"):
         Finegates(budget=wrong)
-    with pytest.raises(RecipeError, match=r"finegates: length = 2\.5 is no integer"):
+    with pytest.raises(RecipeError, match=r"finegates: length = 2\.5 is not an integer"):
         Finegates(length=2.5)  # type: ignore[arg-type]
-    with pytest.raises(RecipeError, match="budget = True is no finite number"):
+    with pytest.raises(RecipeError, match="budget = True is not a finite number"):
         Finegates(budget=True)
     assert Finegates(budget=1).budget == 1
 
