@@ -195,18 +195,19 @@ def _coerce_union(value: Any, hints: tuple[Any, ...]) -> Any:
     raise TypeError(hints)
 
 
-def type_name(hint: Any) -> str:
-    """A readable name of an option's type."""
+def type_name(hint: Any, *, several: bool = False) -> str:
+    """A readable name of an option's type; of ``several`` values of it, in the plural."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(type_name(arg) for arg in args if arg is not type(None))
+        return " or ".join(type_name(arg, several=several) for arg in args if arg is not type(None))
     if origin is typing.Literal:
         return "one of " + ", ".join(map(repr, args))
     if origin is tuple:
-        return f"a list of {type_name(args[0])}"
+        return f"a list of {type_name(args[0], several=True)}"
     if origin in (dict, Mapping):
-        return f"a table of {type_name(args[1])}"
+        return f"a table of {type_name(args[1], several=True)}"
     plain = {"bool": "true or false", "str": "text", "int": "an integer", "float": "a number"}
+    plain |= {"int": "integers", "float": "numbers"} if several else {}
     return plain.get(hint.__name__, str(hint))
 
 

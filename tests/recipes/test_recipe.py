@@ -77,7 +77,7 @@ def test_options_at_their_defaults_are_not_written() -> None:
         ({"pass": [{"name": "lora", "rank": 4.5}]}, "1 (lora): rank = 4.5 is not an integer; rank of the update"),
         ({"pass": [{"name": "lora", "rank": True}]}, "rank = True is not an integer"),
         ({"pass": [{"name": "lora", "exclude": "key"}]}, "exclude = 'key' is not a list of text"),
-        ({"pass": [{"name": "lora", "rank_pattern": {"a": "b"}}]}, "is not a table of an integer"),
+        ({"pass": [{"name": "lora", "rank_pattern": {"a": "b"}}]}, "is not a table of integers"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(data: dict[str, Any], message: str) -> None:
@@ -183,8 +183,8 @@ def test_types_read_well() -> None:
         "float": "a number",
         "str": "text",
         "strings": "a list of text",
-        "integers": "a list of an integer",
-        "table": "a table of a number",
+        "integers": "a list of integers",
+        "table": "a table of numbers",
         "mode": "one of 'fast', 'exact'",
         "optional": "an integer",
     }
