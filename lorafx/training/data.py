@@ -203,7 +203,8 @@ def warn_of_one_class(program: Program, rows: Prepared) -> None:
 
 def warn_of_random(program: Program) -> None:
     """Say so when a new head, which no checkpoint held, is not among what trains: a pass did not ask for it."""
-    still = [name for name in program.untrained() if name not in program.trainable()]
+    idle = {*program.trainable(), *program.names("unread")}
+    still = [name for name in program.untrained() if name not in idle]
     if still:
         _log.warning(
             "%s was drawn at random and does not train, since no pass of this program asks for it; a method does with "
