@@ -202,12 +202,12 @@ def warn_of_one_class(program: Program, rows: Prepared) -> None:
 
 
 def warn_of_random(program: Program) -> None:
-    """Say so when a new head, which no checkpoint held, is not among what trains: a pass did not ask for it."""
+    """Say so when a tensor that no checkpoint held, of a new head above all, is read and not among what trains."""
     idle = {*program.trainable(), *program.names("unread")}
     still = [name for name in program.untrained() if name not in idle]
     if still:
         _log.warning(
-            "%s was drawn at random and does not train, since no pass of this program asks for it; a method does with "
-            "edit.train(edit.program.default_trainable()) in its finish(), those of lorafx with trainable = auto",
+            "%s was drawn at random and does not train, since no pass of this program asks for it: name its module in "
+            "trainable (a new head: auto), or give it to edit.train() in the finish() of a method of your own",
             still[0],
         )
