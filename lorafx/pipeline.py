@@ -112,7 +112,8 @@ def fold(
             fits a checkpoint
         check: check every pass against its promise on the example inputs (see :func:`run`)
         stream: only record how each weight is computed; it is then computed as it is written (:func:`lorafx.export` as
-            ``hf``): for models larger than memory. Passes are then not checked by themselves; the export compares
+            ``hf``, or with ``generate``): for models larger than memory. Passes are then not checked by themselves; the
+            export compares
 
     Raises:
         ParityError: a pass broke its promise; the message names it and the first output that differs

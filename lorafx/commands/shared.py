@@ -100,7 +100,8 @@ opening_options = _together(
 stream_option = click.option(
     "--stream/--no-stream",
     default=None,
-    help="Compute weights as they are written, for models larger than memory (default: when they take over 1 GB).",
+    help="Compute weights as they are written, for models larger than memory, in a checkpoint or in a graph that "
+    "generates (default: when they take over 1 GB).",
 )
 adapter_option = click.option(
     "--adapter",

@@ -213,7 +213,7 @@ def _selected(recipe: Recipe, part: Part) -> _Way:
 def _joined(recipe: Recipe, part: Part) -> _Way | None:
     """Tensors joined along another dimension than the part's."""
     dim = recipe.args[1] if len(recipe.args) > 1 else 0
-    return None if part.dim == dim % len(recipe.shape) else [part] * len(recipe.operands())
+    return None if part.dim == dim % len(recipe.shape) else [part for _ in recipe.operands()]
 
 
 _IN_PLACE = (aten._to_copy.default, aten.clone.default, aten.detach.default, aten.alias.default)

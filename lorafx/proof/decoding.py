@@ -28,7 +28,7 @@ from .encoder_decoder import SOUND
 #: How many tokens are generated for each prompt.
 NEW = 64
 #: The same where every step reads many gigabytes of weights from their file.
-SLOW = 8
+SLOW = 4
 #: So many tokens after a batch of prompts, and put one by one to an empty cache.
 _FEW = 8
 #: Lengths of made-up prompts: the shortest, and odd ones.
@@ -90,9 +90,10 @@ def hold_generation(
     notes = [f"{runner.label}: {runner.note}" for runner in (reference, written) if runner.note]
     try:
         found = [_greedy(reference, written.decoder, prompt, limit, cases, n) for n, prompt in enumerate(prompts, 1)]
-        _one_by_one(max(found, key=lambda text: len(text.asked)), cases)
+        few = min(_FEW, SLOW) if written.decoder.slow else _FEW
+        _one_by_one(max(found, key=lambda text: len(text.asked)), few, cases)
         _after_a_past(max(found, key=lambda text: len(text.ids)), cases)
-        _batch(written.decoder, found, cases)
+        _batch(written.decoder, found, few, cases)
         notes.append(_said(found))
     except _RefusedError as error:
         cases.append(Case(str(error.args[0]), _LOGITS, problem=str(error.args[1]), shapes_differ=True))
@@ -215,8 +216,8 @@ def _begun(decoder: Any, ids: Tensor, mask: Tensor, label: str) -> tuple[Any, Te
         raise _RefusedError(label, f"refused: {first_line(error)}") from error
 
 
-def _one_by_one(text: _Text, cases: list[Case]) -> None:
-    count = min(_FEW, len(text.logits))
+def _one_by_one(text: _Text, few: int, cases: list[Case]) -> None:
+    count = min(few, len(text.logits))
     label = f"{count} tokens one by one"
     ids = text.ids[None, :count]
     found = _steps(text.speaker, ids, torch.ones_like(ids), [1] * count, label)
@@ -233,9 +234,9 @@ def _after_a_past(text: _Text, cases: list[Case]) -> None:
         cases.append(difference(label, _LOGITS, text.logits[None], found))
 
 
-def _batch(decoder: Any, texts: Sequence[_Text], cases: list[Case]) -> None:
+def _batch(decoder: Any, texts: Sequence[_Text], few: int, cases: list[Case]) -> None:
     """Prompts in one batch, padded, and a few tokens of each text; every one is compared by itself."""
-    few = min(_FEW, *(len(text.logits) - text.begun for text in texts))
+    few = min(few, *(len(text.logits) - text.begun for text in texts))
     longest = max(len(text.asked) for text in texts)
     rows, masks = [], []
     for text in texts:

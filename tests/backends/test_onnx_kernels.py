@@ -18,8 +18,10 @@ from lorafx.backends.onnx_kernels import (
     turn_weights,
     turn_weights_once,
     unfuse_batch_transposes,
+    unfuse_mixed_norms,
     unfuse_skip_norms,
 )
+from lorafx.backends.onnx_statements import leave_out
 
 WIDTH = 48
 GENERATOR = np.random.default_rng(0)
@@ -73,6 +75,35 @@ def test_a_session_leaves_them_apart(tmp_path: Path) -> None:
 def test_statistics_that_are_read_and_half_precision_stay_fused() -> None:
     for fused in (norm(["y", "mean"]), norm(["y"], dtype=TensorProto.FLOAT16)):
         assert unfuse_skip_norms(ir.from_proto(fused)) == 0
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_norms_whose_scale_is_of_another_dtype_are_put_apart(bias: bool) -> None:
+    """ONNX Runtime refuses the fused one, and the standard operator for the norm alone."""
+    half, single = TensorProto.FLOAT16, TensorProto.FLOAT
+    inputs = ["x", "skip", "scale", *(["bias"] if bias else [])]
+    node = helper.make_node("SkipSimplifiedLayerNormalization", inputs, ["y", "", "", "total"], domain="com.microsoft")
+    scale, added = (GENERATOR.normal(size=WIDTH) for _ in range(2))
+    values = {"scale": scale.astype(np.float32), "bias": added.astype(np.float16)}
+    given = [helper.make_tensor_value_info(name, half, ["batch", "length", WIDTH]) for name in ("x", "skip")]
+    made = [helper.make_tensor_value_info(*one, ["batch", "length", WIDTH]) for one in (("y", single), ("total", half))]
+    held = [onnx.numpy_helper.from_array(values[name], name) for name in inputs[2:]]
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    fused = helper.make_model(helper.make_graph([node], "one", given, made, held), opset_imports=opsets, ir_version=10)
+    model = ir.from_proto(fused)
+    assert unfuse_mixed_norms(model) == 1
+    leave_out(model)
+    x, skip = (GENERATOR.normal(size=(2, 5, WIDTH)).astype(np.float16) for _ in range(2))
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    y, total = session.run(None, {"x": x, "skip": skip})
+    exact = x.astype(np.float64) + skip + (values["bias"].astype(np.float64) if bias else 0)
+    wanted = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-12) * scale
+    assert (y.dtype, total.dtype) == (np.float32, np.float16)
+    assert np.abs(y - wanted).max() < 4e-3 * np.abs(wanted).max()  # sums of three rounded to fp16
+
+
+def test_norms_of_one_dtype_stay_fused() -> None:
+    assert unfuse_mixed_norms(ir.from_proto(norm(["y"], dtype=TensorProto.FLOAT16))) == 0
 
 
 # ---- products

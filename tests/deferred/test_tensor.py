@@ -52,6 +52,7 @@ WAYS: dict[str, Callable[[Tensor], Tensor]] = {
     "widened": lambda x: x.unsqueeze(1).expand(ROWS, 3, COLUMNS),
     "vector times it": lambda x: x.double() @ torch.arange(COLUMNS).double(),
     "twice, one after the other": lambda x: torch.cat([x, x]),
+    "twice, side by side": lambda x: torch.cat([x, x.float()], -1),
     "a piece": lambda x: x.chunk(2)[1],
     "normalised": lambda x: x.float().softmax(-1),
     "over its norm": lambda x: x / x.float().norm(dim=0, keepdim=True),
