@@ -64,9 +64,11 @@ def session_options_for(place: Place) -> dict[str, Any]:
     options = session_options(place.threads)
     if place.by_block:
         # Weights stay in their file, mapped, and one at a time is converted where the CPU computes in another dtype;
-        # any optimisation would do that, or pack them, for all of them at once.
+        # any optimisation would do that, or pack them, for all of them at once, and so would the usual order.
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+        options.enable_cpu_mem_arena = False
     cpu, cuda = PROVIDERS["cpu"], PROVIDERS["cuda"]
     if place.provider == "cpu" or cuda not in onnxruntime.get_available_providers():
         return {"session_options": options, "providers": [cpu]}

@@ -21,7 +21,6 @@ from lorafx.deferred.programs import deferring
 from lorafx.deferred.tensor import deferred, is_deferred
 from lorafx.passes.lora import Lora
 from lorafx.passes.magnitude import Magnitude
-from lorafx.proof.decoder import MODEL
 from lorafx.proof.open import open_runner
 from tests import small, zoo
 
@@ -161,6 +160,5 @@ def test_a_session_has_the_threads_that_were_asked_for(tmp_path: Path) -> None:
         session = open_runner(tmp_path / "out", threads=1, by_block=by_block).decoder.session
         options = session.get_session_options()
         assert options.intra_op_num_threads == 1
-        packed = options.get_session_config_entry("session.disable_prepacking") != "1" if by_block else True
-        assert packed is not by_block
-    assert (tmp_path / "out" / MODEL).is_file()
+        if by_block:
+            assert options.get_session_config_entry("session.disable_prepacking") == "1"
