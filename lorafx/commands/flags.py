@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import UsageError, did_you_mean
+from ..errors import RecipeError, UsageError, did_you_mean
 from ..ranges import range_of
 
 if TYPE_CHECKING:
@@ -34,7 +34,12 @@ def read_recipe(path: Path | None, passes: tuple[str, ...], flags: list[str], em
         entry[option] = _pass_option(name, option, text)
     if not entries and not empty:
         raise UsageError("nothing to do: give --recipe FILE or --pass NAME; `lorafx passes` lists them")
-    return Recipe.parse({**data, "pass": entries})
+    parsed = Recipe.parse({**data, "pass": entries})
+    try:
+        train_options(parsed, {})
+    except RecipeError as error:
+        raise RecipeError(f"{path}: [train]: {error}") from None
+    return parsed
 
 
 def _dotted(flags: list[str]) -> Iterator[tuple[str, str, str]]:
@@ -173,9 +178,11 @@ def train_options(recipe: Recipe | None, given: Mapping[str, Any]) -> dict[str, 
     """The training options of a command, checked: those of the recipe, then the flags that were given."""
     from ..recipes.options import TrainOptions
     from ..recipes.recipe import parse_options
+    from ..recipes.trainer import check_training
 
     chosen = {**(recipe.train if recipe is not None else {}), **option_values(TrainOptions, given)}
-    parse_options(TrainOptions, chosen, "training options")  # checked now, not when the training begins
+    # Checked now, not when the training begins.
+    check_training(parse_options(TrainOptions, chosen, "training options"))
     return chosen
 
 

@@ -31,6 +31,7 @@ from ..graph.tree import get_tensor, has_tensor, persistent, put_tensor
 from ..models.tasks import loss_type
 from ..recipes.options import TrainOptions
 from ..recipes.recipe import parse_options
+from ..recipes.trainer import check_training
 from .arguments import saves, training_arguments
 from .collating import Collator
 from .data import prepare, splits, tokenizer_of, warn_of_one_class, warn_of_random
@@ -130,6 +131,7 @@ def train(
         ArtifactError: a data file or a checkpoint that cannot be used
     """
     settings = parse_options(TrainOptions, options, "training options")
+    check_training(settings)
     data, eval_data = splits(data, eval_data)
     _check(program, settings, eval_data, output_dir, resume)
     warn_of_random(program)

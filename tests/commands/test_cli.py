@@ -360,6 +360,30 @@ def test_arguments_of_the_trainer_are_pairs_or_a_table() -> None:
             train_options(None, {"trainer": text})
 
 
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ("trainer = {optimm = 1}", "trainer: TrainingArguments has no 'optimm' (did you mean 'optim'?)"),
+        ('trainer = {optim = "adamm"}', "trainer: optim = 'adamm' is not one of adamw_torch, "),
+        ('trainer = {bf16 = "no"}', "trainer: bf16 = 'no' is not true or false"),
+        ("trainer = {max_steps = 3}", "trainer: max_steps is said by the training option 'max_steps'"),
+        ("trainer = {save_steps = 3}", "trainer: save_steps is said by the training option 'save_steps'"),
+        ('schedule = "linea"', "unknown schedule 'linea' (did you mean 'linear'?)"),
+    ],
+)
+def test_what_training_would_refuse_of_a_recipe_is_refused_by_rewrite(train: str, said: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f"{RECIPE}\n[train]\n{train}\n", encoding="utf-8")
+    for command in (["rewrite", "nowhere", "--recipe", recipe, "--dry-run"], ["run", recipe, "--data", "no.csv"]):
+        result = call(*command, *([] if "--dry-run" in command else ["--checkpoint", tmp_path, "-o", tmp_path / "o"]))
+        assert result.exit_code == 2, result.output
+        assert said in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_warming_up_may_be_counted_in_steps() -> None:
+    assert train_options(None, {"trainer": "warmup_steps=5"})["trainer"] == {"warmup_steps": 5}
+
+
 def test_onnx_carries_its_recipe(onnx_folder: Path) -> None:
     import onnx
 
