@@ -69,7 +69,7 @@ def _write(result: EditResult, checkpoint: Path, out: Path, overwrite: bool) -> 
     from ..editing.patch import PATCH
     from ..files.folder import new_folder
     from ..files.places import checkpoint_name
-    from ..models.checkpoint import weight_hashes
+    from ..models.identity import weight_hashes
 
     names = [PATCH] if result.sequential else [f"patch-{n:03d}.safetensors" for n in range(len(result.patches))]
     base = {"name": checkpoint_name(checkpoint), "hashes": weight_hashes(checkpoint)}

@@ -187,7 +187,8 @@ def _base_hashes(checkpoint: Path) -> dict[str, str]:
     Always of their contents: sizes and times can stay the same when weights are changed in place.
     """
     from ..formats.companions import GENERATION, companions
-    from ..models.checkpoint import check_kind, read_config, weight_hashes
+    from ..models.checkpoint import check_kind, read_config
+    from ..models.identity import weight_hashes
 
     check_kind(checkpoint)
     read_config(checkpoint)

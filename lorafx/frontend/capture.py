@@ -24,7 +24,8 @@ from ..graph.domain import domain_of
 from ..graph.program import Signature, Source
 from ..graph.site import module_path
 from ..graph.tree import has_tensor, named_tensors, put_tensor, tensor_hash
-from ..models.checkpoint import by_header, open_model, weight_hashes
+from ..models.checkpoint import open_model
+from ..models.identity import by_header, weight_hashes
 from ..models.examples import dynamic_shapes, example_inputs
 from ..models.hub import local_folder
 from ..models.intact import intact

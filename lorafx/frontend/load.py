@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -20,8 +22,9 @@ from ..files.places import found_from
 from ..formats.peft import adapter_keys
 from ..formats.run import INPUTS, RECIPE, VALUES
 from ..graph.tree import has_tensor
-from ..models.checkpoint import check_safetensors, has_identity, read_config
+from ..models.checkpoint import check_safetensors, read_config
 from ..models.hub import local_folder
+from ..models.identity import has_identity, modified
 from ..pipeline import rewrite
 from ..public import Program
 from ..recipes.recipe import Recipe
@@ -29,6 +32,8 @@ from ..reporting.answer import EARLIER
 from ..reporting.report import REPORT
 from .adapters import Adapters
 from .capture import capture
+
+_log = logging.getLogger(__name__)
 
 
 def load(
@@ -179,7 +184,22 @@ def _recapture(run: _Run, folder: Path, meta: bool, allowed: dict[str, Any]) -> 
         _check_base(folder, run.hashes, {})
         raise
     _check_base(folder, run.hashes, program.source.hashes)
-    return program
+    return _doubted(program, folder, run.hashes)
+
+
+def _doubted(program: Program, folder: Path, expected: Mapping[str, str]) -> Program:
+    """The program with a word about weight files that nobody read when the run was written, and that were modified
+    since. No error: copying a checkpoint does that too. Inodes would tell no more."""
+    names = tuple(name for name, identity in expected.items() if modified(folder / name, identity))
+    if not names:
+        return program
+    _log.warning(
+        "%s: %s was modified (or copied) since the rewrite, which read no weights: of the same size and names, but "
+        "whether the weights are the same cannot be told; rewrite again if they should not be these",
+        folder,
+        names[0],
+    )
+    return dataclasses.replace(program, source=dataclasses.replace(program.source, modified=names))
 
 
 def _check_base(folder: Path, expected: Mapping[str, str], found: Mapping[str, str]) -> None:

@@ -34,12 +34,14 @@ class Source:
         task: the task asked for, or None
         options: further keyword arguments that open the same model again (``num_labels``, ``dtype``, …)
         hashes: sha256 of every weight file of the folder, by file name; of its header alone if it was not read (see
-            :func:`lorafx.models.checkpoint.weight_hashes`)
+            :func:`lorafx.models.identity.weight_hashes`)
         fresh: names of parameters the checkpoint did not hold, so that they were newly initialised
         drawn: sha256 of the values these got, where they got any: what is still the same was never trained
         adapters: names of the tensors of another library's adapters, if the model was captured with some inside; their
             roles are those of any tensor that the model came with
         added: the adapters that were put on it: where each was, its weight, and the sha256 of its files
+        modified: weight files that are newer or older than when the run was rewritten, which read none of them: whether
+            they hold what they held then cannot be told
     """
 
     model: nn.Module
@@ -51,6 +53,7 @@ class Source:
     drawn: Mapping[str, str] = field(default_factory=dict)
     adapters: frozenset[str] = frozenset()
     added: tuple[Mapping[str, Any], ...] = ()
+    modified: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import struct
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..errors import ArtifactError, UsageError, first_line
-from ..files.folder import LFS_START, MANIFEST, file_hash, find_manifest
+from ..files.folder import LFS_START, MANIFEST, find_manifest
 from .layered import own_configs
 from .quantized import Quantization, read_in_full
 from .sentences import pooled
@@ -104,39 +103,6 @@ def _indexed(index: Path) -> list[Path]:
             )
         owners |= dict.fromkeys(entries, name)
     return list(files.values())
-
-
-#: What an identity begins with that is told without reading weights: that of a file's header and its size.
-_BY_HEADER = "header:"
-
-
-def weight_hashes(path: Path, *, read: bool = True) -> dict[str, str]:
-    """What identifies each weight file of a checkpoint folder, by file name: its sha256.
-
-    Without ``read``, no weight is read of safetensors files: their size and the sha256 of their header (which has the
-    names and shapes) stand for them, marked as such.
-    """
-    files = weight_files(path, allow_pickle=True)
-    return {file.name: _identity(file, by_header=not read and file.suffix == ".safetensors") for file in files}
-
-
-def has_identity(file: Path, known: str) -> bool:
-    """Whether a file is the one that an identity was taken of, by what that is of."""
-    return _identity(file, by_header=known.startswith(_BY_HEADER)) == known
-
-
-def by_header(hashes: Mapping[str, str]) -> list[str]:
-    """The files known only by their headers and sizes."""
-    return [name for name, identity in hashes.items() if identity.startswith(_BY_HEADER)]
-
-
-def _identity(file: Path, *, by_header: bool) -> str:
-    if not by_header:
-        return file_hash(file)
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        header = stream.read(int.from_bytes(start, "little"))
-    return f"{_BY_HEADER}{hashlib.sha256(start + header).hexdigest()}:{file.stat().st_size}"
 
 
 def open_model(

@@ -22,8 +22,8 @@ from ..formats.adapter import read_adapter
 from ..formats.run import base_record
 from ..frontend.adapters import learned_digest
 from ..graph.tree import has_tensor, named_tensors
-from ..models.checkpoint import has_identity
 from ..models.hub import local_folder
+from ..models.identity import has_identity
 from ..public import Program
 from ..version import __version__
 from .merges import check_merge

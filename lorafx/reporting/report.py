@@ -13,7 +13,7 @@ from ..errors import ArtifactError
 from ..files.places import checkpoint_name
 from ..files.whole import write_whole
 from ..graph.facts import Gathered, ZeroButKept
-from ..models.checkpoint import by_header
+from ..models.identity import by_header
 from ..notebook import shown
 from .answer import EARLIER, sentence
 from .contents import Contents
@@ -227,7 +227,12 @@ def _notes(program: Program, roles: Mapping[str, RoleReport]) -> list[str]:
         notes.append(f"The config of the result has to say {changes}.")
     if by_header(program.source.hashes):
         notes.append(
-            "No weight of the base was read: its files are known by their size and header until the run is trained."
+            "No weight of the base was read: its files are known by size, header and time until the run is trained."
+        )
+    if program.source.modified:
+        notes.append(
+            f"{program.source.modified[0]} of the base was modified (or copied) after the rewrite, which read no"
+            " weights: whether it is the base that was rewritten cannot be told."
         )
     if waiting := program.waiting():
         notes.append(f"{len(waiting)} tensors are made of weights, when the run is opened with them: {waiting[0]}, …")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -27,12 +28,14 @@ from lorafx.files.places import found_from
 from lorafx.formats.run import save_run
 from lorafx.frontend.load import run_recipe
 from lorafx.graph.program import Source
+from lorafx.models.identity import has_identity, modified, weight_hashes
 from lorafx.passes.finegates import Finegates
 from lorafx.passes.lora import Lora
 from lorafx.passes.magnitude import Magnitude
 from lorafx.passes.to_eval import ToEval
 from lorafx.public import Program
 from lorafx.reporting.report import read_report
+from lorafx.testing.models import randomised
 from tests.captures import of_folder
 from tests.kill_nine import kill_nine, save_runs, write_files
 from tests.zoo import ZOO, build
@@ -429,7 +432,7 @@ def test_a_changed_base_is_refused(spoil: Callable[[Path], None], message: str, 
 def test_a_rewrite_without_weights_reads_none_and_knows_the_base_by_its_header(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorafx.models import checkpoint as opening
+    from lorafx.models import identity as opening
 
     read: list[Path] = []
     monkeypatch.setattr(opening, "file_hash", lambda file: read.append(file) or "")
@@ -452,6 +455,45 @@ def test_a_rewrite_without_weights_reads_none_and_knows_the_base_by_its_header(
     held["more"] = held.pop(min(held))
     save_file(held, base / "model.safetensors", metadata={"format": "pt"})
     message = refusal(ArtifactError, lambda: lorafx.load(tmp_path / "run", base=base, meta=True))
+    assert "base checkpoint changed since the rewrite: model.safetensors" in message
+
+
+def test_a_base_modified_after_a_rewrite_that_read_nothing_is_said(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lorafx.rewrite(lorafx.capture(base, meta=True), [Lora(rank=2)]).save(tmp_path / "run")
+    assert not lorafx.load(tmp_path / "run", base=base).source.modified
+    assert not caplog.text
+    file = base / "model.safetensors"
+    spoil_flip(file)
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))  # however coarse the clock of the disk
+    program = lorafx.load(tmp_path / "run", base=base)
+    assert f"{base}: model.safetensors was modified (or copied) since the rewrite" in caplog.text
+    program.save(tmp_path / "trained")
+    report = (tmp_path / "trained" / "report.json").read_text(encoding="utf-8")
+    assert "model.safetensors of the base was modified (or copied) after the rewrite" in report
+    # What was opened is what it is bound to from now on.
+    caplog.clear()
+    assert not lorafx.load(tmp_path / "trained", base=base).source.modified
+    assert not caplog.text
+
+
+def test_an_identity_of_before_has_no_time(base: Path) -> None:
+    file = base / "model.safetensors"
+    known = weight_hashes(base, read=False)[file.name]
+    earlier = known.rpartition(":")[0]
+    os.utime(file, ns=(0, 0))
+    assert has_identity(file, known) and modified(file, known)
+    assert has_identity(file, earlier) and not modified(file, earlier)
+
+
+def test_a_checkpoint_of_lorafx_is_known_by_its_manifest_and_read_by_no_rewrite(base: Path, tmp_path: Path) -> None:
+    """Folded again into its place, it has the same names and sizes."""
+    zero = lorafx.rewrite(lorafx.capture(base), [Lora(rank=2)])
+    lorafx.export(lorafx.fold(zero), tmp_path / "folded", format="hf")
+    lorafx.rewrite(lorafx.capture(tmp_path / "folded", meta=True), [Lora(rank=2)]).save(tmp_path / "run")
+    lorafx.export(lorafx.fold(randomised(zero)), tmp_path / "folded", format="hf", overwrite=True)
+    message = refusal(ArtifactError, lambda: lorafx.load(tmp_path / "run"))
     assert "base checkpoint changed since the rewrite: model.safetensors" in message
 
 
