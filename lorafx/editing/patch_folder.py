@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import ArtifactError, UsageError
 from ..files.folder import MANIFEST, FileEntry, find_manifest, new_folder
 from ..files.places import checkpoint_name
-from ..formats.companions import copy_entry, inner_companions, is_weights
+from ..formats.companions import copy_entry, inner_companions, is_of_its_weights, is_weights
 from ..formats.shards import DTYPES, write_pieces, write_weights
 from ..models.checkpoint import check_safetensors, read_config, weight_files
 from ..models.hub import local_folder
@@ -30,6 +30,8 @@ from ..models.quantized import Quantization
 from ..version import __version__
 from .patch import Change, Patch, make
 
+#: Where the tensors of a checkpoint of several files are.
+INDEX = "model.safetensors.index.json"
 #: Bytes that are copied at once.
 _PART = 1 << 22
 #: The dtypes of weights, by safetensors' names.
@@ -62,7 +64,8 @@ def apply(checkpoint: str | PathLike[str], patch: Patch, out: str | PathLike[str
     Args:
         checkpoint: an ordinary checkpoint folder, sharded or not
         patch: what to change
-        out: the folder to make; it appears whole or not at all. Weights in other formats are not copied
+        out: the folder to make; it appears whole or not at all. Weights in other formats are not copied, nor are
+            scores, reports and certificates: they tell of the weights as they were
         overwrite: replace ``out`` if lorafx wrote it
 
     Raises:
@@ -184,10 +187,10 @@ def _digest(patch: Patch, files: Iterable[Path], undo: bool) -> str:
 
 
 def _top_files(folder: Path) -> list[str]:
-    """All files except weights in formats that a patch does not reach: those would not match the patched folder."""
-    reached = {file.name for file in folder.glob("*.safetensors*")}
-    names = [file.name for file in folder.iterdir() if file.is_file() and file.name != MANIFEST]
-    return sorted(name for name in names if name in reached or not is_weights(name))
+    """All files that still hold for other weights: no scores, reports nor certificates. Weights go only with the index
+    that places them; those that no patch reaches, in other formats say, would not match the patched folder."""
+    names = [file.name for file in folder.iterdir() if file.is_file() and not is_of_its_weights(file.name)]
+    return sorted(name for name in names if name == INDEX or not is_weights(name))
 
 
 def _found(folder: Path, held: dict[str, Slot], change: Change) -> list[Slot]:

@@ -29,12 +29,16 @@ _WEIGHTS = (
     *("*.gguf", "*.onnx", "*.onnx_data", "*.onnx.data", "*.tflite", "*.mlmodel", "*.pkl", "*.pdparams"),
     *("*.safetensors.index.json", "*.bin.index.json", "*.h5.index.json", "*.msgpack.index.json"),
 )
-#: About the base alone: its card and results, how it was trained, an adapter of it, how its weights were quantised,
-#: what lorafx wrote about it, the name of its ONNX graph.
-_OF_THE_BASE = (
-    *("README*", "*results.json", "trainer_state.json", "training_args*", "events.out.*", "*.log"),
-    *("adapter_config.json", "quant*_config.json", "hf_quant_config.json"),
+#: What was measured or proven of the very weights beside it: scores, what lorafx wrote, the name of an ONNX graph.
+_OF_ITS_WEIGHTS = (
+    "*results.json",
     *(MANIFEST, "certificate.json", "recipe.toml", REPORT, PAGE, "blocks.svg", "export.json", "genai_config.json"),
+)
+#: About the base alone: its card and results, how it was trained, an adapter of it, how its weights were quantised.
+_OF_THE_BASE = (
+    *("README*", "MODEL_CARD*", "model_card*", "trainer_state.json", "training_args*", "events.out.*", "*.log"),
+    *("adapter_config.json", "quant*_config.json", "hf_quant_config.json"),
+    *_OF_ITS_WEIGHTS,
 )
 #: What sentence-transformers says about the model in the folder: another head makes it another model.
 _OF_THE_ENCODER = (MODULES, "sentence_*_config.json", "config_sentence_transformers.json")
@@ -63,6 +67,11 @@ def inner_companions(folder: str | PathLike[str]) -> list[str]:
 def is_weights(name: str) -> bool:
     """Whether a file has the name of a weight file, in any format."""
     return _matches(name, _WEIGHTS)
+
+
+def is_of_its_weights(name: str) -> bool:
+    """Whether a file tells what was measured or proven of the weights beside it, so that it is untrue of any others."""
+    return _matches(name, _OF_ITS_WEIGHTS)
 
 
 def copy_companions(program: Program, folder: Path) -> list[str]:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lorafx
+from lorafx.cli import main
 from lorafx.commands.edit import patch as patch_group
 from lorafx.editing import patch_folder
 from lorafx.editing.patch import PATCH, Patch, make, tensor_hash
@@ -367,9 +368,40 @@ def test_the_patch_between_two_folders_leads_from_one_to_the_other(tmp_path: Pat
 def test_weights_in_other_formats_are_left_behind(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base")
     (base / "model.gguf").write_bytes(b"the same weights, unpatched")
+    (base / "eval_results.json").write_text("{}")
     apply(base, edited_weights(base), tmp_path / "edited")
     assert not (tmp_path / "edited" / "model.gguf").exists()
+    assert not (tmp_path / "edited" / "eval_results.json").exists(), "scores of other weights"
     assert (tmp_path / "edited" / "README.md").is_file()
+
+
+def test_weights_that_the_index_does_not_place_are_left_behind(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", max_shard_size="20KB")
+    shutil.copy(next(base.glob("model-*.safetensors")), base / "consolidated.safetensors")
+    apply(base, edited_weights(base), tmp_path / "edited")
+    found = {file.name for file in (tmp_path / "edited").glob("*.safetensors*")}
+    assert found == {file.name for file in base.glob("model*.safetensors*")}
+
+
+@pytest.mark.parametrize("undo", [False, True], ids=["applied", "reverted"])
+def test_what_was_proven_of_other_weights_stays_with_them(undo: bool, tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base")
+    lorafx.export(lorafx.capture(base), tmp_path / "folded", format="hf")
+    assert CliRunner().invoke(main, ["check", str(tmp_path / "folded")]).exit_code == 0
+    patch, folder = edited_weights(tmp_path / "folded"), tmp_path / "folded"
+    if undo:
+        apply(folder, patch, tmp_path / "applied")
+        records = ("certificate.json", "report.json", "report.html")
+        for name in records:
+            shutil.copy(folder / name, tmp_path / "applied" / name)
+        folder = tmp_path / "applied"
+    (revert if undo else apply)(folder, patch, tmp_path / "out")
+    kept = {file.name for file in (tmp_path / "out").iterdir()}
+    expected = {"lorafx.json", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert kept == expected | {"tokenizer_config.json"}
+    result = CliRunner().invoke(main, ["check", str(tmp_path / "out")])
+    assert result.exit_code == 5
+    assert "no certificate.json" in result.stderr
 
 
 def _other_weights(base: Path) -> None:
