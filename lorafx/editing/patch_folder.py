@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, UsageError
-from ..files.folder import MANIFEST, FileEntry, find_manifest, new_folder
+from ..files.folder import REMEDY, FileEntry, find_manifest, new_folder
 from ..files.places import checkpoint_name
 from ..formats.companions import copy_entry, inner_companions, is_of_its_weights, is_weights
 from ..formats.shards import DTYPES, write_pieces, write_weights
 from ..models.checkpoint import check_safetensors, read_config, weight_files
 from ..models.hub import local_folder
+from ..models.identity import check_written, written_hashes
 from ..models.quantized import Quantization
 from ..version import __version__
 from .patch import Change, Patch, make
@@ -85,7 +86,10 @@ def revert(checkpoint: str | PathLike[str], patch: Patch, out: str | PathLike[st
 
 def between(base: str | PathLike[str], edited: str | PathLike[str]) -> Patch:
     """The patch from one checkpoint folder to another of the same tensors, e.g. from a base to its folded rewrite."""
-    old, new = slots(local_folder(base)), slots(local_folder(edited))
+    folders = local_folder(base), local_folder(edited)
+    for folder in folders:
+        check_written(folder)
+    old, new = map(slots, folders)
     for name in sorted(old.keys() ^ new.keys()):
         raise UsageError(f"no patch between {base} and {edited}: {name} is in one of the two only")
     changes: list[Change] = []
@@ -136,7 +140,11 @@ def _exchange(checkpoint: Any, patch: Patch, out: Any, *, undo: bool, overwrite:
     meta = {"checkpoint": checkpoint_name(folder), "patch": "reverted" if undo else "applied", "changed": patch.changed}
     files = {slot.file for slot in held.values()}
     size = sum(file.stat().st_size for file in files)
-    writers = {file.name: partial(_write_patched, file, _of(pairs, file), undo) for file in sorted(files)}
+    as_written = written_hashes(folder)
+    writers = {
+        file.name: partial(_write_patched, file, _of(pairs, file), undo, as_written.get(file.name))
+        for file in sorted(files)
+    }
     known: dict[str, FileEntry] = {}
     with new_folder(out, "hf", meta, overwrite, known, _digest(patch, files, undo)) as target:
         for name in (*_top_files(folder), *inner_companions(folder)):
@@ -153,25 +161,41 @@ def _of(pairs: _Pairs, file: Path) -> _Pairs:
     return sorted((pair for pair in pairs if pair[1].file == file), key=lambda pair: pair[1].start)
 
 
-def _write_patched(file: Path, pairs: _Pairs, undo: bool, target: Path, progress: Callable[[int], object]) -> FileEntry:
-    """Write ``file`` again as ``target``, with the tensors in ``pairs`` exchanged."""
+def _write_patched(
+    file: Path, pairs: _Pairs, undo: bool, known: str | None, target: Path, progress: Callable[[int], object]
+) -> FileEntry:
+    """Write ``file`` again as ``target``, with the tensors in ``pairs`` exchanged. ArtifactError where its sha256 is
+    ``known`` and it is another: a manifest would vouch for the copy."""
+    seen = hashlib.sha256()
+    see = seen.update if known is not None else len  # nobody asks
 
     def pieces() -> Iterator[Iterable[memoryview]]:
         place = 0
         for change, slot in pairs:
-            yield _copied(file, place, slot.start)
-            yield _parts(change.exchanged(slot.read(), undo=undo))
+            yield _copied(file, place, slot.start, see)
+            value = slot.read()
+            for part in _parts(value):
+                see(part)
+            yield _parts(change.exchanged(value, undo=undo))
             place = slot.end
-        yield _copied(file, place, file.stat().st_size)
+        yield _copied(file, place, file.stat().st_size, see)
 
-    return write_pieces(target, pieces(), progress)
+    entry = write_pieces(target, pieces(), progress)
+    if known not in (None, seen.hexdigest()):
+        raise ArtifactError(
+            f"{file}: not the file that was written (its sha256 differs); write the folder again, {REMEDY}"
+        )
+    return entry
 
 
-def _copied(file: Path, start: int, end: int) -> Iterator[memoryview]:
+def _copied(file: Path, start: int, end: int, see: Callable[[memoryview], object]) -> Iterator[memoryview]:
+    """A part of a file in pieces, each shown to ``see``."""
     with file.open("rb") as stream:
         stream.seek(start)
         for place in range(start, end, _PART):
-            yield memoryview(stream.read(min(_PART, end - place)))
+            part = memoryview(stream.read(min(_PART, end - place)))
+            see(part)
+            yield part
 
 
 def _parts(value: Tensor) -> Iterator[memoryview]:

@@ -30,6 +30,10 @@ MANIFEST = "lorafx.json"
 #: The version of the format this code writes, and the newest it reads.
 FORMAT = 1
 LFS_START = b"version https://git-lfs"
+#: What to do with a folder that was changed on purpose: what lorafx knows of it no longer holds.
+REMEDY = f"or remove {MANIFEST} if another tool was to change it"
+#: Kinds of folders that nothing but lorafx writes.
+_LORAFX_ALONE = ("run", "edit")
 _WEIGHTS = ".safetensors"
 _TEMPORARY = re.compile(r"\..+\.(tmp|old)-.+")
 
@@ -99,8 +103,10 @@ def read_manifest(path: str | PathLike[str], *, hashes: bool = False) -> Manifes
             truncated, changed or a git-lfs pointer
     """
     manifest = manifest_of(path)
+    # What others read too, another tool may have been meant to change: to train a checkpoint in place, say.
+    remedy = "write the folder again" + ("" if manifest.kind in _LORAFX_ALONE else f", {REMEDY}")
     for name, entry in manifest.files.items():
-        _check(manifest.path, name, entry, hashes)
+        _check(manifest.path, name, entry, hashes, remedy)
     return manifest
 
 
@@ -129,17 +135,17 @@ def _parse(folder: Path, data: Mapping[str, Any]) -> Manifest:
     return Manifest(folder, str(data["kind"]), str(data["lorafx"]), data["meta"], files)
 
 
-def _check(folder: Path, name: str, entry: FileEntry, hashes: bool) -> None:
+def _check(folder: Path, name: str, entry: FileEntry, hashes: bool, remedy: str) -> None:
     file = folder / name
     if not file.is_file():
-        raise ArtifactError(f"{folder}: {name} is missing; write the folder again")
+        raise ArtifactError(f"{folder}: {name} is missing; {remedy}")
     size = file.stat().st_size
     if size != entry.size:
         if is_lfs_pointer(file):
             raise ArtifactError(f"{file}: a git-lfs pointer, not the file; run `git lfs pull` in that folder")
-        raise ArtifactError(f"{file}: {size} bytes where {MANIFEST} says {entry.size}; write the folder again")
+        raise ArtifactError(f"{file}: {size} bytes where {MANIFEST} says {entry.size}; {remedy}")
     if hashes and file_hash(file) != entry.sha256:
-        raise ArtifactError(f"{file}: not the file that was written (its sha256 differs); write the folder again")
+        raise ArtifactError(f"{file}: not the file that was written (its sha256 differs); {remedy}")
 
 
 def is_lfs_pointer(file: Path) -> bool:

@@ -17,17 +17,16 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from ..errors import ArtifactError, CaptureError, UsageError
-from ..files.folder import MANIFEST, find_manifest
+from ..errors import CaptureError, UsageError
 from ..formats.adapter import Adapter
 from ..graph.domain import domain_of
 from ..graph.program import Signature, Source
 from ..graph.site import module_path
 from ..graph.tree import has_tensor, named_tensors, put_tensor, tensor_hash
 from ..models.checkpoint import open_model
-from ..models.identity import by_header, weight_hashes
 from ..models.examples import dynamic_shapes, example_inputs
 from ..models.hub import local_folder
+from ..models.identity import check_written, weight_hashes
 from ..models.intact import intact
 from ..models.tasks import head_modules, loss_type
 from ..models.tokenizers import find_tokenizer, pad_token
@@ -106,7 +105,7 @@ def capture(
     with ThreadPoolExecutor(1) as pool:
         hashes = pool.submit(weight_hashes, checkpoint, read=not meta)
         program = _captured(origin, example, shapes, check=check and not meta)
-        _check_written(checkpoint, hashes.result())
+        check_written(checkpoint, hashes.result())
         return adapted(_known_by(program, hashes.result()), adapters)
 
 
@@ -131,19 +130,6 @@ def _prepared(origin: Source, adapter: Adapters | None) -> tuple[list[tuple[Adap
     if origin.path is not None:  # a model in memory stays as it is
         resize(origin.model, adapters)
     return adapters, origin
-
-
-def _check_written(checkpoint: Path, hashes: Mapping[str, str]) -> None:
-    """ArtifactError for weights that are not those which lorafx wrote, if it wrote the checkpoint: what they are was
-    proven then."""
-    manifest = find_manifest(checkpoint) if (checkpoint / MANIFEST).is_file() else None
-    known = {} if manifest is None else {name: entry.sha256 for name, entry in manifest.files.items()}
-    for name in hashes.keys() & known.keys() - set(by_header(hashes)):
-        if hashes[name] != known[name]:
-            raise ArtifactError(
-                f"{checkpoint / name}: not the file that was written (its sha256 differs); write the folder again, or "
-                f"remove {MANIFEST} if another tool was to change it"
-            )
 
 
 def _known_by(program: Program, hashes: Mapping[str, str]) -> Program:

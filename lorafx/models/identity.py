@@ -1,4 +1,4 @@
-"""What identifies the weight files of a checkpoint: their sha256, or, where no weight is read, what is known for free."""
+"""What identifies the weight files of a checkpoint: their sha256, or what is known where no weight is read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..files.folder import MANIFEST, file_hash, find_manifest
+from ..errors import ArtifactError
+from ..files.folder import MANIFEST, REMEDY, file_hash, find_manifest
 from .checkpoint import weight_files
 
 #: What an identity begins with that is told without reading weights: of a file's header, its size, and when it was
@@ -24,9 +25,21 @@ def weight_hashes(path: Path, *, read: bool = True) -> dict[str, str]:
     files = weight_files(path, allow_pickle=True)
     if read:
         return {file.name: file_hash(file) for file in files}
-    manifest = find_manifest(path) if (path / MANIFEST).is_file() else None
-    known = {} if manifest is None else {name: entry.sha256 for name, entry in manifest.files.items()}
+    known = written_hashes(path)
     return {file.name: known.get(file.name) or _unread(file) for file in files}
+
+
+def check_written(checkpoint: Path, hashes: Mapping[str, str] | None = None) -> None:
+    """ArtifactError for weights that are not those which lorafx wrote, if it wrote the checkpoint: what they are was
+    proven then. ``hashes`` are of its weight files, which are read for them by default."""
+    known = written_hashes(checkpoint)
+    hashes = weight_hashes(checkpoint) if known and hashes is None else hashes or {}
+    for name in hashes.keys() & known.keys() - set(by_header(hashes)):
+        if hashes[name] != known[name]:
+            raise ArtifactError(
+                f"{checkpoint / name}: not the file that was written (its sha256 differs); write the folder again, "
+                f"{REMEDY}"
+            )
 
 
 def has_identity(file: Path, known: str) -> bool:
@@ -46,6 +59,12 @@ def modified(file: Path, known: str) -> bool:
     """Whether a file known by its header has another time of modification: whether its weights are the same cannot be
     told, for a copy may have one too."""
     return known.startswith(_BY_HEADER) and _timeless(known) != known and _by_header(file) != known
+
+
+def written_hashes(folder: Path) -> dict[str, str]:
+    """The sha256 of every file in a folder that lorafx wrote; nothing of others."""
+    manifest = find_manifest(folder) if (folder / MANIFEST).is_file() else None
+    return {} if manifest is None else {name: entry.sha256 for name, entry in manifest.files.items()}
 
 
 def _unread(file: Path) -> str:

@@ -21,6 +21,7 @@ from ..frontend.adapters import Adapters, read_adapters, resize, weighted
 from ..graph.tree import named_tensors, persistent, ties
 from ..models.checkpoint import open_model, read_config
 from ..models.hub import local_folder
+from ..models.identity import check_written
 from ..models.quantized import Quantization
 from .fits import Made, judge
 
@@ -101,6 +102,7 @@ def check_merge(base: str | Path, adapters: Adapters, merged: str | Path, *, tas
             f"{merged}: its weights are quantised, which moved every one of them off base + adapter; check the merge "
             "as it was before that"
         )
+    check_written(old_folder)  # the merge is held against it; whatever is wrong in that is found by this
     old, fresh = open_model(old_folder, task, {"dtype": "auto"})
     new, _ = open_model(new_folder, task, {"dtype": "auto"})
     if type(old) is not type(new):

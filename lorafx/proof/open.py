@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
-from ..files.folder import find_manifest
+from ..files.folder import Manifest, find_manifest, read_manifest
 from ..frontend.capture import capture
 from ..graph.precision import coarsest
 from ..graph.tree import named_tensors
@@ -59,7 +60,7 @@ def open_runner(
         base: where a run's base checkpoint is now, if it was moved
 
     Raises:
-        ArtifactError: the folder is not a model, is incomplete, or cannot be opened
+        ArtifactError: the folder is not a model, is incomplete, was changed since lorafx wrote it, or cannot be opened
         UsageError: a program without weights, a provider that is not there, an exported model in another ``dtype``, a
             folder with code that is not trusted
     """
@@ -130,7 +131,29 @@ def _specs(module: nn.Module, folder: Path | None) -> tuple[InputSpec, ...]:
 def _of_folder(
     folder: Path, place: Place, label: str, sealed: bool, opening: dict[str, Any], base: str | PathLike[str] | None
 ) -> Runner:
+    """A folder that lorafx wrote is held to its manifest, each byte: files are hashed beside the opening, or before
+    it where code that comes with them may run."""
     manifest = find_manifest(folder) if sealed or not folder.is_dir() else None
+    if manifest is None or manifest.kind == "run":  # a run is held to it as it is loaded
+        return _opened(folder, manifest, place, label, opening, base)
+    with ThreadPoolExecutor(1) as pool:
+        hashed = pool.submit(read_manifest, folder, hashes=True)
+        if opening["trust_remote_code"]:
+            hashed.result()
+        try:
+            return _opened(folder, manifest, place, label, opening, base)
+        finally:
+            hashed.result()  # what was changed explains an error better than what it led to
+
+
+def _opened(
+    folder: Path,
+    manifest: Manifest | None,
+    place: Place,
+    label: str,
+    opening: dict[str, Any],
+    base: str | PathLike[str] | None,
+) -> Runner:
     if is_decoder(folder):
         return open_decoder(folder, place, label, opening["trust_remote_code"])
     if is_encoder_decoder(folder):

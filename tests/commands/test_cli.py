@@ -377,7 +377,8 @@ def test_what_training_would_refuse_of_a_recipe_is_refused_by_rewrite(train: str
     for command in (["rewrite", "nowhere", "--recipe", recipe, "--dry-run"], ["run", recipe, "--data", "no.csv"]):
         result = call(*command, *([] if "--dry-run" in command else ["--checkpoint", tmp_path, "-o", tmp_path / "o"]))
         assert result.exit_code == 2, result.output
-        assert said in result.stderr and result.stderr.count("\n") == 1
+        assert said in result.stderr
+        assert result.stderr.count("\n") == 1
 
 
 def test_warming_up_may_be_counted_in_steps() -> None:
@@ -567,3 +568,39 @@ def test_weights_that_are_not_those_written_are_refused(folded: Path, tmp_path: 
         assert (result.exit_code, "model.safetensors: not the file that was written" in said) == (5, True), said
     (copy / "lorafx.json").unlink()  # somebody else's by now
     assert call("fold", copy, "-o", tmp_path / "out").exit_code == 0
+
+
+@pytest.mark.parametrize("made", ["folded", "onnx_folder"])
+@pytest.mark.parametrize("command", ["verify", "bench", "generate"])
+def test_what_reads_a_folder_holds_it_to_every_byte(
+    made: str, command: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(request.getfixturevalue(made), tmp_path / "copy")
+    file = next(
+        file for name in ("model.safetensors", "model.onnx.data", "model.onnx") if (file := copy / name).exists()
+    )
+    data = bytearray(file.read_bytes())
+    data[-8] ^= 1
+    file.write_bytes(bytes(data))
+    given = {
+        "verify": [copy, copy],
+        "bench": [copy, "--repeats", 1, "--shape", "1x4"],
+        "generate": [copy, "--prompt", "w"],
+    }
+    result = call(command, *given[command])
+    assert result.exit_code == 5, result.output
+    said = result.stderr.split("\r")[-1].splitlines()[-1]
+    assert said.startswith(f"lorafx: error: {file}: not the file that was written (its sha256 differs)")
+    assert "or remove lorafx.json if another tool was to change it" in result.stderr
+
+
+def test_a_checkpoint_trained_in_place_says_what_to_remove(folded: Path, tmp_path: Path) -> None:
+    """Its config has another size, say, as transformers writes it again."""
+    copy = shutil.copytree(folded, tmp_path / "copy")
+    (copy / "config.json").write_text((copy / "config.json").read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    for command in (["rewrite", copy, "--pass", "lora", "--dry-run"], ["verify", copy, folded]):
+        result = call(*command)
+        assert result.exit_code == 5, result.output
+        assert "write the folder again, or remove lorafx.json if another tool was to change it" in result.stderr
+    (copy / "lorafx.json").unlink()
+    assert call("rewrite", copy, "--pass", "lora", "--dry-run").exit_code == 0

@@ -404,6 +404,23 @@ def test_what_was_proven_of_other_weights_stays_with_them(undo: bool, tmp_path: 
     assert "no certificate.json" in result.stderr
 
 
+def test_a_folder_changed_since_it_was_written_is_not_vouched_for_again(tmp_path: Path) -> None:
+    """In a tensor that the patch does not reach, which nothing but the file's own sha256 could tell."""
+    base, folder = checkpoint(tmp_path / "base"), tmp_path / "first"
+    patch = edited_weights(base)
+    apply(base, patch, folder)
+    file = folder / "model.safetensors"
+    norm = slots(folder)["model.norm.weight"]
+    data = bytearray(file.read_bytes())
+    data[norm.start] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(ArtifactError, match=r"model\.safetensors: not the file that was written"):
+        revert(folder, patch, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+    with pytest.raises(ArtifactError, match=r"model\.safetensors: not the file that was written"):
+        between(base, folder)
+
+
 def _other_weights(base: Path) -> None:
     tensors = load_file(base / "model.safetensors")
     tensors["model.layers.0.self_attn.k_proj.weight"][0, 0] += 1
