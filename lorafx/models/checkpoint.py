@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import ArtifactError, UsageError, first_line
 from ..files.folder import LFS_START, MANIFEST, find_manifest
+from ..files.whole import failure_of, said
 from .layered import own_configs
 from .quantized import Quantization, read_in_full
 from .sentences import pooled
@@ -139,7 +140,7 @@ def open_model(
         model, info = read_in_full(cls, path, files, options, quantization)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         _check_trust(path, error)
-        raise ArtifactError(f"{path}: transformers cannot open it: {first_line(error)}") from error
+        raise _unopened(path, "transformers cannot open it", error) from error
     except TypeError as error:
         odd = next((name for name in options if f"'{name}'" in str(error)), None)
         if odd is None:
@@ -247,7 +248,15 @@ def open_tokenizer(path: str | PathLike[str], trust_remote_code: bool = False) -
             return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError) as error:
         _check_trust(path, error)
-        raise ArtifactError(f"{path}: its tokenizer cannot be opened: {first_line(error)}") from error
+        raise _unopened(path, "its tokenizer cannot be opened", error) from error
+
+
+def _unopened(path: str | PathLike[str], what: str, error: Exception) -> ArtifactError:
+    """What to say of an error of transformers: of a disk's, which file it is about and what to do."""
+    failure = failure_of(error)
+    if failure is not None and failure.filename is not None:
+        return ArtifactError(f"{failure.filename}: cannot be used: {said(failure)}")
+    return ArtifactError(f"{path}: {what}: {first_line(error)}")
 
 
 def _check_trust(path: str | PathLike[str], error: Exception) -> None:

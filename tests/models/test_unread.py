@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -144,3 +146,19 @@ def test_a_dtype_is_one_that_models_are_opened_in(checkpoint: Path, meta: bool) 
     for asked, held in (("auto", torch.float32), ("bfloat16", torch.bfloat16), (torch.float64, torch.float64)):
         model = open_model(checkpoint, None, {"dtype": asked}, meta=meta)[0]
         assert {value.dtype for value in model.parameters()} == {held}
+
+
+def test_a_shard_that_may_not_be_read_says_what_to_do(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs this may read every file, so the system's refusal is played."""
+    kept, closed = Path.open, next(shards.glob("model-00002-*"))
+
+    def opening(file: Path, *given: Any, **named: Any) -> Any:
+        if file == closed:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+        return kept(file, *given, **named)
+
+    monkeypatch.setattr(Path, "open", opening)
+    with pytest.raises(ArtifactError) as caught:
+        open_model(shards, None, {})
+    to_do = "Permission denied; change its permissions, or choose another place"
+    assert str(caught.value) == f"{closed}: cannot be used: {to_do}"
