@@ -38,6 +38,7 @@ from .gradients import functions_laid_open, module_hooks, same_gradients
 from .judged import judged, unjudged
 from .masks import check_unpadded
 from .normal import normalise
+from .taken import apart, check_taken
 from .trace import export_graph, lean
 from .tuners import adapter_constants, adapter_tensors, unwrapped
 
@@ -97,7 +98,8 @@ def capture(
         origin = _opened(checkpoint, task, options, meta=meta, allow_pickle=allow_pickle)
     adapters, origin = _prepared(origin, adapter)
     origin = dataclasses.replace(origin, adapters=adapter_tensors(origin.model))
-    example = dict(inputs) if inputs is not None else example_inputs(origin.model, checkpoint)
+    example = apart(inputs) if inputs is not None else example_inputs(origin.model, checkpoint)
+    check_taken(origin.model, example, dynamic=dynamic)
     shapes = dynamic_shapes(origin.model, example) if dynamic else None
     if checkpoint is None:
         return adapted(_captured(origin, example, shapes, check=check and not meta), adapters)

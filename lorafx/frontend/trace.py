@@ -33,6 +33,7 @@ from ..graph.symbols import remembered_sizes
 from ..models.eager import cacheless, in_mode
 from .notices import without_notices
 from .stand_ins import StandIns
+from .taken import check_read
 from .tuners import choosing
 
 T = TypeVar("T")
@@ -54,6 +55,7 @@ def export_graph(
 
     Raises:
         CaptureError: names the line, the guard or the dimension
+        UsageError: an input that the model does not read
     """
     left_out: dict[str, list[str]] = {}
     with in_mode(model, training=training):
@@ -62,6 +64,7 @@ def export_graph(
             if exported is not None and not noisy:
                 for why, paths in left_out.items():  # of a capture that there is: what helped none stood in no way
                     _log.warning("%s %s; captured without them: %s", type(model).__name__, why, ", ".join(paths))
+                check_read(model, exported, example)
                 return exported
             paths = left_out.setdefault(_DECIDES if exported is None else _DRAWS, [])
             for path in sorted(noisy):
