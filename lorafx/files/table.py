@@ -160,9 +160,18 @@ def _read_json(file: Path) -> Table:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{where}: not valid JSON ({error})") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError where it has two values of one name, of which a parser keeps the last."""
+    names = [name for name, _ in pairs]
+    twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+    if twice is not None:
+        raise ValueError(f"two values are called {twice!r}")
+    return dict(pairs)
 
 
 def _from_rows(name: str, rows: Sequence[Any], places: Sequence[str]) -> Table:

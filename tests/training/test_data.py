@@ -98,6 +98,9 @@ BAD_FILES: dict[str, tuple[str, str | bytes, str]] = {
     "twice": ("t.csv", "text,text\na,b\n", "t.csv, line 1: two columns are called 'text'"),
     "bytes": ("t.csv", b"text,label\n\xff\xfe,1\n", "t.csv: not UTF-8 text (byte 11)"),
     "json": ("t.jsonl", '{"text": "a"}\n{"text": \n', "t.jsonl, line 2: not valid JSON"),
+    "two values": ("t.jsonl", '{"text": "a", "text": "b"}\n', "line 1: not valid JSON (two values are called 'text')"),
+    "digits": ("t.jsonl", '{"text": %s}\n' % ("9" * 5000), "line 1: not valid JSON (Exceeds the limit"),
+    "depth": ("t.jsonl", "[" * 200_000, "line 1: not valid JSON (maximum recursion depth"),
     "object": (
         "t.jsonl",
         '{"text": "a"}\n\n["b"]\n',
