@@ -11,6 +11,9 @@ from typing import Any
 
 from .errors import RecipeError
 
+#: Classes that a head may have: more than any collection of labels, few enough for their names to be listed.
+MOST_LABELS = 10_000_000
+
 
 @dataclass(frozen=True)
 class Range:

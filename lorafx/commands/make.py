@@ -88,7 +88,7 @@ def rewrite(ctx: click.Context, checkpoint: Path, recipe: Path | None, passes: t
     if o["out"] is not None and not o["dry_run"]:
         check_writable(o["out"], o["overwrite"])
     task = o["task"] or steps.model.get("task")
-    num_labels = o["num_labels"] or steps.model.get("num_labels")
+    num_labels = o["num_labels"] if o["num_labels"] is not None else steps.model.get("num_labels")
     opened = {"allow_pickle": o["allow_pickle"], "trust_remote_code": o["trust_remote_code"], **steps.opening}
     opened |= {"ignore_mismatched_sizes": True} if o["ignore_mismatched_sizes"] else {}
     seed = o["seed"] if o["seed"] is not None else steps.model.get("seed", 0)

@@ -17,6 +17,7 @@ from torch import nn
 from ..errors import ArtifactError, UsageError, first_line
 from ..files.folder import LFS_START, MANIFEST, find_manifest
 from ..files.whole import failure_of, said
+from ..ranges import MOST_LABELS, Range
 from .layered import own_configs
 from .quantized import Quantization, read_in_full
 from .sentences import pooled
@@ -124,6 +125,7 @@ def open_model(
     options = {"trust_remote_code": False, **SETTINGS.get(task, {}), **options}
     allowed = bool(options.get("ignore_mismatched_sizes"))
     check_dtype(options.get("dtype"), meta=meta)
+    _check_labels(options.get("num_labels"))
     quantization = Quantization.of(config)
     if quantization is not None:
         dtype, reading = options.get("dtype"), quantization.options(path)
@@ -296,6 +298,13 @@ def check_dtype(asked: Any, *, meta: bool) -> None:
     if asked not in (None, "auto") and not by_part and found not in _DTYPES:
         known = ", ".join(str(kind).removeprefix("torch.") for kind in _DTYPES)
         raise UsageError(f"dtype = {asked!r} is not one that a model is opened in: {known}, or auto for its config's")
+
+
+def _check_labels(asked: Any) -> None:
+    """UsageError for a number of classes that no head has: transformers would make names for all of them."""
+    flaw = None if asked is None else Range(least=1, most=MOST_LABELS, whole=True).flaw(asked)
+    if flaw is not None:
+        raise UsageError(f"num_labels = {asked!r}, {flaw} (size of the classification head)")
 
 
 def _build_on_meta(cls: Any, path: Path, options: dict[str, Any]) -> nn.Module:

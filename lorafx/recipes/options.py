@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..base import Options, option
 from ..errors import RecipeError
+from ..ranges import MOST_LABELS
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class ModelOptions(Options):
 
     checkpoint: str | None = option(None, "the base checkpoint's folder")
     task: str | None = option(None, "open the checkpoint for this task, e.g. text-classification")
-    num_labels: int | None = option(None, "size of the classification head", least=1)
+    num_labels: int | None = option(None, "size of the classification head", least=1, most=MOST_LABELS)
     ignore_mismatched_sizes: bool = option(
         False, "weights whose size differs from the checkpoint's (a head for other classes) start at random"
     )

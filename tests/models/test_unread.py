@@ -162,3 +162,11 @@ def test_a_shard_that_may_not_be_read_says_what_to_do(shards: Path, monkeypatch:
         open_model(shards, None, {})
     to_do = "Permission denied; change its permissions, or choose another place"
     assert str(caught.value) == f"{closed}: cannot be used: {to_do}"
+
+
+@pytest.mark.parametrize("labels", [0, -1, 10**11, True, 1.5])
+def test_a_number_of_classes_that_no_head_has_is_refused_before_their_names_are_made(
+    labels: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=rf"num_labels = {labels}, .* \(size of the classification head\)"):
+        open_model(checkpoint, "text-classification", {"num_labels": labels}, meta=True)
