@@ -73,10 +73,11 @@ def _check_argument(name: str, value: Any) -> None:
         raise RecipeError(f"trainer: TrainingArguments has no {name!r}{did_you_mean(name, known)}")
     hint = typing.get_type_hints(TrainingArguments)[name]
     kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None)]
-    words = [str(entry.value) for kind in kinds if isinstance(kind, enum.EnumType) for entry in kind]
+    several = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, enum.Enum)]
+    words = [str(entry.value) for kind in several for entry in kind]
     if words and value not in words:
-        hint = did_you_mean(str(value), words)
-        raise RecipeError(f"trainer: {name} = {value!r} is not one of {', '.join(words)}{hint}")
+        nearest = did_you_mean(str(value), words)
+        raise RecipeError(f"trainer: {name} = {value!r} is not one of {', '.join(words)}{nearest}")
     right, what = _PLAIN.get(kinds[0], ((), "")) if len(kinds) == 1 else ((), "")
     fits = isinstance(value, right) and (kinds[0] is bool or not isinstance(value, bool))
     if what and not fits and value is not None:
