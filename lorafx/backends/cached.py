@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
+from transformers import DynamicCache
 from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.exporters.utils import get_leaf_tensors
 
@@ -24,6 +25,7 @@ from ..graph.edit import Edit
 from ..graph.program import Signature, Source
 from ..passes.tidy import Tidy
 from ..public import Program
+from .asked import check_asked
 from .past import (
     ELSE,
     cached,
@@ -52,8 +54,6 @@ def decode_inputs(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[dict
     Raises:
         CaptureError: generation keeps other things between tokens than keys and values
     """
-    from transformers import DynamicCache
-
     what = type(model).__name__
     left = {name: value.flip(1) for name, value in example.items()}  # texts to go on with are padded on the left
     stages = stages_of(model, left, multi_token_decode=True)
@@ -62,20 +62,30 @@ def decode_inputs(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[dict
     decode, prefill = stages["decode"][1], stages["prefill"][1]
     state = {name: value for name, value in decode.items() if not isinstance(value, (Tensor, bool, type(None)))}
     plain = {name: value for name, value in decode.items() if isinstance(value, Tensor)}
-    layers: list[Any] = [layer for value in state.values() if type(value) is DynamicCache for layer in value.layers]
-    odd = odd_layers(layers)
-    if len(state) != 1 or not layers or odd:
-        kinds = ", ".join(odd or sorted({type(value).__name__ for value in state.values()})) or "nothing"
-        raise CaptureError(f"{what}: between tokens it keeps {kinds}, no plain cache of keys and values; {ELSE}")
+    layers = _layers(what, state)
     if not {"input_ids", "attention_mask"} <= plain.keys():
         raise CaptureError(
             f"{what}: it generates from {', '.join(plain)}, not from input_ids and attention_mask; {ELSE}"
         )
+    check_asked(model, left, prefill)
     cache, length = DynamicCache(), plain["attention_mask"].shape[1] - plain["input_ids"].shape[1]
     for number, layer in enumerate(layers):
         keys, values = (part.new_zeros(*part.shape[:2], length, part.shape[3]) for part in (layer.keys, layer.values))
         cache.update(keys, values, number)
     return {**plain, next(iter(state)): cache}, {name: prefill[name].flip(1) for name in plain}
+
+
+def _layers(what: str, state: Mapping[str, Any]) -> list[Any]:
+    """The layers of the one cache in what a model keeps between tokens; CaptureError when it keeps anything else."""
+    caches: list[Any] = [value for value in state.values() if isinstance(value, DynamicCache)]
+    layers = [layer for cache in caches for layer in cache.layers]
+    if caches and not any(getattr(layer, "is_initialized", True) for layer in layers):
+        raise CaptureError(f"{what}: it has no cache, and reads the whole text again for each token; {ELSE}")
+    odd = odd_layers(layers)
+    if len(state) != 1 or not layers or odd or type(caches[0]) is not DynamicCache:
+        kinds = ", ".join(odd or sorted({type(value).__name__ for value in state.values()})) or "nothing"
+        raise CaptureError(f"{what}: between tokens it keeps {kinds}, no plain cache of keys and values; {ELSE}")
+    return layers
 
 
 #: The free sizes of a decode graph, by the axes of its tokens and of each tensor of its cache.

@@ -28,10 +28,12 @@ from ..models.layered import is_layered, own_configs
 from ..models.tokenizers import length_limit, pad_token
 from ..proof.decoder import GENAI, MODEL
 from ..public import Program
+from .asked import check_lengths
 from .cached import FREE, CachedOnnxExporter, decode_inputs, decode_shapes
 from .cut import READS, axes_of
 from .onnx_kernels import suit
 from .onnx_statements import leave_out
+from .past import ELSE
 from .replay import exportable, with_model
 from .stand_ins import StandIns
 
@@ -89,6 +91,7 @@ def check_generates(program: Program, kind: str, dtype: torch.dtype | None, adap
         raise UsageError(f"{program.name} generates with two graphs, {what}")
     if program.output_layer is None or not getattr(model, "can_generate", lambda: False)():
         raise UsageError(f"{program.name} generates no text: it is not a causal language model; leave generate out")
+    check_lengths(program)
 
 
 def decoder(program: Program, provider: str, dtype: torch.dtype | None) -> Decoder:
@@ -146,10 +149,11 @@ def genai_config(made: Decoder, generation: Any) -> dict[str, Any]:
     first = text.per_layer_config[0] if is_layered(text) else text
     shape: Any = inputs["past_key_values.0.key"].shape
     ends = getattr(generation, "eos_token_id", None)
-    ends = ends if ends is not None else text.eos_token_id
+    ends = ends if ends is not None else getattr(text, "eos_token_id", None)
     last = ends[0] if isinstance(ends, list) and ends else ends
     pad = pad_token(made.config)
-    known = {"bos_token_id": text.bos_token_id, "eos_token_id": ends, "pad_token_id": pad if pad is not None else last}
+    first_token = getattr(text, "bos_token_id", None)
+    known = {"bos_token_id": first_token, "eos_token_id": ends, "pad_token_id": pad if pad is not None else last}
     length = length_limit(made.config) or 2048
     names = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
     past = {f"past_{part}_names": f"past_key_values.%d.{part}" for part in ("key", "value")}
@@ -204,12 +208,12 @@ def _name(graph: ir.Model, what: str) -> int:
 def _free(known: Mapping[str, ir.Value], what: str, name: str, axis: int) -> Any:
     """What the converter calls a free axis of an input."""
     if name not in known:
-        raise CaptureError(f"{what}: its decode graph takes no {name}, so it forgets what it read; export it as hf")
+        raise CaptureError(f"{what}: its decode graph takes no {name}, so it forgets what it read; {ELSE}")
     shape = known[name].shape
     size = shape[axis] if shape is not None else None
     if not isinstance(size, ir.SymbolicDim):
         fixed = f"its decode graph takes {name} of one size only, {size} along axis {axis}"
-        raise CaptureError(f"{what}: {fixed}; export it as hf")
+        raise CaptureError(f"{what}: {fixed}; {ELSE}")
     return size.value
 
 

@@ -37,6 +37,7 @@ from ..proof.open import open_runner
 from ..proof.requantised import requantised
 from ..proof.scores import refuse_unscored
 from ..proof.tensors import TensorProof
+from ..proof.ties import chosen_among_equals
 from ..public import Program
 from ..reporting.report import write_report
 from ..version import __version__
@@ -242,7 +243,9 @@ def _compared(reference: Program, final: Program, folder: Path, how: _How) -> tu
         written = _written(final if slots is None else reference, folder, how.kind, how.dtype, slots)
         result = held_against(reference, written, by_block=late, trust_remote_code=trusted)
     if not result.ok:
-        raise ParityError(f"{how.kind} export differs from the program: {result.summary}")
+        why = chosen_among_equals(reference) if how.kind == "onnx" else ""
+        said = why and f"; {why}: export it as hf or pt2"
+        raise ParityError(f"{how.kind} export differs from the program: {result.summary}{said}")
     lost = requantised(final, folder) if how.kind == "hf" else None
     if lost is not None:
         _log.warning("%s: %s", final.source.path, lost)

@@ -41,6 +41,9 @@ from .replay import replay
 
 aten = torch.ops.aten
 
+#: What the outputs that are kept are called: others, such as all states of T5Gemma's decoder, nobody reads.
+_GIVEN = ("logits", "encoder_last_hidden_state")
+
 
 def halves(program: Program) -> tuple[Half, Half]:
     """The encoder and the decoder of a folded program of an encoder-decoder.
@@ -142,10 +145,11 @@ def _without_past(program: Program, unlifted: Any, given: Mapping[str, Tensor], 
         batch, new = (graph.call_function(aten.sym_size.int, (written, axis)) for axis in (0, 1))
         none = graph.call_function(operator.sub, (new, new))
     empty_pasts(view, pasts, batch, none)
-    found = results(graph)
-    if [cached(node) for node in found] != [-1, *range(count), -1]:
-        raise CaptureError(f"{view.name}: its graph gives other things than logits, a cache and states; {ELSE}")
-    graph.output_node().args = ((found[0], found[-1]),)
+    named, found = _named(unlifted), results(graph)
+    logits, states = (named.get(name) for name in _GIVEN)
+    if logits is None or states is None or [cached(node) for node in found if cached(node) >= 0] != list(range(count)):
+        raise CaptureError(f"{view.name}: its graph gives {', '.join(named)}, no logits, cache and states; {ELSE}")
+    graph.output_node().args = ((found[logits], found[states]),)
     for past in pasts:
         graph.erase_node(past)
     graph.eliminate_dead_code()
@@ -153,9 +157,16 @@ def _without_past(program: Program, unlifted: Any, given: Mapping[str, Tensor], 
     return view
 
 
+def _named(unlifted: Any) -> dict[str, int]:
+    """The places of a captured model's outputs that are one tensor each, by their names."""
+    spec = unlifted.graph._codegen.pytree_info.out_spec  # an exported graph has the codegen that knows its outputs
+    outputs = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    return {name: place for name, place in outputs.items() if isinstance(place, int)}
+
+
 def _signature(given: Mapping[str, Tensor], axes: Axes) -> Signature:
     in_spec = pytree.tree_structure(((), dict(given)))
-    out_spec = pytree.tree_structure({"logits": 0, "encoder_last_hidden_state": 0})
+    out_spec = pytree.tree_structure(dict.fromkeys(_GIVEN, 0))
     shapes = {
         name: tuple(size or int(fixed) for size, fixed in zip(named, given[name].shape, strict=True))
         for name, named in axes.items()

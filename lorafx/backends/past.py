@@ -28,8 +28,8 @@ from ..public import Program
 
 aten = torch.ops.aten
 
-#: What else can be done with a model whose cache is none of these.
-ELSE = "export it without generate, or as an ordinary checkpoint (--format hf)"
+#: What else can be done with a model whose cache is none of these. What a checkpoint cannot hold of it says so itself.
+ELSE = "export it without generate, as a checkpoint (--format hf) or a graph without a cache (pt2)"
 #: What of a checkpoint's settings generation cannot do without.
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 #: What gives a tensor as it is, where the dtype stays.

@@ -33,6 +33,8 @@ from ..pipeline import run, to_eval
 from ..public import Program
 from .stand_ins import StandIns
 
+aten = torch.ops.aten
+
 
 class RewritingExporter(DynamoExporter):
     """A :class:`DynamoExporter` that replays a program's history between capture and conversion.
@@ -50,7 +52,10 @@ class RewritingExporter(DynamoExporter):
         """Capture ``model`` (the program's source, or a component of it) and rewrite the capture."""
         with gradients_on(True):  # as the program was captured, so that both have the same weights to rewrite
             captured, metadata = super().export_program(model, sample_inputs, config)
-        return self._rewrite(captured, model, sample_inputs, config), metadata
+        rewritten = self._rewrite(captured, model, sample_inputs, config)
+        if isinstance(config, OnnxConfig):
+            _lay_out(rewritten)
+        return rewritten, metadata
 
     def _rewrite(self, captured: ExportedProgram, model: nn.Module, inputs: Any, config: Any) -> ExportedProgram:
         root = self.rewritten.source.model
@@ -83,6 +88,23 @@ class RewritingExporter(DynamoExporter):
         self.narrowed(module.graph, config)
         module.recompile()
         return torch.export.export(module, (), dict(inputs), dynamic_shapes=config.dynamic_shapes)
+
+
+def _lay_out(exported: ExportedProgram) -> None:
+    """Give complex numbers a new axis by their real parts, in place: of the operators that Llama 4 rotates with, it is
+    the one that torch's converter has for real numbers alone."""
+    graph = exported.graph_module.graph
+    for node in graph.find_nodes(op="call_function", target=aten.unsqueeze.default):
+        source, axis = node.args
+        if not node.meta["val"].is_complex():
+            continue
+        with graph.inserting_before(node):
+            parts = graph.call_function(aten.view_as_real.default, (source,))
+            parts.meta["val"] = torch.view_as_real(source.meta["val"])
+            wide = graph.call_function(aten.unsqueeze.default, (parts, axis if axis >= 0 else axis - 1))
+            wide.meta["val"] = torch.view_as_real(node.meta["val"])
+        node.target, node.args = aten.view_as_complex.default, (wide,)
+    exported.graph_module.recompile()
 
 
 # The back end's methods stand for their base's, over another kind of program: that is how transformers declares them.

@@ -13,7 +13,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from typing import Any, TypeVar, cast
 
 import torch
@@ -121,7 +121,15 @@ def trace_with(attempt: Callable[[Any], T], model: nn.Module, shapes: Any) -> T:
     Raises:
         CaptureError: both failed
     """
-    with cacheless(model), lean(), remembered_likes(), _patched_where_loaded(), without_notices(), choosing():
+    with (
+        cacheless(model),
+        lean(),
+        remembered_likes(),
+        _patched_where_loaded(),
+        _masks_at_once(),
+        without_notices(),
+        choosing(),
+    ):
         try:
             return attempt(shapes)
         except CaptureError:  # it says what it is about
@@ -217,6 +225,20 @@ def _exported(model: nn.Module, example: Mapping[str, Any], shapes: Any) -> Expo
 
 
 @contextmanager
+def _masks_at_once() -> Iterator[None]:
+    """transformers makes some masks by a function that is called for each element (torch.vmap), which a trace cannot
+    hold. Its exporters to other formats call it once for all elements; so does this trace, by their patch, and indexes
+    whole tensors as such, not as torch does for single elements."""
+    from transformers import masking_utils
+    from transformers.exporters import utils
+
+    made = [patch for _, name, patch in utils._PATCHES["onnx"] if name == "_vmap_expansion_sdpa"]
+    patches: list[Any] = [(masking_utils, "_vmap_expansion_sdpa", patch) for patch in made]
+    with utils.patch_attributes([*patches, (masking_utils, "TransformGetItemToIndex", lambda _: nullcontext)]):
+        yield
+
+
+@contextmanager
 def _idle_moves() -> Iterator[None]:
     """A module told to go to the dtype and device it has stays as it is: a trace cannot exchange its parameters."""
     module: Any = nn.Module  # the method that stands in has one signature for all of its overloads
@@ -306,7 +328,7 @@ _ADVICE = {
     "data-dependent": "a graph cannot branch on values: choose a config or example inputs of your own that do not",
     "fixes dimension": "its code computes with that size as a number: dynamic=False captures it for this size alone",
     "padding token": "set model.config.pad_token_id",
-    "ONNX": "format='pt2' needs no conversion",
+    "ONNX": "what is no ONNX needs no conversion: a checkpoint (hf), or a graph without a cache (pt2)",
     "": "try dynamic=False, example inputs of your own, or attn_implementation='eager'",
 }
 

@@ -6,6 +6,9 @@ greedy tokens are the program's: a token that is not its first choice is as good
 which is a tie, and the texts after it are compared with it in place.
 
 A decoder goes on with a prompt; an encoder-decoder answers it, and the same is asked of its answers.
+
+No text holds the padding token, except where it is padded: models look for it (T5Gemma hides it from what follows), and
+a decoder that is given a token at a time cannot. It is neither made up nor chosen, unless it ends texts as well.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch import Tensor
 
 from ..errors import UsageError, first_line
 from ..graph.precision import coarsest, tolerance
-from ..models.tokenizers import length_limit
+from ..models.tokenizers import length_limit, pad_token
 from ..parity.comparison import Case, Comparison, difference
 from ..parity.inputs import InputSpec
 from ..parity.runner import Runner
@@ -84,17 +87,21 @@ def hold_generation(
         UsageError: the prompts leave no room for a token, or there is no tokenizer for ``texts``
     """
     lowest = coarsest((reference.dtype, written.dtype))
-    limit = length_limit(reference.config, written.config)
-    prompts = _prompts(written, tokenizer, texts, limit, seed)
+    limit, pad = length_limit(reference.config, written.config), _padding(reference.config, written.config)
+    prompts = _prompts(written, tokenizer, texts, limit, seed, pad)
     cases: list[Case] = []
     notes = [f"{runner.label}: {runner.note}" for runner in (reference, written) if runner.note]
     try:
-        found = [_greedy(reference, written.decoder, prompt, limit, cases, n) for n, prompt in enumerate(prompts, 1)]
+        named = [f"{len(p)} tokens" if p.dim() == 1 else f"sound {n}" for n, p in enumerate(prompts, 1)]
+        found = [
+            _greedy(reference, written.decoder, prompt, (limit, pad), cases, name)
+            for prompt, name in zip(prompts, named, strict=True)
+        ]
         few = min(_FEW, SLOW) if written.decoder.slow else _FEW
         _one_by_one(max(found, key=lambda text: len(text.asked)), few, cases)
         _after_a_past(max(found, key=lambda text: len(text.ids)), cases)
         _batch(written.decoder, found, few, cases)
-        notes.append(_said(found))
+        notes.append(_said(found, pad))
     except _RefusedError as error:
         cases.append(Case(str(error.args[0]), _LOGITS, problem=str(error.args[1]), shapes_differ=True))
     return Comparison(reference.label, written.label, lowest, tolerance(lowest), tuple(cases), (), tuple(notes))
@@ -104,8 +111,23 @@ class _RefusedError(Exception):
     """One side does not take an input that it has to: which input, and what it said."""
 
 
+def _padding(*configs: Any) -> int | None:
+    """The padding token, where it does nothing but pad; None where it ends texts too, or there is none."""
+    texts = [config.get_text_config() for config in configs if config is not None]
+    ends = [getattr(text, "eos_token_id", None) for text in texts]
+    pad = pad_token(*configs)
+    return None if any(pad in end if isinstance(end, list) else pad == end for end in ends) else pad
+
+
+def _choice(logits: Tensor, pad: int | None) -> Tensor:
+    """The tokens that are likeliest, ``[...]``, padding left out; of logits ``[..., vocabulary]``."""
+    if pad is None:
+        return logits.argmax(-1)
+    return logits.index_fill(-1, torch.tensor(pad, device=logits.device), -torch.inf).argmax(-1)
+
+
 def _prompts(
-    written: Runner, tokenizer: Any, texts: Iterable[str] | None, limit: int | None, seed: int
+    written: Runner, tokenizer: Any, texts: Iterable[str] | None, limit: int | None, seed: int, pad: int | None
 ) -> list[Tensor]:
     sound = next((spec for spec in written.inputs if spec.name == SOUND), None)
     if sound is not None and texts is not None:
@@ -120,6 +142,8 @@ def _prompts(
         ids = next(spec for spec in written.inputs if spec.name == "input_ids")
         chance = torch.Generator().manual_seed(seed)
         given = [torch.randint(ids.low, ids.high, (length,), generator=chance) for length in _LENGTHS]
+        other = ids.low + (pad == ids.low)
+        given = given if pad is None else [tokens.where(tokens != pad, other) for tokens in given]
     # Room for new tokens: at least half of what the model takes.
     most = None if limit is None else max(limit // 2, 1)
     kept = [ids[:most] for ids in given if len(ids)]
@@ -167,13 +191,13 @@ def _steps(decoder: Any, ids: Tensor, mask: Tensor, parts: Sequence[int], label:
 def spoken(written: Runner, tokenizer: Any = None, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     """The prompts of a comparison, each with what a decoder says: ids, ``[tokens]``, the prompt's among them where it
     goes on with it."""
-    limit = length_limit(written.config)
-    prompts = _prompts(written, tokenizer, None, limit, seed)
+    limit, pad = length_limit(written.config), _padding(written.config)
+    prompts = _prompts(written, tokenizer, None, limit, seed, pad)
     found = []
     for prompt in prompts:
         speaker, start = _begun(written.decoder, prompt[None], torch.ones_like(prompt[None]), "a prompt")[:2]
         new = _room(written.decoder, start.shape[1], limit)
-        found.append((prompt, _generated(speaker, start[0], new, "a prompt")[0][0]))
+        found.append((prompt, _generated(speaker, start[0], new, pad, "a prompt")[0][0]))
     return found
 
 
@@ -183,26 +207,34 @@ def _room(decoder: Any, begun: int, limit: int | None) -> int:
     return most if limit is None else min(most, limit - begun)
 
 
-def _generated(decoder: Any, prompt: Tensor, new: int, label: str) -> tuple[Tensor, Tensor]:
+def _generated(decoder: Any, prompt: Tensor, new: int, pad: int | None, label: str) -> tuple[Tensor, Tensor]:
     """The prompt at once, then the tokens that the decoder chooses, one by one: ids, and logits of all but the last."""
     ids, past, found, given = prompt[None], decoder.empty(1), [], prompt[None]
     for _ in range(new):
         logits, past = _step(decoder, given, torch.ones_like(ids), past, label)
         found.append(logits)
-        given = logits[:, -1:].argmax(-1)
+        given = _choice(logits[:, -1:], pad)
         ids = torch.cat((ids, given), 1)
     return ids, torch.cat(found, 1)
 
 
 def _greedy(
-    reference: Runner, decoder: Any, prompt: Tensor, limit: int | None, cases: list[Case], number: int
+    reference: Runner,
+    decoder: Any,
+    prompt: Tensor,
+    bounds: tuple[int | None, int | None],
+    cases: list[Case],
+    name: str,
 ) -> _Text:
-    """What the decoder generates after a prompt, and the reference's logits for all of it."""
-    name = f"{len(prompt)} tokens" if prompt.dim() == 1 else f"sound {number}"
+    """What the decoder generates after a prompt, and the reference's logits for all of it.
+
+    ``bounds`` are the longest text, and the token that is never chosen.
+    """
+    limit, pad = bounds
     speaker, start = _begun(decoder, prompt[None], torch.ones_like(prompt[None]), name)[:2]
     new = _room(decoder, start.shape[1], limit)
     label = f"{name} and {new} generated"
-    ids, found = _generated(speaker, start[0], new, label)
+    ids, found = _generated(speaker, start[0], new, pad, label)
     said = ids[0, :-1]
     expected = _whole(reference, decoder.asked(prompt, said), len(said), label)
     cases.append(difference(label, _LOGITS, expected[None], found))
@@ -260,8 +292,8 @@ def _batch(decoder: Any, texts: Sequence[_Text], few: int, cases: list[Case]) ->
         cases.append(difference(one, _LOGITS, text.logits[None, :count], logits[None, -count:]))
 
 
-def _said(texts: Sequence[_Text]) -> str:
+def _said(texts: Sequence[_Text], pad: int | None) -> str:
     """How many tokens were generated, and how many of them are not the first choice of the reference."""
     total = sum(len(text.ids) - text.begun for text in texts)
-    other = sum(int((text.logits[text.begun - 1 :].argmax(-1) != text.ids[text.begun :]).sum()) for text in texts)
+    other = sum(int((_choice(text.logits[text.begun - 1 :], pad) != text.ids[text.begun :]).sum()) for text in texts)
     return f"{total} greedy tokens after {len(texts)} prompts, {other} of them not the first choice of the program"
