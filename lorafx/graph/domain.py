@@ -36,6 +36,15 @@ def leaves_of(inputs: Mapping[str, Any], is_leaf: Callable[[Any], bool] | None =
     return {path[0].key + pytree.keystr(path[1:]): value for path, value in flat}
 
 
+def nested(like: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword inputs in the structure of ``like``, with ``leaves`` by their paths; what it lacks is as in ``like``, and
+    what ``like`` lacks stands beside it."""
+    held = leaves_of(like)
+    spec = pytree.tree_structure(dict(like))
+    inputs = pytree.tree_unflatten([leaves.get(path, value) for path, value in held.items()], spec)
+    return {**inputs, **{path: value for path, value in leaves.items() if path not in held}}
+
+
 @dataclass(frozen=True)
 class Range:
     """The values a size may have, both ends included; ``high`` is None without an upper end."""

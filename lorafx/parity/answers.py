@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..errors import first_line
+from ..graph.domain import leaves_of
 from ..graph.precision import coarsest, tolerance
 from ..graph.program import Program
 from ..graph.rounding import slack
@@ -116,7 +117,7 @@ class Answers:
 
 def example_batches(program: Program) -> tuple[Batch, ...]:
     """The inputs a program was captured with, and the first entry of each of their free axes: one row, one token."""
-    example = {name: value for name, value in program.example.items() if isinstance(value, Tensor)}
+    example = {name: value for name, value in leaves_of(program.example).items() if isinstance(value, Tensor)}
     nodes = [node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")]
     fakes = [value for value in nodes if isinstance(value, Tensor)]
     whole = Batch("the example inputs", example)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..graph.domain import Range
+from ..graph.domain import Range, leaves_of
 from ..models.tokenizers import TOKEN_TYPES, is_mask
 
 #: batch × length of the generated inputs: the smallest, the smallest above one, and odd sizes.
@@ -68,8 +68,10 @@ class Batch:
 
 
 def specs_of(example: Mapping[str, Any], config: Any = None) -> tuple[InputSpec, ...]:
-    """The inputs of a model that takes ``example``: batch is free, and so is the length of texts."""
-    return tuple(_spec(name, value, config) for name, value in example.items() if isinstance(value, Tensor))
+    """The inputs of a model that takes ``example``, those within others by their paths: batch is free, and so is the
+    length of texts."""
+    leaves = leaves_of(example).items()
+    return tuple(_spec(name, value, config) for name, value in leaves if isinstance(value, Tensor))
 
 
 def _spec(name: str, value: Tensor, config: Any) -> InputSpec:

@@ -22,6 +22,7 @@ from ..deferred.programs import deferring, resident
 from ..deferred.running import run_by_block
 from ..errors import UsageError
 from ..graph.call import flatten
+from ..graph.domain import leaves_of, nested
 from ..graph.effects import written
 from ..graph.evaluation import evaluation_form, own_evaluation_form
 from ..graph.precision import coarsest, recast
@@ -175,10 +176,10 @@ def program_runner(
     if place.dtype is not None or program.device != device:
         evaluation = recast(evaluation, place.dtype, device)
     graph, root = compile_graph(evaluation.graph, seldom=seldom), _root(evaluation)
-    constants = {name: value for name, value in program.example.items() if not isinstance(value, Tensor)}
+    constants = {name: value for name, value in leaves_of(program.example).items() if not isinstance(value, Tensor)}
 
     def call(inputs: dict[str, Any]) -> Any:
-        leaves = flatten(evaluation, {**constants, **inputs})
+        leaves = flatten(evaluation, nested(program.example, inputs))
         flat = run_by_block(graph, root, leaves) if place.by_block else graph(root, leaves)
         return pytree.tree_unflatten(flat, evaluation.signature.out_spec)
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..errors import ArtifactError, UsageError, first_line
+from ..graph.domain import input_nodes, leaves_of, nested
 from ..graph.precision import coarsest, dtype_name
 from ..models.layered import own_configs
 from ..parity.inputs import InputSpec, specs_of
@@ -51,8 +56,12 @@ def open_exported(folder: Path, place: Place, label: str, trusted: bool = False)
     asked = PROVIDERS[place.provider] if kind == "onnx" else used
     note = "" if used == asked else f"{asked} was asked for but cannot be loaded here; {used} ran it"
 
+    taken = _recorded(exported)
+
     def call(inputs: dict[str, Any]) -> Any:
-        return backend(**inputs)
+        if kind == "onnx":  # whose inputs stand side by side
+            return backend(**{_flat(name): value for name, value in inputs.items()})
+        return backend(**nested(taken, inputs))
 
     return Runner(label, kind, used, place.threads, dtype, specs, call, exported.config, folder, note=note)
 
@@ -105,13 +114,7 @@ def _exported_dtype(exported: Any) -> torch.dtype:
 
 def _exported_specs(exported: Any, backend: Any) -> tuple[InputSpec, ...]:
     """What an exported model takes: from the session for ONNX, else from what was recorded at its export."""
-    recorded = next(iter(exported.components.values())).metadata.kwargs
-    tensors = {name: entry for name, entry in recorded.items() if "shape" in entry}
-    example = {
-        name: torch.zeros(entry["shape"], dtype=getattr(torch, entry["dtype"]), device="meta")
-        for name, entry in tensors.items()
-    }
-    specs = specs_of(example, exported.config)
+    specs = specs_of(_recorded(exported), exported.config)
     session = getattr(backend, "session", None)
     if session is None:
         return specs
@@ -119,8 +122,47 @@ def _exported_specs(exported: Any, backend: Any) -> tuple[InputSpec, ...]:
     sizes = {
         entry.name: tuple(s if isinstance(s, int) else None for s in entry.shape) for entry in session.get_inputs()
     }
-    read = [spec for spec in specs if spec.name in sizes]
-    return tuple(InputSpec(spec.name, spec.dtype, sizes[spec.name], spec.low, spec.high) for spec in read)
+    read = [spec for spec in specs if _flat(spec.name) in sizes]
+    return tuple(InputSpec(spec.name, spec.dtype, sizes[_flat(spec.name)], spec.low, spec.high) for spec in read)
+
+
+def _recorded(exported: Any) -> dict[str, Any]:
+    """What a graph was exported on, without values: its tensors, in the structure that the model takes them in."""
+    from transformers.exporters.metadata import load_treespec
+
+    metadata = next(iter(exported.components.values())).metadata
+    spec = load_treespec(metadata.in_spec)
+    _, inputs = pytree.tree_unflatten([None] * spec.num_leaves, spec)
+    entries: dict[str, Any] = {}
+    for name, entry in metadata.kwargs.items():
+        inner = entry.get("leaves")
+        entries |= {name: entry} if inner is None else {f"{name}.{path}": leaf for path, leaf in inner.items()}
+    made = _in_lists(next(iter(exported.components.values())).program, [*leaves_of(inputs)])
+    for path in leaves_of(inputs):
+        entry = entries.get(_flat(path), {})
+        if "shape" in entry:
+            made[path] = torch.zeros(entry["shape"], dtype=getattr(torch, entry["dtype"]), device="meta")
+    return {name: value for name, value in nested(inputs, made).items() if value is not None}
+
+
+def _in_lists(program: Any, paths: list[str]) -> dict[str, Any]:
+    """The inputs of a graph within lists, of which no record holds more than that they are lists."""
+    if isinstance(program, torch.export.ExportedProgram):
+        found = [(path, node.meta.get("val")) for path, node in zip(paths, input_nodes(program), strict=False)]
+        shaped = {path: [int(size) for size in value.shape] for path, value in found if isinstance(value, Tensor)}
+        dtypes = {path: value.dtype for path, value in found if isinstance(value, Tensor)}
+    else:
+        values = {value.name: value for value in program.graph.inputs}
+        known = {path: values[_flat(path)] for path in paths if _flat(path) in values}
+        shaped = {path: [size if isinstance(size, int) else 2 for size in value.shape] for path, value in known.items()}
+        dtypes = {path: torch.from_numpy(np.zeros(0, value.dtype.numpy())).dtype for path, value in known.items()}
+    inner = [path for path in shaped if path.endswith("]")]
+    return {path: torch.zeros(shaped[path], dtype=dtypes[path], device="meta") for path in inner}
+
+
+def _flat(path: str) -> str:
+    """What an ONNX graph calls the input at a path: ``pair.0`` for ``pair[0]``."""
+    return re.sub(r"\['?(.*?)'?\]", r".\1", path)
 
 
 def read_json(file: Path) -> dict[str, Any]:

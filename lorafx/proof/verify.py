@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, UsageError, did_you_mean
+from ..graph.domain import leaves_of
 from ..models.tokenizers import find_tokenizer, length_limit, pad_token
 from ..parity.answers import compare, per_token_outputs
 from ..parity.comparison import Comparison
@@ -92,7 +93,7 @@ def verify(
 
 def _on_given(left: Runner, right: Runner, inputs: Iterable[Mapping[str, Any]]) -> Comparison:
     """Compared on the caller's inputs, each of which at least one side must take."""
-    own = [Batch(f"inputs {number}", dict(values)) for number, values in enumerate(inputs, 1)]
+    own = [Batch(f"inputs {number}", leaves_of(values)) for number, values in enumerate(inputs, 1)]
     strange = [name for batch in own for name in batch.values if not (left.takes(name) or right.takes(name))]
     if strange:
         names = [spec.name for spec in (*left.inputs, *right.inputs)]
@@ -125,7 +126,7 @@ def compare_programs(a: Program, b: Program, dtype: torch.dtype | None = None) -
     """Compare two programs on the first one's example inputs; in ``dtype`` if one is given. UsageError on meta."""
     left = open_runner(a, dtype=dtype, label="before")
     right = open_runner(b, dtype=dtype, label="after")
-    example = {name: value for name, value in a.example.items() if isinstance(value, Tensor)}
+    example = {name: value for name, value in leaves_of(a.example).items() if isinstance(value, Tensor)}
     return compare(left, right, [Batch("the example inputs", example)], per_token_outputs(left, None))
 
 

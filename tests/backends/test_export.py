@@ -16,12 +16,14 @@ import lorafx
 from lorafx.backends.replay import only_values_differ, replay
 from lorafx.errors import CaptureError, UsageError
 from lorafx.formats.hf import folded_format, hf_model
+from lorafx.graph.domain import leaves_of
 from lorafx.graph.edit import Edit
 from lorafx.passes.dead_channels import DeadChannels
 from lorafx.passes.lora import Lora
 from lorafx.passes.magnitude import Magnitude
 from lorafx.passes.tidy import Tidy
 from lorafx.pipeline import to_eval
+from lorafx.proof.open import open_runner
 from tests import zoo
 from tests.small import bert, bert_config, captured, example, gpt2, words
 
@@ -146,3 +148,35 @@ def test_a_graph_of_more_axes_than_inputs_made_up_is_compared_by_its_own(tmp_pat
     reopened: Any = hf.GPT2DoubleHeadsModel.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         assert torch.allclose(reopened(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)
+
+
+class Nested(nn.Module):
+    """A model that takes a dict of tensors, a pair of them, and one by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(3, 6)
+
+    def forward(self, batch: dict[str, Tensor], pair: list[Tensor], scale: Tensor) -> dict[str, Tensor]:
+        return {"y": self.a(batch["x"]) * scale + self.b(batch["z"]) - pair[0] * pair[1]}
+
+
+@pytest.mark.parametrize("kind", ["onnx", "pt2"])
+def test_inputs_within_others_are_exported_and_compared(kind: Any, tmp_path: Path) -> None:
+    def given(rows: int, seed: int) -> dict[str, Any]:
+        draw = torch.Generator().manual_seed(seed)
+        x, z, *rest = (torch.randn(rows, size, generator=draw) for size in (4, 3, 6, 6, 6))
+        return {"batch": {"x": x, "z": z}, "pair": rest[:2], "scale": rest[2]}
+
+    torch.manual_seed(0)
+    model = Nested().eval()
+    program = lorafx.capture(model, inputs=given(2, 0))
+    result = lorafx.export(lorafx.fold(program), tmp_path / "out", kind)
+    assert result is not None
+    assert {case.inputs for case in result.cases} == {"batch 1", "batch 2", "batch 5"}
+    on_given = lorafx.verify(program, tmp_path / "out", inputs=[given(3, 1)], trust_remote_code=True)
+    assert on_given.ok
+    runner = open_runner(tmp_path / "out", trust_remote_code=True)
+    assert [spec.name for spec in runner.inputs] == ["batch['x']", "batch['z']", "pair[0]", "pair[1]", "scale"]
+    found = runner(leaves_of(given(3, 1)))["y"]
+    torch.testing.assert_close(found, model(**given(3, 1))["y"], rtol=0, atol=1e-6)
