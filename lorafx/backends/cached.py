@@ -60,7 +60,7 @@ def decode_inputs(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[dict
     if set(stages) != {"prefill", "decode"}:
         raise CaptureError(f"{what}: it generates from more than a text ({', '.join(stages)}); {ELSE}")
     decode, prefill = stages["decode"][1], stages["prefill"][1]
-    state = {name: value for name, value in decode.items() if not isinstance(value, (Tensor, bool, type(None)))}
+    state = {name: value for name, value in decode.items() if not isinstance(value, (Tensor, int, type(None)))}
     plain = {name: value for name, value in decode.items() if isinstance(value, Tensor)}
     layers = _layers(what, state)
     if not {"input_ids", "attention_mask"} <= plain.keys():

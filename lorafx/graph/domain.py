@@ -8,6 +8,7 @@ too is found by trying (:mod:`lorafx.models.eager`).
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,8 @@ from ..errors import CaptureError, UsageError
 
 #: The smallest size a trace says anything about.
 _TRACED = 2
+#: So many values of a size are tried one by one.
+_FEW = 1 << 12
 #: Arguments that are settings of a transformers model, with defaults from its config; not inputs of its graph.
 FLAGS = ("use_cache", "output_attentions", "output_hidden_states", "return_dict", "return_loss")
 
@@ -39,8 +42,7 @@ def leaves_of(inputs: Mapping[str, Any], is_leaf: Callable[[Any], bool] | None =
 def nested(like: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword inputs in the structure of ``like``, with ``leaves`` by their paths; what it lacks is as in ``like``, and
     what ``like`` lacks stands beside it."""
-    held = leaves_of(like)
-    spec = pytree.tree_structure(dict(like))
+    held, spec = leaves_of(like), pytree.tree_structure(dict(like))
     inputs = pytree.tree_unflatten([leaves.get(path, value) for path, value in held.items()], spec)
     return {**inputs, **{path: value for path, value in leaves.items() if path not in held}}
 
@@ -127,6 +129,13 @@ class Domain:
             return bool(self.evaluate(relation, sizes))
         except ZeroDivisionError:
             return False
+
+    def implied(self, relation: str) -> bool:
+        """Whether a relation of one size, of few values, holds for each of them."""
+        names = self.ranges.keys() & re.findall(r"\w+", relation)
+        allowed = self.ranges[next(iter(names))] if len(names) == 1 else Range(1)
+        sizes = () if allowed.high is None else range(allowed.low, min(allowed.high, allowed.low + _FEW) + 1)
+        return 0 < len(sizes) <= _FEW and all(self.holds(relation, dict.fromkeys(self.ranges, n)) for n in sizes)
 
     def broken(self, inputs: Mapping[str, Any]) -> str:
         """The first relation between sizes that ``inputs`` violate, for people; empty when there is none."""
@@ -265,7 +274,8 @@ def domain_of(exported: ExportedProgram, example: Mapping[str, Any], names: tupl
         domain.check(leaves_of(example), "the trace")
     except (UsageError, KeyError, NameError, TypeError) as error:
         raise CaptureError(f"what the trace concluded about its inputs cannot be checked: {error}") from error
-    return domain
+    kept = tuple(relation for relation in domain.relations if not domain.implied(relation))
+    return dataclasses.replace(domain, relations=kept)
 
 
 def _same_symbols(found: Mapping[str, list[Any]], shapes: Any) -> dict[Any, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lorafx
 from lorafx.errors import CaptureError, UsageError
-from lorafx.graph.domain import Domain, Range, _always
+from lorafx.graph.domain import Domain, Range, _always, domain_of
 from lorafx.parity.inputs import Generator, InputSpec
 from lorafx.passes.lora import Lora
 from lorafx.proof.open import open_runner
@@ -240,3 +240,34 @@ def test_a_relation_that_divides_by_nothing_does_not_hold() -> None:
     assert not domain.allows({"s": 4, "t": 1})
     with pytest.raises(UsageError, match="the graph holds where"):
         domain.check({"x": torch.zeros(4, 1)}, "a model")
+
+
+@pytest.mark.parametrize(
+    ("relation", "end", "holds"),
+    [
+        ("(((-1) + 2*s) % s) != 0", 511, True),  # of XLNet's shift, but for one token
+        ("s != 80", 511, False),
+        ("s != 80", 79, True),
+        ("s != 80", None, False),
+        ("s != 80", 1 << 20, False),
+        ("s != t + 80", 60, False),
+    ],
+)
+def test_a_relation_that_all_sizes_satisfy_is_none(relation: str, end: int | None, holds: bool) -> None:
+    domain = Domain({"x": ("s", "t")}, {"s": Range(2, end), "t": Range(2, 60)}, (relation,))
+    assert domain.implied(relation) is holds
+
+
+class Shifted(nn.Module):
+    """Whether twice a length less one is a multiple of the length decides: of one token alone it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.shape[1] <= 60 and (2 * x.shape[1] - 1) % x.shape[1] else x
+
+
+def test_a_graph_keeps_no_relation_that_holds_anyway() -> None:
+    x, shapes = torch.ones(2, 7), {"x": {1: torch.export.Dim.AUTO}}
+    exported = torch.export.export(Shifted(), (), {"x": x}, dynamic_shapes=shapes)
+    domain = domain_of(exported, {"x": x}, ("x",), None)
+    assert [*domain.ranges.values()] == [Range(2, 60)]
+    assert domain.relations == ()
