@@ -148,7 +148,7 @@ def _without_past(program: Program, unlifted: Any, given: Mapping[str, Tensor], 
     named, found = _named(unlifted), results(graph)
     logits, states = (named.get(name) for name in _GIVEN)
     if logits is None or states is None or [cached(node) for node in found if cached(node) >= 0] != list(range(count)):
-        raise CaptureError(f"{view.name}: its graph gives {', '.join(named)}, no logits, cache and states; {ELSE}")
+        raise CaptureError(f"{view.name}: its graph gives {', '.join(named)}, not the whole cache beside; {ELSE}")
     graph.output_node().args = ((found[logits], found[states]),)
     for past in pasts:
         graph.erase_node(past)

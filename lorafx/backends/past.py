@@ -135,7 +135,10 @@ def _empty(program: Program, past: fx.Node, number: int, sizes: Mapping[int, fx.
             user.args = ([nothing, new], user.args[1])
             user.meta[CACHED] = number
         else:
-            read = f"its cache is read by {user.target}, not only put before what is new"
+            inner = isinstance(user.target, torch._ops.HigherOrderOperator)
+            where = f"in a region of its own ({user.target}), which" if inner else f"by {user.target},"
+            why = "no pass looks into" if inner else "not only put before what is new"
+            read = f"its cache is read {where} {why}"
             raise CaptureError(f"{program.name}: {read}; {ELSE}")
 
 
