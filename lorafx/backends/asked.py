@@ -21,7 +21,7 @@ from ..public import Program
 from .past import ELSE
 
 _POSITIONS = "position_ids"
-#: Lengths of texts that any decoder is given, one token after the other.
+#: Lengths of texts that any encoder is given.
 _LENGTHS = (1, 2, 3, 5, 8, 16)
 
 
@@ -71,9 +71,10 @@ def _logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def check_lengths(program: Program) -> None:
-    """CaptureError unless a program is one of texts of any length.
+    """CaptureError unless a program of an encoder-decoder is one of texts of any length.
 
-    A graph that generates is given texts of one token and of one more each time, and cannot refuse a length.
+    The graph of its encoder cannot refuse a length. (A decoder's graph is traced with its cache, where lengths are
+    others, and all it says of short texts is held against what the program says of long ones.)
     """
     limit, domain = length_limit(program.config), program.signature.domain
     for count in _LENGTHS:
@@ -87,5 +88,5 @@ def check_lengths(program: Program) -> None:
             domain.check(leaves_of(inputs), program.name)
         except UsageError as error:
             said = str(error).split(";")[0]
-            why = "a graph that generates is given texts of every length and can refuse none"
+            why = "the graph of an encoder is given texts of every length and can refuse none"
             raise CaptureError(f"{said}; {why}; {ELSE}") from None

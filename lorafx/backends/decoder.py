@@ -91,7 +91,8 @@ def check_generates(program: Program, kind: str, dtype: torch.dtype | None, adap
         raise UsageError(f"{program.name} generates with two graphs, {what}")
     if program.output_layer is None or not getattr(model, "can_generate", lambda: False)():
         raise UsageError(f"{program.name} generates no text: it is not a causal language model; leave generate out")
-    check_lengths(program)
+    if getattr(program.config, "is_encoder_decoder", False):
+        check_lengths(program)
 
 
 def decoder(program: Program, provider: str, dtype: torch.dtype | None) -> Decoder:

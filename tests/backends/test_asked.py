@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import lorafx
 from benchmarks.family_models import Family, build, two_texts
+from lorafx.backends.asked import check_lengths
 from lorafx.backends.cached import decode_inputs
-from lorafx.backends.decoder import Decoder, check_generates, genai_config
+from lorafx.backends.decoder import Decoder, genai_config
 from lorafx.backends.halves import halves
 from lorafx.backends.replay import _lay_out
 from lorafx.errors import CaptureError
@@ -71,25 +72,19 @@ class Blocks(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = llama(num_hidden_layers=1)
+        self.inner: Any = llama(num_hidden_layers=1)
         self.config, self.main_input_name = self.inner.config, "input_ids"
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         result: Any = self.inner(input_ids=input_ids, attention_mask=attention_mask)
         return {"logits": result.logits * (1.0 if input_ids.shape[1] <= 4 else 2.0)}
 
-    def can_generate(self) -> bool:
-        return True
 
-    def get_output_embeddings(self) -> Any:
-        return self.inner.get_output_embeddings()
-
-
-def test_a_graph_of_texts_of_some_lengths_alone_generates_nothing() -> None:
+def test_an_encoder_of_texts_of_some_lengths_alone_is_refused() -> None:
     program = lorafx.capture(Blocks().eval(), check=False)
-    why = "the graph holds for 5 .*; a graph that generates is given texts of every length and can refuse none"
+    why = "the graph holds for 5 .*; the graph of an encoder is given texts of every length and can refuse none"
     with pytest.raises(CaptureError, match=why):
-        check_generates(program, "onnx", None)
+        check_lengths(program)
 
 
 def test_a_config_without_an_end_of_texts_is_told_without() -> None:
