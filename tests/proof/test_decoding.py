@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor
 
 from lorafx.errors import UsageError
@@ -29,7 +30,7 @@ def logits(ids: Tensor) -> Tensor:
 class Stub:
     """A decoder whose cache is the text so far, with what ``fault`` makes of its logits."""
 
-    side = CachedDecoder.side
+    side, slow = CachedDecoder.side, CachedDecoder.slow
     asked = staticmethod(CachedDecoder.asked)
 
     def __init__(self, fault: Callable[[Tensor, int], Tensor]):
@@ -54,18 +55,31 @@ class Stub:
 def judged(
     fault: Callable[[Tensor, int], Tensor] = lambda found, length: found,
     whole: Callable[[Tensor], Tensor] = logits,
+    config: Any = None,
     **options: Any,
 ) -> Any:
-    """The comparison of ``whole`` with a decoder that computes :func:`logits` but for ``fault``."""
+    """The comparison of ``whole``, of a model with ``config``, with a decoder that computes :func:`logits` but for
+    ``fault``."""
     specs = (InputSpec("input_ids", torch.int64, (None, None), 0, VOCABULARY),)
     masked = (*specs, InputSpec("attention_mask", torch.int64, (None, None)))
 
     def call(values: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"logits": whole(values["input_ids"])}
 
-    reference = Runner("whole", "program", "torch cpu", 1, torch.float32, specs, call)
+    reference = Runner("whole", "program", "torch cpu", 1, torch.float32, specs, call, config)
     cached = Runner("cached", "decoder", "CPUExecutionProvider", 1, torch.float32, masked, call, decoder=Stub(fault))
     return hold_generation(reference, cached, **options)
+
+
+@pytest.mark.parametrize(("end", "holds"), [(2, False), (5, True), ([2, 5], True)])
+def test_padding_is_in_no_text_unless_it_ends_texts(end: Any, holds: bool) -> None:
+    """The whole texts are asked with it: where any holds it, the reference says something else."""
+
+    def whole(ids: Tensor) -> Tensor:
+        return logits(ids) + 3.0 * (ids == 5).any()
+
+    config = hf.LlamaConfig(vocab_size=VOCABULARY, pad_token_id=5, bos_token_id=1, eos_token_id=end)
+    assert judged(whole=whole, config=config).ok is not holds
 
 
 def test_a_decoder_that_is_right_is_told_how_it_was_held() -> None:
@@ -132,7 +146,7 @@ def test_texts_need_a_tokenizer() -> None:
 class Answers:
     """An encoder-decoder: what it says depends on what is said so far and on the sum of the text that it answers."""
 
-    side = CachedEncoderDecoder.side
+    side, slow = CachedEncoderDecoder.side, CachedEncoderDecoder.slow
     reads = TEXT
     asked = CachedEncoderDecoder.asked
 
