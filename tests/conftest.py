@@ -120,20 +120,34 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     """A test that changed a capture others share has failed, whatever it asserted."""
     yield
     if nextitem is None or nextitem.path != item.path:
-        gc.collect()
+        _clear_away()
     _set_aside()
     if captures := sys.modules.get("lorafx.testing.captures"):  # not imported here: it imports torch, which not every
         captures.check()  # test needs
 
 
 _seen = 0
+#: How many files are done.
+_files = 0
+
+
+def _clear_away() -> None:
+    """At the end of a file: what it left goes. What stays (captures and traces, for the files after it) is millions of
+    objects by and by, and left out of every later search, too, until twice as many files are done: some of it has gone
+    out of use by then."""
+    global _files
+    _files += 1
+    if _files.bit_count() == 1:
+        gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 def _set_aside() -> None:
     """Leave what was imported out of every search for garbage: half a million objects that stay to the end. A trainer
     asks for such a search whenever it begins, which took nine tenths of a short training."""
     global _seen
-    if len(sys.modules) > _seen + 300:  # a few times in a whole run: what is frozen is never given back
+    if len(sys.modules) > _seen + 300:  # a few times in a whole run
         gc.collect()
         gc.freeze()
         _seen = len(sys.modules)
