@@ -1,9 +1,10 @@
-"""Traces that tests share: a model that is captured again, with other weights or by another command, is traced once.
+"""Traces that tests share: a model that is captured or exported again, with other weights or by another command, is
+traced once for each.
 
 What decides a trace is asked of the model itself: the classes of its modules and their code, every attribute of theirs,
 the form of their tensors, and the example. A model that has anything else in it is traced each time, as are those whose
 trace says more than its graph (functions with gradients of their own, noise). Every capture is judged against its model
-all the same. The tests of tracing have no part in this: ``tests/frontend``.
+all the same, and every export against its program. The tests of tracing have no part in this: ``tests/frontend``.
 """
 
 from __future__ import annotations
@@ -19,20 +20,26 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo import config as dynamo_config
 from torch.export import Dim, ExportedProgram
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+from transformers.exporters.base import HfExporter
+from transformers.exporters.exporter_dynamo import DynamoExporter
 
+from lorafx.backends.replay import RewritingExporter
 from lorafx.frontend import capture, trace
 from lorafx.graph.tree import named_tensors, tensor_hash
 
-#: How many traces are kept, each of a few megabytes.
+#: How many traces of either kind are kept, each of a few megabytes.
 KEPT = 48
 
 Attempt = Callable[[nn.Module, Mapping[str, Any], Any], tuple[ExportedProgram | None, set[str]]]
 
 _kept: OrderedDict[Any, ExportedProgram] = OrderedDict()
+#: Those that exports begin with: of the model in evaluation, patched for the format.
+_exports: OrderedDict[Any, ExportedProgram] = OrderedDict()
 #: Of the captures under way, what was laid open.
 _used: list[set[str]] = []
 #: Where a module keeps what is told of apart, and what a call leaves there.
@@ -66,11 +73,14 @@ def traced_once() -> Iterator[None]:
             finally:
                 _used.pop()
 
+    component, program = HfExporter._export_component, DynamoExporter.export_program
     trace._attempt, capture.functions_laid_open = functools.partial(_once, attempt), noted
+    HfExporter._export_component, DynamoExporter.export_program = _named(component), _exported_once(program)
     try:
         yield
     finally:
         trace._attempt, capture.functions_laid_open = attempt, laid_open
+        HfExporter._export_component, DynamoExporter.export_program = component, program
 
 
 def _once(attempt: Attempt, model: nn.Module, example: Mapping[str, Any], shapes: Any) -> Any:
@@ -85,12 +95,16 @@ def _once(attempt: Attempt, model: nn.Module, example: Mapping[str, Any], shapes
         exported, noisy = attempt(model, example, shapes)
         if exported is None or noisy or not _used or _used[-1]:
             return exported, noisy
-        _kept[key] = _with_tensors(exported, dict.fromkeys(tensors))
-        while len(_kept) > KEPT:
-            _kept.popitem(last=False)
+        _keep(_kept, key, _with_tensors(exported, dict.fromkeys(tensors)))
         return exported, noisy
     _kept.move_to_end(key)
     return _with_tensors(_kept[key], tensors), set()
+
+
+def _keep(kept: OrderedDict[Any, ExportedProgram], key: Any, exported: ExportedProgram) -> None:
+    kept[key] = exported
+    while len(kept) > KEPT:
+        kept.popitem(last=False)
 
 
 def _with_tensors(exported: ExportedProgram, tensors: Mapping[str, Any]) -> ExportedProgram:
@@ -98,6 +112,80 @@ def _with_tensors(exported: ExportedProgram, tensors: Mapping[str, Any]) -> Expo
     result = copy.copy(exported)
     result._state_dict = {name: tensors[name] for name in exported.state_dict}
     result._constants = {name: tensors.get(name, value) for name, value in exported.constants.items()}
+    return result
+
+
+# ---- exports
+
+
+def _named(component: Any) -> Any:
+    """``HfExporter._export_component`` that first notes what decides its trace: the exporter patches the model then."""
+
+    @functools.wraps(component)
+    def export(self: Any, model: Any, inputs: Any, config: Any) -> Any:
+        vars(self)["decides"] = None
+        if isinstance(self, RewritingExporter) and isinstance(model, PreTrainedModel):
+            options = {name: value for name, value in vars(config).items() if name != "dynamic_shapes"}
+            try:
+                how = type(self), type(config), _told(options, {})
+                vars(self)["decides"] = how, _key(model, _whatever_is_generated(inputs), config.dynamic_shapes)
+            except _Unknown:
+                pass
+        return component(self, model, inputs, config)
+
+    return export
+
+
+def _whatever_is_generated(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The inputs of a decode graph without the tokens that the model's own weights chose: a trace sees no values."""
+    if not any(isinstance(value, Cache) for value in inputs.values()):
+        return inputs
+    return {name: torch.zeros_like(value) if name == "input_ids" else value for name, value in inputs.items()}
+
+
+def _exported_once(program: Any) -> Any:
+    """``DynamoExporter.export_program`` that takes a trace which is kept for the one it would make."""
+
+    @functools.wraps(program)
+    def export(self: Any, model: Any, inputs: Any, config: Any) -> Any:
+        key, plain = vars(self).get("decides"), torch.export.export
+        if key is None:
+            return program(self, model, inputs, config)
+
+        def once(module: nn.Module, args: Any = (), kwargs: Any = None, **options: Any) -> ExportedProgram:
+            tensors = dict(named_tensors(module))
+            if key in _exports:
+                _exports.move_to_end(key)
+                with torch.no_grad():  # the exporter names outputs as they are computed, traced or not
+                    module(*args, **copy.deepcopy(kwargs))
+                result = _with_tensors(_apart(_exports[key]), tensors)
+                result._example_inputs = args, kwargs
+                return result
+            exported = plain(module, args=args, kwargs=kwargs, **options)
+            if not any(isinstance(part, fx.GraphModule) for part in exported.graph_module.children()):
+                _keep(_exports, key, _with_tensors(_apart(exported), dict.fromkeys(tensors)))
+            return exported
+
+        torch.export.export = once
+        try:
+            return program(self, model, inputs, config)
+        finally:
+            torch.export.export = plain
+
+    return export
+
+
+def _apart(exported: ExportedProgram) -> ExportedProgram:
+    """A trace whose graph and signature can be changed alone; what is noted of its nodes is the same."""
+    result, module = copy.copy(exported), exported.graph_module
+    graph = copy.deepcopy(module.graph)
+    for node, like in zip(graph.nodes, module.graph.nodes, strict=True):
+        node.name = like.name  # by which the signature knows it; a copy names some anew
+    result._graph_module = fx.GraphModule(module, graph)
+    result._graph_module.meta.update(module.meta)
+    result._graph_signature = copy.deepcopy(exported.graph_signature)
+    result._module_call_graph = copy.deepcopy(exported.module_call_graph)
+    result._range_constraints = dict(exported.range_constraints)
     return result
 
 
@@ -141,6 +229,10 @@ def _form(value: Tensor) -> Any:
 
 
 def _input(value: Any, modules: Mapping[int, str]) -> Any:
+    if isinstance(value, (Cache, CacheLayerMixin)):
+        return type(value), tuple((name, _input(held, modules)) for name, held in vars(value).items())
+    if isinstance(value, list):
+        return list, tuple(_input(held, modules) for held in value)
     if not isinstance(value, Tensor):
         return _told(value, modules)
     return _form(value), None if value.is_meta else tensor_hash(value)

@@ -1,10 +1,12 @@
-"""A model that tests capture again is traced once, and whatever decides a trace makes it another model."""
+"""A model that tests capture or export again is traced once, and whatever decides a trace makes it another model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 import torch
 import transformers as hf
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.frontend import trace
 from lorafx.graph.program import structure
+from lorafx.passes.lora import Lora
 from tests import traces
 from tests.small import bert, llama
 from tests.zoo import tensors
@@ -92,3 +95,101 @@ def test_what_cannot_be_told_from_others_is_traced_each_time(traced: list[nn.Mod
         model.more = object()  # type: ignore[assignment]
         lorafx.capture(model, inputs=inputs())
     assert len(traced) == 2
+
+
+# ---- exports
+
+
+@pytest.fixture
+def exports(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[nn.Module]]:
+    """The models of transformers that were traced, for captures and for exports."""
+    models: list[nn.Module] = []
+    trace_module = torch.export.export
+
+    def noted(module: nn.Module, *given: Any, **options: Any) -> Any:
+        if isinstance(module, hf.PreTrainedModel):
+            models.append(module)
+        return trace_module(module, *given, **options)
+
+    monkeypatch.setattr(torch.export, "export", noted)
+    monkeypatch.setattr(traces, "_exports", type(traces._exports)())
+    with traces.traced_once():
+        yield models
+
+
+def graph(folder: Path) -> list[Any]:
+    """What an ONNX graph computes: operators, names of what they take and give, and the values it holds."""
+    (file,) = folder.rglob("model.onnx")
+    model = ir.load(file)
+    nodes = [
+        (node.domain, node.op_type, [value and value.name for value in (*node.inputs, *node.outputs)])
+        for node in model.graph
+    ]
+    held = {name: value.const_value for name, value in model.graph.initializers.items()}
+    shapes = [(value.name, str(value.shape), str(value.type)) for value in (*model.graph.inputs, *model.graph.outputs)]
+    return [nodes, {name: value and value.numpy().tolist() for name, value in held.items()}, shapes]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "options"), [(bert, {}), (llama, {}), (llama, {"generate": True})])
+@pytest.mark.filterwarnings("default")  # the converter's own
+def test_an_export_from_a_trace_that_is_kept_is_the_one_from_its_own(
+    exports: list[nn.Module], make: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Whatever was made of that trace before: of other weights, and with adapters, which put operators into it."""
+    plain, other = lorafx.capture(make()), lorafx.capture(make())
+    adapted = lorafx.rewrite(other, [Lora(rank=2)])
+    adapted.load({name: 0.1 * torch.randn_like(adapted.tensor(name)) for name in adapted.names("adapter")})
+    exports.clear()
+    apart: dict[str, Any] = {} if options else {"adapters": "separate"}
+    kept: list[str] = []
+    rounds: list[tuple[str, lorafx.Program, dict[str, Any]]] = [("first", plain, {}), ("adapted", adapted, apart)]
+    for name, program, more in [*rounds, ("again", other, {})]:
+        lorafx.export(program, tmp_path / name, "onnx", **options, **more)
+        kept += [str(found.graph_module.graph) for found in traces._exports.values()]
+    assert exports == [plain.source.model]
+    assert kept == [kept[0]] * 3, "what is kept stays as it was traced"
+    traces._exports.clear()
+    lorafx.export(other, tmp_path / "afresh", "onnx", **options)
+    assert exports == [plain.source.model, other.source.model]
+    first, again, afresh = (graph(tmp_path / name) for name in ("first", "again", "afresh"))
+    assert again == afresh
+    assert again[1] != first[1], "other weights"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_whatever_decides_the_trace_of_an_export_makes_it_another(exports: list[nn.Module], tmp_path: Path) -> None:
+    def traced_again(program: lorafx.Program, **options: Any) -> bool:
+        exports.clear()  # those of the capture
+        lorafx.export(program, tmp_path / "onnx", overwrite=True, check=False, **options)
+        return bool(exports)
+
+    assert traced_again(lorafx.capture(bert(), inputs=inputs()))
+    assert not traced_again(lorafx.capture(bert(), inputs=inputs()))
+    changed: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
+        (bert(hidden_act="relu"), {}, {}),
+        (bert(), {"inputs": inputs(6)}, {}),
+        (bert(), {"dynamic": False}, {}),
+        (bert(), {}, {"dtype": torch.float16}),
+        (bert(), {}, {"provider": "cuda"}),
+        (bert(), {}, {"format": "pt2"}),
+    ]
+    for model, given, options in changed:
+        assert traced_again(lorafx.capture(model, **{"inputs": inputs(), **given}), **options), (given, options)
+
+
+def test_what_is_done_to_a_trace_that_was_kept_is_not_done_to_what_is_kept() -> None:
+    x = torch.randn(3, 4)
+    kept = torch.export.export(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), (x,))
+    expected, graph = kept.module()(x), str(kept.graph)
+    own = traces._apart(kept)
+    assert str(own.graph) == graph
+    assert torch.equal(own.module()(x), expected)
+    for node in own.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default):
+        node.target = torch.ops.aten.neg.default
+    own.graph_module.recompile()
+    own.graph_signature.input_specs.pop()
+    assert not torch.equal(own.graph_module(*own.state_dict.values(), x)[0], expected)
+    assert str(kept.graph) == graph
+    assert torch.equal(kept.module()(x), expected)
