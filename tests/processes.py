@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ WORK, PATIENCE = 1.0, 300.0
 def join_group(folder: Path) -> int:
     """Become one of the processes that :func:`run_together` started; the rank of this one."""
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+    gc.freeze()  # a trainer searches for garbage whenever it begins; what was imported is none
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # A file, because a port that was free a moment ago may be another's by now.
     store = FileStore(str(folder / "rendezvous"), size)
