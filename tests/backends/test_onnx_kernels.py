@@ -95,7 +95,8 @@ def test_norms_whose_scale_is_of_another_dtype_are_put_apart(bias: bool) -> None
     leave_out(model)
     x, skip = (GENERATOR.normal(size=(2, 5, WIDTH)).astype(np.float16) for _ in range(2))
     session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
-    y, total = session.run(None, {"x": x, "skip": skip})
+    results: list[Any] = list(session.run(None, {"x": x, "skip": skip}))
+    y, total = results
     exact = x.astype(np.float64) + skip + (values["bias"].astype(np.float64) if bias else 0)
     wanted = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-12) * scale
     assert (y.dtype, total.dtype) == (np.float32, np.float16)
