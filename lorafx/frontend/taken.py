@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
 
 from ..errors import UsageError, did_you_mean
 from ..graph.call import parameters_of
@@ -41,7 +42,8 @@ def check_taken(model: nn.Module, example: Mapping[str, Any], *, dynamic: bool) 
     other = next(iter(_others(model, example)), None)
     if other is not None and not collects:
         raise UsageError(f"{name} takes no input {other!r}{did_you_mean(other, taken)}; it takes {', '.join(taken)}")
-    if other is not None and dynamic:
+    # transformers' own exporter names what its models collect.
+    if other is not None and dynamic and not isinstance(model, PreTrainedModel):
         raise UsageError(
             f"{name} takes {other!r} in **kwargs alone{did_you_mean(other, taken)}, of which no size can stay free: "
             "name it in forward, leave it out, or fix all sizes (dynamic=False)"

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
 import lorafx
@@ -77,6 +78,20 @@ def test_what_kwargs_collect_is_taken_where_sizes_are_fixed() -> None:
     program = lorafx.capture(model, inputs={"x": X, "y": Y}, dynamic=False)
     x, y = torch.randn(2, 4), torch.randn(2, 3)
     assert torch.equal(program.module().eval()(x=x, y=y), model(x, y=y))
+
+
+def test_what_a_model_of_transformers_collects_keeps_its_free_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = hf.BertForSequenceClassification.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(hf.BertForSequenceClassification, "forward", forward)
+    model: Any = small.bert().eval()
+    program = lorafx.capture(model, inputs={"input_ids": torch.arange(5, 15).view(2, 5)})
+    ids = torch.arange(5, 26).view(3, 7)
+    found, wanted = program.module().eval()(input_ids=ids).logits, model(input_ids=ids).logits
+    assert torch.allclose(found, wanted, atol=1e-6)  # fp32: the same operators, fused or not
 
 
 def test_one_tensor_given_twice_is_two_inputs() -> None:
