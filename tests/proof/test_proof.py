@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from dataclasses import dataclass
@@ -28,7 +29,9 @@ from lorafx.passes.fold_constants import FoldConstants
 from lorafx.passes.lora import Lora
 from lorafx.passes.magnitude import Magnitude
 from lorafx.pipeline import run, to_eval
+from lorafx.proof import exports
 from lorafx.proof.exports import held_against
+from lorafx.proof.open import open_runner
 from tests import zoo
 from tests.captures import of_folder
 from tests.small import adapted, bert, captured, gpt2, own
@@ -295,3 +298,22 @@ def test_a_difference_no_larger_than_the_programs_own_is_accepted(share: float, 
     assert any("in fp64" in note for note in result.notes) is (share < 1.0 and off < 1e-4), (
         "looked at, unless it is far too much"
     )
+
+
+@pytest.mark.parametrize("by_block", [False, True])
+def test_how_precise_a_large_model_is_is_asked_of_its_example_alone(
+    by_block: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def noted(*sides: Any, **options: Any) -> Any:
+        asked.append("inputs" in options)
+        found = lorafx.verify(*sides, **options)
+        return dataclasses.replace(found, tolerance=0.0) if len(asked) == 1 else found  # fp32 differs from fp64
+
+    monkeypatch.setattr(exports, "verify", noted)
+    program = captured(gpt2)
+    exact = open_runner(program, dtype=torch.float64)
+    result = held_against(program, exact, by_block=by_block)
+    assert asked[:2] == [False, by_block]
+    assert any("in fp64" in note for note in result.notes)
