@@ -26,6 +26,7 @@ from ..graph.program import Signature, Source
 from ..passes.tidy import Tidy
 from ..public import Program
 from .asked import check_asked
+from .late_weights import StandIns
 from .past import (
     ELSE,
     cached,
@@ -40,7 +41,6 @@ from .past import (
     width,
 )
 from .replay import RewritingExporter, replay
-from .stand_ins import StandIns
 
 aten = torch.ops.aten
 

@@ -31,11 +31,11 @@ from ..public import Program
 from .asked import check_lengths
 from .cached import FREE, CachedOnnxExporter, decode_inputs, decode_shapes
 from .cut import READS, axes_of
+from .late_weights import StandIns
 from .onnx_kernels import suit
 from .onnx_statements import leave_out
 from .past import ELSE
 from .replay import exportable, with_model
-from .stand_ins import StandIns
 
 #: The free axes of a decoder's inputs, by what the exporter's names for them stand at.
 _AXES = {
@@ -99,7 +99,7 @@ def decoder(program: Program, provider: str, dtype: torch.dtype | None) -> Decod
     """A folded program as one graph that generates; its weights may be computed as they are written.
 
     Raises:
-        LostError: they cannot be, see :mod:`.stand_ins`
+        LostError: they cannot be, see :mod:`.late_weights`
         CaptureError: no such graph can be made, in one line
     """
     # The converter prints its progress to stdout, which is kept for results.

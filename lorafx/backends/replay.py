@@ -31,7 +31,7 @@ from ..graph.tree import get_tensor, has_tensor, named_tensors, put_tensor
 from ..models.intact import intact
 from ..pipeline import run, to_eval
 from ..public import Program
-from .stand_ins import StandIns
+from .late_weights import StandIns
 
 aten = torch.ops.aten
 

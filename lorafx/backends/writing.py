@@ -85,8 +85,8 @@ def _write_decoder(
     """Write a decoder with its cache; what the report says of it."""
     from .decoder import decoder, write_decoder
     from .encoder_decoder import encoder_decoder, write_encoder_decoder
+    from .late_weights import LostError
     from .slots import add_slots
-    from .stand_ins import LostError
 
     if getattr(program.config, "is_encoder_decoder", False):
         program = resident(program)

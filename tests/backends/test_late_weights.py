@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from torch import Tensor
 
 import lorafx
-from lorafx.backends import stand_ins as module
-from lorafx.backends.stand_ins import LostError, StandIns
+from lorafx.backends import late_weights as module
+from lorafx.backends.late_weights import LostError, StandIns
 from lorafx.cli import main
 from lorafx.deferred.programs import deferring
 from lorafx.deferred.tensor import deferred, is_deferred
