@@ -23,6 +23,7 @@ from ..frontend.capture import program_of
 from ..graph.domain import Domain, Range
 from ..graph.edit import Edit
 from ..graph.program import Signature, Source
+from ..models.eager import in_mode
 from ..passes.tidy import Tidy
 from ..public import Program
 from .asked import check_asked
@@ -45,11 +46,18 @@ from .replay import RewritingExporter, replay
 aten = torch.ops.aten
 
 
-def decode_inputs(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def decode_inputs(
+    model: nn.Module, example: Mapping[str, Tensor], valued: nn.Module | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Inputs of ``model`` for some tokens after a past, whose last one is the cache, and the others without a past.
 
     transformers' own generation makes them. The cache is made anew with every token in every layer: a window slides by
     masking alone in the graph, and what a layer forgets is no function of its inputs.
+
+    Args:
+        model: what is to be traced
+        example: its example inputs
+        valued: the same model with its values, where ``model`` has stand-ins of them
 
     Raises:
         CaptureError: generation keeps other things between tokens than keys and values
@@ -67,7 +75,9 @@ def decode_inputs(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[dict
         raise CaptureError(
             f"{what}: it generates from {', '.join(plain)}, not from input_ids and attention_mask; {ELSE}"
         )
-    check_asked(model, left, prefill)
+    asked = valued or model
+    with in_mode(asked, training=False):
+        check_asked(asked, left, prefill)
     cache, length = DynamicCache(), plain["attention_mask"].shape[1] - plain["input_ids"].shape[1]
     for number, layer in enumerate(layers):
         keys, values = (part.new_zeros(*part.shape[:2], length, part.shape[3]) for part in (layer.keys, layer.values))

@@ -105,9 +105,11 @@ def decoder(program: Program, provider: str, dtype: torch.dtype | None) -> Decod
     # The converter prints its progress to stdout, which is kept for results.
     stand_ins = StandIns()
     with redirect_stdout(sys.stderr), exportable(program, dtype, stand_ins) as model:
+        # What a copy in another dtype rounds, or has stand-ins for, says nothing about what generation asks.
+        valued = program.source.model
 
         def attempt(free: Any) -> Any:
-            inputs, example = decode_inputs(model, program.example)
+            inputs, example = decode_inputs(model, program.example, valued)
             exporter: Any = CachedOnnxExporter(with_model(program, model), example, stand_ins)
             config = OnnxConfig(dynamic=True, dynamic_shapes=decode_shapes(inputs, free), ort_fusions=None)
             return exporter.export(model, {**inputs, "use_cache": True, "return_dict": True}, config)

@@ -132,7 +132,8 @@ def export(
     if check and adapters != "slots":  # a head that no file holds is a slot without values
         refuse_untrained(reference)
     final = _unfolded(program, format) or _final(program, adapters, format, provider, bool(check))
-    final = final if writes_tiles(format, adapters, quantize, generate=generate) else resident(final)
+    pair = generate and getattr(final.config, "is_encoder_decoder", False)
+    final = final if writes_tiles(format, adapters, quantize, generate=generate) and not pair else resident(final)
     said = {"quantized": quantize, "made_from": made_from and dict(made_from)}
     meta: dict[str, Any] = {"base": base_record(final), "history": history_record(final)}
     meta |= {"provider": provider, "adapters": adapters, **{key: value for key, value in said.items() if value}}
@@ -198,7 +199,7 @@ def _filled(
 
 def writes_tiles(kind: str, adapters: str, quantize: str | None, *, generate: bool) -> bool:
     """Whether weights that are computed later can be written so, a tile at a time: those of a checkpoint, or of a graph
-    that generates (one graph: of two, they are computed before all the same)."""
+    that generates (:func:`export` computes those of two graphs before)."""
     merged = adapters == "merged" and quantize is None
     return kind in ("hf", "layered") or (kind == "onnx" and generate and merged)
 

@@ -89,7 +89,6 @@ def _write_decoder(
     from .slots import add_slots
 
     if getattr(program.config, "is_encoder_decoder", False):
-        program = resident(program)
         both = encoder_decoder(program, provider, dtype)
         write_encoder_decoder(both, program, folder, _record(program))
         return both.facts()

@@ -18,6 +18,7 @@ from lorafx.backends.asked import check_lengths
 from lorafx.backends.cached import decode_inputs
 from lorafx.backends.decoder import Decoder, genai_config
 from lorafx.backends.halves import halves
+from lorafx.backends.late_weights import StandIns
 from lorafx.backends.replay import _lay_out
 from lorafx.errors import CaptureError
 from lorafx.models.examples import example_inputs
@@ -59,6 +60,13 @@ def test_what_would_generate_other_than_it_was_trained_is_refused_with_why(model
     moved(model)
     with pytest.raises(CaptureError, match=f"{type(model).__name__}: .*{said}.*; export it without generate"):
         decode_inputs(model, example_inputs(model))
+
+
+def test_a_model_whose_weights_are_computed_later_is_judged_by_its_values() -> None:
+    model = moved(roberta(is_decoder=True))
+    hollow = StandIns().hollow(model, torch.float16)
+    with pytest.raises(CaptureError, match="gives it position_ids from 0"):
+        decode_inputs(hollow, example_inputs(model), model)
 
 
 def test_a_decoder_that_is_asked_for_what_it_computes_is_taken() -> None:

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from torch import Tensor
 
 import lorafx
+from lorafx.backends import export
 from lorafx.backends import late_weights as module
 from lorafx.backends.late_weights import LostError, StandIns
 from lorafx.cli import main
@@ -56,6 +57,25 @@ def test_the_command_streams_a_decoder_and_nothing_else_in_onnx(tmp_path: Path) 
     result = CliRunner().invoke(main, words)
     assert (result.exit_code, "give --format hf or --generate" in result.output) == (2, True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_two_graphs_are_written_from_memory_and_compared_as_they_will_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unoptimised: list[bool] = []
+
+    def noted(source: Any, **options: Any) -> Any:
+        unoptimised.append(options["by_block"])
+        return open_runner(source, **options)
+
+    monkeypatch.setattr(export, "open_runner", noted)
+    program = zoo.randomised(lorafx.rewrite(zoo.captured("t5"), [Lora(rank=2)]))
+    result = lorafx.export(lorafx.fold(program, stream=True), tmp_path / "out", generate=True)
+    assert result is not None
+    assert result.ok
+    assert unoptimised == [False]
 
 
 # ---- views and copies of stand-ins
